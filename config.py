@@ -1,0 +1,297 @@
+"""What a run is: typed settings, read from defaults, then `config.json`, then command-line flags.
+
+Every stage describes its settings as one frozen pydantic class. Its flags, its JSON keys, its `--help` and its
+checks all come from that class, so that there is one place to add a setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+CONFIG_PATH = Path("config.json")
+DEFAULT_MODEL_NAME = "ViT-B/32"
+DEFAULT_DATA_DIR = "./data"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key, value in values.items():
+                field = cls.model_fields.get(key)
+                if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                    raise ValueError(f"{key}: {json.dumps(value)} is not a value for this setting")
+        return values
+
+
+class ModelSettings(Settings):
+    """Which network is trained and from which weights."""
+
+    name: str = Field(
+        DEFAULT_MODEL_NAME,
+        description="backbone: ViT-B/32, ViT-B/16, ViT-L/14, RN50, RN101, ..., or ViT-Ti/32",
+        json_schema_extra={"flag": "model_name"},
+    )
+    projection_dim: PositiveInt | None = Field(None, description="size of the shared space; none: the backbone's own")
+    freeze_backbone: bool = Field(False, description="train only the projection layers and the temperature")
+    pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
+    activation: Literal["quick_gelu", "gelu"] | None = Field(
+        None, description="activation of a weights file that does not tell it; none: found from the file"
+    )
+
+
+class DataSettings(Settings):
+    """Where the pairs come from and how they are split."""
+
+    data_dir: str = Field(DEFAULT_DATA_DIR, description="folder with the data set, or its index file")
+    val_data: str | None = Field(None, description="separate validation set; none: split off from the data")
+    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
+    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    captions: Literal["random", "all"] = Field(
+        "random", description="random: one caption an image each epoch; all: every pair each epoch"
+    )
+    val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
+    augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+
+
+class TrainingSettings(Settings):
+    """How the weights are moved."""
+
+    batch_size: PositiveInt = Field(32, description="pairs a step: each is contrasted with all others of its batch")
+    num_epochs: PositiveInt = Field(50, description="passes over the training images")
+    learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
+    backbone_lr_scale: NonNegativeFloat | None = Field(
+        None, description="rate of the towers over learning_rate; none: 0.01, or 1 for a random start"
+    )
+    weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
+    gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm a step; 0: no clipping")
+    warmup_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.1, description="share of the steps over which the rates rise, before the cosine"
+    )
+    early_stopping_patience: NonNegativeInt = Field(
+        10, description="epochs without a better validation RSum before the run stops; 0: never"
+    )
+    precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
+    seed: NonNegativeInt = Field(42, description="seed of the split, the order, the captions, the augmentation")
+
+
+class RunSettings(Settings):
+    """Where the run happens and what it leaves."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    output_dir: str = Field(".", description="holds model-checkpoint/, results/ and logs/")
+    resume: str | None = Field(
+        None,
+        description="continue a run: alone, the one in output_dir; or a checkpoint file",
+        json_schema_extra={"bare": "latest"},
+    )
+    log_interval: PositiveInt = Field(10, description="steps between two log lines")
+    log_level: LogLevel = Field("info", description="debug, info, warning, error")
+
+
+class Config(Settings):
+    """One training run, as stored in its checkpoint and its results."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    run: RunSettings = RunSettings()
+
+
+class Flag(NamedTuple):
+    """One command-line flag: its name without dashes, the key it sets (`("training", "seed")`), its field."""
+
+    name: str
+    key: tuple[str, ...]
+    field: FieldInfo
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def flags_of(settings: type[Settings], parents: tuple[str, ...] = ()) -> Iterator[Flag]:
+    """List a class's flags in the order of its fields, groups unfolded."""
+    for name, field in settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield from flags_of(field.annotation, (*parents, name))
+        else:
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            yield Flag(str(extra.get("flag", name)), (*parents, name), field)
+
+
+def parse_settings(settings: type[S], argv: list[str] | None, *, description: str) -> tuple[S, dict[str, Any]]:
+    """Read a stage's settings from its flags alone.
+
+    Returns:
+        The settings, and the given flags with their values as typed.
+
+    Raises:
+        ValueError: an unknown flag or a value that does not fit, naming the flag.
+        SystemExit: `--help` was given (code 0).
+    """
+    given = _parse_flags(settings, argv, description=description)
+    return _validate(settings, {}, given, source=None), given
+
+
+def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, dict[str, Any]]:
+    """Read a run's settings: defaults, then the file named by `--config`, then flags.
+
+    Without `--config`, the `config.json` of the current folder is read if there is one.
+
+    Returns:
+        The settings, and the given flags (their own names) with their values as typed.
+
+    Raises:
+        ValueError: an unknown key or flag, or a value that does not fit, naming the place.
+        FileNotFoundError: the file named by `--config` is not there.
+    """
+    given = _parse_flags(Config, argv, description=description, with_config=True)
+    named = given.pop("config", None)
+    path = Path(named) if named is not None else CONFIG_PATH
+    if named is not None and not path.is_file():
+        raise FileNotFoundError(f"--config: no such file: {path}")
+    values = read_json_object(path) if path.is_file() else {}
+    return _validate(Config, values, given, source=path), given
+
+
+def override(config: Config, given: dict[str, Any]) -> Config:
+    """Return `config` with some flags set anew (`given` as `load_config` returned it)."""
+    return _validate(Config, config.model_dump(), given, source=None)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; errors name the file, line and column."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Say which of `known` is meant, as the end of an error message."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def run_stage(stage: Callable[[], int], *, name: str) -> int:
+    """Run a stage's body; turn errors that a user can mend into one line on stderr.
+
+    Returns:
+        The stage's exit code, 2 for a wrong setting or a missing or malformed file, 130 after Ctrl-C.
+    """
+    try:
+        return stage()
+    except (ValueError, OSError) as error:
+        logging.getLogger(name).debug("traceback", exc_info=True)
+        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting, so that `main` has one way to report errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parse_flags(
+    settings: type[Settings], argv: list[str] | None, *, description: str, with_config: bool = False
+) -> dict[str, Any]:
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if with_config:
+        parser.add_argument("--config", metavar="PATH", help="JSON file with settings (default: ./config.json)")
+    known = ["--config"] if with_config else []
+    for name, _, field in flags_of(settings):
+        parser.add_argument(f"--{name}", dest=name, metavar=name.upper(), help=_help(field), **_arity(field))
+        known.append(f"--{name}")
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        hint = nearest(word, known) if word.startswith("-") else "; flags start with --"
+        raise ValueError(f"unknown flag {word}{hint}")
+    return vars(found)
+
+
+def _arity(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    if field.annotation is bool:
+        return {"nargs": "?", "const": "true"}
+    return {"nargs": "?", "const": extra["bare"]} if "bare" in extra else {}
+
+
+def _help(field: FieldInfo) -> str:
+    default = "required" if field.is_required() else f"default: {json.dumps(field.default)}"
+    return f"{field.description} ({default})".replace("%", "%%")
+
+
+def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], *, source: Path | None) -> S:
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    flags = {name: (key, field) for name, key, field in flags_of(settings)}
+    for name, value in given.items():
+        (*groups, last), field = flags[name]
+        target = merged
+        for group in groups:
+            target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{source}: {group}: expected an object, found {type(target).__name__}")
+        optional = type(None) in get_args(field.annotation)
+        target[last] = None if optional and str(value).lower() in {"none", "null"} else value
+    try:
+        return settings.model_validate(merged)
+    except ValidationError as error:
+        by_key = {key: f"--{name}" for name, (key, _) in flags.items() if name in given}
+        lines = [_describe(settings, problem, by_key, source) for problem in error.errors()]
+        raise ValueError("; ".join(lines)) from None
+
+
+def _describe(settings: type[Settings], problem: Any, by_key: dict[tuple[str, ...], str], source: Path | None) -> str:
+    loc = tuple(str(part) for part in problem["loc"])
+    flag_name = next((flag for key, flag in by_key.items() if loc[: len(key)] == key), None)
+    place = flag_name or f"{source or 'settings'}: {'.'.join(loc)}".rstrip(": ")
+    if problem["type"] == "extra_forbidden":
+        group: type[Settings] = settings
+        for part in loc[:-1]:
+            group = group.model_fields[part].annotation  # type: ignore[assignment]
+        return f"{place}: unknown key{nearest(loc[-1], list(group.model_fields))}"
+    if problem["type"] == "missing":
+        return f"--{loc[-1]} is required"
+    if problem["type"] == "value_error":
+        return f"{place}: {problem['ctx']['error']}"
+    message = problem["msg"].removeprefix("Input should be ")
+    return f"{place}: expected {message}, got {problem['input']!r}"
