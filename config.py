@@ -210,7 +210,7 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
     """
     try:
         return stage()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
         print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -1,0 +1,471 @@
+"""Published CLIP weights: find or fetch them, verify them, convert them to the names of OpenAI's classes.
+
+No file is trusted to run code: TorchScript archives are read as plain tensors, `.pt` files with `weights_only=True`,
+the rest through safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import threading
+import urllib.error
+import urllib.request
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from architectures import ARCHITECTURES, GELU, QUICK_GELU, Architecture, describe_architecture
+from checkpoint import load_tensors
+from runtime import import_clip
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 8.0
+# open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
+_UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
+
+
+class Weights(NamedTuple):
+    """Weights as read from a file: tensors by the names of OpenAI's `CLIP`, float32."""
+
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+    projections: dict[str, Tensor]
+    """`image_projection.weight`, `text_projection.weight` of a checkpoint of this toolkit; else empty."""
+
+
+def published_url(name: str) -> str | None:
+    """Return the address of OpenAI's weights for a model name, or None if none were published."""
+    url: str | None = import_clip().clip._MODELS.get(name)
+    return url
+
+
+def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
+    """Find OpenAI's archive for a model in the cache, or download it; either way its SHA-256 is checked.
+
+    Raises:
+        ValueError: nothing was published under that name.
+        OSError: it cannot be had; says what to fetch from where and where to put it.
+    """
+    url = published_url(name)
+    if url is None:
+        raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
+    path = (cache_dir or Path.home() / ".cache" / "clip") / url.rsplit("/", 1)[1]
+    sha256 = url.split("/")[-2]
+    if path.is_file():
+        if file_sha256(path) == sha256:
+            return path
+        logger.warning("%s is damaged or another file (SHA-256 differs); downloading it again", path)
+    try:
+        download(url, path, sha256=sha256)
+    except OSError as error:
+        raise OSError(
+            f"no weights for {name}: {url} cannot be had ({error}). Put that file (SHA-256 {sha256}) at {path}, "
+            "or name a local one with --pretrained FILE, or start from random weights with --pretrained none"
+        ) from None
+    return path
+
+
+def download(url: str, path: Path, *, sha256: str) -> None:
+    """Fetch a file with a progress bar, check it, and only then put it at `path`.
+
+    Raises:
+        OSError: unreachable within seconds, broken off, or not the file expected.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    digest = hashlib.sha256()
+    try:
+        with _connect(url) as response, part.open("wb") as file:
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"the file received is not the one published: its SHA-256 is {digest.hexdigest()}")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _connect(url: str) -> Any:
+    """Open a URL, giving up after a fixed time, also when it is the name look-up that hangs."""
+    outcome: list[Any] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
+        except Exception as error:  # handed to the caller below
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if not outcome:
+        raise TimeoutError(f"no answer within {CONNECT_SECONDS:.0f} s")
+    if isinstance(outcome[0], urllib.error.URLError) and not isinstance(outcome[0], urllib.error.HTTPError):
+        raise OSError(str(outcome[0].reason)) from None
+    if isinstance(outcome[0], Exception):
+        raise outcome[0] if isinstance(outcome[0], OSError) else OSError(str(outcome[0]))
+    return outcome[0]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_weights(path: Path, *, activation: str | None = None) -> Weights:
+    """Read CLIP weights from a file, or a folder as published on a model hub; its content tells the format.
+
+    Formats: OpenAI's TorchScript archive; a state dict in OpenAI's names, bare or inside a training checkpoint
+    (open_clip's `.pt`); open_clip's and Hugging Face's safetensors; a checkpoint of this toolkit.
+
+    Args:
+        path: the file; in a folder, its weights file is looked for.
+        activation: `quick_gelu` or `gelu`, for files that do not tell.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: damaged, of another kind of model, or its activation is not known.
+    """
+    path = _weights_file(path)
+    told: str | None = None
+    if _is_torchscript(path):
+        tensors, told = _read_torchscript(path), QUICK_GELU
+    else:
+        content = _read_safetensors(path) if _is_safetensors(path) else load_tensors(path)
+        if isinstance(content, dict) and {"model_state_dict", "architecture"} <= content.keys():
+            return _from_own_checkpoint(content)
+        tensors = _unwrap(content, path)
+        # the three entries that only OpenAI's archives have survive in the state dict of a loaded archive
+        told = QUICK_GELU if "input_resolution" in tensors else None
+    settings = _settings_beside(path)
+    told = told or _activation_from_settings(settings)
+    activation = _agree_activation(path, asked=activation, told=told)
+    tensors = _to_openai_names(tensors, path)
+    architecture = _architecture_of(tensors, path, activation=activation, vision_heads=_vision_heads(settings))
+    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {})
+
+
+def _from_own_checkpoint(content: dict[str, Any]) -> Weights:
+    state: dict[str, Tensor] = content["model_state_dict"]
+    tensors = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    tensors["logit_scale"] = state["logit_scale"]
+    projections = {name: value for name, value in state.items() if name.endswith("_projection.weight")}
+    return Weights(Architecture.from_dict(content["architecture"]), tensors, projections)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        names = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no weights file in this folder; looked for {', '.join(names)}")
+        return found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of auto, openai, none")
+    return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError  # noqa: PLC0415  (only where such a file is read)
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file: {error}") from None
+    return tensors
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}  # fmt: skip
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors by name")
+    for prefix in ("module.", "_orig_mod.", "text."):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """Read the settings file that hubs keep beside weights, if there is one: open_clip's or Hugging Face's."""
+    for name in ("open_clip_config.json", "config.json"):
+        try:
+            settings = json.loads((path.parent / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict) and ("model_cfg" in settings or "text_config" in settings):
+            return settings
+    return {}
+
+
+def _activation_from_settings(settings: dict[str, Any]) -> str | None:
+    if isinstance(settings.get("model_cfg"), dict):
+        return QUICK_GELU if settings["model_cfg"].get("quick_gelu", False) else GELU
+    # Hugging Face writes only what differs from its defaults, and its default is quick_gelu
+    told = {settings[key].get("hidden_act", QUICK_GELU) for key in ("text_config", "vision_config") if isinstance(settings.get(key), dict)}  # fmt: skip
+    return told.pop() if len(told) == 1 else None
+
+
+def _vision_heads(settings: dict[str, Any]) -> int | None:
+    try:
+        if "model_cfg" in settings:
+            vision = settings["model_cfg"]["vision_cfg"]
+            return int(vision["width"]) // int(vision.get("head_width", 64))
+        heads = settings["vision_config"].get("num_attention_heads")
+        return None if heads is None else int(heads)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _agree_activation(path: Path, *, asked: str | None, told: str | None) -> str:
+    if told is not None and told not in {QUICK_GELU, GELU}:
+        raise ValueError(f"{path}: activation {told!r} is not supported; known: {QUICK_GELU}, {GELU}")
+    if asked is not None and told is not None and asked != told:
+        raise ValueError(f"{path}: made for activation {told}, not {asked}")
+    activation = asked or told
+    if activation is None:
+        raise ValueError(
+            f"{path} does not tell its activation, and the wrong one changes results silently; "
+            f"pass --activation {QUICK_GELU} (OpenAI's weights and those trained from them) or "
+            f"--activation {GELU} (most of open_clip's others)"
+        )
+    return activation
+
+
+def _to_openai_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    if "vision_model.embeddings.patch_embedding.weight" in tensors:
+        tensors = _from_hugging_face(tensors)
+    dropped = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+    tensors = {name: value for name, value in tensors.items() if name not in dropped}
+    needed = {"visual.conv1.weight", "text_projection", "positional_embedding", "token_embedding.weight", "logit_scale"}
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        raise ValueError(f"{path}: not the weights of a CLIP that OpenAI's classes can hold; no {', '.join(missing)}")
+    return tensors
+
+
+_HUGGING_FACE_NAMES = (
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+
+
+def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename transformers' `CLIPModel`; its separate query, key and value maps become one."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
+            continue
+        new = name
+        for old, openai in _HUGGING_FACE_NAMES:
+            new = new.replace(old, openai)
+        if ".q_proj." in name:
+            parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            converted[new] = torch.cat(parts)
+        elif name == "visual_projection.weight":
+            converted["visual.proj"] = tensor.T.contiguous()
+        elif name == "text_projection.weight":
+            converted["text_projection"] = tensor.T.contiguous()
+        else:
+            converted[new] = tensor
+    return converted
+
+
+def _architecture_of(
+    tensors: dict[str, Tensor], path: Path, *, activation: str, vision_heads: int | None
+) -> Architecture:
+    """Derive the architecture from the tensors' shapes (as OpenAI's `build_model` does) and name it if known."""
+    try:
+        vision = _vit_shape(tensors) if "visual.proj" in tensors else _resnet_shape(tensors)
+        text_width = tensors["ln_final.weight"].shape[0]
+        found = Architecture(
+            name="",
+            embed_dim=tensors["text_projection"].shape[1],
+            **vision,
+            context_length=tensors["positional_embedding"].shape[0],
+            vocab_size=tensors["token_embedding.weight"].shape[0],
+            transformer_width=text_width,
+            transformer_heads=text_width // 64,
+            transformer_layers=_count(tensors, "transformer.resblocks."),
+            activation=activation,
+        )
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP; no {error}") from None
+    if vision_heads is not None and found.is_vit:
+        found = replace(found, vision_heads=vision_heads)
+    same = [name for name, known in ARCHITECTURES.items() if known.same_tensors(found)]
+    return replace(found, name=same[0] if same else describe_architecture(found))
+
+
+def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    width, _, _, patch = tensors["visual.conv1.weight"].shape
+    grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    return {
+        "image_resolution": patch * grid,
+        "vision_layers": _count(tensors, "visual.transformer.resblocks."),
+        "vision_width": width,
+        "vision_patch_size": patch,
+        "vision_heads": _UNUSUAL_VISION_HEADS.get(width, width // 64),
+    }
+
+
+def _resnet_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    width = tensors["visual.layer1.0.conv1.weight"].shape[0]
+    grid = round((tensors["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+    return {
+        "image_resolution": grid * 32,
+        "vision_layers": tuple(_count(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+        "vision_width": width,
+        "vision_patch_size": None,
+        "vision_heads": width * 32 // 64,
+    }
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
+
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Tell a TorchScript archive from other files by its content."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a TorchScript archive, by its dotted attribute path, without running its code.
+
+    Such an archive is a zip file: `data.pkl` describes a tree of objects whose attributes are tensors, `data/<key>`
+    holds the bytes of each tensor's storage, `code/` the program. Only the first two are read, and the pickle may name
+    nothing but tensor rebuilding; its `__torch__` classes become plain containers.
+
+    Raises:
+        ValueError: damaged, or its description names something other than tensors and containers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
+            with archive.open(f"{root}data.pkl") as file:
+                tree = _TensorUnpickler(file, archive, root).load()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, StopIteration, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged or unsafe TorchScript archive: {error or type(error).__name__}") from None
+    return dict(_tensors_of(tree, ""))
+
+
+class _Container:
+    """Stands for an object of the archived program; keeps its attributes and none of its behaviour."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes: dict[str, Any] = state if isinstance(state, dict) else {}
+
+
+class _Storage:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    if not isinstance(storage, Tensor):
+        raise pickle.UnpicklingError("a tensor without storage")
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def _keep_first(value: Any, *_: Any) -> Any:
+    return value
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self.archive = archive
+        self.root = root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Container
+        if module == "torch" and name in _DTYPES:
+            return _Storage(_DTYPES[name])
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+            ("torch._utils", "_rebuild_parameter"): _keep_first,
+        }
+        if (module, name) in allowed:
+            return allowed[module, name]
+        if module == "torch.jit._pickle":
+            return _keep_first
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, storage, key, _, numel = pid
+        if kind != "storage" or not isinstance(storage, _Storage):
+            raise pickle.UnpicklingError(f"unknown reference {kind!r}")
+        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        return (
+            torch.frombuffer(data, dtype=storage.dtype, count=numel) if numel else torch.empty(0, dtype=storage.dtype)
+        )
+
+
+def _tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    attributes = value.attributes if isinstance(value, _Container) else {}
+    for key, child in attributes.items():
+        yield from _tensors_of(child, f"{name}.{key}" if name else str(key))
