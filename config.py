@@ -206,7 +206,8 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
     """Run a stage's body; turn errors that a user can mend into one line on stderr.
 
     Returns:
-        The stage's exit code, 2 for a wrong setting or a missing or malformed file, 130 after Ctrl-C.
+        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a loss that is not finite or
+        too little memory, 130 after Ctrl-C.
     """
     try:
         return stage()
@@ -214,6 +215,9 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
         logging.getLogger(name).debug("traceback", exc_info=True)
         print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except (FloatingPointError, MemoryError) as error:
+        print(f"{name}: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130

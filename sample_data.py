@@ -64,7 +64,7 @@ ARRANGEMENTS = {
     4: (((-1, -1), (1, -1), (-1, 1), (1, 1)),),
 }
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
-OPPOSITES = {"above": "below", "below": "above", "left": "right", "right": "left"}
+EDGES = ("top", "bottom", "left", "right")  # where a pair of large objects fits, side by side along the edge
 
 SCENE_FILE = re.compile(r"scene_\d{5,}\.(png|txt)")
 
@@ -186,7 +186,7 @@ def _draw_group(rng: random.Random, shape: str, colour: str, size: str) -> Group
     x, y, _ = PLACES[place]
     if size == "small":
         arrangement = rng.choice(ARRANGEMENTS[rng.randint(1, 4)])
-    elif place in OPPOSITE_EDGES and rng.random() < 0.5:
+    elif place in EDGES and rng.random() < 0.5:
         arrangement = ROW if x == 0 else COLUMN
     else:
         arrangement = ARRANGEMENTS[1][0]
@@ -195,3 +195,138 @@ def _draw_group(rng: random.Random, shape: str, colour: str, size: str) -> Group
     step = SPACING[size]
     centres = tuple((middle_x + step * dx, middle_y + step * dy) for dx, dy in arrangement)
     return Group(shape, colour, size, place, rng.randint(*RADII[size]), centres)
+
+
+def _overlap(first: Group, second: Group) -> bool:
+    """Tell whether two groups' boxes come closer than 4 pixels."""
+    left, top, right, bottom = first.box
+    other_left, other_top, other_right, other_bottom = second.box
+    apart = 4
+    return (
+        left < other_right + apart
+        and other_left < right + apart
+        and top < other_bottom + apart
+        and other_top < bottom + apart
+    )
+
+
+# Putting it into words
+
+
+def describe(scene: Scene) -> tuple[str, str]:
+    """Return two captions of a scene in different words; both are true."""
+    kinds = [f"{_kind(group)} {PLACES[group.place][2]}" for group in scene.groups]
+    first = f"{_join(kinds)}, on {_article(scene.background)} background"
+    if len(scene.groups) > 1 and (relation := _relation(scene.groups[0], scene.groups[1])):
+        rest = [f"with {kind}" for kind in kinds[2:]]
+        related = " ".join([_kind(scene.groups[0]), relation, _kind(scene.groups[1]), *rest])
+        return first, f"{_article(scene.background)} picture of {related}"
+    return first, f"{_article(scene.background)} picture of {_join(kinds[::-1])}"
+
+
+def _kind(group: Group) -> str:
+    words = f"{group.size} {group.colour} {group.shape}"
+    if group.count == 1:
+        return f"a {words}"
+    plural = f"{words}es" if words.endswith(("s", "x")) else f"{words}s"
+    return f"{COUNT_WORDS[group.count]} {plural}"
+
+
+def _article(colour: str) -> str:
+    return f"an {colour}" if colour[0] in "aeiou" else f"a {colour}"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _relation(first: Group, second: Group) -> str | None:
+    """Say how the first group stands to the second, if it stands wholly on one side of it."""
+    left, top, right, bottom = first.box
+    other_left, other_top, other_right, other_bottom = second.box
+    if right < other_left:
+        return "to the left of"
+    if left > other_right:
+        return "to the right of"
+    if bottom < other_top:
+        return "above"
+    return "below" if top > other_bottom else None
+
+
+# Turning it into pixels
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw a scene, RGB 224 x 224: four times too large, then reduced, which smooths the edges."""
+    from PIL import Image, ImageDraw  # noqa: PLC0415  (describing a scene needs no pictures)
+
+    scale = 4
+    image = Image.new("RGB", (IMAGE_SIZE * scale,) * 2, COLOURS[scene.background])
+    draw = ImageDraw.Draw(image)
+    for group in scene.groups:
+        for x, y in group.centres:
+            outline = [
+                (scale * (x + group.radius * dx), scale * (y + group.radius * dy)) for dx, dy in OUTLINES[group.shape]
+            ]
+            draw.polygon(outline, fill=COLOURS[group.colour])
+    return image.reduce(scale)
+
+
+# Writing a folder of them
+
+
+def distinct_scenes(num_samples: int, *, seed: int = 0) -> Iterator[tuple[Scene, tuple[str, str]]]:
+    """Yield scenes with their captions, all captions distinct; sample i does not depend on how many there are."""
+    seen: set[str] = set()
+    for number in range(num_samples):
+        rng = random.Random(f"{seed}-{number}")
+        scene = draw_scene(rng)
+        while seen & set(describe(scene)):
+            scene = draw_scene(rng)
+        captions = describe(scene)
+        seen.update(captions)
+        yield scene, captions
+
+
+def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 100, *, seed: int = 0) -> Path:
+    """Write drawn scenes as a data set: `images/`, `captions/` (one caption a line) and the index `data.json`.
+
+    The index comes last, so that an interrupted creation is never taken for a data set.
+
+    Args:
+        data_dir: folder to write to, made if it is missing.
+        num_samples: number of images; each has two captions.
+        seed: the same seed gives the same files.
+
+    Returns:
+        The path of `data.json`.
+
+    Raises:
+        ValueError: fewer than one sample.
+        FileExistsError: the folder holds a data set, or files of somebody else's.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    folder = Path(data_dir)
+    index_path = folder / "data.json"
+    _refuse_foreign_files(folder, index_path)
+    rows = []
+    for name in ("images", "captions"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number, (scene, captions) in enumerate(distinct_scenes(num_samples, seed=seed)):
+        stem = f"scene_{number:05d}"
+        render(scene).save(folder / "images" / f"{stem}.png")
+        (folder / "captions" / f"{stem}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        rows.append({"image_path": f"images/{stem}.png", "caption": list(captions)})
+    temporary = folder / ".data.json.tmp"
+    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return temporary.replace(index_path)
+
+
+def _refuse_foreign_files(folder: Path, index_path: Path) -> None:
+    if index_path.exists():
+        raise FileExistsError(f"{index_path} is there already; choose an empty folder for the sample data")
+    for name in ("images", "captions"):
+        for path in (folder / name).glob("*"):
+            if not SCENE_FILE.fullmatch(path.name) and not path.name.startswith("."):
+                raise FileExistsError(f"{path} is not sample data; choose an empty folder for it")

@@ -1,0 +1,506 @@
+"""CLIP with projection layers on both towers, the contrastive loss, and the trainer.
+
+model = CLIPModel.from_checkpoint("model-checkpoint/best_model.pth")
+similarity = model.encode_image(["cat.jpg"]) @ model.encode_text(["a cat", "a dog"]).T
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from architectures import ARCHITECTURES, QUICK_GELU, Architecture, known_architecture
+from checkpoint import load_checkpoint
+from config import DEFAULT_MODEL_NAME
+from preprocessing import clip_transform, load_image, to_rgb, tokenize
+from pretrained import Weights, published_url, published_weights, read_weights
+from runtime import Precision, autocast, import_clip
+
+logger = logging.getLogger(__name__)
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)
+
+ImageInput = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path]
+TextInput = Tensor | str | Sequence[str]
+
+
+class ModelName(str):
+    """A model name that nobody chose: a weights file may disagree with it without a warning."""
+
+
+class CLIPModel(nn.Module):
+    """OpenAI's CLIP, float32, with a projection layer on each tower and one learned temperature.
+
+    Args:
+        model_name: `RN50`, `RN101`, `ViT-B/32`, `ViT-B/16`, `ViT-L/14`, ..., or the small `ViT-Ti/32`.
+        projection_dim: size of the shared space. None or the backbone's own size: the layers start as the identity, so
+            the features are the backbone's, bit for bit. A smaller size starts from the leading right singular vectors
+            of both towers' stacked output projections, a larger one from a rotation into it.
+        freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
+        pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), or a file or hub folder.
+        activation: `quick_gelu` or `gelu`, for weights files that do not tell.
+
+    Raises:
+        ValueError: an unknown model name, or weights that do not fit.
+        OSError: weights that cannot be had; says how to get them.
+    """
+
+    def __init__(
+        self,
+        model_name: str = ModelName(DEFAULT_MODEL_NAME),  # noqa: B008  (an immutable string)
+        projection_dim: int | None = None,
+        freeze_backbone: bool = False,
+        pretrained: str | Path = "auto",
+        *,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        weights = _find_weights(model_name, str(pretrained), activation=activation)
+        self.architecture = weights.architecture if weights else known_architecture(model_name)
+        if weights is None and activation is not None:
+            self.architecture = Architecture(**{**vars(self.architecture), "activation": activation})
+        self.starts_random = weights is None
+        self.holds_batchnorm = weights is not None
+        self.freeze_backbone = freeze_backbone
+        self.backbone = _build_backbone(self.architecture, weights)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        if weights is not None:
+            self.logit_scale.data.copy_(weights.tensors["logit_scale"])
+        self._make_projections(projection_dim, weights)
+        self.backbone.requires_grad_(not freeze_backbone)
+        self.train()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: str | torch.device = "cpu") -> CLIPModel:
+        """Build the model that a checkpoint holds, in evaluation mode; nothing is downloaded.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, or not a checkpoint of this toolkit.
+        """
+        load_checkpoint(path)
+        return cls(pretrained=path).to(device).eval()
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Load a checkpoint's weights into this model.
+
+        Returns:
+            The checkpoint's content (`epoch`, `config`, `metrics`, ...).
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, or of another architecture than this model's.
+        """
+        content = load_checkpoint(path)
+        architecture = Architecture.from_dict(content["architecture"])
+        weight = content["model_state_dict"].get("image_projection.weight")
+        same_projection = weight is not None and weight.shape == self.image_projection.weight.shape
+        if not (architecture.same_tensors(self.architecture) and same_projection):
+            raise ValueError(
+                f"{path} holds a {architecture.name} with projection_dim {len(weight) if weight is not None else '?'}, "
+                f"this model is a {self.architecture.name} with {self.projection_dim}; "
+                "CLIPModel.from_checkpoint(path) builds the right one"
+            )
+        self.load_state_dict(content["model_state_dict"])
+        self.holds_batchnorm = True
+        return content
+
+    @property
+    def projection_dim(self) -> int:
+        """Size of the shared space."""
+        return self.image_projection.out_features
+
+    @property
+    def image_resolution(self) -> int:
+        """Height and width of the input, in pixels."""
+        return self.architecture.image_resolution
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.logit_scale.device
+
+    def encode_image(self, images: ImageInput) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: preprocessed pixels `[B, 3, R, R]`, or one or several Pillow images or paths, which go through
+                CLIP's own preprocessing.
+
+        Returns:
+            Unit-norm features, float32 `[B, projection_dim]`.
+        """
+        pixels = images if isinstance(images, Tensor) else self._preprocess(images)
+        features = self.image_projection(self.backbone.visual(pixels.to(self.device)))
+        return F.normalize(features.float(), dim=-1)
+
+    def encode_text(self, texts: TextInput) -> Tensor:
+        """Encode texts.
+
+        Args:
+            texts: tokens, int `[B, 77]`, or one or several strings (truncated to 77 tokens).
+
+        Returns:
+            Unit-norm features, float32 `[B, projection_dim]`.
+        """
+        if isinstance(texts, Tensor):
+            tokens = texts
+        else:
+            tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
+            if truncated:
+                logger.warning("%d text(s) longer than %d tokens were truncated", truncated, tokens.shape[1])
+        return F.normalize(self.text_projection(self._text_tower(tokens)).float(), dim=-1)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode a batch of pairs: `(image_features [B, D], text_features [B, D])`, both unit-norm float32."""
+        return self.encode_image(images), self.encode_text(tokens)
+
+    def train(self, mode: bool = True) -> CLIPModel:
+        """Set training mode; a frozen backbone, and the BatchNorm statistics of loaded weights, stay held."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        elif self.holds_batchnorm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Put the activation into the state dict: tensors do not show it, and the wrong one is silent."""
+        return torch.tensor(self.architecture.activation == QUICK_GELU)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the activation that loaded weights were made with."""
+        activation = "quick_gelu" if bool(state) else "gelu"
+        if activation != self.architecture.activation:
+            self.architecture = Architecture(**{**vars(self.architecture), "activation": activation})
+            _set_activation(self.backbone, activation)
+
+    def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
+        sequence = [images] if isinstance(images, Image.Image | str | Path) else images
+        transform = clip_transform(self.image_resolution)
+        pictures = (to_rgb(item) if isinstance(item, Image.Image) else load_image(item) for item in sequence)
+        return torch.stack([transform(picture) for picture in pictures])
+
+    def _text_tower(self, tokens: Tensor) -> Tensor:
+        """Run CLIP's text tower up to the longest text's end: attention is causal, so later positions change nothing."""
+        clip = self.backbone
+        ends = tokens.argmax(dim=-1)
+        length = int(ends.max()) + 1
+        tokens, ends = tokens[:, :length].to(self.device), ends.to(self.device)
+        x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+        mask = torch.full((length, length), float("-inf"), device=x.device).triu_(1)
+        for block in clip.transformer.resblocks:
+            block.attn_mask = mask
+        x = clip.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+        x = clip.ln_final(x[torch.arange(len(x), device=x.device), ends])
+        return cast(Tensor, x @ clip.text_projection)
+
+    def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
+        stored = weights.projections if weights else {}
+        size = projection_dim or (len(stored["image_projection.weight"]) if stored else self.architecture.embed_dim)
+        for name in ("image_projection", "text_projection"):
+            setattr(self, name, nn.Linear(self.architecture.embed_dim, size, bias=False))
+        if stored and len(stored["image_projection.weight"]) == size:
+            self.image_projection.weight.data.copy_(stored["image_projection.weight"])
+            self.text_projection.weight.data.copy_(stored["text_projection.weight"])
+            return
+        shared = _shared_map(self.backbone, size)
+        self.image_projection.weight.data.copy_(shared)
+        self.text_projection.weight.data.copy_(shared)
+        if size < self.architecture.embed_dim and weights is not None:
+            logger.warning(
+                "projection_dim %d is smaller than the backbone's %d: zero-shot quality is reduced",
+                size,
+                self.architecture.embed_dim,
+            )
+
+
+class ContrastiveLoss(nn.Module):
+    """Symmetric InfoNCE: the mean of both directions' cross-entropies (Radford et al. 2021, figure 3), in nats.
+
+    Args:
+        temperature: initial temperature of the loss's own learned `logit_scale` = ln(1 / temperature), used when a call
+            brings none.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | None = None,
+        *,
+        image_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a batch of pairs, a scalar.
+
+        Args:
+            image_features: unit-norm `[B, D]`; row i matches text i.
+            text_features: unit-norm `[B, D]`.
+            logit_scale: log of the inverse temperature, a scalar; None: the loss's own.
+            image_ids: `[B]`; pairs of the same image are no negatives of each other.
+        """
+        if image_features.shape != text_features.shape or image_features.ndim != 2:
+            shapes = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+            raise ValueError(f"features must be two equal [B, D] tensors, got {shapes}")
+        scale = (self.logit_scale if logit_scale is None else logit_scale).exp()
+        logits = contrastive_logits(image_features, text_features, scale)
+        if image_ids is not None:
+            same = image_ids[:, None] == image_ids[None, :]
+            logits = logits.masked_fill(same.fill_diagonal_(False), float("-inf"))
+        labels = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def contrastive_logits(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
+    """Return `scale` times the cosine of every image with every text, `[B, B]`, computed in float32."""
+    with torch.autocast(image_features.device.type, enabled=False):
+        return scale.float() * (image_features.float() @ text_features.float().T)
+
+
+def build_optimizer(
+    model: CLIPModel, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with the towers at `backbone_lr_scale` times the rate; no decay on biases, norms, the temperature.
+
+    The groups are named `projection` and `backbone` (their `name` entry), each with and without decay.
+    """
+    groups: dict[tuple[str, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "backbone" if name.startswith("backbone.") else "projection"
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((part, decay), []).append(parameter)
+    rates = {"projection": learning_rate, "backbone": learning_rate * backbone_lr_scale}
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
+            for (part, decay), parameters in groups.items()
+        ],
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        fused=model.device.type in {"cpu", "cuda"},
+    )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_share: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over a share of the steps, then a cosine to zero; stepped once a step."""
+    warmup_steps = min(round(total_steps * warmup_share), total_steps - 1)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class EpochResult(NamedTuple):
+    """What one epoch of training gave, averaged over its pairs."""
+
+    loss: float
+    """In nats; ln(batch size) is chance."""
+    accuracy: float
+    """In-batch R@1, both directions averaged, in percent. It depends on the batch size: never a result."""
+    num_pairs: int
+
+
+class MultimodalTrainer:
+    """Does one step and one epoch; knows nothing of settings, files or plots.
+
+    Args:
+        model: on its device.
+        loss: called with `(image_features, text_features, logit_scale, image_ids=...)`.
+        optimizer: over the model's trained parameters.
+        scheduler: stepped once a step; None: constant rates.
+        precision: of the forward pass; parameters and the loss stay float32.
+        gradient_clip_norm: largest norm of the whole gradient; 0: no clipping.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        loss: ContrastiveLoss,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        *,
+        precision: Precision,
+        gradient_clip_norm: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.precision = precision
+        self.gradient_clip_norm = gradient_clip_norm
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision.scaled)
+        self.global_step = 0
+
+    def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take one optimiser step.
+
+        Args:
+            images: `[B, 3, R, R]` float32, normalised.
+            tokens: `[B, 77]`.
+            image_ids: `[B]`, or None when every image of the batch is another.
+
+        Returns:
+            The loss, in nats, and the in-batch accuracy, in [0, 1]: two scalars on the device, not yet waited for.
+        """
+        device = self.model.device
+        ids = None if image_ids is None else image_ids.to(device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(device, self.precision):
+            image_features, text_features = self.model(images.to(device, non_blocking=True), tokens)
+        loss = self.loss(image_features, text_features, self.model.logit_scale, image_ids=ids)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        if self.gradient_clip_norm:
+            trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+            torch.nn.utils.clip_grad_norm_(trained, self.gradient_clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            accuracy = in_batch_accuracy(image_features, text_features)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.global_step += 1
+        return loss.detach(), accuracy
+
+    def train_epoch(
+        self,
+        batches: Iterable[Any],
+        *,
+        check_interval: int = 10,
+        on_check: Callable[[int, float], None] | None = None,
+    ) -> EpochResult:
+        """Train over `batches` of `(images, tokens, image_ids, ...)`.
+
+        Args:
+            batches: one epoch.
+            check_interval: steps between two looks at the loss; each look waits for the device.
+            on_check: called there with the step and the mean loss since the last one.
+
+        Raises:
+            FloatingPointError: the loss is not finite; says step, loss and rate.
+            ValueError: there was no batch.
+        """
+        self.model.train()
+        totals = torch.zeros(2, device=self.model.device)
+        since_check = torch.zeros((), device=self.model.device)
+        num_pairs = steps = 0
+        for images, tokens, image_ids, *_ in batches:
+            loss, accuracy = self.train_step(images, tokens, image_ids)
+            totals += len(tokens) * torch.stack([loss, accuracy])
+            since_check += loss
+            num_pairs, steps = num_pairs + len(tokens), steps + 1
+            if steps % check_interval == 0:
+                self._check(since_check.item() / check_interval, on_check)
+                since_check.zero_()
+        if not num_pairs:
+            raise ValueError("no batch of pairs to train on")
+        mean_loss, mean_accuracy = (totals / num_pairs).tolist()
+        self._check(mean_loss, None)
+        return EpochResult(mean_loss, 100 * mean_accuracy, num_pairs)
+
+    def _check(self, mean_loss: float, on_check: Callable[[int, float], None] | None) -> None:
+        if not math.isfinite(mean_loss):
+            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in self.optimizer.param_groups)
+            raise FloatingPointError(
+                f"the loss is {mean_loss} at step {self.global_step} (rates: {rates}); "
+                "lower --learning_rate, or train with --precision fp32; the last checkpoint is untouched"
+            )
+        if on_check is not None:
+            on_check(self.global_step, mean_loss)
+
+
+def in_batch_accuracy(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Return the share of the batch whose own partner scores highest, both directions averaged: a scalar in [0, 1]."""
+    similarity = contrastive_logits(image_features, text_features, torch.ones((), device=image_features.device))
+    labels = torch.arange(len(similarity), device=similarity.device)
+    hits = (similarity.argmax(1) == labels).float().mean() + (similarity.argmax(0) == labels).float().mean()
+    return hits / 2
+
+
+def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -> Weights | None:
+    """Read the weights that `pretrained` names; None: random ones."""
+    if pretrained not in {"auto", "openai", "none"}:
+        weights = read_weights(Path(pretrained), activation=activation)
+        if weights.architecture.name != model_name and not isinstance(model_name, ModelName):
+            message = "%s holds a %s, and the file decides: the model name %s is not used"
+            logger.warning(message, pretrained, weights.architecture.name, model_name)
+        return weights
+    known_architecture(model_name)
+    if pretrained == "none" or (pretrained == "auto" and published_url(model_name) is None):
+        return None
+    return read_weights(published_weights(model_name), activation=activation)
+
+
+def _build_backbone(architecture: Architecture, weights: Weights | None) -> Any:
+    """Build OpenAI's `CLIP` and fill it; its own `logit_scale` goes, `CLIPModel` has it."""
+    clip_class = import_clip().model.CLIP
+    sizes = {
+        key: value for key, value in vars(architecture).items() if key not in {"name", "activation", "vision_heads"}
+    }
+    backbone = clip_class(**sizes)
+    del backbone.logit_scale
+    if architecture.is_vit:
+        for block in backbone.visual.transformer.resblocks:
+            block.attn.num_heads = architecture.vision_heads
+            block.attn.head_dim = architecture.vision_width // architecture.vision_heads
+    _set_activation(backbone, architecture.activation)
+    if weights is not None:
+        tensors = {name: value for name, value in weights.tensors.items() if name != "logit_scale"}
+        try:
+            backbone.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"weights that do not fit a {architecture.name}: {reason[:300]}") from None
+    return backbone.float()
+
+
+def _set_activation(backbone: nn.Module, activation: str) -> None:
+    make = import_clip().model.QuickGELU if activation == QUICK_GELU else nn.GELU
+    for module in backbone.modules():
+        if hasattr(module, "mlp") and hasattr(module.mlp, "gelu"):
+            module.mlp.gelu = make()
+
+
+def _shared_map(backbone: Any, size: int) -> Tensor:
+    """Return the projection layers' common start, `[size, embed_dim]`."""
+    visual = backbone.visual
+    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T
+    embed_dim = image_map.shape[1]
+    if size == embed_dim:
+        return torch.eye(embed_dim)
+    if size > embed_dim:
+        generator = torch.Generator().manual_seed(0)
+        return torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q
+    stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
+    return torch.linalg.svd(stacked, full_matrices=False).Vh[:size]
+
+
+__all__ = ["ARCHITECTURES", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]

@@ -1,0 +1,430 @@
+"""Fine-tune CLIP on image-text pairs: settings, data, model, loop, evaluation, saved results.
+
+python train.py --data_dir ./data --batch_size 64
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint, save_checkpoint
+from clip_model import CLIPModel, ContrastiveLoss, ModelName, MultimodalTrainer, build_optimizer, build_scheduler
+from config import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config, load_config, override, run_stage
+from data_loader import (
+    SAMPLE_SIZE,
+    Batch,
+    ImageTextDataset,
+    Pairs,
+    TrainLoader,
+    create_sample_dataset,
+    holds_only_placeholders,
+    training_pairs,
+)
+from evaluation import RECALL_KEYS, Outcome, evaluate
+from preprocessing import train_transform
+from runtime import Precision, default_num_workers, resolve_device, resolve_precision, seed_everything, setup_logging
+from visualization import draw_figures
+
+logger = logging.getLogger("train")
+
+MAY_CHANGE_ON_RESUME = {
+    "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "resume",
+    "log_interval", "log_level",
+}  # fmt: skip
+LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the settings say; returns the exit code."""
+    return run_stage(lambda: _train(argv), name="train.py")
+
+
+def _train(argv: list[str] | None) -> int:
+    config, given = load_config(argv, description=str(__doc__).splitlines()[0])
+    setup_logging(config.run.log_level)
+    state, config = _find_state(config, given)
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.training.precision, device)
+    seed_everything(config.training.seed)
+    if "data_dir" not in given:
+        _make_sample_data(config)
+    pairs = training_pairs(config.data, seed=config.training.seed)
+    model = _make_model(config, given, state).to(device)
+    files = RunFiles(Path(config.run.output_dir))
+    if state is None:
+        files.set_aside_earlier_run()
+    setup_logging(config.run.log_level, files.log)
+    try:
+        run = Run(config, model, pairs, files, precision=precision)
+        if state is not None:
+            run.restore(state)
+        run.train()
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            "the GPU is out of memory: lower --batch_size, pass --freeze_backbone, --precision bf16, "
+            "a smaller --model_name, or --device cpu"
+        ) from None
+    for figure in draw_figures(files.results):
+        logger.info("figure: %s", figure)
+    print(run.summary())
+    return 0
+
+
+class RunFiles:
+    """Where a run leaves what, below its output folder."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.root = output_dir
+        self.best = output_dir / "model-checkpoint" / "best_model.pth"
+        self.last = output_dir / "model-checkpoint" / "last_model.pth"
+        self.results = output_dir / "results" / "training_results.json"
+        self.log = output_dir / "logs" / "train.log"
+        self.history = output_dir / "logs" / "history.jsonl"
+        self.events = output_dir / "logs" / "tensorboard"
+
+    def set_aside_earlier_run(self) -> None:
+        """Move what an earlier run left here to `previous/<its start time>/`."""
+        figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
+        own = [self.best, self.last, self.results, self.log, self.history, self.events]
+        left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
+        if not left:
+            return
+        folder = self.root / "previous" / self._start_of_earlier_run(left)
+        while folder.exists():
+            folder = folder.with_name(f"{folder.name}+")
+        for path in left:
+            target = folder / path.relative_to(self.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        logger.info("the earlier run's files are now in %s", folder)
+
+    def _start_of_earlier_run(self, left: list[Path]) -> str:
+        try:
+            started = str(json.loads(self.results.read_text(encoding="utf-8"))["started_at"])
+        except (OSError, ValueError, KeyError, TypeError):
+            oldest = min(path.stat().st_mtime for path in left)
+            started = datetime.fromtimestamp(oldest).isoformat(timespec="seconds")
+        return started.replace(":", "-")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all of it plain values, so that a checkpoint holds it."""
+
+    started_at: str
+    epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    best_epoch: int = 0
+    epochs_since_best: int = 0
+
+
+class Run:
+    """One training run: epochs, validation, early stop, what is saved."""
+
+    def __init__(
+        self, config: Config, model: CLIPModel, pairs: dict[str, Pairs], files: RunFiles, *, precision: Precision
+    ) -> None:
+        settings = config.training
+        self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
+        workers = config.data.num_workers
+        self.num_workers = default_num_workers(model.device) if workers is None else workers
+        dataset = ImageTextDataset(
+            pairs["train"],
+            transform=train_transform(model.image_resolution, config.data.augment),
+            captions=config.data.captions,
+            seed=settings.seed,
+        )
+        self.loader = TrainLoader(
+            dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device
+        )
+        scale = settings.backbone_lr_scale
+        self.backbone_lr_scale = (1.0 if model.starts_random else 0.01) if scale is None else scale
+        optimizer = build_optimizer(
+            model,
+            learning_rate=settings.learning_rate,
+            backbone_lr_scale=self.backbone_lr_scale,
+            weight_decay=settings.weight_decay,
+        )
+        steps = settings.num_epochs * len(self.loader)
+        scheduler = build_scheduler(optimizer, total_steps=steps, warmup_share=settings.warmup_share)
+        self.trainer = MultimodalTrainer(
+            model,
+            ContrastiveLoss(),
+            optimizer,
+            scheduler,
+            precision=precision,
+            gradient_clip_norm=settings.gradient_clip_norm,
+        )
+        self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
+        self.bad_images: set[str] = set()
+
+    def train(self) -> None:
+        """Evaluate the model as loaded, then train epoch by epoch until the last one or the early stop."""
+        self._announce()
+        progress, settings = self.progress, self.config.training
+        self.writer = SummaryWriter(str(self.files.events), purge_step=progress.epoch + 1)
+        if not progress.history:
+            self._finish_epoch({"train_loss": None, "train_accuracy": None}, seconds=0.0)
+        while progress.epoch < settings.num_epochs:
+            if self._is_stale():
+                logger.info(
+                    "early stop: no better RSum for %d epochs (--early_stopping_patience)", progress.epochs_since_best
+                )
+                break
+            progress.epoch += 1
+            start = time.monotonic()
+            result = self.trainer.train_epoch(
+                self._batches(), check_interval=self.config.run.log_interval, on_check=self._log_step
+            )
+            values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
+            self._finish_epoch(values, seconds=time.monotonic() - start)
+        self._write_results(finished=True)
+        self.writer.close()
+        if self.bad_images:
+            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state; the model holds its weights already."""
+        self.trainer.optimizer.load_state_dict(state["optimizer_state_dict"])
+        if self.trainer.scheduler is not None:
+            self.trainer.scheduler.load_state_dict(state["scheduler_state_dict"])
+        self.trainer.scaler.load_state_dict(state["scaler_state_dict"])
+        self.trainer.global_step = state["global_step"]
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng_state"])
+
+    def summary(self) -> str:
+        """Lay the result beside the model as loaded."""
+        progress = self.progress
+        first, best = progress.baseline["metrics"], progress.best["metrics"]
+        lines = ["", f"{'':24}{'as loaded':>12}{f'epoch {progress.best_epoch}':>12}{'chance':>12}"]
+        for key in (*RECALL_KEYS, "rsum"):
+            chance = progress.best["chance"][key]
+            lines.append(f"{key:24}{first[key]:12.1f}{best[key]:12.1f}{chance:12.1f}")
+        for key in ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss"):
+            lines.append(f"{key:24}{first[key]:12.3g}{best[key]:12.3g}")
+        if progress.best_epoch == 0:
+            lines.append("no epoch beat the model as loaded, which is kept as best: lower --learning_rate")
+        lines.append(f"\nbest model: {self.files.best}\nresults: {self.files.results}")
+        return "\n".join(lines)
+
+    def _announce(self) -> None:
+        model, settings = self.model, self.config.training
+        start = "random start" if model.starts_random else "pretrained"
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        name = model.architecture.name
+        logger.info("model %s (%s), %.1f M parameters, %.1f M trained", name, start, total / 1e6, trained / 1e6)
+        train, val = self.pairs["train"], self.pairs["val"]
+        logger.info(
+            "data %s: %d training images (%d pairs), %d validation images (%d pairs)",
+            self.config.data.data_dir, len(train), train.num_pairs, len(val), val.num_pairs,
+        )  # fmt: skip
+        logger.info(
+            "device %s, precision %s, %d loading processes", model.device, self.precision.name, self.num_workers
+        )
+        tower_rate = settings.learning_rate * self.backbone_lr_scale
+        logger.info("peak rates: projection layers %.3g, towers %.3g", settings.learning_rate, tower_rate)
+        if model.starts_random or self.config.model.freeze_backbone:
+            return
+        if not LOWEST_TOWER_RATE <= tower_rate <= HIGHEST_TOWER_RATE:
+            logger.warning(
+                "pretrained towers rarely gain at a rate of %.3g; %g to %g is usual: change --backbone_lr_scale",
+                tower_rate, LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE,
+            )  # fmt: skip
+
+    def _batches(self) -> Any:
+        epoch, last = self.progress.epoch, self.config.training.num_epochs
+        bar = tqdm(total=len(self.loader.dataset), unit="pair", desc=f"epoch {epoch}/{last}", leave=False, disable=None)
+        with bar:
+            for batch in self.loader.epoch(epoch):
+                self._note_errors(batch)
+                if len(batch.tokens):
+                    yield batch
+                bar.update(len(batch.tokens))
+
+    def _note_errors(self, batch: Batch) -> None:
+        for error in batch.errors:
+            if error not in self.bad_images:
+                self.bad_images.add(error)
+                logger.warning("left out: %s", error)
+
+    def _log_step(self, step: int, loss: float) -> None:
+        logger.debug("step %d: loss %.4f", step, loss)
+        self.writer.add_scalar("step/train_loss", loss, step)
+
+    def _is_stale(self) -> bool:
+        patience = self.config.training.early_stopping_patience
+        return bool(patience) and self.progress.epochs_since_best >= patience
+
+    def _finish_epoch(self, values: dict[str, Any], *, seconds: float) -> None:
+        progress = self.progress
+        outcome = evaluate(
+            self.model,
+            self.pairs["val"],
+            batch_size=max(self.config.training.batch_size, 64),
+            num_workers=self.num_workers,
+            precision=self.precision,
+            loss_batch_size=self.config.training.batch_size,
+        )
+        entry = {
+            "epoch": progress.epoch,
+            "step": self.trainer.global_step,
+            **values,
+            **self._rates(),
+            **outcome.metrics,
+        }
+        progress.history.append(entry)
+        improved = self._keep_if_best(outcome)
+        self._record(entry)
+        self._save(self.files.last, with_optimizer=True)
+        if improved:
+            self._save(self.files.best, with_optimizer=False)
+        self._write_results(finished=False)
+        self._log_epoch(entry, improved=improved, seconds=seconds)
+
+    def _rates(self) -> dict[str, float]:
+        rates = {group["name"]: group["lr"] for group in self.trainer.optimizer.param_groups}
+        return {"learning_rate": rates["projection"], "backbone_learning_rate": rates.get("backbone", 0.0)}
+
+    def _keep_if_best(self, outcome: Outcome) -> bool:
+        progress = self.progress
+        if not progress.baseline:
+            progress.baseline = outcome.to_dict()
+        improved = not progress.best or outcome.metrics["rsum"] > progress.best["metrics"]["rsum"]
+        progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+        if improved:
+            progress.best, progress.best_epoch = outcome.to_dict(), progress.epoch
+        return improved
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        with self.files.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        for key, value in entry.items():
+            if key not in {"epoch", "step"} and value is not None:
+                self.writer.add_scalar(f"epoch/{key}", value, entry["epoch"])
+        self.writer.flush()
+
+    def _save(self, path: Path, *, with_optimizer: bool) -> None:
+        model, trainer = self.model, self.trainer
+        state: dict[str, Any] = {
+            "epoch": self.progress.epoch,
+            "global_step": trainer.global_step,
+            "model_state_dict": model.state_dict(),
+            "architecture": model.architecture.to_dict(),
+            "config": self.config.model_dump(),
+            "metrics": self.progress.history[-1],
+            "val_images": list(self.pairs["val"].paths),
+            "starts_random": model.starts_random,
+            "holds_batchnorm": model.holds_batchnorm,
+        }
+        if with_optimizer:
+            assert trainer.scheduler is not None
+            state |= {
+                "optimizer_state_dict": trainer.optimizer.state_dict(),
+                "scheduler_state_dict": trainer.scheduler.state_dict(),
+                "scaler_state_dict": trainer.scaler.state_dict(),
+                "progress": asdict(self.progress),
+                "rng_state": torch.get_rng_state(),
+            }
+        save_checkpoint(path, state)
+
+    def _write_results(self, *, finished: bool) -> None:
+        progress = self.progress
+        results = {
+            "started_at": progress.started_at,
+            "finished_at": datetime.now().isoformat(timespec="seconds") if finished else None,
+            "best_epoch": progress.best_epoch,
+            "metrics": progress.best["metrics"],
+            "baseline": progress.baseline["metrics"],
+            "chance": progress.best["chance"],
+            "num_images": progress.best["num_images"],
+            "num_texts": progress.best["num_texts"],
+            "histograms": {"baseline": progress.baseline["histograms"], "best": progress.best["histograms"]},
+            "config": self.config.model_dump(),
+            "history": progress.history,
+        }
+        self.files.results.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.files.results.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.files.results)
+
+    def _log_epoch(self, entry: dict[str, Any], *, improved: bool, seconds: float) -> None:
+        trained = ""
+        if entry["train_loss"] is not None:
+            size = self.config.training.batch_size
+            trained = f"loss {entry['train_loss']:.3f}, accuracy {entry['train_accuracy']:.1f}% in batches of {size}, "
+        logger.info(
+            "epoch %d: %sval loss %.3f, R@1 i2t %.1f t2i %.1f, RSum %.1f%s, %.0f s",
+            entry["epoch"], trained, entry["val_loss"], entry["i2t_r1"], entry["t2i_r1"], entry["rsum"],
+            " (best)" if improved else "", seconds,
+        )  # fmt: skip
+
+
+def _find_state(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Config]:
+    """Find what to resume from; its settings hold, but for those that may change.
+
+    Raises:
+        FileNotFoundError: the checkpoint named is not there.
+        ValueError: it cannot be resumed from, or a given flag may not change.
+    """
+    if config.run.resume is None:
+        return None, config
+    path = Path(config.run.resume)
+    if config.run.resume == "latest":
+        path = RunFiles(Path(config.run.output_dir)).last
+        if not path.exists():
+            logger.info("nothing to resume in %s: starting from the beginning", config.run.output_dir)
+            return None, config
+    state = load_checkpoint(path)
+    if "optimizer_state_dict" not in state:
+        raise ValueError(f"{path} holds no training state to resume from; use last_model.pth")
+    stored = Config.model_validate(state["config"])
+    changed = {name: value for name, value in given.items() if override(stored, {name: value}) != stored}
+    refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
+    if refused:
+        flags = ", ".join(f"--{name}" for name in refused)
+        raise ValueError(f"{flags} cannot change when a run is resumed; start a new one, or leave the flag away")
+    for name, value in changed.items():
+        if name != "resume":
+            logger.info("resumed with --%s %s", name, value)
+    logger.info("resuming at epoch %d, step %d from %s", state["epoch"], state["global_step"], path)
+    return {**state, "file": str(path)}, override(stored, changed)
+
+
+def _make_sample_data(config: Config) -> None:
+    """Make sample data where the user named none and has none."""
+    folder = Path(DEFAULT_DATA_DIR)
+    if config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
+        index = create_sample_dataset(folder, SAMPLE_SIZE)
+        logger.info("no --data_dir was given and %s is empty: made %d sample pairs (%s)", folder, SAMPLE_SIZE, index)
+
+
+def _make_model(config: Config, given: dict[str, Any], state: dict[str, Any] | None) -> CLIPModel:
+    settings = config.model
+    chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
+    name = settings.name if chosen else ModelName(settings.name)
+    pretrained, activation = settings.pretrained, settings.activation
+    if state is not None:  # the checkpoint holds architecture and weights; nothing else is needed
+        name, pretrained = ModelName(settings.name), state["file"]
+    model = CLIPModel(name, settings.projection_dim, settings.freeze_backbone, pretrained, activation=activation)
+    if state is not None:
+        model.starts_random, model.holds_batchnorm = state["starts_random"], state["holds_batchnorm"]
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())
