@@ -208,7 +208,8 @@ def _parse_json(text: str, path: Path, *, line: int | None = None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON at line {line or error.lineno}, column {error.colno}: {error.msg}") from None  # fmt: skip
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: not valid JSON at {place}: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
 
@@ -340,7 +341,7 @@ def _collect(entries: Iterable[_Entry]) -> tuple[list[Row], list[str]]:
             problems.append(f"{entry.place}: {entry.image} has another split or group at {first[3]}")
         else:
             first[0].extend(captions)
-    found = [Row(image, tuple(captions), *rest) for image, (captions, *rest) in rows.items()]
+    found = [Row(image, tuple(texts), split, group, place) for image, (texts, split, group, place) in rows.items()]
     return found, problems
 
 

@@ -36,7 +36,8 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as a checkpoint stores them."""
         values = asdict(self)
-        values["vision_layers"] = list(self.vision_layers) if not self.is_vit else self.vision_layers
+        if isinstance(self.vision_layers, tuple):
+            values["vision_layers"] = list(self.vision_layers)
         return values
 
     @classmethod
@@ -57,32 +58,46 @@ class Architecture:
         return replace(self, name="", activation="") == replace(other, name="", activation="")
 
 
-def _vit(name: str, embed: int, resolution: int, patch: int, vision: tuple[int, int], text: tuple[int, int]) -> Architecture:  # fmt: skip
-    (width, layers), (text_width, text_layers) = vision, text
-    heads, text_heads = width // 64, text_width // 64
+def _vit(
+    name: str, embed_dim: int, resolution: int, patch: int, *, image: tuple[int, int], text: tuple[int, int]
+) -> Architecture:
+    """Describe a ViT by the width and the number of layers of both towers."""
     return Architecture(
-        name, embed, resolution, layers, width, patch, heads, 77, 49408, text_width, text_heads, text_layers
+        name=name,
+        embed_dim=embed_dim,
+        image_resolution=resolution,
+        vision_layers=image[1],
+        vision_width=image[0],
+        vision_patch_size=patch,
+        vision_heads=image[0] // 64,
+        context_length=77,
+        vocab_size=49408,
+        transformer_width=text[0],
+        transformer_heads=text[0] // 64,
+        transformer_layers=text[1],
     )
 
 
-def _resnet(name: str, embed: int, resolution: int, layers: tuple[int, ...], width: int, text_width: int) -> Architecture:  # fmt: skip
-    return Architecture(
-        name, embed, resolution, layers, width, None, width // 2, 77, 49408, text_width, text_width // 64, 12
-    )
+def _resnet(
+    name: str, embed_dim: int, resolution: int, layers: tuple[int, ...], *, width: int, text_width: int
+) -> Architecture:
+    """Describe a ResNet by its blocks a stage and its width; its text tower has 12 layers."""
+    vit = _vit(name, embed_dim, resolution, 1, image=(width, 0), text=(text_width, 12))
+    return replace(vit, vision_layers=layers, vision_patch_size=None, vision_heads=width // 2)
 
 
 _ARCHITECTURES = (
-    _resnet("RN50", 1024, 224, (3, 4, 6, 3), 64, 512),
-    _resnet("RN101", 512, 224, (3, 4, 23, 3), 64, 512),
-    _resnet("RN50x4", 640, 288, (4, 6, 10, 6), 80, 640),
-    _resnet("RN50x16", 768, 384, (6, 8, 18, 8), 96, 768),
-    _resnet("RN50x64", 1024, 448, (3, 15, 36, 10), 128, 1024),
-    _vit("ViT-B/32", 512, 224, 32, (768, 12), (512, 12)),
-    _vit("ViT-B/16", 512, 224, 16, (768, 12), (512, 12)),
-    _vit("ViT-L/14", 768, 224, 14, (1024, 24), (768, 12)),
-    _vit("ViT-L/14@336px", 768, 336, 14, (1024, 24), (768, 12)),
+    _resnet("RN50", 1024, 224, (3, 4, 6, 3), width=64, text_width=512),
+    _resnet("RN101", 512, 224, (3, 4, 23, 3), width=64, text_width=512),
+    _resnet("RN50x4", 640, 288, (4, 6, 10, 6), width=80, text_width=640),
+    _resnet("RN50x16", 768, 384, (6, 8, 18, 8), width=96, text_width=768),
+    _resnet("RN50x64", 1024, 448, (3, 15, 36, 10), width=128, text_width=1024),
+    _vit("ViT-B/32", 512, 224, 32, image=(768, 12), text=(512, 12)),
+    _vit("ViT-B/16", 512, 224, 16, image=(768, 12), text=(512, 12)),
+    _vit("ViT-L/14", 768, 224, 14, image=(1024, 24), text=(768, 12)),
+    _vit("ViT-L/14@336px", 768, 336, 14, image=(1024, 24), text=(768, 12)),
     # no published weights: small enough to be trained from random ones on a laptop
-    _vit("ViT-Ti/32", 256, 224, 32, (192, 6), (192, 3)),
+    _vit("ViT-Ti/32", 256, 224, 32, image=(192, 6), text=(192, 3)),
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in _ARCHITECTURES}
 

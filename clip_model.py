@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -56,7 +57,7 @@ class CLIPModel(nn.Module):
 
     def __init__(
         self,
-        model_name: str = ModelName(DEFAULT_MODEL_NAME),  # noqa: B008  (an immutable string)
+        model_name: str = ModelName(DEFAULT_MODEL_NAME),
         projection_dim: int | None = None,
         freeze_backbone: bool = False,
         pretrained: str | Path = "auto",
@@ -67,7 +68,7 @@ class CLIPModel(nn.Module):
         weights = _find_weights(model_name, str(pretrained), activation=activation)
         self.architecture = weights.architecture if weights else known_architecture(model_name)
         if weights is None and activation is not None:
-            self.architecture = Architecture(**{**vars(self.architecture), "activation": activation})
+            self.architecture = replace(self.architecture, activation=activation)
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
         self.freeze_backbone = freeze_backbone
@@ -183,7 +184,7 @@ class CLIPModel(nn.Module):
         """Take the activation that loaded weights were made with."""
         activation = "quick_gelu" if bool(state) else "gelu"
         if activation != self.architecture.activation:
-            self.architecture = Architecture(**{**vars(self.architecture), "activation": activation})
+            self.architecture = replace(self.architecture, activation=activation)
             _set_activation(self.backbone, activation)
 
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
@@ -193,7 +194,7 @@ class CLIPModel(nn.Module):
         return torch.stack([transform(picture) for picture in pictures])
 
     def _text_tower(self, tokens: Tensor) -> Tensor:
-        """Run CLIP's text tower up to the longest text's end: attention is causal, so later positions change nothing."""
+        """Run CLIP's text tower up to the end of the longest text: it is causal, so later positions change nothing."""
         clip = self.backbone
         ends = tokens.argmax(dim=-1)
         length = int(ends.max()) + 1
@@ -209,8 +210,8 @@ class CLIPModel(nn.Module):
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}
         size = projection_dim or (len(stored["image_projection.weight"]) if stored else self.architecture.embed_dim)
-        for name in ("image_projection", "text_projection"):
-            setattr(self, name, nn.Linear(self.architecture.embed_dim, size, bias=False))
+        self.image_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
+        self.text_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
         if stored and len(stored["image_projection.weight"]) == size:
             self.image_projection.weight.data.copy_(stored["image_projection.weight"])
             self.text_projection.weight.data.copy_(stored["text_projection.weight"])
@@ -498,9 +499,9 @@ def _shared_map(backbone: Any, size: int) -> Tensor:
         return torch.eye(embed_dim)
     if size > embed_dim:
         generator = torch.Generator().manual_seed(0)
-        return torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q
+        return cast(Tensor, torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q)
     stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
-    return torch.linalg.svd(stacked, full_matrices=False).Vh[:size]
+    return cast(Tensor, torch.linalg.svd(stacked, full_matrices=False).Vh[:size])
 
 
 __all__ = ["ARCHITECTURES", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]

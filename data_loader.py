@@ -348,9 +348,8 @@ def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
         splits = {"train": pairs.select(held), "val": evaluation_pairs(settings.val_data, split=None, **options)}
     train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
     if len(train) < 2 or len(val) < 1:
-        raise ValueError(
-            f"{settings.data_dir}: {len(train)} training and {len(val)} validation image(s); at least 2 and 1 are needed"
-        )
+        found = f"{len(train)} training and {len(val)} validation image(s)"
+        raise ValueError(f"{settings.data_dir}: {found}; at least 2 and 1 are needed")
     if train.num_pairs + val.num_pairs < MIN_PAIRS:
         logger.warning("only %d pairs: at least %d are needed for more than a try-out", pairs.num_pairs, MIN_PAIRS)
     return {"train": train, "val": val}

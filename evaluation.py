@@ -225,7 +225,8 @@ def _owned(owners: Tensor, rows: slice, columns: slice) -> Tensor:
 
 
 def _count_halves(scores: Tensor, reference: Tensor, *, dim: int) -> Tensor:
-    return (scores > reference).sum(dim) + (scores >= reference).sum(dim)
+    higher: Tensor = (scores > reference).sum(dim)
+    return higher + (scores >= reference).sum(dim)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -421,7 +422,8 @@ def encode_captions(model: CLIPModel, captions: list[str], *, batch_size: int, p
 def metrics_table(outcome: Outcome) -> str:
     """Lay an evaluation out for reading: recalls with their chance, ranks, cosines."""
     metrics, chance = outcome.metrics, outcome.chance
-    lines = [f"{outcome.num_images} images, {outcome.num_texts} texts", "", f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"]  # fmt: skip
+    head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
+    lines = [f"{outcome.num_images} images, {outcome.num_texts} texts", "", head]
     for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
         recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in RECALLS)
         ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
@@ -450,7 +452,7 @@ def _own_validation_pairs(content: dict[str, Any], *, image_dir: str | None) -> 
     missing = [path for path in wanted if path not in row_of]
     if missing:
         raise ValueError(
-            f"{len(missing)} of the checkpoint's {len(wanted)} validation images are not in {data['data_dir']} any more "
+            f"{len(missing)} of the checkpoint's {len(wanted)} validation images are no longer in {data['data_dir']} "
             f"(first: {missing[0]}); name a data set with --data_dir"
         )
     return pairs.select(row_of[path] for path in wanted)

@@ -84,11 +84,12 @@ def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tupl
     """
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     num_truncated = 0
-    for row, ids in zip(tokens, map(_encode, texts), strict=True):
+    for row, text in enumerate(texts):
+        ids = _encode(text)
         if len(ids) > context_length:
             ids = [*ids[: context_length - 1], ids[-1]]
             num_truncated += 1
-        row[: len(ids)] = torch.tensor(ids)
+        tokens[row, : len(ids)] = torch.tensor(ids)
     return tokens, num_truncated
 
 
@@ -115,8 +116,8 @@ def _compose(steps: list[Any]) -> Transform:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        pixels = pixels * 255 if np.nanmax(pixels, initial=0) <= 1 else pixels
-    else:
+    if image.mode != "F":
         pixels = pixels / 257
+    elif np.nanmax(pixels, initial=0) <= 1:
+        pixels = pixels * 255
     return Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))

@@ -206,7 +206,8 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}  # fmt: skip
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path}: holds no tensors by name")
     for prefix in ("module.", "_orig_mod.", "text."):
@@ -230,7 +231,8 @@ def _activation_from_settings(settings: dict[str, Any]) -> str | None:
     if isinstance(settings.get("model_cfg"), dict):
         return QUICK_GELU if settings["model_cfg"].get("quick_gelu", False) else GELU
     # Hugging Face writes only what differs from its defaults, and its default is quick_gelu
-    told = {settings[key].get("hidden_act", QUICK_GELU) for key in ("text_config", "vision_config") if isinstance(settings.get(key), dict)}  # fmt: skip
+    parts = [settings.get(key) for key in ("text_config", "vision_config")]
+    told = {str(part.get("hidden_act", QUICK_GELU)) for part in parts if isinstance(part, dict)}
     return told.pop() if len(told) == 1 else None
 
 

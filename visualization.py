@@ -95,6 +95,7 @@ def training_curves_figure(results: dict[str, Any]) -> Figure:
     _draw_rates(rates, history)
     for axes in (loss, accuracy, rates):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)
         axes.legend(frameon=False, fontsize=9)
     name, best = results["config"]["model"]["name"], results["best_epoch"]
@@ -176,9 +177,8 @@ def _draw_accuracy(axes: Axes, results: dict[str, Any]) -> None:
 def _draw_rates(axes: Axes, history: list[dict[str, Any]]) -> None:
     _line(axes, history, "learning_rate", label="projection layers", color=BLUE)
     _line(axes, history, "backbone_learning_rate", label="towers", color=ORANGE, style="--")
-    both = [value for key in ("learning_rate", "backbone_learning_rate") for value in _series(history, key)[1]]
-    positive = [value for value in both if value > 0]
-    if positive and any(a != b for a, b in zip(*(_series(history, k)[1] for k in ("learning_rate", "backbone_learning_rate")), strict=False)):  # fmt: skip
+    rates = [_series(history, key)[1] for key in ("learning_rate", "backbone_learning_rate")]
+    if rates[0] != rates[1] and min(max(rate, default=0) for rate in rates) > 0:
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
