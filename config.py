@@ -297,5 +297,7 @@ def _describe(settings: type[Settings], problem: Any, by_key: dict[tuple[str, ..
         return f"--{loc[-1]} is required"
     if problem["type"] == "value_error":
         return f"{place}: {problem['ctx']['error']}"
+    if problem["type"] == "model_type":
+        return f"{place}: expected an object, got {problem['input']!r}"
     message = problem["msg"].removeprefix("Input should be ")
     return f"{place}: expected {message}, got {problem['input']!r}"

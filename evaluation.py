@@ -197,7 +197,8 @@ class _Blocks:
     def scores(self, rows: slice, columns: slice) -> Tensor:
         images = _padded(self.images[rows], self.image_block)
         texts = _padded(self.texts[columns], self.text_block)
-        return (images @ texts.T)[: rows.stop - rows.start, : columns.stop - columns.start]
+        scores: Tensor = (images @ texts.T)[: rows.stop - rows.start, : columns.stop - columns.start]
+        return scores
 
     def all(self) -> Iterator[tuple[slice, slice]]:
         for rows in self._slices(self.num_images, self.image_block):
@@ -220,13 +221,13 @@ class _Blocks:
 
 
 def _owned(owners: Tensor, rows: slice, columns: slice) -> Tensor:
-    part = owners[columns]
-    return (part >= rows.start) & (part < rows.stop)
+    inside: Tensor = (owners[columns] >= rows.start) & (owners[columns] < rows.stop)
+    return inside
 
 
 def _count_halves(scores: Tensor, reference: Tensor, *, dim: int) -> Tensor:
-    higher: Tensor = (scores > reference).sum(dim)
-    return higher + (scores >= reference).sum(dim)
+    counts: Tensor = (scores > reference).sum(dim) + (scores >= reference).sum(dim)
+    return counts
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,0 +1,34 @@
+"""Data and models that several tests share; made once, without a download."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sample_data import create_sample_dataset
+
+
+@pytest.fixture(scope="session")
+def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    create_sample_dataset(folder, 60)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_dir(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of two epochs."""
+    from train import main  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--data_dir", str(sample_dir), "--model_name", "ViT-Ti/32", "--num_epochs", "2", "--batch_size", "18"]
+    assert main([*flags, "--learning_rate", "1e-3", "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = os.environ.get("CLIP_TOOLKIT_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("CLIP_TOOLKIT_TEST_DATA names no folder")
+    return Path(folder)

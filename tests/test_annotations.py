@@ -1,0 +1,181 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from annotations import find_index, read_directory, read_index
+
+EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
+
+
+def write(folder: Path, text: str, name: str = "index.bin") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+FORMS = {
+    "json": json.dumps(
+        [
+            {"image_path": "a b.jpg", "caption": "one"},
+            {"image_path": "c.png", "caption": ["四"]},
+            {"image_path": "a b.jpg", "caption": "two, three"},
+        ]
+    ),
+    "jsonl": '{"filename": "a b.jpg", "title": ["one", "two, three"]}\n{"filename": "c.png", "title": "四"}\n',
+    "csv": '\ufeffimage,caption\na b.jpg,one\na b.jpg,"two, three"\nc.png,四\n',
+    "tsv": "filepath\ttitle\na b.jpg\tone\na b.jpg\ttwo, three\nc.png\t四\n",
+    "coco": json.dumps(
+        {
+            "images": [{"id": 1, "file_name": "a b.jpg"}, {"id": 2, "file_name": "c.png"}],
+            "annotations": [
+                {"image_id": 1, "caption": "one"},
+                {"image_id": 1, "caption": "two, three"},
+                {"image_id": 2, "caption": "四"},
+            ],
+        }
+    ),
+    "karpathy": json.dumps(
+        {
+            "images": [
+                {"filename": "a b.jpg", "split": "restval", "sentences": [{"raw": "one"}, {"raw": "two, three"}]},
+                {"filename": "c.png", "split": "test", "sentences": [{"raw": "四"}]},
+            ]
+        }
+    ),
+    "mapping": json.dumps({"a b.jpg": ["one", "two, three"], "c.png": "四"}),
+    "token": "a b.jpg#0\tone\na b.jpg#1\ttwo, three\nc.png#zhm#0 四\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_found_by_its_content(form: str, tmp_path: Path) -> None:
+    index = read_index(write(tmp_path, FORMS[form]))
+    assert index.form == form
+    assert [(row.image, row.captions) for row in index.rows] == EXPECTED
+    assert index.problems == []
+
+
+def test_splits_and_groups_are_read(tmp_path: Path) -> None:
+    assert [row.split for row in read_index(write(tmp_path, FORMS["karpathy"])).rows] == ["train", "test"]
+    text = '{"image": "a.jpg", "caption": "x", "split": "dev", "group": "g"}\n{"image": "b.jpg", "caption": "y"}'
+    assert [row[2:4] for row in read_index(write(tmp_path, text)).rows] == [("val", "g"), (None, None)]
+
+
+def test_the_directory_form(tmp_path: Path) -> None:
+    for name in ("images/a/x.JPG", "images/y.png", "images/z.png", "images/z.jpg", "captions/q.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("q")
+    (tmp_path / "captions/a").mkdir()
+    (tmp_path / "captions/a/x.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "captions/z.txt").write_text("clash\n")
+    index = read_directory(tmp_path)
+    assert [(row.image, row.captions) for row in index.rows] == [("images/a/x.JPG", ("one", "two"))]
+    assert len(index.problems) == 3  # clashing z, y without captions, q without image
+
+
+def test_further_columns_are_counted_and_caption_key_picks_one(tmp_path: Path) -> None:
+    path = write(tmp_path, '[{"image": "a.jpg", "caption": "x", "caption_zh": "好", "width": 3}]')
+    assert read_index(path).ignored_columns == {"caption_zh": 1, "width": 1}
+    assert read_index(path, caption_key="caption_zh").rows[0].captions == ("好",)
+    with pytest.raises(ValueError, match="did you mean caption_zh"):
+        read_index(path, caption_key="captionzh")
+
+
+def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
+    rows = [
+        {"image": "ok.jpg", "caption": "fine"},
+        {"image": "a.jpg", "caption": " "},
+        {"image": "b.jpg", "caption": 3},
+    ]
+    rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
+    index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
+    assert [problem.split(":")[1] for problem in index.problems] == [" row 2", " row 3", " row 4", " row 5", " row 6"]
+    assert "unknown split 'tset'" in index.problems[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("[]", "it has no entries"),
+        ('[{"image": "a.jpg", "caption": ""}]', "row 1: empty caption"),
+        ('[{"image": "a.jpg",\n "capt', "line 2, column 2"),
+        ('[{"file": "a.jpg", "caption": "x"}]', "no column for the image"),
+        ("a.jpg\nb.jpg\n", "of no known form"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"image": "a.jpg", "caption": "x"}\n{"image": ', "line 2"),
+    ],
+)
+def test_what_cannot_be_read_is_said(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_index(write(tmp_path, text))
+
+
+def test_invalid_utf8_names_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b'[{"image": "\xff"}]')
+    with pytest.raises(ValueError, match="not UTF-8 at byte 12"):
+        read_index(path)
+
+
+CAPTIONS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda text: text.strip())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CAPTIONS, min_size=1, max_size=4))
+def test_captions_survive_json_and_csv(tmp_path_factory: pytest.TempPathFactory, captions: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("round")
+    expected = tuple(caption.strip() for caption in captions)
+    rows = [{"image": "a.jpg", "caption": caption} for caption in captions]
+    assert read_index(write(folder, json.dumps(rows))).rows[0].captions == expected
+    with (folder / "x").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "caption"], quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_index(folder / "x").rows[0].captions == expected
+
+
+def test_find_index(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"python data_loader\.py"):
+        find_index(tmp_path)
+    write(tmp_path, "notes", "notes.txt")
+    one = write(tmp_path, FORMS["json"], "pairs.json")
+    assert find_index(tmp_path) == one
+    write(tmp_path, FORMS["token"], "tokens.txt")
+    with pytest.raises(ValueError, match=r"pairs.json, tokens.txt; name one with --data_dir FILE"):
+        find_index(tmp_path)
+    data = write(tmp_path, FORMS["json"], "data.json")
+    assert find_index(tmp_path) == data
+    splits = {split: write(tmp_path, FORMS["json"], f"{split}.json") for split in ("train", "val")}
+    assert find_index(tmp_path) == splits
+    write(tmp_path, FORMS["csv"], "train.csv")
+    with pytest.raises(ValueError, match=r"several files for one split: train.csv, train.json"):
+        find_index(tmp_path)
+
+
+REAL = {
+    "annotations/coco_captions_val2017.json": ("coco", 5000, 25014),
+    "annotations/ucm_karpathy.json": ("karpathy", 2100, 10500),
+    "annotations/sydney_karpathy.json": ("karpathy", 613, 3065),
+    "annotations/Flickr8k.token.txt": ("token", 8093, 40460),
+    "annotations/captions.kaggle.txt": ("csv", 8091, 40455),
+    "annotations/flickr8k_zh_test.captions.txt": ("token", 1000, 5000),
+    "flickr8k/train.json": ("json", 6000, 30000),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files(name: str, real_data: Path) -> None:
+    index = read_index(real_data / name)
+    assert (index.form, len(index.rows), sum(len(row.captions) for row in index.rows)) == REAL[name]
+
+
+def test_two_forms_of_flickr8k_agree(real_data: Path) -> None:
+    tokens = {row.image: row.captions for row in read_index(real_data / "annotations/Flickr8k.token.txt").rows}
+    table = {row.image: row.captions for row in read_index(real_data / "annotations/captions.kaggle.txt").rows}
+    assert set(tokens) - set(table) == {"2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg"} - set(table)
+    assert all(sorted(tokens[image]) == sorted(table[image]) for image in table)

@@ -1,0 +1,245 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from clip_model import (
+    MAX_LOGIT_SCALE,
+    CLIPModel,
+    ContrastiveLoss,
+    MultimodalTrainer,
+    build_optimizer,
+    build_scheduler,
+    in_batch_accuracy,
+)
+from preprocessing import tokenize
+from runtime import resolve_precision
+
+CPU = torch.device("cpu")
+FP32 = resolve_precision("fp32", CPU)
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIPModel:
+    torch.manual_seed(0)
+    return CLIPModel("ViT-Ti/32").eval()
+
+
+def features(batch: int, size: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(batch, size, generator=generator), dim=-1)
+
+
+def test_features_are_the_backbones_bit_for_bit(model: CLIPModel) -> None:
+    images = torch.randn(3, 3, 224, 224)
+    with torch.no_grad():
+        own = model.backbone.visual(images)
+        assert torch.equal(model.encode_image(images), own / own.norm(dim=-1, keepdim=True))
+
+
+def test_cutting_texts_changes_neither_values_nor_gradients(model: CLIPModel) -> None:
+    tokens, _ = tokenize(["a dog", "a much longer text about a dog and a cat, on a mat", "word " * 90])
+    for rows in (tokens[:2], tokens):
+        clip = model.backbone
+        for block in clip.transformer.resblocks:
+            block.attn_mask = clip.build_attention_mask()
+        x = (clip.token_embedding(rows) + clip.positional_embedding).permute(1, 0, 2)
+        x = clip.ln_final(clip.transformer(x).permute(1, 0, 2))[torch.arange(len(rows)), rows.argmax(-1)]
+        full = nn.functional.normalize(x @ clip.text_projection, dim=-1)
+        target = torch.randn_like(full)
+        parameters = [clip.token_embedding.weight, clip.transformer.resblocks[0].attn.in_proj_weight]
+        expected = torch.autograd.grad((full * target).sum(), parameters)
+        cut = model.encode_text(rows)
+        assert torch.allclose(cut, full, atol=1e-6)
+        for got, want in zip(torch.autograd.grad((cut * target).sum(), parameters), expected, strict=True):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_outputs_are_unit_norm_float32_also_in_bf16(model: CLIPModel) -> None:
+    images, tokens = torch.randn(2, 3, 224, 224), tokenize(["a", "b"])[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for output in model(images, tokens):
+            assert output.dtype == torch.float32
+            assert torch.allclose(output.norm(dim=-1), torch.ones(2), atol=1e-5)
+
+
+def test_pictures_paths_and_strings_are_encoded_as_in_training(model: CLIPModel, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    picture.save(tmp_path / "x.png")
+    with torch.no_grad():
+        by_path = model.encode_image(tmp_path / "x.png")
+        assert torch.equal(by_path, model.encode_image(picture))
+        assert torch.equal(by_path, model.encode_image([str(tmp_path / "x.png")]))
+        assert torch.allclose(model.encode_text("a dog"), model.encode_text(tokenize(["a dog"])[0]))
+
+
+def test_another_projection_size_keeps_most_of_the_similarities(
+    model: CLIPModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    same, small, large = (CLIPModel("ViT-Ti/32", size) for size in (256, 128, 300))
+    assert torch.equal(same.image_projection.weight, torch.eye(256))
+    assert torch.equal(small.image_projection.weight, small.text_projection.weight)
+    visual, text = small.backbone.visual.proj, small.backbone.text_projection
+    stacked = torch.cat([visual, text]).detach()
+    kept = (stacked @ small.image_projection.weight.T).norm() ** 2
+    best = torch.linalg.svdvals(stacked)[:128].square().sum()
+    assert torch.allclose(kept, best, rtol=1e-4)
+    rows = features(5, 256, 0)
+    assert torch.allclose((large.image_projection(rows) @ large.text_projection(rows).T), rows @ rows.T, atol=1e-5)
+    assert small.projection_dim == 128
+
+
+def test_frozen_means_frozen() -> None:
+    model = CLIPModel("RN50", freeze_backbone=True, pretrained="none")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"logit_scale", "image_projection.weight", "text_projection.weight"}
+    before = model.backbone.visual.bn1.running_mean.clone()
+    assert model.training
+    model.encode_image(torch.randn(2, 3, 224, 224))
+    assert torch.equal(model.backbone.visual.bn1.running_mean, before)
+
+
+def test_batchnorm_trains_from_random_and_is_held_when_loaded() -> None:
+    model = CLIPModel("RN50", pretrained="none")
+    assert model.backbone.visual.bn1.training
+    model.holds_batchnorm = True
+    assert not model.train().backbone.visual.bn1.training
+
+
+def test_activation_travels_with_the_state_dict() -> None:
+    gelu = CLIPModel("ViT-Ti/32", activation="gelu").eval()
+    other = CLIPModel("ViT-Ti/32").eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        other.load_state_dict(gelu.state_dict())
+        assert other.architecture.activation == "gelu"
+        assert torch.equal(other.encode_image(images), gelu.encode_image(images))
+
+
+def loop_loss(images: torch.Tensor, texts: torch.Tensor, scale: float, ids: list[int] | None = None) -> float:
+    total, size = 0.0, len(images)
+    for i in range(size):
+        kept = [j for j in range(size) if j == i or ids is None or ids[j] != ids[i]]
+        for queries, keys in ((images, texts), (texts, images)):
+            scores = [scale * float(queries[i] @ keys[j]) for j in kept]
+            top = max(scores)
+            total += top + math.log(sum(math.exp(s - top) for s in scores)) - scale * float(queries[i] @ keys[i])
+    return total / (2 * size)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+def test_loss_equals_a_double_loop(temperature: float) -> None:
+    images, texts = features(7, 16, 1), features(7, 16, 2)
+    assert ContrastiveLoss(temperature)(images, texts).item() == pytest.approx(
+        loop_loss(images, texts, 1 / temperature), rel=1e-5
+    )
+    logit_scale = torch.tensor(1.5)
+    expected = loop_loss(images, texts, math.exp(1.5))
+    assert ContrastiveLoss()(images, texts, logit_scale).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_of_one_image_are_no_negatives() -> None:
+    images, texts, ids = features(5, 16, 1), features(5, 16, 2), [0, 1, 0, 2, 1]
+    got = ContrastiveLoss()(images, texts, torch.tensor(2.0), image_ids=torch.tensor(ids)).item()
+    assert got == pytest.approx(loop_loss(images, texts, math.exp(2.0), ids), rel=1e-5)
+    assert got < ContrastiveLoss()(images, texts, torch.tensor(2.0)).item()
+
+
+def test_loss_properties() -> None:
+    loss, images, texts = ContrastiveLoss(), features(8, 16, 1), features(8, 16, 2)
+    order = torch.randperm(8)
+    assert torch.allclose(loss(images, texts), loss(images[order], texts[order]), atol=1e-6)
+    assert torch.allclose(loss(images, texts), loss(texts, images), atol=1e-6)
+    collapsed = features(1, 16, 0).expand(8, 16)
+    assert loss(collapsed, collapsed).item() == pytest.approx(math.log(8), rel=1e-5)
+    loss(images, texts).backward()
+    assert loss.logit_scale.grad is not None
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        ContrastiveLoss(0.0)
+    with pytest.raises(ValueError, match="two equal"):
+        loss(images, texts[:3])
+
+
+def test_in_batch_accuracy() -> None:
+    rows = features(4, 16, 0)
+    assert in_batch_accuracy(rows, rows).item() == 1
+    assert in_batch_accuracy(rows, rows.roll(1, 0)).item() == 0
+
+
+def test_optimizer_groups(model: CLIPModel) -> None:
+    optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=0.01, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(found) == len(names)
+    assert found["image_projection.weight"] == (1e-3, 0.1)
+    assert found["logit_scale"] == (1e-3, 0)
+    assert found["backbone.visual.conv1.weight"] == (pytest.approx(1e-5), 0.1)
+    assert all(decay == 0 for name, (_, decay) in found.items() if name.endswith("bias") or ".ln_" in name)
+
+
+def test_schedule_rises_then_falls() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, total_steps=100, warmup_share=0.1)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates.index(max(rates)) == 10
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+def trainer_of(model: CLIPModel, rate: float = 1e-3, clip_norm: float = 1.0) -> MultimodalTrainer:
+    optimizer = build_optimizer(model, learning_rate=rate, backbone_lr_scale=1.0, weight_decay=0.0)
+    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, gradient_clip_norm=clip_norm)
+
+
+def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
+    torch.manual_seed(0)
+    model = CLIPModel("ViT-Ti/32")
+    trainer = trainer_of(model)
+    images, tokens = torch.randn(8, 3, 224, 224), tokenize([f"picture {word}" for word in "abcdefgh"])[0]
+    with torch.no_grad():
+        model.logit_scale.fill_(MAX_LOGIT_SCALE + 1)
+    result = trainer.train_epoch([(images, tokens, torch.arange(8))])
+    assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    with torch.no_grad():
+        model.logit_scale.fill_(2.6)
+    first = trainer.train_epoch([(images, tokens, torch.arange(8))])
+    for _ in range(25):
+        result = trainer.train_epoch([(images, tokens, torch.arange(8))])
+    assert result.loss < 0.3 * first.loss
+    assert result.accuracy > 90
+    assert trainer.global_step == 27
+
+
+def test_a_loss_that_is_not_finite_stops() -> None:
+    model = CLIPModel("ViT-Ti/32")
+    batch = (torch.full((2, 3, 224, 224), float("nan")), tokenize(["a", "b"])[0], torch.arange(2))
+    with pytest.raises(FloatingPointError, match=r"at step 1 \(rates: .*lower --learning_rate"):
+        trainer_of(model).train_epoch([batch])
+
+
+def test_a_step_clips_the_gradient() -> None:
+    model = CLIPModel("ViT-Ti/32")
+    trainer = trainer_of(model, clip_norm=0.01)
+    trainer.train_step(torch.randn(4, 3, 224, 224), tokenize(list("abcd"))[0])
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert torch.stack(gradients).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_unknown_names_and_missing_files_are_said() -> None:
+    with pytest.raises(ValueError, match="did you mean ViT-B/32"):
+        CLIPModel("ViT-B32", pretrained="none")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        CLIPModel(pretrained="gone.pt")
+    with pytest.raises(ValueError, match="no published weights"):
+        CLIPModel("ViT-Ti/32", pretrained="openai")
