@@ -350,8 +350,9 @@ def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
     if len(train) < 2 or len(val) < 1:
         found = f"{len(train)} training and {len(val)} validation image(s)"
         raise ValueError(f"{settings.data_dir}: {found}; at least 2 and 1 are needed")
-    if train.num_pairs + val.num_pairs < MIN_PAIRS:
-        logger.warning("only %d pairs: at least %d are needed for more than a try-out", pairs.num_pairs, MIN_PAIRS)
+    num_pairs = train.num_pairs + val.num_pairs
+    if num_pairs < MIN_PAIRS:
+        logger.warning("only %d pairs: at least %d are needed for more than a try-out", num_pairs, MIN_PAIRS)
     return {"train": train, "val": val}
 
 

@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def make_images(folder: Path, *names: str) -> None:
         Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(path)
 
 
-def make_index(folder: Path, rows: list[dict[str, object]], name: str = "data.json") -> Path:
+def make_index(folder: Path, rows: Sequence[Mapping[str, object]], name: str = "data.json") -> Path:
     path = folder / name
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_pixels_are_those_of_clip(size: tuple[int, int], mode: str) -> None:
 def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
     upright = np.zeros((40, 60, 3), dtype=np.uint8)
     upright[:20, :30] = 255  # the top left quarter is white
-    undo = {
+    undo: dict[int, Callable[[np.ndarray], np.ndarray]] = {
         1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
         6: np.rot90, 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, 3),
     }  # fmt: skip

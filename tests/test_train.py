@@ -1,0 +1,173 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import pretrained
+from checkpoint import load_checkpoint
+from clip_model import CLIPModel
+from evaluation import RECALL_KEYS
+from train import main
+
+FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
+
+
+def flags_for(data_dir: Path, output_dir: Path, *more: str) -> list[str]:
+    return ["--data_dir", str(data_dir), "--output_dir", str(output_dir), *FLAGS, *more]
+
+
+def test_a_run_leaves_what_the_readme_says(trained_dir: Path) -> None:
+    for name in (
+        "model-checkpoint/best_model.pth", "model-checkpoint/last_model.pth", "results/training_results.json",
+        "results/training_curves.png", "results/model_metrics.png", "logs/train.log", "logs/history.jsonl",
+    ):  # fmt: skip
+        assert (trained_dir / name).stat().st_size > 0, name
+    assert list((trained_dir / "logs" / "tensorboard").glob("events*"))
+    results = json.loads((trained_dir / "results" / "training_results.json").read_text())
+    assert [entry["epoch"] for entry in results["history"]] == [0, 1, 2]
+    assert [entry["step"] for entry in results["history"]] == [0, 3, 6]
+    keys = {"epoch", "step", "train_loss", "train_accuracy", "val_loss", "learning_rate", "backbone_learning_rate"}
+    assert all(keys | {*RECALL_KEYS, "rsum", "i2t_mean_rank"} <= entry.keys() for entry in results["history"])
+    best = results["history"][results["best_epoch"]]
+    assert results["metrics"]["rsum"] == best["rsum"] == max(entry["rsum"] for entry in results["history"])
+    assert results["baseline"]["rsum"] == results["history"][0]["rsum"]
+    assert results["config"]["training"]["batch_size"] == 18
+    lines = (trained_dir / "logs" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+
+
+def test_the_checkpoint_is_used_as_the_spec_says(trained_dir: Path, sample_dir: Path) -> None:
+    path = trained_dir / "model-checkpoint" / "best_model.pth"
+    model = CLIPModel.from_checkpoint(path)
+    checkpoint = torch.load(path)
+    assert isinstance(checkpoint["epoch"], int)
+    assert isinstance(checkpoint["global_step"], int)
+    other, third = CLIPModel("ViT-Ti/32").eval(), CLIPModel("ViT-Ti/32").eval()
+    other.load_state_dict(checkpoint["model_state_dict"])
+    third.load_checkpoint(path)
+    picture = Image.open(sample_dir / "images" / "scene_00000.png")
+    with torch.no_grad():
+        expected = model.encode_image(picture)
+        assert torch.equal(other.encode_image(picture), expected)
+        assert torch.equal(third.encode_image(picture), expected)
+        assert torch.matmul(expected, model.encode_text(["a circle", "a star"]).T).shape == (1, 2)
+    with pytest.raises(ValueError, match=r"from_checkpoint\(path\) builds the right one"):
+        CLIPModel("ViT-Ti/32", 64).load_checkpoint(path)
+    with pytest.raises(ValueError, match="not a checkpoint of this toolkit"):
+        torch.save({"a": 1}, trained_dir / "x.pth")
+        model.load_checkpoint(trained_dir / "x.pth")
+
+
+def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Path) -> None:
+    more = ["--augment", "crop", "--num_epochs", "3", "--warmup_share", "0"]
+    assert main(flags_for(sample_dir, tmp_path / "whole", *more)) == 0
+    # stopped by the early stop after its first epoch: as if the machine had gone off there
+    broken = tmp_path / "broken"
+    stop = pytest.MonkeyPatch()
+    from train import Run  # noqa: PLC0415
+
+    finish = Run._finish_epoch
+
+    def finish_and_die(self: Run, values: dict[str, object], *, seconds: float) -> None:
+        finish(self, values, seconds=seconds)
+        if self.progress.epoch == 1:
+            raise OSError("the power is out")
+
+    stop.setattr(Run, "_finish_epoch", finish_and_die)
+    assert main(flags_for(sample_dir, broken, *more)) == 2
+    stop.undo()
+    assert main(["--output_dir", str(broken), "--resume"]) == 0
+    whole, resumed = (
+        load_checkpoint(tmp_path / name / "model-checkpoint/last_model.pth") for name in ("whole", "broken")
+    )
+    assert resumed["epoch"] == 3
+    for name, value in whole["model_state_dict"].items():
+        assert torch.equal(value, resumed["model_state_dict"][name]), name
+    assert [e["rsum"] for e in whole["progress"]["history"]] == [e["rsum"] for e in resumed["progress"]["history"]]
+
+
+def test_resume_refuses_what_may_not_change_and_misses_nothing(
+    trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = str(trained_dir / "model-checkpoint" / "last_model.pth")
+    assert main(["--resume", last, "--batch_size", "7", "--output_dir", str(tmp_path)]) == 2
+    assert "--batch_size cannot change when a run is resumed" in capsys.readouterr().err
+    assert main(["--resume", "gone.pth"]) == 2
+    assert "no such checkpoint: gone.pth" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_set_aside(
+    trained_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_for(sample_dir, tmp_path, "--num_epochs", "1", "--freeze_backbone")
+    assert main(flags) == 0
+    started = json.loads((tmp_path / "results/training_results.json").read_text())["started_at"].replace(":", "-")
+    (tmp_path / "results" / "mine.txt").touch()
+    capsys.readouterr()
+    assert main([*flags, "--resume"]) == 0  # a finished run that is resumed moves nothing
+    assert not (tmp_path / "previous").exists()
+    assert main(flags) == 0
+    assert f"previous/{started}" in capsys.readouterr().err
+    assert (tmp_path / "previous" / started / "model-checkpoint" / "best_model.pth").exists()
+    assert (tmp_path / "results" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_sz", "3"], "did you mean --batch_size?"),
+        (["--data_dir", "gone"], "`python data_loader.py` makes sample data"),
+        (["--device", "cuda:7"], "CUDA device(s); use --device cpu"),
+        (["--device", "toaster"], "no such device: toaster"),
+        (["--config", "gone.json"], "no such file: gone.json"),
+        (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a CUDA device"),
+    ],
+)
+def test_errors_are_one_line_and_code_2(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_wrong_model_names_and_missing_weights(
+    sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data_dir", str(sample_dir), "--model_name", "ViTB32"]) == 2
+    assert "did you mean ViT-B/32?" in capsys.readouterr().err
+    monkeypatch.setattr(pretrained, "published_url", lambda name: "http://127.0.0.1:9/" + "0" * 64 + "/x.pt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["--data_dir", str(sample_dir)]) == 2
+    assert "--pretrained none" in capsys.readouterr().err
+
+
+def test_sample_data_is_made_only_where_no_folder_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".gitkeep").touch()
+    assert main(["--data_dir", "./data", *FLAGS]) == 2
+    assert "holds no data" in capsys.readouterr().err
+    monkeypatch.setattr("train.SAMPLE_SIZE", 40)
+    assert main([*FLAGS, "--num_epochs", "1"]) == 0
+    assert "made 40 sample pairs" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "data" / "data.json").read_text())) == 40
+
+
+def test_a_worse_fine_tuning_is_seen_and_not_kept(
+    trained_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = str(trained_dir / "model-checkpoint" / "best_model.pth")
+    flags = ["--pretrained", start, "--backbone_lr_scale", "1", "--learning_rate", "1", "--num_epochs", "1"]
+    assert main(["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *flags]) == 0
+    captured = capsys.readouterr()
+    assert "no epoch beat the model as loaded" in captured.out
+    assert "change --backbone_lr_scale" in captured.err
+    assert load_checkpoint(tmp_path / "model-checkpoint" / "best_model.pth")["epoch"] == 0
