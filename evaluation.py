@@ -272,7 +272,7 @@ def rank_metrics(ranks: Ranks) -> dict[str, float]:
 
 def chance_level(num_images: int, text_to_image: Tensor) -> dict[str, float]:
     """Return the recalls (percent) that random ranks give: for an image with c of M texts, 1 - C(M-c, K) / C(M, K)."""
-    owners = torch.as_tensor(text_to_image)
+    owners = torch.as_tensor(text_to_image).cpu()
     num_texts = len(owners)
     counts = torch.bincount(owners, minlength=num_images)
     chance: dict[str, float] = {}
@@ -386,6 +386,8 @@ def encode_pairs(
         captions = [pairs.captions[text] for text in (owners >= 0).nonzero().squeeze(1).tolist()]
         text_features = encode_captions(model, captions, batch_size=batch_size, precision=precision)
     model.train(training)
+    if model.device.type == "mps":  # which has no float64, and ranks are counted in it
+        image_features, text_features = image_features.cpu(), text_features.cpu()
     return image_features, text_features, owners[owners >= 0].to(text_features.device)
 
 

@@ -410,7 +410,7 @@ def _make_sample_data(config: Config) -> None:
     folder = Path(DEFAULT_DATA_DIR)
     if config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE)
-        logger.info("no --data_dir was given and %s is empty: made %d sample pairs (%s)", folder, SAMPLE_SIZE, index)
+        logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
 
 
 def _make_model(config: Config, given: dict[str, Any], state: dict[str, Any] | None) -> CLIPModel:

@@ -157,7 +157,7 @@ def test_sample_data_is_made_only_where_no_folder_was_named(
     assert "holds no data" in capsys.readouterr().err
     monkeypatch.setattr("train.SAMPLE_SIZE", 40)
     assert main([*FLAGS, "--num_epochs", "1"]) == 0
-    assert "made 40 sample pairs" in capsys.readouterr().err
+    assert "made 40 sample images" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "data" / "data.json").read_text())) == 40
 
 
