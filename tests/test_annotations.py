@@ -104,15 +104,66 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
         ("[]", "it has no entries"),
         ('[{"image": "a.jpg", "caption": ""}]', "row 1: empty caption"),
         ('[{"image": "a.jpg",\n "capt', "line 2, column 2"),
-        ('[{"file": "a.jpg", "caption": "x"}]', "no column for the image"),
+        ('[{"file": "a.jpg", "caption": "x"}]', "no image column: found file, caption"),
         ("a.jpg\nb.jpg\n", "of no known form"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"image": "a.jpg", "caption": "x"}\n{"image": ', "line 2"),
     ],
 )
 def test_what_cannot_be_read_is_said(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_index(write(tmp_path, text))
+
+
+HALF_GOOD = {
+    "a line that is no JSON": ('{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg",\n', "line 2: not valid JSON"),
+    "a quote that never closes": ('image,caption\na.jpg,x\nb.jpg,"y\nc.jpg,z\n', "line 3: not a valid row"),
+    "a comma without quotes": ("image,caption\nb.jpg,one, two\na.jpg,x\n", "line 2: 3 cells, the header has 2"),
+    "a NUL byte": ("image,caption\nb.jpg,o\0ne\na.jpg,x\n", "line 2: caption holds a NUL byte"),
+    "half a character": (r'[{"image": "b.jpg", "caption": "\ud800"}, {"image": "a.jpg", "caption": "x"}]', "row 1"),
+    "not a number": (
+        '[{"image": "b.jpg", "caption": NaN}, {"image": "a.jpg", "caption": "x"}]',
+        "row 1: caption is NaN",
+    ),
+    "a group that is a list": (
+        '[{"image": "b.jpg", "caption": "y", "group": []}, {"image": "a.jpg", "caption": "x"}]',
+        "row 1: group is a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HALF_GOOD)
+def test_a_bad_entry_costs_itself_alone(case: str, tmp_path: Path) -> None:
+    text, problem = HALF_GOOD[case]
+    index = read_index(write(tmp_path, text))
+    assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]
+    assert len(index.problems) == 1
+    assert problem in index.problems[0]
+
+
+def test_entries_of_one_image_are_joined(tmp_path: Path) -> None:
+    twice = '{"a.jpg": ["x"], "a.jpg": ["y"]}'
+    assert read_index(write(tmp_path, twice)).rows[0].captions == ("x", "y")
+    half_said = (
+        '[{"image": "a.jpg", "caption": "x"}, {"image": "a.jpg", "caption": "y", "split": "val"},'
+        ' {"image": "a.jpg", "caption": "z", "split": "test"}]'
+    )
+    index = read_index(write(tmp_path, half_said))
+    assert [(row.captions, row.split) for row in index.rows] == [(("x", "y", "z"), "val")]
+    assert "split 'test', but 'val'" in index.problems[0]
+
+
+def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "images/a.png").touch()
+    (tmp_path / "captions/a.txt").write_text("one\u2028still one\r\ntwo\n", encoding="utf-8", newline="")
+    assert read_directory(tmp_path).rows[0].captions == ("one\u2028still one", "two")
+    assert len(read_index(write(tmp_path, "image,caption\ra.jpg,x\rb.jpg,y\r")).rows) == 2
+
+
+def test_a_lone_object_is_a_row(tmp_path: Path) -> None:
+    index = read_index(write(tmp_path, '{\n "image": "a.jpg",\n "caption": "x"\n}'))
+    assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]
 
 
 def test_invalid_utf8_names_the_byte(tmp_path: Path) -> None:
@@ -153,7 +204,7 @@ def test_find_index(tmp_path: Path) -> None:
     splits = {split: write(tmp_path, FORMS["json"], f"{split}.json") for split in ("train", "val")}
     assert find_index(tmp_path) == splits
     write(tmp_path, FORMS["csv"], "train.csv")
-    with pytest.raises(ValueError, match=r"several files for one split: train.csv, train.json"):
+    with pytest.raises(ValueError, match=r"several train files: train.csv, train.json"):
         find_index(tmp_path)
 
 
