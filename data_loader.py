@@ -27,7 +27,7 @@ from annotations import Index, Row, find_index, read_directory, read_index
 from config import DEFAULT_DATA_DIR, DataSettings, PositiveInt, Settings, parse_settings, run_stage
 from preprocessing import CONTEXT_LENGTH, Transform, clip_transform, count_tokens, load_image, tokenize
 from runtime import setup_logging
-from sample_data import create_sample_dataset
+from sample_data import UNFINISHED, create_sample_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +279,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def holds_only_placeholders(folder: Path) -> bool:
-    """Tell whether a folder is missing, or holds nothing but hidden files and empty folders."""
+    """Tell whether a folder is missing, holds nothing but hidden files and empty folders, or unfinished sample data."""
+    if (folder / UNFINISHED).is_dir():
+        return True
     return not any(not path.name.startswith(".") and not path.is_dir() for path in folder.rglob("*"))
 
 

@@ -67,6 +67,7 @@ COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 EDGES = ("top", "bottom", "left", "right")  # where a pair of large objects fits, side by side along the edge
 
 SCENE_FILE = re.compile(r"scene_\d{5,}\.(png|txt)")
+UNFINISHED = ".captions.unfinished"  # what captions/ is called while samples are being written
 
 
 @dataclass(frozen=True)
@@ -201,13 +202,8 @@ def _overlap(first: Group, second: Group) -> bool:
     """Tell whether two groups' boxes come closer than 4 pixels."""
     left, top, right, bottom = first.box
     other_left, other_top, other_right, other_bottom = second.box
-    apart = 4
-    return (
-        left < other_right + apart
-        and other_left < right + apart
-        and top < other_bottom + apart
-        and other_top < bottom + apart
-    )
+    beside = left < other_right + 4 and other_left < right + 4
+    return beside and top < other_bottom + 4 and other_top < bottom + 4
 
 
 # Putting it into words
@@ -291,7 +287,8 @@ def distinct_scenes(num_samples: int, *, seed: int = 0) -> Iterator[tuple[Scene,
 def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 100, *, seed: int = 0) -> Path:
     """Write drawn scenes as a data set: `images/`, `captions/` (one caption a line) and the index `data.json`.
 
-    The index comes last, so that an interrupted creation is never taken for a data set.
+    The captions stay under a hidden name until every picture is there, and the index comes last, so that an
+    interrupted creation is never taken for a data set, nor for one without an index; calling again starts it afresh.
 
     Args:
         data_dir: folder to write to, made if it is missing.
@@ -308,25 +305,46 @@ def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 10
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     folder = Path(data_dir)
-    index_path = folder / "data.json"
-    _refuse_foreign_files(folder, index_path)
-    rows = []
+    index_path, captions_dir, unfinished = folder / "data.json", folder / "captions", folder / UNFINISHED
+    if index_path.exists():
+        raise FileExistsError(f"{index_path} is there already; choose an empty folder for the sample data")
+    if unfinished.is_dir():
+        _undo(folder)
+    _refuse_foreign_files(folder)
     for name in ("images", "captions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for number, (scene, captions) in enumerate(distinct_scenes(num_samples, seed=seed)):
-        stem = f"scene_{number:05d}"
-        render(scene).save(folder / "images" / f"{stem}.png")
-        (folder / "captions" / f"{stem}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
-        rows.append({"image_path": f"images/{stem}.png", "caption": list(captions)})
+    captions_dir.rename(unfinished)
     temporary = folder / ".data.json.tmp"
-    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    try:
+        rows = [
+            _write_sample(folder, f"scene_{number:05d}", *sample)
+            for number, sample in enumerate(distinct_scenes(num_samples, seed=seed))
+        ]
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8", newline="\n")
+    except BaseException:  # Ctrl-C above all
+        _undo(folder)
+        raise
+    unfinished.rename(captions_dir)
     return temporary.replace(index_path)
 
 
-def _refuse_foreign_files(folder: Path, index_path: Path) -> None:
-    if index_path.exists():
-        raise FileExistsError(f"{index_path} is there already; choose an empty folder for the sample data")
+def _write_sample(folder: Path, stem: str, scene: Scene, captions: tuple[str, str]) -> dict[str, object]:
+    """Write a picture and its captions; return their row of the index."""
+    render(scene).save(folder / "images" / f"{stem}.png")
+    (folder / UNFINISHED / f"{stem}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8", newline="\n")
+    return {"image_path": f"images/{stem}.png", "caption": list(captions)}
+
+
+def _undo(folder: Path) -> None:
+    """Remove the samples of an unfinished creation; only its hidden folder proves that scene files are ours."""
+    for path in [*(folder / "images").glob("*"), *(folder / UNFINISHED).glob("*")]:
+        if SCENE_FILE.fullmatch(path.name):
+            path.unlink()
+    (folder / UNFINISHED).rename(folder / "captions")
+
+
+def _refuse_foreign_files(folder: Path) -> None:
     for name in ("images", "captions"):
         for path in (folder / name).glob("*"):
-            if not SCENE_FILE.fullmatch(path.name) and not path.name.startswith("."):
-                raise FileExistsError(f"{path} is not sample data; choose an empty folder for it")
+            if not path.name.startswith("."):
+                raise FileExistsError(f"{path} is not ours to replace; choose an empty folder for the sample data")

@@ -4,6 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sample_data
+from annotations import find_index
+from data_loader import holds_only_placeholders
 from sample_data import COLOURS, create_sample_dataset, describe, distinct_scenes, render
 
 
@@ -65,24 +68,76 @@ def test_captions_are_true_of_the_pixels() -> None:
             assert all(f"{number}{group.size} {group.colour} {group.shape}" in caption for caption in captions)
 
 
-def test_relations_are_true() -> None:
-    for scene, (_, caption) in distinct_scenes(200):
-        if " to the left of " in caption:
-            assert scene.groups[0].box[2] < scene.groups[1].box[0]
-        if " above " in caption:
-            assert scene.groups[0].box[3] < scene.groups[1].box[1]
+def test_relations_are_true_of_the_pixels() -> None:
+    said = set()
+    for scene, (_, caption) in distinct_scenes(60):
         assert describe(scene)[1] == caption
+        if len(scene.groups) == 1:
+            continue
+        pixels = np.asarray(render(scene)).astype(int)
+        (ys, xs), (ys2, xs2) = (np.nonzero((pixels == COLOURS[g.colour]).all(-1)) for g in scene.groups[:2])
+        holds = {
+            " to the left of ": xs.max() < xs2.min(),
+            " to the right of ": xs.min() > xs2.max(),
+            " above ": ys.max() < ys2.min(),
+            " below ": ys.min() > ys2.max(),
+        }
+        [relation] = [words for words in holds if words in caption]
+        assert holds[relation], caption
+        said.add(relation)
+    assert len(said) == 4
 
 
 def test_it_refuses_to_overwrite(tmp_path: Path) -> None:
     create_sample_dataset(tmp_path / "a", 2)
     with pytest.raises(FileExistsError, match="is there already"):
         create_sample_dataset(tmp_path / "a", 2)
-    (tmp_path / "a" / "data.json").unlink()
-    create_sample_dataset(tmp_path / "a", 2)  # an interrupted creation may be finished
+    (tmp_path / "a" / "data.json").unlink()  # what is left is a data set of the directory form: perhaps someone's own
+    with pytest.raises(FileExistsError, match="not ours to replace"):
+        create_sample_dataset(tmp_path / "a", 2)
     (tmp_path / "b" / "images").mkdir(parents=True)
     (tmp_path / "b" / "images" / "holiday.jpg").touch()
-    with pytest.raises(FileExistsError, match=r"holiday\.jpg is not sample data"):
+    with pytest.raises(FileExistsError, match=r"holiday\.jpg is not ours"):
         create_sample_dataset(tmp_path / "b", 2)
     with pytest.raises(ValueError, match="at least 1"):
         create_sample_dataset(tmp_path / "c", 0)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, folder: Path, *, killed: bool) -> None:
+    """Begin 8 samples and stop at the fifth: by Ctrl-C, or killed, with no chance to clean up."""
+    scenes: list[object] = []
+
+    def draw(scene: sample_data.Scene) -> object:
+        if len(scenes) == 4:
+            raise KeyboardInterrupt
+        scenes.append(scene)
+        return render(scene)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_data, "render", draw)
+        if killed:
+            patch.setattr(sample_data, "_undo", lambda folder: None)
+        with pytest.raises(KeyboardInterrupt):
+            create_sample_dataset(folder, 8)
+
+
+def test_a_killed_creation_is_no_data_set_and_is_begun_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch, tmp_path / "a", killed=True)
+    assert len(list((tmp_path / "a" / "images").iterdir())) == 4
+    with pytest.raises(FileNotFoundError, match="no data set"):
+        find_index(tmp_path / "a")
+    assert holds_only_placeholders(tmp_path / "a")  # so that the stages begin it afresh by themselves
+    create_sample_dataset(tmp_path / "a", 2)
+    create_sample_dataset(tmp_path / "b", 2)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_ctrl_c_leaves_nothing_but_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("images", "captions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".gitkeep").touch()
+    before = files_of(tmp_path)
+    interrupt(monkeypatch, tmp_path, killed=False)
+    assert files_of(tmp_path) == before
+    create_sample_dataset(tmp_path, 2)
+    assert len(files_of(tmp_path)) == len(before) + 5
