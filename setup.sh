@@ -19,8 +19,11 @@ Makes .venv and installs PyTorch, CLIP and the other packages. Run again, it che
   --dev    add the test tools and the peers that the tests compare with
   --help   this text
 
-Environment: PYTHON (interpreter, default python3), TORCH_INDEX (a package index for PyTorch, or "default"),
-CLIP_SOURCE ("git" or "pypi").
+Environment:
+  PYTHON        interpreter that makes a new .venv, 3.10 or later (default: python3)
+  TORCH_INDEX   package index for torch and torchvision, or "default" for pip's own
+                (default: PyTorch's CPU index on Linux without an NVIDIA GPU if it answers, else pip's own)
+  CLIP_SOURCE   "git" for OpenAI's repository, "pypi" for clip-anytorch (default: git if it answers, else pypi)
 TEXT
 }
 
@@ -42,13 +45,36 @@ read_options() {
 # What the environment was made from. --dev is left out: it only adds packages, and has a stamp of its own.
 fingerprint() { cat setup.sh requirements.txt requirements-dev.txt | cksum; }
 
-is_done() { [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ]; }
+# The stamp's lines: fingerprint, index that torch came from, source that CLIP came from.
+stamped() { [ ! -f "$STAMP" ] || sed -n "$1p" "$STAMP"; }
+
+# An override that is not given keeps what was chosen before.
+is_done() {
+  [ "$(stamped 1)" = "$(fingerprint)" ] &&
+    [ "${TORCH_INDEX:-$(stamped 2)}" = "$(stamped 2)" ] &&
+    [ "${CLIP_SOURCE:-$(stamped 3)}" = "$(stamped 3)" ]
+}
 dev_is_done() { [ -f "$STAMP-dev" ] && [ "$(cat "$STAMP-dev")" = "$(fingerprint)" ]; }
 
-make_venv() {
+# Before anything is downloaded: a wrong word should not cost minutes.
+check_overrides() {
+  case ${CLIP_SOURCE:-git} in git | pypi) ;; *) fail "CLIP_SOURCE is git or pypi, not $CLIP_SOURCE" 2 ;; esac
+}
+
+check_python() {
+  command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON; name an interpreter: PYTHON=python3.12 ./setup.sh"
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$PYTHON is older than Python 3.10; name another one: PYTHON=python3.12 ./setup.sh"
-  [ -x "$VENV_PYTHON" ] || { say "making .venv with $("$PYTHON" --version)"; "$PYTHON" -m venv .venv; }
+}
+
+make_venv() {
+  local way_out="start again with: rm -rf .venv && ./setup.sh"
+  if [ ! -x "$VENV_PYTHON" ]; then
+    say "making .venv with $("$PYTHON" --version)"
+    "$PYTHON" -m venv .venv || fail "no .venv could be made (Debian and Ubuntu: install python3-venv); $way_out"
+  fi
+  # an interrupted run, or another tool, leaves a .venv without pip
+  pip --version >/dev/null 2>&1 || "$VENV_PYTHON" -m ensurepip >/dev/null || fail ".venv has no pip; $way_out"
 }
 
 has_nvidia_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; }
@@ -71,14 +97,18 @@ torch_index() {
   elif answers "$CPU_INDEX/torch/"; then
     printf '%s' "$CPU_INDEX"
   else
+    say "no NVIDIA GPU, but PyTorch's CPU index does not answer" >&2
     printf default
   fi
 }
 
 # Both in one command and from one place: a torch and a torchvision of different builds do not fit each other.
 install_torch() {
-  local index
-  index=$(torch_index)
+  local index=$1 before=$2
+  if [ -n "$before" ] && [ "$index" != "$before" ]; then
+    # pip keeps what is there, wherever it came from
+    pip uninstall --quiet --yes torch torchvision
+  fi
   if [ "$index" = default ]; then
     say "installing torch and torchvision from the default index (may be some GB)"
     pip install --quiet "torch>=2.6" torchvision
@@ -88,33 +118,55 @@ install_torch() {
   fi
 }
 
+# macOS has no timeout; git then gives up when the connection does.
 git_answers() {
-  GIT_TERMINAL_PROMPT=0 timeout 8 git ls-remote --quiet "$CLIP_GIT" HEAD >/dev/null 2>&1
+  local limit=()
+  if command -v timeout >/dev/null; then limit=(timeout 8); fi
+  GIT_TERMINAL_PROMPT=0 ${limit[@]+"${limit[@]}"} git ls-remote --quiet "$CLIP_GIT" HEAD >/dev/null 2>&1
 }
 
-# Without its dependencies: those are in requirements.txt, and the torch that is installed stays.
+clip_source() {
+  if [ -n "${CLIP_SOURCE:-}" ]; then
+    printf '%s' "$CLIP_SOURCE"
+  elif git_answers; then
+    printf git
+  else
+    say "OpenAI's CLIP repository does not answer" >&2
+    printf pypi
+  fi
+}
+
+# CLIP's setup.py imports pkg_resources, which is in the setuptools installed here and not in the newest.
+install_clip_from_git() {
+  say "installing CLIP from $CLIP_GIT"
+  pip install --quiet wheel &&
+    GIT_TERMINAL_PROMPT=0 pip install --quiet --no-deps --no-build-isolation "git+$CLIP_GIT"
+}
+
+# Both without their dependencies: those are in requirements.txt, and the torch that is installed stays.
+# Both are the module clip, so one goes before the other comes.
 install_clip() {
-  local source=${CLIP_SOURCE:-}
-  [ -n "$source" ] || { if git_answers; then source=git; else source=pypi; fi; }
-  case $source in
-    git)
-      say "installing CLIP from $CLIP_GIT"
-      # its setup.py imports pkg_resources, which is in the setuptools installed here
-      pip install --quiet wheel
-      pip install --quiet --no-deps --no-build-isolation "git+$CLIP_GIT" && return
-      say "that failed; installing clip-anytorch from PyPI instead" ;;
-    pypi) say "installing CLIP from PyPI (clip-anytorch)" ;;
-    *) fail "CLIP_SOURCE is git or pypi, not $source" 2 ;;
-  esac
+  CLIP_INSTALLED=$(clip_source)
+  pip uninstall --quiet --yes clip clip-anytorch >/dev/null 2>&1
+  if [ "$CLIP_INSTALLED" = git ]; then
+    if install_clip_from_git; then return; fi
+    say "that failed"
+    CLIP_INSTALLED=pypi
+  fi
+  say "installing CLIP from PyPI (clip-anytorch)"
   pip install --quiet --no-deps clip-anytorch
 }
 
 install_all() {
-  install_torch
+  local before index
+  before=$(stamped 2)
+  index=$(torch_index)
+  rm -f "$STAMP" # half an installation is none
+  install_torch "$index" "$before"
   say "installing the other packages"
   pip install --quiet -r requirements.txt
   install_clip
-  fingerprint >"$STAMP"
+  printf '%s\n' "$(fingerprint)" "$index" "$CLIP_INSTALLED" >"$STAMP"
 }
 
 install_dev() {
@@ -134,7 +186,7 @@ except (ImportError, RuntimeError, AttributeError) as error:
     sys.exit(
         f"setup: error: torch and torchvision do not fit each other ({str(error).splitlines()[0]}).\n"
         "They must come from the same place. Start again with: rm -rf .venv && ./setup.sh\n"
-        "or install both together: .venv/bin/python -m pip install --force-reinstall torch torchvision"
+        "or install both together: .venv/bin/python -m pip install --force-reinstall torch torchvision && ./setup.sh"
     )
 import clip, matplotlib, numpy, PIL, pydantic, safetensors, tqdm
 from torch.utils.tensorboard import SummaryWriter
@@ -150,6 +202,8 @@ PY
 
 main() {
   read_options "$@"
+  check_overrides
+  check_python
   if is_done; then say "everything is installed already; checking it"; else make_venv; install_all; fi
   if [ "$DEV" = yes ] && ! dev_is_done; then install_dev; fi
   check || { rm -f "$STAMP" "$STAMP-dev"; exit 1; }

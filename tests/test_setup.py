@@ -14,8 +14,11 @@ echo "python $*" >>"$RECORD"
 case "$*" in
   *version_info*) exit "${TOO_OLD:-0}" ;;
   "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-  "-W ignore -") exec "$REAL_PYTHON" -W ignore - ;;
+  "-W ignore -")
+    if [ -n "${REAL_CHECK:-}" ]; then exec "$REAL_PYTHON" -W ignore -; fi
+    cat >/dev/null; echo "setup: device stand-in" ;;
   "- http"*) exit "${INDEX_DOWN:-0}" ;;
+  *git+https*) exit "${GIT_INSTALL_FAILS:-0}" ;;
 esac
 """
 
@@ -53,12 +56,18 @@ def run(folder: Path, *options: str, **environment: str) -> tuple[int, str, str]
     return done.returncode, done.stdout + done.stderr, "\n".join(calls)
 
 
+def test_bash_can_read_the_scripts() -> None:
+    for name in ("setup.sh", ".ci/run"):
+        subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
+        assert os.access(ROOT / name, os.X_OK)
+
+
 def test_help_and_unknown_options(fresh: Path) -> None:
     code, output, calls = run(fresh, "--help")
     assert (code, calls) == (0, "")
     assert "--dev" in output
-    code, output, _ = run(fresh, "--devel")
-    assert code == 2
+    code, output, calls = run(fresh, "--devel")
+    assert (code, calls) == (2, "")
     assert "unknown option --devel" in output
 
 
@@ -92,6 +101,7 @@ def test_where_torch_comes_from(environment: dict[str, str], expected: str | Non
     assert code == 0, output
     line = next(line for line in calls.splitlines() if "torchvision" in line)
     assert (expected in line) if expected else ("--index-url" not in line)
+    assert ("does not answer" in output) == (environment.get("INDEX_DOWN") == "1")
 
 
 def test_where_clip_comes_from(fresh: Path) -> None:
@@ -100,15 +110,36 @@ def test_where_clip_comes_from(fresh: Path) -> None:
     calls = run(fresh, GIT_DOWN="1")[2]
     assert "--no-deps clip-anytorch" in calls
     assert "github" not in calls
+    assert "pypi" in (fresh / ".venv" / ".setup-stamp").read_text()
+
+
+def test_clip_comes_from_pypi_where_its_repository_cannot_be_installed(fresh: Path) -> None:
+    code, output, calls = run(fresh, GIT_INSTALL_FAILS="1")
+    assert code == 0, output
+    assert calls.index("git+https") < calls.index("install --quiet --no-deps clip-anytorch")
+
+
+def test_an_override_is_followed_later_and_kept(fresh: Path) -> None:
+    run(fresh)
+    calls = run(fresh, TORCH_INDEX="https://mirror.example/cpu", CLIP_SOURCE="pypi")[2]
+    assert "uninstall --quiet --yes torch torchvision" in calls
+    assert "--index-url https://mirror.example/cpu" in calls
+    assert "--no-deps clip-anytorch" in calls
+    assert run(fresh)[2] == ""
+    code, output, calls = run(fresh, CLIP_SOURCE="cvs")
+    assert (code, calls) == (2, "")
+    assert "CLIP_SOURCE is git or pypi" in output
 
 
 def test_torch_and_torchvision_that_do_not_fit_are_caught(fresh: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    (broken / "torchvision").mkdir(parents=True)
-    (broken / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
+    broken.mkdir()
+    (broken / "torch.py").write_text("def zeros(*shape): pass\n")
+    # as the real one does: it imports, and fails where an operator is called
+    (broken / "torchvision.py").write_text(
+        "class ops:\n    def nms(*a): raise RuntimeError('operator torchvision::nms does not exist')\n"
     )
-    code, output, _ = run(fresh, PYTHONPATH=str(broken))
+    code, output, _ = run(fresh, PYTHONPATH=str(broken), REAL_CHECK="1")
     assert code == 1
     assert "torchvision::nms does not exist" in output
     assert "rm -rf .venv && ./setup.sh" in output
@@ -119,3 +150,4 @@ def test_an_old_python_is_refused(fresh: Path) -> None:
     code, output, calls = run(fresh, TOO_OLD="1")
     assert (code, calls) == (1, "")
     assert "older than Python 3.10" in output
+    assert "there is no python-of-nobody" in run(fresh, PYTHON="python-of-nobody")[1]
