@@ -199,13 +199,14 @@ def _check_numbers(values: dict[str, Any], keys: Iterable[str], *, place: str = 
 def _number(values: dict[str, Any], key: str, *, place: str = "") -> float:
     value = _value(values, key, object, place=place)
     if not _is_number(value):
-        found = str(value) if isinstance(value, float) else _kind(value)
+        found = str(value)[:12] if type(value) in (int, float) else _kind(value)
         raise ValueError(f"{place}{'.' if place else ''}{key}: expected a number, found {found}")
     return float(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # a comparison, since isfinite cannot take the integers that JSON can hold and a float cannot
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _value(values: dict[str, Any], key: str, kind: type, *, place: str = "") -> Any:
@@ -279,8 +280,8 @@ def _draw_accuracy(axes: Axes, results: dict[str, Any]) -> None:
     _line(axes, history, "t2i_r1", label=f"validation R@1 text→image, among {images:,} images", color=ORANGE)
     _line(axes, history, "train_accuracy", label=f"training, in batches of {batch_size}", color=GREY, style="--")
     axes.set(title="Accuracy", ylabel="percent")
-    top = max(axes.get_ylim()[1], 1.0)
-    axes.set_ylim(-0.02 * top, top)  # room for the markers at 0
+    top = 1.05 * max(axes.dataLim.y1, 1.0)
+    axes.set_ylim(-0.02 * top, top)  # room for the markers at 0 and at the highest
 
 
 def _draw_rates(axes: Axes, history: list[dict[str, Any]]) -> None:

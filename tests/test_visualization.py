@@ -20,6 +20,7 @@ from visualization import RECALL_KEYS, evaluation_metrics_figure, model_metrics_
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TOO_LARGE = 10**400  # JSON can hold it, a float cannot
 
 
 def metrics(scale: float) -> dict[str, float]:
@@ -105,6 +106,13 @@ def test_epochs_are_whole_numbers_on_the_axis() -> None:
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0]
 
 
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_highest_accuracy_is_below_the_edge(epochs: int) -> None:
+    axes = training_curves_figure(training(epochs, 0)).axes[1]
+    highest = max(np.asarray(each.get_ydata()).max() for each in axes.get_lines())
+    assert axes.get_ylim()[1] >= 1.03 * highest
+
+
 def test_equal_rates_are_on_a_linear_scale() -> None:
     results = training()
     for each in results["history"]:
@@ -170,6 +178,12 @@ def test_pictures_are_written(
     assert not [str(each.message) for each in recwarn]
 
 
+def test_redrawn_pictures_are_the_same_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path, training())
+    first, second = (visualization.draw_figures(path, tmp_path / name) for name in ("first", "second"))
+    assert [each.read_bytes() for each in first] == [each.read_bytes() for each in second]
+
+
 def test_pictures_go_beside_the_results(tmp_path: Path) -> None:
     written = visualization.draw_figures(write(tmp_path, evaluation()))
     assert written == [tmp_path / "evaluation_metrics.png"]
@@ -206,7 +220,10 @@ def set_at(results: dict[str, Any], place: tuple[str | int, ...], value: Any) ->
         (("histograms", "best", "bin_edges", 3), "x", "histograms.best.bin_edges"),
         (("histograms", "best", "bin_edges", 3), 5.0, "histograms.best.bin_edges"),
         (("num_texts",), True, "num_texts: expected a number"),
+        (("num_texts",), TOO_LARGE, "num_texts: expected a number, found 1000"),
+        (("histograms", "best", "positive", 0), TOO_LARGE, "histograms.best.positive: expected a list of numbers"),
     ],
+    ids=lambda each: "too large" if each == TOO_LARGE else None,
 )
 def test_a_wrong_key_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], place: tuple[str | int, ...], value: Any, expected: str
