@@ -119,10 +119,12 @@ def model_metrics_figure(results: dict[str, Any]) -> Figure:
     figure = _figure(16, 6)
     bars, densities = figure.subplots(1, 2, width_ratios=(3, 2))
     best, baseline = results["metrics"], results["baseline"]
-    label = f"final (epoch {results['best_epoch']})"
-    _draw_recalls(bars, {"as loaded": baseline, label: best}, results)
+    gained = results["best_epoch"] != 0  # else the two are one and the same
+    columns = {"as loaded": baseline} | ({f"final (epoch {results['best_epoch']})": best} if gained else {})
+    _draw_recalls(bars, columns, results)
     bars.set_title(f"Retrieval: RSum {best['rsum']:.1f}, as loaded {baseline['rsum']:.1f}")
-    _draw_similarities(densities, results["histograms"]["best"], results["histograms"]["baseline"])
+    histograms = results["histograms"]
+    _draw_similarities(densities, histograms["best"], histograms["baseline"] if gained else None)
     densities.set_title(f"Similarity: gap {best['similarity_gap']:.3f}, as loaded {baseline['similarity_gap']:.3f}")
     figure.suptitle(f"{results['config']['model']['name']}: {_verdict(results)}", parse_math=False)
     return figure
@@ -290,8 +292,8 @@ def _draw_rates(axes: Axes, history: list[dict[str, Any]]) -> None:
     pairs = [(entry["learning_rate"], entry["backbone_learning_rate"]) for entry in history]
     positive = [rate for pair in pairs for rate in pair if rate]
     if positive and any(backbone and backbone != projection for projection, backbone in pairs):
-        axes.set_yscale("log")
-        axes.set_ylim(min(positive) / 2, max(positive) * 2)  # a rate of 0 leaves the panel downwards
+        axes.set_yscale("log", nonpositive="mask")  # the last rate, 0, has no place: a drop to it would start too early
+        axes.set_ylim(min(positive) / 2, max(positive) * 2)
     else:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set(title="Learning rate", ylabel="learning rate")

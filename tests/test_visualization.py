@@ -140,6 +140,23 @@ def test_bars_and_densities_are_the_recorded_numbers() -> None:
     assert 0.5 < high < 0.9
 
 
+def test_the_model_as_loaded_is_drawn_once_where_it_is_the_best() -> None:
+    bars, densities = model_metrics_figure(training(3, 0)).axes
+    assert [each.get_text() for each in bars.get_legend().get_texts()] == ["chance", "as loaded"]
+    assert len(densities.patches) == 2
+
+
+def test_a_rate_of_zero_is_not_drawn_on_a_log_scale() -> None:
+    results = training()
+    results["history"][-1] |= {"learning_rate": 0.0, "backbone_learning_rate": 0.0}
+    axes = training_curves_figure(results).axes[2]
+    assert axes.get_yscale() == "log"
+    drawn = axes.get_lines()[0].get_path()
+    shown = axes.transScale.transform_path(drawn).vertices
+    assert np.isfinite(shown[:-1]).all()
+    assert not np.isfinite(shown[-1]).all()
+
+
 def test_baseline_is_drawn_on_its_own_bins() -> None:
     results = training()
     results["histograms"]["baseline"] = {"bin_edges": [-1.0, 0.0, 1.0], "positive": [1, 3], "negative": [2, 2]}
