@@ -24,6 +24,7 @@ from config import DEFAULT_MODEL_NAME
 from preprocessing import clip_transform, load_image, to_rgb, tokenize
 from pretrained import Weights, published_url, published_weights, read_weights
 from runtime import Precision, autocast, import_clip
+from towers import QuickGELU, RunBlock, compiled_block, image_tower, text_tower
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class CLIPModel(nn.Module):
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
         self._make_projections(projection_dim, weights)
         self.backbone.requires_grad_(not freeze_backbone)
+        self._image_block: RunBlock | None = None
+        self._text_block: RunBlock | None = None
         self.train()
 
     @classmethod
@@ -141,7 +144,8 @@ class CLIPModel(nn.Module):
             Unit-norm features, float32 `[B, projection_dim]`.
         """
         pixels = images if isinstance(images, Tensor) else self._preprocess(images)
-        features = self.image_projection(self.backbone.visual(pixels.to(self.device)))
+        run_block = self._image_block if self.training else None
+        features = self.image_projection(image_tower(self.backbone, pixels.to(self.device), run_block))
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, texts: TextInput) -> Tensor:
@@ -159,7 +163,13 @@ class CLIPModel(nn.Module):
             tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
             if truncated:
                 logger.warning("%d text(s) longer than %d tokens were truncated", truncated, tokens.shape[1])
-        return F.normalize(self.text_projection(self._text_tower(tokens)).float(), dim=-1)
+        run_block = self._text_block if self.training else None
+        features = self.text_projection(text_tower(self.backbone, tokens, run_block))
+        return F.normalize(features.float(), dim=-1)
+
+    def compile_towers(self) -> None:
+        """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
+        self._image_block, self._text_block = compiled_block(dynamic=False), compiled_block(dynamic=True)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch of pairs: `(image_features [B, D], text_features [B, D])`, both unit-norm float32."""
@@ -192,20 +202,6 @@ class CLIPModel(nn.Module):
         transform = clip_transform(self.image_resolution)
         pictures = (to_rgb(item) if isinstance(item, Image.Image) else load_image(item) for item in sequence)
         return torch.stack([transform(picture) for picture in pictures])
-
-    def _text_tower(self, tokens: Tensor) -> Tensor:
-        """Run CLIP's text tower up to the end of the longest text: it is causal, so later positions change nothing."""
-        clip = self.backbone
-        ends = tokens.argmax(dim=-1)
-        length = int(ends.max()) + 1
-        tokens, ends = tokens[:, :length].to(self.device), ends.to(self.device)
-        x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-        mask = torch.full((length, length), float("-inf"), device=x.device).triu_(1)
-        for block in clip.transformer.resblocks:
-            block.attn_mask = mask
-        x = clip.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
-        x = clip.ln_final(x[torch.arange(len(x), device=x.device), ends])
-        return cast(Tensor, x @ clip.text_projection)
 
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}
@@ -379,8 +375,7 @@ class MultimodalTrainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         if self.gradient_clip_norm:
-            trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-            torch.nn.utils.clip_grad_norm_(trained, self.gradient_clip_norm)
+            self._clip_gradient()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
@@ -390,6 +385,13 @@ class MultimodalTrainer:
             self.scheduler.step()
         self.global_step += 1
         return loss.detach(), accuracy
+
+    def _clip_gradient(self) -> None:
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
+        # on the CPU a look at the norm is free and often saves a pass over all gradients
+        if norm.device.type != "cpu" or not norm <= self.gradient_clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.gradient_clip_norm, norm)
 
     def train_epoch(
         self,
@@ -472,6 +474,8 @@ def _build_backbone(architecture: Architecture, weights: Weights | None) -> Any:
         for block in backbone.visual.transformer.resblocks:
             block.attn.num_heads = architecture.vision_heads
             block.attn.head_dim = architecture.vision_width // architecture.vision_heads
+    else:
+        backbone.visual.to(memory_format=torch.channels_last)  # what convolutions are fastest in
     _set_activation(backbone, architecture.activation)
     if weights is not None:
         tensors = {name: value for name, value in weights.tensors.items() if name != "logit_scale"}
@@ -484,7 +488,7 @@ def _build_backbone(architecture: Architecture, weights: Weights | None) -> Any:
 
 
 def _set_activation(backbone: nn.Module, activation: str) -> None:
-    make = import_clip().model.QuickGELU if activation == QUICK_GELU else nn.GELU
+    make = QuickGELU if activation == QUICK_GELU else nn.GELU
     for module in backbone.modules():
         if hasattr(module, "mlp") and hasattr(module.mlp, "gelu"):
             module.mlp.gelu = make()

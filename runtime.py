@@ -77,6 +77,21 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=precision.dtype)
 
 
+def can_compile(device: torch.device) -> bool:
+    """Tell whether `torch.compile` works here (it needs a C++ compiler, or Triton on a GPU); warn if not."""
+    try:
+        torch.compile(_double)(torch.ones(2, device=device))
+    except Exception as error:  # compilers fail in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("--compile: no compiler works here (%s); going on without", reason)
+        return False
+    return True
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators (model initialisation draws from them)."""
     random.seed(seed)

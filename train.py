@@ -33,13 +33,21 @@ from data_loader import (
 )
 from evaluation import RECALL_KEYS, Outcome, evaluate
 from preprocessing import train_transform
-from runtime import Precision, default_num_workers, resolve_device, resolve_precision, seed_everything, setup_logging
+from runtime import (
+    Precision,
+    can_compile,
+    default_num_workers,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+    setup_logging,
+)
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
-    "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "resume",
+    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "resume",
     "log_interval", "log_level",
 }  # fmt: skip
 LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
@@ -61,6 +69,8 @@ def _train(argv: list[str] | None) -> int:
         _make_sample_data(config)
     pairs = training_pairs(config.data, seed=config.training.seed)
     model = _make_model(config, given, state).to(device)
+    if config.training.compile and can_compile(device):
+        model.compile_towers()
     files = RunFiles(Path(config.run.output_dir))
     if state is None:
         files.set_aside_earlier_run()

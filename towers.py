@@ -1,0 +1,195 @@
+"""CLIP's two towers on OpenAI's modules, without the work whose result nobody reads.
+
+Values and gradients are those of the modules' own `forward` up to rounding:
+
+- A text is pooled at its end and its tower is causal, so positions after the end change nothing. The layers run on the
+  tokens of all texts, one text after another; only attention sees them padded to the longest text.
+- Both towers pool one position. The last layer computes keys and values for all positions, and the rest for that one.
+- A ViT's patches do not overlap, so their convolution is one matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RunBlock = Callable[..., Tensor]
+
+
+def image_tower(backbone: Any, pixels: Tensor, run_block: RunBlock | None = None) -> Tensor:
+    """Run the image tower of OpenAI's `CLIP`.
+
+    Args:
+        backbone: a `clip.model.CLIP`.
+        pixels: normalised `[B, 3, R, R]`, on the backbone's device.
+        run_block: runs a layer, `compiled_block(...)`; None: without a compiler. A ResNet has no use for it.
+
+    Returns:
+        `[B, embed_dim]`, not normalised.
+    """
+    visual = backbone.visual
+    if not hasattr(visual, "transformer"):
+        return cast(Tensor, visual(pixels.contiguous(memory_format=torch.channels_last)))
+    x = _embed_patches(visual, pixels)
+    layout = _Layout(*x.shape[:2])
+    rows = x.flatten(0, 1)
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        rows = (run_block or _run_block)(block, rows, layout)
+    pooled = torch.arange(0, len(rows), layout.length, device=rows.device)
+    return cast(Tensor, _normalise(visual.ln_post, _run_last_block(last, rows, layout, pooled)) @ visual.proj)
+
+
+def text_tower(backbone: Any, tokens: Tensor, run_block: RunBlock | None = None) -> Tensor:
+    """Run the text tower of OpenAI's `CLIP`.
+
+    Args:
+        backbone: a `clip.model.CLIP`.
+        tokens: int `[B, context_length]`; a text ends at its largest token. Best left on the CPU, where their lengths
+            are known without waiting for another device.
+        run_block: runs a layer, `compiled_block(...)`; None: without a compiler.
+
+    Returns:
+        `[B, embed_dim]`, not normalised.
+    """
+    lengths = tokens.argmax(dim=-1) + 1
+    length = int(lengths.max())
+    used = torch.arange(length, device=tokens.device) < lengths[:, None]
+    places = used.flatten().nonzero().squeeze(1)
+    packed, positions, pooled = tokens[:, :length].flatten()[places], places % length, lengths.cumsum(0) - 1
+    device = backbone.token_embedding.weight.device
+    packed, positions, places, pooled, used = (
+        index.to(device, non_blocking=True) for index in (packed, positions, places, pooled, used)
+    )
+    layout = _Layout(len(tokens), length, None if len(packed) == len(tokens) * length else places)
+    rows = backbone.token_embedding(packed) + F.embedding(positions, backbone.positional_embedding)
+    *blocks, last = backbone.transformer.resblocks
+    for block in blocks:
+        rows = (run_block or _run_block)(block, rows, layout, causal=True)
+    rows = _run_last_block(last, rows, layout, pooled, used=used)
+    return cast(Tensor, _normalise(backbone.ln_final, rows) @ backbone.text_projection)
+
+
+def compiled_block(*, dynamic: bool) -> RunBlock:
+    """Compile what a layer does; all layers of a tower share the result, made when the first one runs.
+
+    Args:
+        dynamic: for a number of rows that changes from batch to batch, as in the text tower.
+    """
+    return cast(RunBlock, torch.compile(_run_block, dynamic=dynamic))
+
+
+class QuickGELU(nn.Module):
+    """OpenAI's activation, x * sigmoid(1.702 x); keeps nothing but its input for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every element."""
+        if torch.compiler.is_compiling():  # which makes one loop of it by itself
+            return x * torch.sigmoid(1.702 * x)
+        return cast(Tensor, _QuickGELU.apply(x))
+
+
+class _QuickGELU(torch.autograd.Function):
+    """The same as silu(1.702 x) / 1.702, whose derivative is that of silu at 1.702 x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x * 1.702, inplace=True).mul_(1 / 1.702)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return cast(Tensor, torch.ops.aten.silu_backward(gradients[0], x * 1.702))
+
+
+class _Layout(NamedTuple):
+    """Where rows `[N, width]` stand in a batch of sequences `[batch, length, width]`."""
+
+    batch: int
+    length: int
+    places: Tensor | None = None
+    """Place of each row in the flat batch, `[N]`; None: the rows fill it."""
+
+    def pad(self, rows: Tensor) -> Tensor:
+        if self.places is not None:
+            empty = rows.new_zeros(self.batch * self.length, rows.shape[1])
+            rows = empty.index_copy(0, self.places, rows)
+        return rows.view(self.batch, self.length, -1)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        rows = x.reshape(self.batch * self.length, -1)
+        return rows if self.places is None else rows.index_select(0, self.places)
+
+
+def _embed_patches(visual: Any, pixels: Tensor) -> Tensor:
+    """Turn pixels into the sequence of class token and patches, `[B, 1 + patches, width]`."""
+    batch, channels, height, _ = pixels.shape
+    size = visual.conv1.kernel_size[0]
+    grid = height // size
+    cut = pixels[:, :, : grid * size, : grid * size].reshape(batch, channels, grid, size, grid, size)
+    patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, -1)
+    x = F.linear(patches, visual.conv1.weight.flatten(1))
+    start = visual.class_embedding.to(x.dtype).expand(batch, 1, -1)
+    x = torch.cat([start, x], dim=1) + visual.positional_embedding.to(x.dtype)
+    return _normalise(visual.ln_pre, x)
+
+
+def _run_block(block: Any, rows: Tensor, layout: _Layout, *, causal: bool = False) -> Tensor:
+    """Run a `ResidualAttentionBlock` on rows `[N, width]`."""
+    attention = block.attn
+    qkv = layout.pad(F.linear(_normalise(block.ln_1, rows), attention.in_proj_weight, attention.in_proj_bias))
+    query, key, value = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = _attend(query, key, value, causal=causal)
+    rows = rows + attention.out_proj(layout.unpad(mixed.transpose(1, 2)))
+    return cast(Tensor, rows + block.mlp(_normalise(block.ln_2, rows)))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """Attention `[B, heads, length, size]`; over short sequences on the CPU as two plain products.
+
+    There PyTorch's blockwise kernel is the faster one forwards, but several times slower backwards.
+    """
+    length, size = query.shape[-2:]
+    longest = 128 if query.dtype == torch.float32 else 320
+    if query.device.type != "cpu" or length > longest or not query.requires_grad:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    scores = (query * size**-0.5) @ key.transpose(-1, -2)
+    if causal:
+        later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
+        scores = scores.masked_fill_(later, -math.inf)
+    mixed: Tensor = scores.softmax(-1) @ value
+    return mixed
+
+
+def _run_last_block(block: Any, rows: Tensor, layout: _Layout, pooled: Tensor, *, used: Tensor | None = None) -> Tensor:
+    """Run a `ResidualAttentionBlock` for one row of each sequence.
+
+    Args:
+        block: the tower's last.
+        rows: `[N, width]`.
+        layout: where they stand.
+        pooled: numbers of the rows wanted, `[batch]`.
+        used: which positions of the padded batch hold a row that the pooled one may see, `[batch, length]`; None: all.
+    """
+    attention, width = block.attn, rows.shape[1]
+    weights = attention.in_proj_weight.split((width, 2 * width))
+    biases = attention.in_proj_bias.split((width, 2 * width))
+    normal = _normalise(block.ln_1, rows)
+    heads = (attention.num_heads, -1)
+    query = F.linear(normal[pooled], weights[0], biases[0]).unflatten(1, heads).unsqueeze(2)
+    key, value = layout.pad(F.linear(normal, weights[1], biases[1])).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+    mask = None if used is None else used[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    rows = rows[pooled] + attention.out_proj(mixed.flatten(1))
+    return cast(Tensor, rows + block.mlp(_normalise(block.ln_2, rows)))
+
+
+def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply LayerNorm, computed in float32; the result has the type of `x`."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
