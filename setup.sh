@@ -43,7 +43,7 @@ read_options() {
 }
 
 # What the environment was made from. --dev is left out: it only adds packages, and has a stamp of its own.
-fingerprint() { cat setup.sh requirements.txt requirements-dev.txt | cksum; }
+fingerprint() { cat setup.sh requirements*.txt | cksum; }
 
 # The stamp's lines: fingerprint, index that torch came from, source that CLIP came from.
 stamped() { [ ! -f "$STAMP" ] || sed -n "$1p" "$STAMP"; }

@@ -1,0 +1,253 @@
+"""One training step of ours against what a user would pick instead, turn by turn on the same pictures and captions.
+
+python benchmarks/train_step.py --captions data/data.json --json step.json
+
+Peers: open_clip's own trainer (`open_clip_train.train.train_one_epoch`), Hugging Face's `CLIPModel`, and a plain loop
+on OpenAI's `clip` package, each with AdamW. Weights are random: they cost what published ones cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from timing import Timing, machine, print_table, ratio, take_turns, write_json
+
+from annotations import read_index
+from architectures import ARCHITECTURES, Architecture
+from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
+from preprocessing import tokenize
+from runtime import import_clip, resolve_device, resolve_precision
+from sample_data import distinct_scenes
+
+RATE, DECAY = 1e-5, 0.01
+Step = Callable[[], object]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; returns the exit code."""
+    options = parse(argv)
+    torch.manual_seed(0)
+    device = resolve_device(options.device)
+    captions = choose_captions(options)
+    tokens, _ = tokenize(captions)
+    size = ARCHITECTURES[options.model].image_resolution
+    images = torch.randn(options.batch_size, 3, size, size)
+    lengths = (tokens != 0).sum(1)
+    print(f"{options.model}, batch {options.batch_size}; captions of {lengths.float().mean():.1f} tokens on average, "
+          f"longest {lengths.max()}; {machine(options.device)}")  # fmt: skip
+    results: dict[str, Any] = {"machine": machine(options.device), "options": vars(options), "precisions": {}}
+    for precision in options.precisions.split(","):
+        names = [name for name in options.cases.split(",") if name]
+        cases = {name: MAKERS[name](options.model, images, tokens, device, precision) for name in names}
+        timings = take_turns(cases, repeats=options.repeats, device=options.device)
+        rate = matrix_rate(device, precision)
+        floor = step_flops(ARCHITECTURES[options.model], lengths) / rate
+        report(precision, timings, floor=floor, rate=rate)
+        results["precisions"][precision] = {
+            "seconds": {name: timing.seconds for name, timing in timings.items()},
+            "matrix_rate": rate,
+            "floor_seconds": floor,
+        }
+    write_json(options.json, results)
+    return 0
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--model", default="ViT-B/32", help="model name (the peers know only the published ones)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--captions", help="index file whose captions are used; default: the sample data's")
+    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--cases", default="ours,open_clip,transformers,clip", help=f"of {','.join(MAKERS)}")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="under a minute: a small model, ours and clip alone")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="file for the figures")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.model, options.cases, options.batch_size, options.repeats = "ViT-Ti/32", "ours,clip", 16, 3
+    return options
+
+
+def choose_captions(options: Namespace) -> list[str]:
+    """Take a caption from every n-th image, so that all of the file is seen."""
+    if options.captions:
+        rows = read_index(Path(options.captions)).rows
+        stride = max(len(rows) // options.batch_size, 1)
+        captions = [row.captions[0] for row in rows[::stride]]
+    else:
+        captions = [texts[0] for _, texts in distinct_scenes(options.batch_size)]
+    return captions[: options.batch_size]
+
+
+def ours(model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str, **how: Any) -> Step:
+    """Make one step of `MultimodalTrainer`, as `train.py` runs it."""
+    model = CLIPModel(model_name, pretrained="none", **how).to(device)
+    optimizer = build_optimizer(model, learning_rate=RATE, backbone_lr_scale=1.0, weight_decay=DECAY)
+    trainer = MultimodalTrainer(
+        model, ContrastiveLoss(), optimizer, precision=resolve_precision(precision, device), gradient_clip_norm=1.0
+    )
+    ids = torch.arange(len(tokens))
+    return lambda: trainer.train_step(images, tokens, ids)
+
+
+def open_clip_step(
+    model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str, *, compiled: bool = False
+) -> Step:
+    """Make one step of open_clip's own training loop, with its default optimiser."""
+    import open_clip  # noqa: PLC0415
+    from open_clip_train.train import train_one_epoch  # noqa: PLC0415
+
+    logging.getLogger().setLevel(logging.ERROR)
+    model: Any = open_clip.create_model(f"{model_name.replace('/', '-')}-quickgelu", output_dict=True).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY)
+    if compiled:
+        model = torch.compile(model)
+    args = Namespace(
+        device=str(device), precision={"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}[precision], distill=False,
+        accum_freq=1, skip_scheduler=True, grad_clip_norm=None, horovod=False, batch_size=len(tokens), world_size=1,
+        rank=0, local_rank=0, log_every_n_steps=1000, wandb=False, logs=None, tensorboard=False,
+    )  # fmt: skip
+
+    class Loader(list[Any]):
+        num_batches, num_samples = 1, len(tokens)
+
+    data = {"train": Namespace(dataloader=Loader([(images, tokens)]), set_epoch=lambda epoch: None)}
+    loss = open_clip.ClipLoss()
+    return lambda: train_one_epoch(model, data, loss, 0, optimizer, None, None, None, args)
+
+
+def transformers_step(model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str) -> Step:
+    """Make one step of Hugging Face's `CLIPModel`, with the padding that its processor gives (to the longest text)."""
+    from transformers import CLIPConfig  # noqa: PLC0415
+    from transformers import CLIPModel as HuggingFaceModel  # noqa: PLC0415
+
+    shape = ARCHITECTURES[model_name]
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": shape.transformer_width, "intermediate_size": 4 * shape.transformer_width,
+            "num_hidden_layers": shape.transformer_layers, "num_attention_heads": shape.transformer_heads,
+        },
+        vision_config={
+            "hidden_size": shape.vision_width, "intermediate_size": 4 * shape.vision_width,
+            "num_hidden_layers": shape.vision_layers, "num_attention_heads": shape.vision_heads,
+            "patch_size": shape.vision_patch_size, "image_size": shape.image_resolution,
+        },
+        projection_dim=shape.embed_dim,
+    )  # fmt: skip
+    model = HuggingFaceModel(config).to(device).train()
+    length = int((tokens != 0).sum(1).max())
+    inputs = {"input_ids": tokens[:, :length], "attention_mask": (tokens[:, :length] != 0).long()}
+
+    def loss() -> Tensor:
+        moved = {name: value.to(device) for name, value in inputs.items()}
+        result: Tensor = model(**moved, pixel_values=images.to(device), return_loss=True).loss
+        return result
+
+    return _plain_step(list(model.parameters()), loss, device, precision)
+
+
+def clip_step(model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str) -> Step:
+    """Make one step of the loop that everybody writes on OpenAI's package: 77 positions, AdamW as it comes."""
+    shape = vars(ARCHITECTURES[model_name])
+    sizes = {key: value for key, value in shape.items() if key not in {"name", "activation", "vision_heads"}}
+    model = import_clip().model.CLIP(**sizes).float().to(device)
+    labels = torch.arange(len(tokens), device=device)
+
+    def loss() -> Tensor:
+        per_image, per_text = model(images.to(device), tokens.to(device))
+        return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+    return _plain_step(list(model.parameters()), loss, device, precision)
+
+
+def _plain_step(parameters: list[Any], loss: Callable[[], Tensor], device: torch.device, precision: str) -> Step:
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        context = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+        with context:
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+MAKERS: dict[str, Callable[..., Step]] = {
+    "ours": ours,
+    "open_clip": open_clip_step,
+    "open_clip+compile": lambda *args: open_clip_step(*args, compiled=True),
+    "transformers": transformers_step,
+    "clip": clip_step,
+}
+
+
+def step_flops(shape: Architecture, lengths: Tensor) -> float:
+    """Count a step's floating-point operations: 6 a weight and position, 12 a width and pair of positions in attention.
+
+    Every layer counts in full over a ViT's patches and each text up to its end, though ours runs the last layer for
+    one position; the lookups, norms, the loss and the optimiser do not count.
+    """
+    if not shape.is_vit:
+        return float("nan")
+    patches = (shape.image_resolution // (shape.vision_patch_size or 1)) ** 2
+    images, total = len(lengths), 0.0
+    towers = (
+        (shape.vision_width, shape.vision_layers, [patches + 1] * images, 1.0),
+        (shape.transformer_width, shape.transformer_layers, lengths.tolist(), 0.5),  # causal: half of the pairs
+    )
+    for width, layers, positions, seen in towers:
+        weights = 12 * width * width
+        total += layers * sum(6 * weights * n + 12 * width * seen * n * n for n in positions)  # type: ignore[operator]
+    embedding = 4 * patches * 3 * (shape.vision_patch_size or 1) ** 2 * shape.vision_width  # no gradient of pixels
+    return total + images * (embedding + 6 * shape.embed_dim * (shape.vision_width + shape.transformer_width))
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Measure the best rate of a matrix product, in operations a second, over sizes as they occur."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    products: dict[str, Step] = {}
+    for rows, inner, columns in ((1600, 768, 3072), (2048, 2048, 2048), (4096, 1024, 4096)):
+        a = torch.randn(rows, inner, dtype=dtype, device=device)
+        b = torch.randn(columns, inner, dtype=dtype, device=device)
+        products[f"{rows},{inner},{columns}"] = lambda a=a, b=b: a @ b.T  # type: ignore[misc]
+    timings = take_turns(products, repeats=7, warmup=2, device=device.type)
+    rates = []
+    for name, timing in timings.items():
+        rows, inner, columns = map(int, name.split(","))
+        rates.append(2 * rows * inner * columns / timing.median)
+    return max(rates)
+
+
+def report(precision: str, timings: dict[str, Timing], *, floor: float, rate: float) -> None:
+    """Print one precision's table."""
+    first = next(iter(timings))
+    rows = [["", "s/step", "spread", f"times {first}", "share of the floor"]]
+    for name, timing in timings.items():
+        share = f"{100 * floor / timing.median:.0f}%"
+        rows.append(
+            [name, f"{timing.median:.3f}", f"{100 * timing.spread:.0f}%", f"{ratio(timings, first, name):.2f}", share]
+        )
+    print_table(f"{precision}: floor {floor:.3f} s at {rate / 1e9:.0f} GFLOP/s", rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
