@@ -1,7 +1,8 @@
 """What a run is: typed settings, read from defaults, then `config.json`, then command-line flags.
 
 Every stage describes its settings as one frozen pydantic class. Its flags, its JSON keys, its `--help` and its
-checks all come from that class, so that there is one place to add a setting.
+checks all come from that class, so that there is one place to add a setting. The classes stand here because nothing
+here is slow to import: a stage answers `--help` and a wrong setting before it loads PyTorch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic.fields import FieldInfo
 CONFIG_PATH = Path("config.json")
 DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
+SAMPLE_SIZE = 1000
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -123,6 +125,44 @@ class Config(Settings):
     run: RunSettings = RunSettings()
 
 
+class InspectSettings(Settings):
+    """Settings of the data stage."""
+
+    data_dir: str = Field(DEFAULT_DATA_DIR, description="folder with the data set, or its index file")
+    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
+    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    val_split: Share = Field(0.1, description="share of the groups kept for validation")
+    seed: NonNegativeInt = Field(42, description="seed of the split; of the sample data as well")
+    num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
+
+
+class EvaluationSettings(Settings):
+    """Settings of the evaluation stage."""
+
+    checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
+    data_dir: str | None = Field(None, description="data set; none: the checkpoint's own validation images")
+    split: Literal["train", "val", "test", "all"] | None = Field(
+        None, description="split of data_dir; none: val if it declares one, else everything"
+    )
+    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
+    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+    precision: Precision = Field("fp32", description="auto, fp32, bf16, fp16")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    output_dir: str = Field(".", description="evaluation_results.json goes to its results/")
+    log_level: LogLevel = Field("info", description="debug, info, warning, error")
+
+
+class VisualizationSettings(Settings):
+    """Settings of the figure stage."""
+
+    results: str = Field(
+        "results/training_results.json", description="training_results.json or evaluation_results.json"
+    )
+    output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
+
+
 class Flag(NamedTuple):
     """One command-line flag: its name without dashes, the key it sets (`("training", "seed")`), its field."""
 
@@ -146,6 +186,11 @@ def flags_of(settings: type[Settings], parents: tuple[str, ...] = ()) -> Iterato
 
 def parse_settings(settings: type[S], argv: list[str] | None, *, description: str) -> tuple[S, dict[str, Any]]:
     """Read a stage's settings from its flags alone.
+
+    Args:
+        settings: the stage's settings.
+        argv: the flags; None: those of this process.
+        description: what the stage does; `--help` shows the first line.
 
     Returns:
         The settings, and the given flags with their values as typed.
@@ -177,6 +222,29 @@ def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, di
         raise FileNotFoundError(f"--config: no such file: {path}")
     values = read_json_object(path) if path.is_file() else {}
     return _validate(Config, values, given, source=path), given
+
+
+def check_command_line(settings: type[Settings], description: str) -> None:
+    """Read a script's command line before its slow imports: `--help` and a wrong setting end the process here.
+
+    Every stage calls this above its imports of PyTorch and the like, when it is run as a script. Its `main` reads the
+    command line once more, which takes a few milliseconds and lets `main(argv)` work anywhere.
+
+    Args:
+        settings: the stage's settings.
+        description: what the stage does: its docstring, of which `--help` shows the first line.
+    """
+
+    def read() -> int:
+        if settings is Config:
+            load_config(None, description=description)
+        else:
+            parse_settings(settings, None, description=description)
+        return 0
+
+    code = run_stage(read, name=Path(sys.argv[0]).name)
+    if code:
+        sys.exit(code)
 
 
 def override(config: Config, given: dict[str, Any]) -> Config:
@@ -238,7 +306,8 @@ class _Parser(argparse.ArgumentParser):
 def _parse_flags(
     settings: type[Settings], argv: list[str] | None, *, description: str, with_config: bool = False
 ) -> dict[str, Any]:
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    summary = description.partition("\n")[0]
+    parser = _Parser(description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if with_config:
         parser.add_argument("--config", metavar="PATH", help="JSON file with settings (default: ./config.json)")
     known = ["--config"] if with_config else []

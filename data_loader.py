@@ -16,15 +16,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from config import (
+    DEFAULT_DATA_DIR,
+    SAMPLE_SIZE,
+    DataSettings,
+    InspectSettings,
+    check_command_line,
+    parse_settings,
+    run_stage,
+)
+
+if __name__ == "__main__":
+    check_command_line(InspectSettings, str(__doc__))
+
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from annotations import Index, Row, find_index, read_directory, read_index
-from config import DEFAULT_DATA_DIR, DataSettings, PositiveInt, Settings, parse_settings, run_stage
 from preprocessing import CONTEXT_LENGTH, Transform, clip_transform, count_tokens, load_image, tokenize
 from runtime import setup_logging
 from sample_data import UNFINISHED, create_sample_dataset
@@ -35,7 +46,6 @@ SPLITS = ("train", "val", "test")
 MAX_VAL_IMAGES = 5000
 MIN_PAIRS = 50
 MAX_BAD_SHARE = 0.01
-SAMPLE_SIZE = 1000
 
 
 class Strings(Sequence[str]):
@@ -471,17 +481,6 @@ def _without_shared_images(train: Pairs, val: Pairs) -> Pairs:
     return train.select(kept)
 
 
-class InspectSettings(Settings):
-    """Settings of the data stage."""
-
-    data_dir: str = Field(DEFAULT_DATA_DIR, description="folder with the data set, or its index file")
-    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
-    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
-    val_split: float = Field(0.1, gt=0, lt=1, description="share of the groups kept for validation")
-    seed: int = Field(42, ge=0, description="seed of the split; of the sample data as well")
-    num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
-
-
 def describe_data(pairs: Pairs, splits: dict[str, Pairs]) -> list[str]:
     """Say what a data set holds, a line a fact."""
     lengths = np.array([count_tokens(caption) for caption in tqdm(pairs.captions, desc="tokens", disable=None)])
@@ -525,7 +524,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _inspect(argv: list[str] | None) -> int:
-    settings, given = parse_settings(InspectSettings, argv, description=str(__doc__).splitlines()[0])
+    settings, given = parse_settings(InspectSettings, argv, description=str(__doc__))
     setup_logging("info")
     folder = Path(settings.data_dir)
     wants_sample = settings.num_samples is not None or "data_dir" not in given

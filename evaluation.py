@@ -11,19 +11,21 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+from config import EvaluationSettings, check_command_line, parse_settings, run_stage
+
+if __name__ == "__main__":
+    check_command_line(EvaluationSettings, str(__doc__))
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import config
 from checkpoint import load_checkpoint
 from clip_model import CLIPModel
-from config import NonNegativeInt, PositiveInt, Settings, parse_settings, run_stage
 from data_loader import ImageTextDataset, Pairs, collate, evaluation_pairs, load_pairs
 from preprocessing import clip_transform, tokenize
 from runtime import Precision, autocast, default_num_workers, resolve_device, resolve_precision, setup_logging
@@ -35,31 +37,13 @@ RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in
 NUM_BINS = 100
 
 
-class EvaluationSettings(Settings):
-    """Settings of the evaluation stage."""
-
-    checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
-    data_dir: str | None = Field(None, description="data set; none: the checkpoint's own validation images")
-    split: Literal["train", "val", "test", "all"] | None = Field(
-        None, description="split of data_dir; none: val if it declares one, else everything"
-    )
-    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
-    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
-    batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
-    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
-    precision: config.Precision = Field("fp32", description="auto, fp32, bf16, fp16")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    output_dir: str = Field(".", description="evaluation_results.json goes to its results/")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning, error")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Evaluate a checkpoint, print a table and write `results/evaluation_results.json`; returns the exit code."""
     return run_stage(lambda: _evaluate_checkpoint(argv), name="evaluation.py")
 
 
 def _evaluate_checkpoint(argv: list[str] | None) -> int:
-    settings, _ = parse_settings(EvaluationSettings, argv, description=str(__doc__).splitlines()[0])
+    settings, _ = parse_settings(EvaluationSettings, argv, description=str(__doc__))
 
     setup_logging(settings.log_level)
     device = resolve_device(settings.device)

@@ -14,13 +14,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from config import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config, check_command_line, load_config, override, run_stage
+
+if __name__ == "__main__":
+    check_command_line(Config, str(__doc__))
+
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
 from clip_model import CLIPModel, ContrastiveLoss, ModelName, MultimodalTrainer, build_optimizer, build_scheduler
-from config import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config, load_config, override, run_stage
 from data_loader import (
     SAMPLE_SIZE,
     Batch,
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str] | None) -> int:
-    config, given = load_config(argv, description=str(__doc__).splitlines()[0])
+    config, given = load_config(argv, description=str(__doc__))
     setup_logging(config.run.log_level)
     state, config = _find_state(config, given)
     device = resolve_device(config.run.device)

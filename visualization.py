@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from pydantic import Field
+from config import VisualizationSettings, check_command_line, parse_settings, read_json_object, run_stage
 
-from config import Settings, parse_settings, read_json_object, run_stage
+if __name__ == "__main__":
+    check_command_line(VisualizationSettings, str(__doc__))
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,22 +35,13 @@ TRAINING_ONLY_KEYS = ("history", "baseline", "best_epoch")
 RECALL_LABELS = [f"{direction}\nR@{k}" for direction in ("image→text", "text→image") for k in (1, 5, 10)]
 
 
-class VisualizationSettings(Settings):
-    """Settings of the figure stage."""
-
-    results: str = Field(
-        "results/training_results.json", description="training_results.json or evaluation_results.json"
-    )
-    output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures of a results file; returns the exit code."""
     return run_stage(lambda: _draw(argv), name="visualization.py")
 
 
 def _draw(argv: list[str] | None) -> int:
-    settings, _ = parse_settings(VisualizationSettings, argv, description=str(__doc__).splitlines()[0])
+    settings, _ = parse_settings(VisualizationSettings, argv, description=str(__doc__))
     output_dir = None if settings.output_dir is None else Path(settings.output_dir)
     for path in draw_figures(Path(settings.results), output_dir):
         print(path)

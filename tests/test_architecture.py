@@ -1,6 +1,7 @@
 """The house rules of docs/ARCHITECTURE.md, held against the code."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -47,8 +48,87 @@ def test_light_modules_stay_light(name: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+STAGES = ("train", "evaluation", "data_loader", "visualization")
+SLOW_PACKAGES = ("torch", "torchvision", "numpy", "PIL", "matplotlib", "tensorboard", "clip", "tqdm")
+
+
+def run_without_slow_packages(stubs: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this toolkit where importing any slow package fails."""
+    for name in SLOW_PACKAGES:
+        (stubs / f"{name}.py").write_text(f"raise AssertionError('{name} was imported')\n")
+    environment = {**os.environ, "PYTHONPATH": str(stubs)}
+    command = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
+    return subprocess.run(command, cwd=stubs, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_comes_before_slow_imports(stage: str, tmp_path: Path) -> None:
+    done = run_without_slow_packages(tmp_path, f"{stage}.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: {stage}.py" in done.stdout
+    assert "default:" in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_wrong_flag_is_told_before_slow_imports(stage: str, tmp_path: Path) -> None:
+    done = run_without_slow_packages(tmp_path, f"{stage}.py", "--no_such_flag", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{stage}.py: error: unknown flag --no_such_flag")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("train.py", "--batch_size", "0"), "--batch_size: expected greater than 0"),
+        (("train.py",), "training.batch_size: expected a valid integer"),
+        (("evaluation.py", "--split", "tset"), "--split: expected 'train'"),
+        (("data_loader.py", "--val_split", "nan"), "--val_split: expected"),
+    ],
+)
+def test_a_wrong_value_is_told_before_slow_imports(argv: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"training": {"batch_size": "many"}}')
+    done = run_without_slow_packages(tmp_path, *argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_right_settings_go_on_to_the_slow_imports(tmp_path: Path) -> None:
+    """The counter-proof: the stubs are found, so the tests above would fail if anything imported them."""
+    for stage in STAGES:
+        done = run_without_slow_packages(tmp_path, f"{stage}.py")
+        assert "was imported" in done.stderr, stage
+
+
 def test_importing_everything_prints_and_writes_nothing(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(MODULES)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+WATCH_IMPORTS = """
+import logging, random
+import numpy, PIL.Image, pydantic, torch, torch.utils.tensorboard, torchvision, tqdm
+pydantic.create_model("First")  # pydantic looks for plugins once, in the files of all packages
+
+def watch(event, arguments):
+    is_code = event == "open" and str(arguments[0]).endswith((".py", ".pyc", ".so"))
+    if event.startswith("socket.") or event in {"open", "os.mkdir", "subprocess.Popen"} and not is_code:
+        raise SystemExit(f"{event} {arguments}")
+
+def state():
+    generators = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
+    return generators, logging.root.handlers[:], logging.root.level, torch.cuda.is_initialized()
+
+before = state()
+sys.addaudithook(watch)
+import MODULES
+assert state() == before
+"""
+
+
+def test_importing_touches_no_file_network_generator_log_or_device(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + WATCH_IMPORTS.replace("MODULES", ", ".join(MODULES))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
