@@ -148,7 +148,7 @@ class EvaluationSettings(Settings):
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
     batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
-    precision: Precision = Field("fp32", description="auto, fp32, bf16, fp16")
+    precision: Precision | None = Field(None, description="auto, fp32, bf16, fp16; none: as the checkpoint's run")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     output_dir: str = Field(".", description="evaluation_results.json goes to its results/")
     log_level: LogLevel = Field("info", description="debug, info, warning, error")

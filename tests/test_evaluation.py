@@ -1,11 +1,15 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluation
+from checkpoint import load_checkpoint, save_checkpoint
 from evaluation import (
     chance_level,
     compute_retrieval_metrics,
@@ -34,7 +38,7 @@ def oracle_ranks(scores: torch.Tensor, owners: list[int]) -> tuple[list[float], 
     return i2t, t2i
 
 
-def assert_matches_oracle(images: torch.Tensor, texts: torch.Tensor, owners: list[int], **blocks: int) -> None:
+def assert_matches_oracle(images: torch.Tensor, texts: torch.Tensor, owners: list[int], **blocks: Any) -> None:
     ranks = retrieval_ranks(images, texts, torch.tensor(owners), **blocks)
     i2t, t2i = oracle_ranks(images @ texts.T, owners)
     assert ranks.i2t.tolist() == i2t
@@ -61,14 +65,82 @@ def test_ranks_of_real_numbers_against_brute_force(size: int) -> None:
     assert_matches_oracle(images, texts, owners)
 
 
-@pytest.mark.parametrize(("num_images", "per_image"), [(1, 1), (3, 1), (101, 5), (1500, 3)])
+@pytest.mark.parametrize("kept_bytes", [0, 2**27])
+@pytest.mark.parametrize("cached_scores", [64, 64 * 24, 2**17])
+def test_ranks_do_not_depend_on_strips_or_kept_products(
+    cached_scores: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "CACHED_SCORES", cached_scores)
+    monkeypatch.setattr(evaluation, "MAX_KEPT_BYTES", kept_bytes)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(-2, 3, (150, 6), generator=generator).float()
+    owners = torch.randint(0, 140, (200,), generator=generator).tolist()
+    texts = (images[owners] + torch.randint(-1, 2, (200, 6), generator=generator)).float()
+    assert_matches_oracle(images, texts, owners, image_block=96, text_block=64)
+
+
+def test_ranks_of_half_precision_features_are_those_of_their_values() -> None:
+    generator = torch.Generator().manual_seed(5)
+    images, texts = (torch.randn(40, 16, generator=generator).bfloat16() for _ in range(2))
+    half, full = (
+        retrieval_ranks(i, t, torch.arange(40)) for i, t in ((images, texts), (images.float(), texts.float()))
+    )
+    assert torch.equal(half.i2t, full.i2t)
+    assert torch.equal(half.t2i, full.t2i)
+
+
+def test_what_training_allows_does_not_change_the_products() -> None:
+    generator = torch.Generator().manual_seed(7)
+    images, texts = (normalize(torch.randn(300, 512, generator=generator), dim=-1) for _ in range(2))
+    expected = retrieval_ranks(images, texts, torch.arange(300))
+    allowed = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = retrieval_ranks(images, texts, torch.arange(300))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    assert torch.equal(found.i2t, expected.i2t)
+    assert torch.equal(found.t2i, expected.t2i)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the size of everything that is computed."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return found
+
+
+def test_memory_is_bounded_by_the_block() -> None:
+    owners = torch.arange(5000).repeat_interleave(2)
+    images, texts = torch.randn(5000, 8), torch.randn(10000, 8)
+    with LargestTensor() as largest:
+        retrieval_ranks(images, texts, owners)
+    assert largest.numel <= 1024 * 1024
+    with LargestTensor() as largest:
+        similarity_means(images, texts, owners)
+    assert largest.numel <= texts.numel()
+    with LargestTensor() as largest:
+        similarity_histograms(images, texts, owners)
+    assert largest.numel <= 4096 * 1024
+
+
+@pytest.mark.parametrize(("num_images", "per_image"), [(1, 1), (3, 1), (101, 5), (1500, 3), (2100, 1)])
 def test_a_collapsed_model_is_in_the_middle(num_images: int, per_image: int) -> None:
     feature = normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
     owners = torch.arange(num_images).repeat_interleave(per_image)
     images, texts = feature.repeat(num_images, 1), feature.repeat(len(owners), 1)
-    ranks = retrieval_ranks(images, texts, owners, image_block=256, text_block=512)
-    assert (ranks.i2t == 1 + (len(owners) - per_image) / 2).all()
-    assert (ranks.t2i == 1 + (num_images - 1) / 2).all()
+    shapes: list[dict[str, Any]] = [{}, {"image_block": 256, "text_block": 512}]
+    for blocks in shapes:
+        ranks = retrieval_ranks(images, texts, owners, **blocks)
+        assert (ranks.i2t == 1 + (len(owners) - per_image) / 2).all()
+        assert (ranks.t2i == 1 + (num_images - 1) / 2).all()
 
 
 def test_perfect_and_reversed_models() -> None:
@@ -108,6 +180,7 @@ def test_recalls_and_medians() -> None:
         (torch.full((2, 4), math.nan), torch.ones(2, 4), [0, 1], "image_features are not finite"),
         (torch.ones(2, 4), torch.full((2, 4), math.inf), [0, 1], "text_features are not finite"),
         (torch.ones(0, 4), torch.ones(0, 4), [], "N > 0"),
+        (torch.full((2, 4), 1e30), torch.full((2, 4), 1e30), [0, 1], "overflow float32"),
     ],
 )
 def test_what_does_not_fit_is_said(images: torch.Tensor, texts: torch.Tensor, owners: list[int], message: str) -> None:
@@ -140,6 +213,20 @@ def test_similarities_against_the_whole_matrix() -> None:
     assert sum(histograms["positive"]) == 50
     assert sum(histograms["negative"]) == 30 * 50 - 50
     assert len(histograms["bin_edges"]) == len(histograms["positive"]) + 1
+    for key, mask in (("positive", matched), ("negative", ~matched)):
+        expected = torch.histogram(scores[mask], torch.tensor(histograms["bin_edges"])).hist
+        assert (torch.tensor(histograms[key]) - expected).abs().sum() <= 2, key  # one on a border may fall either way
+
+
+def test_the_histogram_of_a_large_gallery_is_of_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MAX_HISTOGRAM_IMAGES", 10)
+    monkeypatch.setattr(evaluation, "MAX_HISTOGRAM_PAIRS", 250)
+    images, texts = normalize(torch.randn(30, 8), dim=-1), normalize(torch.randn(50, 8), dim=-1)
+    owners = torch.arange(50) % 30
+    histograms = similarity_histograms(images, texts, owners)
+    rows, columns = torch.arange(0, 30, 3), torch.arange(0, 50, 2)
+    unmatched = (owners[columns] != rows[:, None]).sum()
+    assert (sum(histograms["positive"]), sum(histograms["negative"])) == (50, unmatched)
 
 
 def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
@@ -159,14 +246,38 @@ def test_the_stage_repeats_the_runs_own_numbers(
 ) -> None:
     checkpoint = trained_dir / "model-checkpoint" / "best_model.pth"
     assert main(["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path)]) == 0
-    assert "RSum" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "RSum" in printed
     found = json.loads((tmp_path / "results" / "evaluation_results.json").read_text())
     trained = json.loads((trained_dir / "results" / "training_results.json").read_text())
+    assert found["throughput"].keys() == {"images_per_second", "texts_per_second"}
+    assert all(speed > 0 for speed in found["throughput"].values())
+    assert f"images/s{found['throughput']['images_per_second']:22.1f}" in printed
+    assert f"texts/s{found['throughput']['texts_per_second']:23.1f}" in printed
     for key, value in found["metrics"].items():
         assert value == pytest.approx(trained["metrics"][key], abs=1e-4), key
     assert (found["num_images"], found["num_texts"]) == (6, 12)
     assert main(["--checkpoint", str(checkpoint), "--data_dir", str(sample_dir), "--output_dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["num_images"] == 60
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], "bf16"), (["--precision", "fp32"], "fp32")])
+def test_the_precision_is_the_runs_unless_told(
+    flags: list[str], expected: str, trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = load_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
+    content["config"]["training"]["precision"] = "bf16"
+    save_checkpoint(tmp_path / "bf16.pth", content)
+    used = []
+    encode = evaluation.encode_pairs
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        used.append(options["precision"].name)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "encode_pairs", note)
+    assert main(["--checkpoint", str(tmp_path / "bf16.pth"), "--output_dir", str(tmp_path), *flags]) == 0
+    assert used == [expected]
 
 
 @pytest.mark.parametrize(
