@@ -23,7 +23,7 @@ from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
 from preprocessing import clip_transform, load_image, to_rgb, tokenize
 from pretrained import Weights, published_url, published_weights, read_weights
-from runtime import Precision, autocast, import_clip
+from runtime import Precision, autocast, import_clip, tf32
 from towers import QuickGELU, RunBlock, compiled_block, image_tower, text_tower
 
 logger = logging.getLogger(__name__)
@@ -369,10 +369,11 @@ class MultimodalTrainer:
         device = self.model.device
         ids = None if image_ids is None else image_ids.to(device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(device, self.precision):
+        with tf32(device), autocast(device, self.precision):
             image_features, text_features = self.model(images.to(device, non_blocking=True), tokens)
         loss = self.loss(image_features, text_features, self.model.logit_scale, image_ids=ids)
-        self.scaler.scale(loss).backward()
+        with tf32(device):
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         if self.gradient_clip_norm:
             self._clip_gradient()
