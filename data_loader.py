@@ -12,7 +12,8 @@ import random
 import stat
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,15 @@ from tqdm import tqdm
 
 from annotations import Index, Row, find_index, read_directory, read_index
 from config import DEFAULT_DATA_DIR, DataSettings, PositiveInt, Settings, parse_settings, run_stage
-from preprocessing import CONTEXT_LENGTH, Transform, clip_transform, count_tokens, load_image, tokenize
+from preprocessing import (
+    CONTEXT_LENGTH,
+    PixelTransform,
+    Transform,
+    clip_transform,
+    count_tokens,
+    load_image,
+    tokenize,
+)
 from runtime import setup_logging
 from sample_data import UNFINISHED, create_sample_dataset
 
@@ -110,7 +119,7 @@ class Sample(NamedTuple):
     """One image with one of its captions."""
 
     image: Tensor | None
-    """`[3, R, R]` float32; None if the picture cannot be read."""
+    """`[3, R, R]`, uint8, or what the user's transform gives; None if the picture cannot be read."""
     tokens: Tensor
     """`[77]` int64."""
     image_id: int
@@ -123,7 +132,7 @@ class Batch(NamedTuple):
     """Samples whose picture could be read, and the reasons for those that could not."""
 
     images: Tensor
-    """`[B, 3, R, R]` float32, normalised."""
+    """`[B, 3, R, R]`, uint8, or what the user's transform gives: float pixels are taken as normalised."""
     tokens: Tensor
     """`[B, 77]` int64."""
     image_ids: Tensor
@@ -137,8 +146,8 @@ class ImageTextDataset(Dataset[Sample]):
     Args:
         data_dir: a folder, an index file, or pairs already read.
         split: `train`, `val` or `test`: what the index declares, else split off by group; None: everything.
-        transform: RGB image to `[3, R, R]` float32, CLIP's own by default; a random one is reproducible as long as it
-            draws from `torch` or `random`.
+        transform: RGB image to `[3, R, R]`, uint8, or float and normalised; CLIP's own by default. A random one is
+            reproducible as long as it draws from `torch` or `random`.
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
         captions: `random`: an item an image; `all`: an item a pair.
@@ -155,7 +164,7 @@ class ImageTextDataset(Dataset[Sample]):
         data_dir: str | Path | Pairs,
         *,
         split: str | None = None,
-        transform: Transform | None = None,
+        transform: PixelTransform | Transform | None = None,
         image_dir: str | Path | None = None,
         caption_key: str | None = None,
         captions: str = "random",
@@ -195,11 +204,17 @@ class ImageTextDataset(Dataset[Sample]):
         caption = self.pairs.captions[index] if self.every_pair else captions[rng.randrange(len(captions))]
         tokens = tokenize([caption])[0][0]
         try:
-            picture = load_image(self.pairs.paths[image])
+            finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
             return Sample(None, tokens, image, str(error))
         with _seeded(rng.getrandbits(63)):
-            return Sample(self.transform(picture), tokens, image)
+            return Sample(finish(), tokens, image)
+
+    def _open(self, path: str) -> Callable[[], Tensor]:
+        """Read a picture; return the rest of the work, which may be random."""
+        if isinstance(self.transform, PixelTransform):
+            return partial(self.transform, self.transform.load(path))
+        return partial(self.transform, load_image(path))
 
 
 class _seeded:  # noqa: N801  (used as a function)

@@ -56,7 +56,7 @@ def test_one_sample_has_pixels_tokens_and_identity(sample_dir: Path) -> None:
     sample = dataset[3]
     assert len(dataset) == 60
     assert sample.image is not None
-    assert (sample.image.shape, sample.image.dtype) == ((3, 224, 224), torch.float32)
+    assert (sample.image.shape, sample.image.dtype) == ((3, 224, 224), torch.uint8)
     assert (sample.tokens.shape, sample.image_id) == ((77,), 3)
     assert len(ImageTextDataset(sample_dir, captions="all")) == 120
 
