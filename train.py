@@ -143,7 +143,7 @@ class Run:
         self.num_workers = default_num_workers(model.device) if workers is None else workers
         dataset = ImageTextDataset(
             pairs["train"],
-            transform=train_transform(model.image_resolution, config.data.augment),
+            transform=train_transform(model.image_resolution, config.data.augment, fast_decode=config.data.fast_decode),
             captions=config.data.captions,
             seed=settings.seed,
         )
