@@ -27,6 +27,7 @@ from tqdm import tqdm
 from annotations import Index, Row, find_index, read_directory, read_index
 from config import DEFAULT_DATA_DIR, DataSettings, PositiveInt, Settings, parse_settings, run_stage
 from preprocessing import (
+from image_cache import ImageCache
     CONTEXT_LENGTH,
     PixelTransform,
     Transform,
@@ -183,12 +184,23 @@ class ImageTextDataset(Dataset[Sample]):
         self.pairs = data_dir
         self.transform = transform if transform is not None else clip_transform(224)
         self.every_pair = captions == "all"
+        self.cache: ImageCache | None = None
         self.seed = seed
         self._image_of_pair = self.pairs.text_to_image.numpy()
         # shared memory, so that loading processes that stay alive see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
+    def keep_images(self, folder: Path) -> None:
+        """Keep each picture in `folder` once it is decoded and shrunk.
+
+        Raises:
+            ValueError: the disk has no room, or the transform is not one of `preprocessing`'s.
+        """
+        if not isinstance(self.transform, PixelTransform):
+            raise ValueError("pictures are kept between the steps of a PixelTransform, and this transform is another")
+        self.cache = ImageCache(folder, self.pairs.paths, self.transform)
+
         """Choose the epoch, by which captions and augmentation vary."""
         self._epoch.fill_(epoch)
 
@@ -213,6 +225,8 @@ class ImageTextDataset(Dataset[Sample]):
     def _open(self, path: str) -> Callable[[], Tensor]:
         """Read a picture; return the rest of the work, which may be random."""
         if isinstance(self.transform, PixelTransform):
+        if self.cache is not None:
+            return partial(self.cache.transform.finish, *self.cache.load(path))
             return partial(self.transform, self.transform.load(path))
         return partial(self.transform, load_image(path))
 

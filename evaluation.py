@@ -340,6 +340,7 @@ def evaluate(
     num_workers: int | None,
     precision: Precision,
     loss_batch_size: int | None = None,
+    cache_dir: Path | None = None,
 ) -> Outcome:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -350,12 +351,13 @@ def evaluate(
         num_workers: loading processes; None: chosen for the machine.
         precision: of the forward passes.
         loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size.
+        cache_dir: keep the decoded pictures in this folder; the features are the same.
 
     Raises:
         ValueError: features that are not finite, or no picture could be read.
     """
     images, texts, owners = encode_pairs(
-        model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision
+        model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
     )
     metrics = compute_retrieval_metrics(images, texts, owners)
     if loss_batch_size is not None:
@@ -366,7 +368,13 @@ def evaluate(
 
 
 def encode_pairs(
-    model: CLIPModel, pairs: Pairs, *, batch_size: int, num_workers: int | None, precision: Precision
+    model: CLIPModel,
+    pairs: Pairs,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    precision: Precision,
+    cache_dir: Path | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Encode every image and every caption.
 
@@ -378,7 +386,7 @@ def encode_pairs(
     model.eval()
     with torch.inference_mode():
         image_features, readable = _encode_images(
-            model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision
+            model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
         )
         rows = torch.full((len(pairs),), -1)
         rows[readable] = torch.arange(len(readable))
@@ -392,10 +400,18 @@ def encode_pairs(
 
 
 def _encode_images(
-    model: CLIPModel, pairs: Pairs, *, batch_size: int, num_workers: int | None, precision: Precision
+    model: CLIPModel,
+    pairs: Pairs,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    precision: Precision,
+    cache_dir: Path | None,
 ) -> tuple[Tensor, Tensor]:
 
     dataset = ImageTextDataset(pairs, transform=clip_transform(model.image_resolution))
+    if cache_dir is not None:
+        dataset.keep_images(cache_dir)
     workers = default_num_workers(model.device) if num_workers is None else num_workers
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     features, ids = [], []

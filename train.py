@@ -92,6 +92,7 @@ class RunFiles:
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
+        self.cache = output_dir / "cache"
 
     def set_aside_earlier_run(self) -> None:
         """Move what an earlier run left here to `previous/<its start time>/`."""
@@ -141,12 +142,15 @@ class Run:
         self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
         workers = config.data.num_workers
         self.num_workers = default_num_workers(model.device) if workers is None else workers
+        self.cache_dir = files.cache if config.data.cache_images else None
         dataset = ImageTextDataset(
             pairs["train"],
             transform=train_transform(model.image_resolution, config.data.augment, fast_decode=config.data.fast_decode),
             captions=config.data.captions,
             seed=settings.seed,
         )
+        if self.cache_dir is not None:
+            dataset.keep_images(self.cache_dir)
         self.loader = TrainLoader(
             dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device
         )
@@ -282,6 +286,7 @@ class Run:
         )
         entry = {
             "epoch": progress.epoch,
+            cache_dir=self.cache_dir,
             "step": self.trainer.global_step,
             **values,
             **self._rates(),
