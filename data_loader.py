@@ -11,6 +11,7 @@ import os
 import random
 import stat
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from annotations import Index, Row, find_index, read_directory, read_index
 from config import DEFAULT_DATA_DIR, DataSettings, PositiveInt, Settings, parse_settings, run_stage
-from preprocessing import (
 from image_cache import ImageCache
+from preprocessing import (
     CONTEXT_LENGTH,
     PixelTransform,
     Transform,
@@ -183,14 +184,13 @@ class ImageTextDataset(Dataset[Sample]):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
         self.pairs = data_dir
         self.transform = transform if transform is not None else clip_transform(224)
-        self.every_pair = captions == "all"
         self.cache: ImageCache | None = None
+        self.every_pair = captions == "all"
         self.seed = seed
         self._image_of_pair = self.pairs.text_to_image.numpy()
         # shared memory, so that loading processes that stay alive see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
     def keep_images(self, folder: Path) -> None:
         """Keep each picture in `folder` once it is decoded and shrunk.
 
@@ -201,6 +201,7 @@ class ImageTextDataset(Dataset[Sample]):
             raise ValueError("pictures are kept between the steps of a PixelTransform, and this transform is another")
         self.cache = ImageCache(folder, self.pairs.paths, self.transform)
 
+    def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, by which captions and augmentation vary."""
         self._epoch.fill_(epoch)
 
@@ -224,9 +225,9 @@ class ImageTextDataset(Dataset[Sample]):
 
     def _open(self, path: str) -> Callable[[], Tensor]:
         """Read a picture; return the rest of the work, which may be random."""
-        if isinstance(self.transform, PixelTransform):
         if self.cache is not None:
             return partial(self.cache.transform.finish, *self.cache.load(path))
+        if isinstance(self.transform, PixelTransform):
             return partial(self.transform, self.transform.load(path))
         return partial(self.transform, load_image(path))
 
@@ -272,10 +273,15 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class TrainLoader:
-    """Batches of a data set, epoch after epoch."""
+    """Batches of a data set, epoch after epoch.
+
+    Attributes:
+        waited: seconds that this epoch's batches were waited for, so far.
+    """
 
     def __init__(self, dataset: ImageTextDataset, *, batch_size: int, num_workers: int, device: torch.device) -> None:
         self.dataset = dataset
+        self.waited = 0.0
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
         self.loader = DataLoader(
             dataset,
@@ -293,7 +299,12 @@ class TrainLoader:
         """Yield the batches of one epoch; the same for the same seed, whatever came before."""
         self.batches.epoch = epoch
         self.dataset.set_epoch(epoch)
-        yield from self.loader
+        self.waited = 0.0
+        start = time.perf_counter()
+        for batch in self.loader:
+            self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -283,10 +283,10 @@ class Run:
             num_workers=self.num_workers,
             precision=self.precision,
             loss_batch_size=self.config.training.batch_size,
+            cache_dir=self.cache_dir,
         )
         entry = {
             "epoch": progress.epoch,
-            cache_dir=self.cache_dir,
             "step": self.trainer.global_step,
             **values,
             **self._rates(),
@@ -368,14 +368,16 @@ class Run:
         temporary.replace(self.files.results)
 
     def _log_epoch(self, entry: dict[str, Any], *, improved: bool, seconds: float) -> None:
-        trained = ""
+        trained = pace = ""
         if entry["train_loss"] is not None:
+            rate, waited = len(self.loader.dataset) / seconds, 100 * self.loader.waited / seconds
+            pace = f", {seconds:.0f} s, {rate:.1f} pairs/s, waited {waited:.0f}% for data"
             size = self.config.training.batch_size
             trained = f"loss {entry['train_loss']:.3f}, accuracy {entry['train_accuracy']:.1f}% in batches of {size}, "
         logger.info(
-            "epoch %d: %sval loss %.3f, R@1 i2t %.1f t2i %.1f, RSum %.1f%s, %.0f s",
+            "epoch %d: %sval loss %.3f, R@1 i2t %.1f t2i %.1f, RSum %.1f%s%s",
             entry["epoch"], trained, entry["val_loss"], entry["i2t_r1"], entry["t2i_r1"], entry["rsum"],
-            " (best)" if improved else "", seconds,
+            " (best)" if improved else "", pace,
         )  # fmt: skip
 
 
