@@ -55,21 +55,16 @@ def resize(pixels: Pixels, columns: Span, rows: Span) -> Pixels:
         among them pictures more than twice as high as wide; there some pixels differ, nearly all by 1.
     """
     across, down = _weights(columns), _weights(rows)
-    left, right = int(across.starts.min()), int((across.starts + across.counts).max())
     top, bottom = int(down.starts.min()), int((down.starts + down.counts).max())
-    source = pixels.view(np.uint32)[top:bottom, left:right, 0]
-    narrow = np.empty((bottom - top, columns.num_kept), dtype=np.uint32)
-    block = np.zeros((right - left, BLOCK_ROWS), dtype=np.uint32)
-    sums = np.empty((columns.num_kept, BLOCK_ROWS), dtype=np.uint32)
-    for row in range(0, len(source), BLOCK_ROWS):
-        lines = source[row : row + BLOCK_ROWS]
-        block[:, : len(lines)] = lines.T
-        _sum_up(block.view(np.uint8), across.starts - left, across.counts, across.values, sums.view(np.uint8))
-        narrow[row : row + BLOCK_ROWS] = sums.T[: len(lines)]
+    narrow = np.empty((bottom - top, columns.num_kept, 4), dtype=np.uint8)
+    _sum_across(pixels.view(np.uint32)[..., 0], top, *across, narrow.view(np.uint32)[..., 0])
     result = np.empty((rows.num_kept, columns.num_kept, 4), dtype=np.uint8)
-    flat = result.reshape(rows.num_kept, -1)
-    _sum_up(narrow.view(np.uint8), down.starts - top, down.counts, down.values, flat)
+    _sum_down(_lines(narrow), down.starts - top, down.counts, down.values, _lines(result))
     return result[..., :3]
+
+
+def _lines(pixels: Pixels) -> Pixels:
+    return pixels.reshape(len(pixels), -1)
 
 
 @lru_cache(maxsize=512)
@@ -100,7 +95,24 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @njit(nogil=True, cache=True)
-def _sum_up(source: Any, starts: Any, counts: Any, weights: Any, result: Any) -> None:
+def _sum_across(source: Any, top: int, starts: Any, counts: Any, weights: Any, result: Any) -> None:
+    """Fill `result`, uint32 `[rows, N]`, from the rows of `source`, uint32 `[H, W]`, that begin at `top`."""
+    left, right = starts.min(), (starts + counts).max()
+    block = np.zeros((right - left, BLOCK_ROWS), np.uint32)
+    sums = np.empty((len(starts), BLOCK_ROWS), np.uint32)
+    for first in range(0, len(result), BLOCK_ROWS):
+        num_rows = min(BLOCK_ROWS, len(result) - first)
+        for column in range(right - left):
+            for row in range(num_rows):
+                block[column, row] = source[top + first + row, left + column]
+        _sum_down(block.view(np.uint8), starts - left, counts, weights, sums.view(np.uint8))
+        for row in range(num_rows):
+            for column in range(len(starts)):
+                result[first + row, column] = sums[column, row]
+
+
+@njit(nogil=True, cache=True)
+def _sum_down(source: Any, starts: Any, counts: Any, weights: Any, result: Any) -> None:
     """Fill each line of `result` with the weighted sum of lines of `source`, rounded to 8 bits."""
     width = source.shape[1]
     sums = np.empty(width, np.int32)
