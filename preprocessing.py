@@ -52,8 +52,8 @@ def load_picture(path: str | Path, *, shortest_side: int | None = None) -> Pictu
 
     Args:
         path: of the file.
-        shortest_side: decode a JPEG at a half, a quarter or an eighth of its size where no side falls below this many
-            pixels; None: at its full size.
+        shortest_side: decode a JPEG at the fewest eighths of its size at which no side falls below this many pixels;
+            None: at its full size.
 
     Raises:
         ValueError: the file is no picture, or a damaged one; names the file.
@@ -195,8 +195,8 @@ class CropTransform(PixelTransform):
 
     Nothing flips, because captions say left and right; colours move little, because captions name them.
 
-    Kept pictures are whole, squeezed to a square of twice the resolution. A crop of one is resized a second time: it is
-    a little softer than the same crop of the file, in the longer direction of a long picture most.
+    Kept pictures are whole, squeezed to a square of about 1.5 times the resolution. A crop of one is resized a second
+    time: it is a little softer than the same crop of the file, most of all along the longer side of a long picture.
     """
 
     def __init__(self, resolution: int, *, color: bool = False, fast_decode: bool = False) -> None:
@@ -206,12 +206,12 @@ class CropTransform(PixelTransform):
 
     @property
     def kept_side(self) -> int:
-        """Twice the resolution."""
-        return 2 * self.resolution
+        """Size at which the smallest crop of a square picture still has the resolution's pixels."""
+        return self.shortest_side
 
     @property
     def shortest_side(self) -> int:
-        """Size at which the smallest crop still has the resolution's pixels."""
+        """Size at which the smallest crop of a square picture still has the resolution's pixels."""
         return math.ceil(self.resolution / math.sqrt(CROP_AREA[0] * CROP_RATIO[0]))
 
     def shrink(self, picture: Picture) -> Pixels:
@@ -221,18 +221,20 @@ class CropTransform(PixelTransform):
     def finish(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         """Crop as the whole picture would be cropped, and resize."""
         left, top, right, bottom = draw_crop(size)
-        across, down = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
-        box = (left * across, top * down, right * across, bottom * down)
-        side = (self.resolution, self.resolution)
-        return self._vary_color(Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC, box=box))
+        across, down = self.kept_side / size[0], self.kept_side / size[1]
+        padded = np.empty((self.kept_side, self.kept_side, 4), dtype=np.uint8)
+        padded[..., :3] = pixels
+        return self._crop(padded, (left * across, top * down, right * across, bottom * down))
 
     def __call__(self, picture: Picture) -> Tensor:
         """Crop the picture itself, and resize."""
-        pixels = _resize_part(picture, draw_crop(size_of(picture)), self.resolution)
-        return _channels_first(pixels) if self.jitter is None else self._vary_color(Image.fromarray(pixels))
+        return self._crop(picture, draw_crop(size_of(picture)))
 
-    def _vary_color(self, image: Image.Image) -> Tensor:
-        return _channels_first(np.asarray(image if self.jitter is None else self.jitter(image)))
+    def _crop(self, picture: Picture, box: tuple[float, float, float, float]) -> Tensor:
+        pixels = _resize_part(picture, box, self.resolution)
+        if self.jitter is not None:
+            pixels = np.asarray(self.jitter(Image.fromarray(pixels)))
+        return _channels_first(pixels)
 
 
 def clip_transform(resolution: int) -> PixelTransform:
