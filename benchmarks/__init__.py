@@ -1,0 +1,1 @@
+"""One script a subject, each against what a user would pick instead."""
