@@ -7,6 +7,7 @@ transposed.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -69,29 +70,40 @@ def _lines(pixels: Pixels) -> Pixels:
 
 @lru_cache(maxsize=512)
 def _weights(span: Span) -> _Weights:
-    """Weigh the source pixels of every kept pixel, rounding as Pillow does."""
-    length = span.stop - span.start
-    scale = length / span.size
+    starts, counts, values = _weigh(span.stop - span.start, span.size, span.first, span.num_kept)
+    return _Weights(starts + span.start, counts, values)
+
+
+@njit(nogil=True, cache=True)
+def _weigh(length: int, size: int, first: int, num_kept: int) -> Any:
+    """Weigh the source pixels of every kept pixel, in the order of operations that decides Pillow's last bits."""
+    scale = length / size
     stretch = max(scale, 1.0)
-    centers = (np.arange(span.first, span.first + span.num_kept) + 0.5) * scale
-    starts = np.maximum((centers - SUPPORT * stretch + 0.5).astype(np.int64), 0)
-    counts = np.minimum((centers + SUPPORT * stretch + 0.5).astype(np.int64), length) - starts
-    taps = np.arange(counts.max())[:, None]
-    weights = np.where(taps < counts, _cubic((taps + starts - centers + 0.5) * (1.0 / stretch)), 0.0)
-    totals = np.zeros(span.num_kept)
-    for line in weights:  # one after the other: the order decides the last bit
-        totals += line
-    scaled = weights * (1.0 / totals) * (1 << PRECISION_BITS)
-    values = np.trunc(scaled + np.where(scaled < 0, -0.5, 0.5)).astype(np.int32)
-    return _Weights(starts + span.start, counts, np.ascontiguousarray(values.T))
+    reach = SUPPORT * stretch
+    starts, counts = np.empty(num_kept, np.int64), np.empty(num_kept, np.int64)
+    values = np.zeros((num_kept, 2 * math.ceil(reach) + 1), np.int32)
+    weights = np.empty(values.shape[1])
+    for i in range(num_kept):
+        center = (first + i + 0.5) * scale
+        starts[i] = max(int(center - reach + 0.5), 0)
+        counts[i] = min(int(center + reach + 0.5), length) - starts[i]
+        total = 0.0
+        for tap in range(counts[i]):
+            weights[tap] = _cubic((tap + starts[i] - center + 0.5) * (1.0 / stretch))
+            total += weights[tap]
+        for tap in range(counts[i]):
+            fixed = weights[tap] * (1.0 / total) * (1 << PRECISION_BITS)
+            values[i, tap] = int(fixed - 0.5 if fixed < 0 else fixed + 0.5)
+    return starts, counts, values
 
 
-def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' cubic convolution kernel (1981), in the order of operations that Pillow has."""
-    x = np.abs(x)
-    near = ((CURVATURE + 2.0) * x - (CURVATURE + 3.0)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * CURVATURE
-    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+@njit(nogil=True, cache=True)
+def _cubic(x: float) -> float:
+    """Keys' cubic convolution kernel (1981)."""
+    x = abs(x)
+    if x < 1.0:
+        return ((CURVATURE + 2.0) * x - (CURVATURE + 3.0)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * CURVATURE if x < 2.0 else 0.0
 
 
 @njit(nogil=True, cache=True)
