@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, QUICK_GELU, Architecture, known_architecture
 from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
-from preprocessing import clip_transform, load_image, to_rgb, tokenize
+from preprocessing import clip_transform, normalize, to_rgb, tokenize
 from pretrained import Weights, published_url, published_weights, read_weights
 from runtime import Precision, autocast, import_clip, tf32
 from towers import QuickGELU, RunBlock, compiled_block, image_tower, text_tower
@@ -137,15 +137,20 @@ class CLIPModel(nn.Module):
         """Encode images.
 
         Args:
-            images: preprocessed pixels `[B, 3, R, R]`, or one or several Pillow images or paths, which go through
-                CLIP's own preprocessing.
+            images: pixels `[B, 3, R, R]`, uint8, or float and normalised; or one or several Pillow images or paths,
+                which go through CLIP's own preprocessing.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
+
+        Raises:
+            ValueError: pixels of another type, or a file that is no picture.
+            FileNotFoundError: no such file.
         """
         pixels = images if isinstance(images, Tensor) else self._preprocess(images)
+        pixels = normalize(pixels.to(self.device, non_blocking=True))
         run_block = self._image_block if self.training else None
-        features = self.image_projection(image_tower(self.backbone, pixels.to(self.device), run_block))
+        features = self.image_projection(image_tower(self.backbone, pixels, run_block))
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, texts: TextInput) -> Tensor:
@@ -200,7 +205,7 @@ class CLIPModel(nn.Module):
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
         sequence = [images] if isinstance(images, Image.Image | str | Path) else images
         transform = clip_transform(self.image_resolution)
-        pictures = (to_rgb(item) if isinstance(item, Image.Image) else load_image(item) for item in sequence)
+        pictures = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
         return torch.stack([transform(picture) for picture in pictures])
 
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
@@ -359,7 +364,7 @@ class MultimodalTrainer:
         """Take one optimiser step.
 
         Args:
-            images: `[B, 3, R, R]` float32, normalised.
+            images: `[B, 3, R, R]`, uint8, or float and normalised.
             tokens: `[B, 77]`.
             image_ids: `[B]`, or None when every image of the batch is another.
 

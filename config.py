@@ -77,6 +77,8 @@ class DataSettings(Settings):
     )
     val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
     augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
+    fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
+    cache_images: bool = Field(False, description="decode pictures once and keep them small in output_dir's cache/")
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
 
 

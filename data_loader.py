@@ -11,8 +11,10 @@ import os
 import random
 import stat
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from annotations import Index, Row, find_index, read_directory, read_index
-from preprocessing import CONTEXT_LENGTH, Transform, clip_transform, count_tokens, load_image, tokenize
+from image_cache import ImageCache
+from preprocessing import (
+    CONTEXT_LENGTH,
+    PixelTransform,
+    Transform,
+    clip_transform,
+    count_tokens,
+    load_image,
+    tokenize,
+)
 from runtime import setup_logging
 from sample_data import UNFINISHED, create_sample_dataset
 
@@ -120,7 +131,7 @@ class Sample(NamedTuple):
     """One image with one of its captions."""
 
     image: Tensor | None
-    """`[3, R, R]` float32; None if the picture cannot be read."""
+    """`[3, R, R]`, uint8, or what the user's transform gives; None if the picture cannot be read."""
     tokens: Tensor
     """`[77]` int64."""
     image_id: int
@@ -133,7 +144,7 @@ class Batch(NamedTuple):
     """Samples whose picture could be read, and the reasons for those that could not."""
 
     images: Tensor
-    """`[B, 3, R, R]` float32, normalised."""
+    """`[B, 3, R, R]`, uint8, or what the user's transform gives: float pixels are taken as normalised."""
     tokens: Tensor
     """`[B, 77]` int64."""
     image_ids: Tensor
@@ -147,8 +158,8 @@ class ImageTextDataset(Dataset[Sample]):
     Args:
         data_dir: a folder, an index file, or pairs already read.
         split: `train`, `val` or `test`: what the index declares, else split off by group; None: everything.
-        transform: RGB image to `[3, R, R]` float32, CLIP's own by default; a random one is reproducible as long as it
-            draws from `torch` or `random`.
+        transform: RGB image to `[3, R, R]`, uint8, or float and normalised; CLIP's own by default. A random one is
+            reproducible as long as it draws from `torch` or `random`.
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
         captions: `random`: an item an image; `all`: an item a pair.
@@ -165,7 +176,7 @@ class ImageTextDataset(Dataset[Sample]):
         data_dir: str | Path | Pairs,
         *,
         split: str | None = None,
-        transform: Transform | None = None,
+        transform: PixelTransform | Transform | None = None,
         image_dir: str | Path | None = None,
         caption_key: str | None = None,
         captions: str = "random",
@@ -183,11 +194,22 @@ class ImageTextDataset(Dataset[Sample]):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
         self.pairs = data_dir
         self.transform = transform if transform is not None else clip_transform(224)
+        self.cache: ImageCache | None = None
         self.every_pair = captions == "all"
         self.seed = seed
         self._image_of_pair = self.pairs.text_to_image.numpy()
         # shared memory, so that loading processes that stay alive see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def keep_images(self, folder: Path) -> None:
+        """Keep each picture in `folder` once it is decoded and shrunk.
+
+        Raises:
+            ValueError: the disk has no room, or the transform is not one of `preprocessing`'s.
+        """
+        if not isinstance(self.transform, PixelTransform):
+            raise ValueError("pictures are kept between the steps of a PixelTransform, and this transform is another")
+        self.cache = ImageCache(folder, self.pairs.paths, self.transform)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, by which captions and augmentation vary."""
@@ -205,11 +227,19 @@ class ImageTextDataset(Dataset[Sample]):
         caption = self.pairs.captions[index] if self.every_pair else captions[rng.randrange(len(captions))]
         tokens = tokenize([caption])[0][0]
         try:
-            picture = load_image(self.pairs.paths[image])
+            finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
             return Sample(None, tokens, image, str(error))
         with _seeded(rng.getrandbits(63)):
-            return Sample(self.transform(picture), tokens, image)
+            return Sample(finish(), tokens, image)
+
+    def _open(self, path: str) -> Callable[[], Tensor]:
+        """Read a picture; return the rest of the work, which may be random."""
+        if self.cache is not None:
+            return partial(self.cache.transform.finish, *self.cache.load(path))
+        if isinstance(self.transform, PixelTransform):
+            return partial(self.transform, self.transform.load(path))
+        return partial(self.transform, load_image(path))
 
 
 class _seeded:  # noqa: N801  (used as a function)
@@ -253,10 +283,15 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class TrainLoader:
-    """Batches of a data set, epoch after epoch."""
+    """Batches of a data set, epoch after epoch.
+
+    Attributes:
+        waited: seconds that this epoch's batches were waited for, so far.
+    """
 
     def __init__(self, dataset: ImageTextDataset, *, batch_size: int, num_workers: int, device: torch.device) -> None:
         self.dataset = dataset
+        self.waited = 0.0
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
         self.loader = DataLoader(
             dataset,
@@ -274,7 +309,12 @@ class TrainLoader:
         """Yield the batches of one epoch; the same for the same seed, whatever came before."""
         self.batches.epoch = epoch
         self.dataset.set_epoch(epoch)
-        yield from self.loader
+        self.waited = 0.0
+        start = time.perf_counter()
+        for batch in self.loader:
+            self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

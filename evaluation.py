@@ -440,6 +440,7 @@ def evaluate(
     num_workers: int | None,
     precision: Precision,
     loss_batch_size: int | None = None,
+    cache_dir: Path | None = None,
 ) -> Outcome:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -450,11 +451,14 @@ def evaluate(
         num_workers: loading processes; None: chosen for the machine.
         precision: of the forward passes.
         loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size.
+        cache_dir: keep the decoded pictures in this folder; the features are the same.
 
     Raises:
         ValueError: features that are not finite, or no picture could be read.
     """
-    encoded = encode_pairs(model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision)
+    encoded = encode_pairs(
+        model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
+    )
     images, texts, owners = encoded[:3]
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
     metrics = compute_retrieval_metrics(images, texts, owners, device=device)
@@ -480,7 +484,13 @@ class Encoded(NamedTuple):
 
 
 def encode_pairs(
-    model: CLIPModel, pairs: Pairs, *, batch_size: int, num_workers: int | None, precision: Precision
+    model: CLIPModel,
+    pairs: Pairs,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    precision: Precision,
+    cache_dir: Path | None = None,
 ) -> Encoded:
     """Encode every image and every caption, without the pictures that cannot be read and their captions.
 
@@ -495,7 +505,7 @@ def encode_pairs(
     start = time.perf_counter()
     with torch.inference_mode():
         image_features, readable = _encode_images(
-            model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision
+            model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
         )
         rows = torch.full((len(pairs),), -1)
         rows[readable] = torch.arange(len(readable))
@@ -510,9 +520,17 @@ def encode_pairs(
 
 
 def _encode_images(
-    model: CLIPModel, pairs: Pairs, *, batch_size: int, num_workers: int | None, precision: Precision
+    model: CLIPModel,
+    pairs: Pairs,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    precision: Precision,
+    cache_dir: Path | None,
 ) -> tuple[Tensor, Tensor]:
     dataset = ImageTextDataset(pairs, transform=clip_transform(model.image_resolution))
+    if cache_dir is not None:
+        dataset.keep_images(cache_dir)
     workers = default_num_workers(model.device) if num_workers is None else num_workers
     on_gpu = model.device.type == "cuda"
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=on_gpu)

@@ -106,6 +106,7 @@ class RunFiles:
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
+        self.cache = output_dir / "cache"
 
     def set_aside_earlier_run(self) -> None:
         """Move what an earlier run left here to `previous/<its start time>/`."""
@@ -155,12 +156,15 @@ class Run:
         self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
         workers = config.data.num_workers
         self.num_workers = default_num_workers(model.device) if workers is None else workers
+        self.cache_dir = files.cache if config.data.cache_images else None
         dataset = ImageTextDataset(
             pairs["train"],
-            transform=train_transform(model.image_resolution, config.data.augment),
+            transform=train_transform(model.image_resolution, config.data.augment, fast_decode=config.data.fast_decode),
             captions=config.data.captions,
             seed=settings.seed,
         )
+        if self.cache_dir is not None:
+            dataset.keep_images(self.cache_dir)
         self.loader = TrainLoader(
             dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device
         )
@@ -293,6 +297,7 @@ class Run:
             num_workers=self.num_workers,
             precision=self.precision,
             loss_batch_size=self.config.training.batch_size,
+            cache_dir=self.cache_dir,
         )
         entry = {
             "epoch": progress.epoch,
@@ -377,14 +382,16 @@ class Run:
         temporary.replace(self.files.results)
 
     def _log_epoch(self, entry: dict[str, Any], *, improved: bool, seconds: float) -> None:
-        trained = ""
+        trained = pace = ""
         if entry["train_loss"] is not None:
+            rate, waited = len(self.loader.dataset) / seconds, 100 * self.loader.waited / seconds
+            pace = f", {seconds:.0f} s, {rate:.1f} pairs/s, waited {waited:.0f}% for data"
             size = self.config.training.batch_size
             trained = f"loss {entry['train_loss']:.3f}, accuracy {entry['train_accuracy']:.1f}% in batches of {size}, "
         logger.info(
-            "epoch %d: %sval loss %.3f, R@1 i2t %.1f t2i %.1f, RSum %.1f%s, %.0f s",
+            "epoch %d: %sval loss %.3f, R@1 i2t %.1f t2i %.1f, RSum %.1f%s%s",
             entry["epoch"], trained, entry["val_loss"], entry["i2t_r1"], entry["t2i_r1"], entry["rsum"],
-            " (best)" if improved else "", seconds,
+            " (best)" if improved else "", pace,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Timing(NamedTuple):
 
 
 def take_turns(
-    cases: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 1, device: str = "cpu"
+    cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Run all cases once, then all once more, and so on; the first `warmup` rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -23,10 +22,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from timing import Timing, machine, print_table, ratio, take_turns, write_json
-
 from annotations import read_index
 from architectures import ARCHITECTURES, Architecture
+from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
 from preprocessing import tokenize
 from runtime import import_clip, resolve_device, resolve_precision
@@ -112,7 +110,6 @@ def open_clip_step(
     import open_clip  # noqa: PLC0415
     from open_clip_train.train import train_one_epoch  # noqa: PLC0415
 
-    logging.getLogger().setLevel(logging.ERROR)
     model: Any = open_clip.create_model(f"{model_name.replace('/', '-')}-quickgelu", output_dict=True).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=DECAY)
     if compiled:

@@ -13,6 +13,7 @@ from data_loader import (
     EpochBatches,
     ImageTextDataset,
     Pairs,
+    Sample,
     Strings,
     TrainLoader,
     create_sample_dataset,
@@ -56,7 +57,7 @@ def test_one_sample_has_pixels_tokens_and_identity(sample_dir: Path) -> None:
     sample = dataset[3]
     assert len(dataset) == 60
     assert sample.image is not None
-    assert (sample.image.shape, sample.image.dtype) == ((3, 224, 224), torch.float32)
+    assert (sample.image.shape, sample.image.dtype) == ((3, 224, 224), torch.uint8)
     assert (sample.tokens.shape, sample.image_id) == ((77,), 3)
     assert len(ImageTextDataset(sample_dir, captions="all")) == 120
 
@@ -100,6 +101,26 @@ def test_an_epoch_has_every_sample_once_whatever_the_workers(sample_dir: Path, n
         assert sorted(torch.cat([batch.image_ids for batch in batches]).tolist()) == list(range(60))
         again = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(epoch))
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, again, strict=True))
+
+
+def test_an_epoch_records_how_long_its_batches_were_waited_for(
+    sample_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("data_loader.time.perf_counter", lambda: now[0])
+    dataset = ImageTextDataset(sample_dir)
+    item = ImageTextDataset.__getitem__
+
+    def slow(self: ImageTextDataset, index: int) -> Sample:
+        now[0] += 1
+        return item(self, index)
+
+    monkeypatch.setattr(ImageTextDataset, "__getitem__", slow)
+    loader = TrainLoader(dataset, batch_size=20, num_workers=0, device=CPU)
+    for epoch in (1, 2):
+        for _ in loader.epoch(epoch):
+            now[0] += 100  # the step
+        assert loader.waited == 60
 
 
 @pytest.mark.parametrize(

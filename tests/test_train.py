@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,16 @@ def test_a_worse_fine_tuning_is_seen_and_not_kept(
     assert "no epoch beat the model as loaded" in captured.out
     assert "change --backbone_lr_scale" in captured.err
     assert load_checkpoint(tmp_path / "model-checkpoint" / "best_model.pth")["epoch"] == 0
+
+
+def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(sample_dir: Path, tmp_path: Path) -> None:
+    histories = []
+    for name, flags in (("plain", []), ("kept", ["--cache_images"]), ("fast", ["--fast_decode"])):
+        assert main([*flags_for(sample_dir, tmp_path / name, "--num_epochs", "1"), *flags]) == 0
+        histories.append((tmp_path / name / "logs" / "history.jsonl").read_text())
+        log = (tmp_path / name / "logs" / "train.log").read_text()
+        assert re.search(r"epoch 1: .* s, \d+\.\d pairs/s, waited \d+% for data", log)
+    assert histories[0] == histories[1] == histories[2]  # the sample pictures are PNG files
+    kept = list((tmp_path / "kept" / "cache").iterdir())
+    assert {path.suffix for path in kept} == {".entries", ".pixels"}
+    assert not (tmp_path / "plain" / "cache").exists()
