@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from benchmarks import data_pipeline, train_step
+from benchmarks import data_pipeline, retrieval, startup, train_step
 from benchmarks.timing import Timing, print_table, ratio, take_turns
+from evaluation import rank_metrics, retrieval_ranks
 
 
 def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,3 +65,46 @@ def test_a_folder_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert data_pipeline.main(flags) == 0
     assert "1 JPEG files, the first 300x200" in capsys.readouterr().out
     assert data_pipeline.main(["--images", str(tmp_path / "gone")]) == 2
+
+
+def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    flags = ["--images", "40", "--texts", "120", "--size", "16", "--repeats", "2", "--json", str(path)]
+    assert retrieval.main(flags) == 0
+    found = json.loads(path.read_text())
+    assert found["seconds"].keys() == {*retrieval.FLOORS, *retrieval.CASES}
+    assert all(len(seconds) == 2 for seconds in found["seconds"].values())
+    assert found["equal_ranks"] > 0.99
+    printed = capsys.readouterr().out
+    assert all(f"| {name} " in printed for name in found["seconds"])
+
+
+def test_the_usual_ways_agree_with_ours() -> None:
+    images, texts, owners = retrieval.make_features(50, 170, 32)
+    ours, sorted_ = retrieval_ranks(images, texts, owners), retrieval.ranks_by_argsort(images, texts, owners)
+    assert torch.equal(ours.i2t, sorted_.i2t)
+    assert torch.equal(ours.t2i, sorted_.t2i)
+    metrics = rank_metrics(ours)
+    expected = [metrics[f"{direction}_r{k}"] for direction in ("i2t", "t2i") for k in (1, 5, 10)]
+    assert retrieval.recalls_by_topk(images, texts, owners) == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+def test_the_whole_matrix_is_seen_in_the_peak() -> None:
+    sizes = (3000, 6000, 8)  # 69 MiB of scores
+    peak = retrieval.peak_mib("whole product", sizes, "cpu")
+    assert peak is not None
+    assert 60 < peak < 120
+
+
+def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    assert startup.main(["--repeats", "1", "--only", "visualization.py", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["seconds"].keys() == {"visualization.py --help", "visualization.py, wrong flag"}
+    assert "| visualization.py --help " in capsys.readouterr().out
+
+
+def test_a_command_that_does_not_end_as_it_should_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        startup.starter(["-c", "raise SystemExit(3)"], 0)()
