@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from checkpoint import load_checkpoint
 from clip_model import CLIPModel
 from config import NonNegativeInt, PositiveInt, Settings, parse_settings, run_stage
 from data_loader import ImageTextDataset, Pairs, collate, evaluation_pairs, load_pairs
+from feature_cache import Features, PairFeatures
 from preprocessing import clip_transform, tokenize
 from runtime import Precision, autocast, default_num_workers, resolve_device, resolve_precision, setup_logging
 
@@ -340,6 +341,7 @@ def evaluate(
     num_workers: int | None,
     precision: Precision,
     loss_batch_size: int | None = None,
+    kept: PairFeatures | None = None,
 ) -> Outcome:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -350,12 +352,13 @@ def evaluate(
         num_workers: loading processes; None: chosen for the machine.
         precision: of the forward passes.
         loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size.
+        kept: what the model's frozen towers give for `pairs`, which is then only projected.
 
     Raises:
         ValueError: features that are not finite, or no picture could be read.
     """
     images, texts, owners = encode_pairs(
-        model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision
+        model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, kept=kept
     )
     metrics = compute_retrieval_metrics(images, texts, owners)
     if loss_batch_size is not None:
@@ -366,9 +369,15 @@ def evaluate(
 
 
 def encode_pairs(
-    model: CLIPModel, pairs: Pairs, *, batch_size: int, num_workers: int | None, precision: Precision
+    model: CLIPModel,
+    pairs: Pairs,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    precision: Precision,
+    kept: PairFeatures | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode every image and every caption.
+    """Encode every image and every caption; what is `kept` of frozen towers is only projected.
 
     Returns:
         `image_features [N, D]`, `text_features [M, D]`, `text_to_image [M]`, without the pictures that cannot be read
@@ -376,19 +385,59 @@ def encode_pairs(
     """
     training = model.training
     model.eval()
+    kept_images, kept_texts = kept or PairFeatures(None, None)
     with torch.inference_mode():
-        image_features, readable = _encode_images(
-            model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision
-        )
+        if kept_images is not None:
+            readable = _readable(kept_images)
+            image_features = _project(
+                model, model.project_image, kept_images, readable, batch_size=batch_size, precision=precision
+            )
+        else:
+            image_features, readable = _encode_images(
+                model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision
+            )
         rows = torch.full((len(pairs),), -1)
         rows[readable] = torch.arange(len(readable))
         owners = rows[pairs.text_to_image]
-        captions = [pairs.captions[text] for text in (owners >= 0).nonzero().squeeze(1).tolist()]
-        text_features = encode_captions(model, captions, batch_size=batch_size, precision=precision)
+        numbers = (owners >= 0).nonzero().squeeze(1)
+        if kept_texts is not None:
+            text_features = _project(
+                model, model.project_text, kept_texts, numbers, batch_size=batch_size, precision=precision
+            )
+        else:
+            captions = [pairs.captions[text] for text in numbers.tolist()]
+            text_features = encode_captions(model, captions, batch_size=batch_size, precision=precision)
     model.train(training)
     if model.device.type == "mps":  # which has no float64, and ranks are counted in it
         image_features, text_features = image_features.cpu(), text_features.cpu()
     return image_features, text_features, owners[owners >= 0].to(text_features.device)
+
+
+def _readable(images: Features) -> Tensor:
+    for error in images.errors.values():
+        logger.warning("left out: %s", error)
+    readable = torch.from_numpy(images.rows >= 0).nonzero().squeeze(1)
+    if not len(readable):
+        raise ValueError("none of the pictures could be read")
+    return readable
+
+
+def _project(
+    model: CLIPModel,
+    project: Callable[[Tensor], Tensor],
+    kept: Features,
+    numbers: Tensor,
+    *,
+    batch_size: int,
+    precision: Precision,
+) -> Tensor:
+    """Take kept outputs of a frozen tower into the shared space, `[len(numbers), D]`."""
+    features = torch.empty(len(numbers), model.projection_dim, device=model.device)
+    for start in range(0, len(numbers), batch_size):
+        rows = slice(start, start + batch_size)
+        with autocast(model.device, precision):
+            features[rows] = project(kept[numbers[rows].numpy()])
+    return features
 
 
 def _encode_images(

@@ -17,6 +17,8 @@ from runtime import import_clip
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT_LENGTH = 77
+VERSION = 1
+"""Raised whenever the same picture gives other pixels or the same text other tokens: kept features go by it."""
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 Transform = Callable[[Image.Image], torch.Tensor]

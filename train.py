@@ -19,7 +19,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, save_checkpoint
-from clip_model import CLIPModel, ContrastiveLoss, ModelName, MultimodalTrainer, build_optimizer, build_scheduler
+from clip_model import (
+    TOWERS,
+    CLIPModel,
+    ContrastiveLoss,
+    ModelName,
+    MultimodalTrainer,
+    build_optimizer,
+    build_scheduler,
+)
 from config import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config, load_config, override, run_stage
 from data_loader import (
     SAMPLE_SIZE,
@@ -32,6 +40,7 @@ from data_loader import (
     training_pairs,
 )
 from evaluation import RECALL_KEYS, Outcome, evaluate
+from feature_cache import FeatureCache, FeatureLoader, PairFeatures
 from preprocessing import train_transform
 from runtime import Precision, default_num_workers, resolve_device, resolve_precision, seed_everything, setup_logging
 from visualization import draw_figures
@@ -39,9 +48,10 @@ from visualization import draw_figures
 logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
-    "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "resume",
+    "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir", "resume",
     "log_interval", "log_level",
 }  # fmt: skip
+AUGMENTED_VIEWS = 4
 LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
 
 
@@ -92,6 +102,7 @@ class RunFiles:
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
+        self.cache = output_dir / "cache"
 
     def set_aside_earlier_run(self) -> None:
         """Move what an earlier run left here to `previous/<its start time>/`."""
@@ -147,9 +158,13 @@ class Run:
             captions=config.data.captions,
             seed=settings.seed,
         )
-        self.loader = TrainLoader(
-            dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device
-        )
+        loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
+        self.cache = self._open_cache()
+        self.val_features: PairFeatures | None = None
+        self.loader: TrainLoader | FeatureLoader = loader
+        if self.cache is not None:
+            dataset.num_views = self._num_views() if "image" in model.frozen_towers else 0
+            self.loader = FeatureLoader(loader, self.cache, augment=config.data.augment, num_epochs=settings.num_epochs)
         scale = settings.backbone_lr_scale
         self.backbone_lr_scale = (1.0 if model.starts_random else 0.01) if scale is None else scale
         optimizer = build_optimizer(
@@ -176,6 +191,8 @@ class Run:
         self._announce()
         progress, settings = self.progress, self.config.training
         self.writer = SummaryWriter(str(self.files.events), purge_step=progress.epoch + 1)
+        if self.cache is not None:
+            self.val_features = self.cache.of_pairs(self.pairs["val"])
         if not progress.history:
             self._finish_epoch({"train_loss": None, "train_accuracy": None}, seconds=0.0)
         while progress.epoch < settings.num_epochs:
@@ -221,6 +238,27 @@ class Run:
         lines.append(f"\nbest model: {self.files.best}\nresults: {self.files.results}")
         return "\n".join(lines)
 
+    def _num_views(self) -> int:
+        views = self.config.data.feature_views
+        return (1 if self.config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
+
+    def _open_cache(self) -> FeatureCache | None:
+        """Open the kept features of the frozen towers, if there are any and they are wanted."""
+        if not self.model.frozen_towers or not self._num_views():
+            return None
+        return FeatureCache(
+            self.model,
+            Path(self.config.run.cache_dir or self.files.cache) / "features",
+            precision=self.precision,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+        )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images or texts encoded at once where no gradient is wanted."""
+        return max(self.config.training.batch_size, 64)
+
     def _announce(self) -> None:
         model, settings = self.model, self.config.training
         start = "random start" if model.starts_random else "pretrained"
@@ -238,7 +276,7 @@ class Run:
         )
         tower_rate = settings.learning_rate * self.backbone_lr_scale
         logger.info("peak rates: projection layers %.3g, towers %.3g", settings.learning_rate, tower_rate)
-        if model.starts_random or self.config.model.freeze_backbone:
+        if model.starts_random or set(model.frozen_towers) == set(TOWERS):
             return
         if not LOWEST_TOWER_RATE <= tower_rate <= HIGHEST_TOWER_RATE:
             logger.warning(
@@ -275,10 +313,11 @@ class Run:
         outcome = evaluate(
             self.model,
             self.pairs["val"],
-            batch_size=max(self.config.training.batch_size, 64),
+            batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             precision=self.precision,
             loss_batch_size=self.config.training.batch_size,
+            kept=self.val_features,
         )
         entry = {
             "epoch": progress.epoch,
@@ -420,7 +459,10 @@ def _make_model(config: Config, given: dict[str, Any], state: dict[str, Any] | N
     pretrained, activation = settings.pretrained, settings.activation
     if state is not None:  # the checkpoint holds architecture and weights; nothing else is needed
         name, pretrained = ModelName(settings.name), state["file"]
-    model = CLIPModel(name, settings.projection_dim, settings.freeze_backbone, pretrained, activation=activation)
+    model = CLIPModel(
+        name, settings.projection_dim, settings.freeze_backbone, pretrained,
+        activation=activation, freeze_tower=settings.freeze_tower,
+    )  # fmt: skip
     if state is not None:
         model.starts_random, model.holds_batchnorm = state["starts_random"], state["holds_batchnorm"]
     return model
