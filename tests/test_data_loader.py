@@ -3,6 +3,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,9 @@ from data_loader import (
     Pairs,
     Strings,
     TrainLoader,
+    _split_mix,
     create_sample_dataset,
+    draw_bits,
     evaluation_pairs,
     holds_only_placeholders,
     load_pairs,
@@ -68,6 +71,33 @@ def test_captions_vary_by_epoch_and_repeat_by_seed(sample_dir: Path) -> None:
     second = torch.stack([dataset[i].tokens for i in range(12)])
     assert not torch.equal(first, second)
     assert torch.equal(first, torch.stack([again[i].tokens for i in range(12)]))
+
+
+def test_draws_depend_on_nothing_but_their_arguments() -> None:
+    first_outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64 from seed 0
+    gamma = 0x9E3779B97F4A7C15
+    state = np.array([number * gamma % 2**64 for number in range(3)], dtype=np.uint64)
+    assert _split_mix(state).tolist() == first_outputs
+    items = np.arange(10_000)
+    together = draw_bits(3, 7, items)
+    assert draw_bits(3, 7, items[[9, 4]]).tolist() == together[[9, 4]].tolist()
+    for other in (draw_bits(4, 7, items), draw_bits(3, 8, items), draw_bits(3, 7, items, stream=1)):
+        assert not (other == together).any()
+        counts = np.bincount((other % np.uint64(5) * np.uint64(5) + together % np.uint64(5)).astype(np.int64))
+        assert counts.min() > 300  # 400 expected of each of the 25 pairs, with a deviation of 20
+        assert counts.max() < 500
+
+
+def test_every_caption_is_chosen_at_some_time_by_its_own_image(sample_dir: Path) -> None:
+    dataset = ImageTextDataset(sample_dir)
+    chosen = []
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        images, captions = dataset.choose(np.arange(60))
+        assert dataset.pairs.text_to_image.numpy()[captions].tolist() == images.tolist() == list(range(60))
+        assert dataset[7].caption_id == captions[7]
+        chosen.append(captions)
+    assert set(np.concatenate(chosen).tolist()) == set(range(dataset.pairs.num_pairs))
 
 
 def test_a_users_random_transform_is_reproducible_and_leaves_no_trace(sample_dir: Path) -> None:

@@ -60,8 +60,9 @@ def test_the_checkpoint_is_used_as_the_spec_says(trained_dir: Path, sample_dir: 
         model.load_checkpoint(trained_dir / "x.pth")
 
 
-def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Path) -> None:
-    more = ["--augment", "crop", "--num_epochs", "3", "--warmup_share", "0"]
+@pytest.mark.parametrize("frozen", [[], ["--freeze_backbone", "--feature_views", "2"]])
+def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Path, frozen: list[str]) -> None:
+    more = ["--augment", "crop", "--num_epochs", "3", "--warmup_share", "0", *frozen]
     assert main(flags_for(sample_dir, tmp_path / "whole", *more)) == 0
     # stopped by the early stop after its first epoch: as if the machine had gone off there
     broken = tmp_path / "broken"
@@ -86,6 +87,32 @@ def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Pa
     for name, value in whole["model_state_dict"].items():
         assert torch.equal(value, resumed["model_state_dict"][name]), name
     assert [e["rsum"] for e in whole["progress"]["history"]] == [e["rsum"] for e in resumed["progress"]["history"]]
+
+
+def test_a_later_run_with_frozen_towers_runs_no_tower(
+    sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--freeze_backbone", "--num_epochs", "2", "--precision", "fp32"]
+    shared = ["--cache_dir", str(tmp_path / "kept")]
+    assert main(flags_for(sample_dir, tmp_path / "plain", *flags, "--feature_views", "0")) == 0
+    assert not (tmp_path / "plain" / "cache").exists()
+    assert main(flags_for(sample_dir, tmp_path / "first", *flags, *shared)) == 0
+
+    def no_tower(*_: object) -> torch.Tensor:
+        raise AssertionError("a tower ran")
+
+    monkeypatch.setattr(CLIPModel, "run_image_tower", no_tower)
+    monkeypatch.setattr(CLIPModel, "run_text_tower", no_tower)
+    assert main(flags_for(sample_dir, tmp_path / "second", *flags, *shared)) == 0
+    plain, first, second = (
+        [json.loads(line) for line in (tmp_path / name / "logs/history.jsonl").read_text().splitlines()]
+        for name in ("plain", "first", "second")
+    )
+    assert first == second
+    assert len(first) == len(plain) == 3
+    for entry, expected in zip(first[1:], plain[1:], strict=True):
+        for key in ("train_loss", "val_loss", "positive_similarity", "learning_rate"):
+            assert entry[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 def test_resume_refuses_what_may_not_change_and_misses_nothing(
