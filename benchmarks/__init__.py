@@ -1,0 +1,1 @@
+"""Measurements, one script a subject; each docstring opens with its command."""
