@@ -18,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import CheckpointWriter, load_checkpoint
 from clip_model import (
     TOWERS,
     CLIPModel,
@@ -183,16 +183,29 @@ class Run:
             precision=precision,
             gradient_clip_norm=settings.gradient_clip_norm,
         )
+        frozen = set(TOWERS) == set(model.frozen_towers)
+        towers = [name for name in model.state_dict() if name.startswith("backbone.")]
+        self.checkpoints = CheckpointWriter(towers if frozen else [])
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.bad_images: set[str] = set()
 
     def train(self) -> None:
         """Evaluate the model as loaded, then train epoch by epoch until the last one or the early stop."""
         self._announce()
-        progress, settings = self.progress, self.config.training
-        self.writer = SummaryWriter(str(self.files.events), purge_step=progress.epoch + 1)
+        self.writer = SummaryWriter(str(self.files.events), purge_step=self.progress.epoch + 1)
         if self.cache is not None:
             self.val_features = self.cache.of_pairs(self.pairs["val"])
+        try:
+            self._train_epochs()
+        finally:
+            self.checkpoints.flush()
+        self._write_results(finished=True)
+        self.writer.close()
+        if self.bad_images:
+            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
+
+    def _train_epochs(self) -> None:
+        progress, settings = self.progress, self.config.training
         if not progress.history:
             self._finish_epoch({"train_loss": None, "train_accuracy": None}, seconds=0.0)
         while progress.epoch < settings.num_epochs:
@@ -208,10 +221,6 @@ class Run:
             )
             values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
             self._finish_epoch(values, seconds=time.monotonic() - start)
-        self._write_results(finished=True)
-        self.writer.close()
-        if self.bad_images:
-            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state; the model holds its weights already."""
@@ -221,6 +230,9 @@ class Run:
         self.trainer.scaler.load_state_dict(state["scaler_state_dict"])
         self.trainer.global_step = state["global_step"]
         self.progress = Progress(**state["progress"])
+        # epochs after the checkpoint will come again
+        lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
+        self.files.history.write_text("".join(lines), encoding="utf-8")
         torch.set_rng_state(state["rng_state"])
 
     def summary(self) -> str:
@@ -329,9 +341,9 @@ class Run:
         progress.history.append(entry)
         improved = self._keep_if_best(outcome)
         self._record(entry)
-        self._save(self.files.last, with_optimizer=True)
-        if improved:
-            self._save(self.files.best, with_optimizer=False)
+        # best first: if only it is written, a resumed run comes to it again; the last one counts on it
+        best = {self.files.best: self._state(with_optimizer=False)} if improved else {}
+        self.checkpoints.save({**best, self.files.last: self._state(with_optimizer=True)})
         self._write_results(finished=False)
         self._log_epoch(entry, improved=improved, seconds=seconds)
 
@@ -357,7 +369,7 @@ class Run:
                 self.writer.add_scalar(f"epoch/{key}", value, entry["epoch"])
         self.writer.flush()
 
-    def _save(self, path: Path, *, with_optimizer: bool) -> None:
+    def _state(self, *, with_optimizer: bool) -> dict[str, Any]:
         model, trainer = self.model, self.trainer
         state: dict[str, Any] = {
             "epoch": self.progress.epoch,
@@ -379,7 +391,7 @@ class Run:
                 "progress": asdict(self.progress),
                 "rng_state": torch.get_rng_state(),
             }
-        save_checkpoint(path, state)
+        return state
 
     def _write_results(self, *, finished: bool) -> None:
         progress = self.progress
