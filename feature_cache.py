@@ -164,8 +164,15 @@ class Features:
         return len(self.rows)
 
     def __getitem__(self, numbers: IntArray) -> Tensor:
-        """Return the outputs of some that have one, float32 `[len(numbers), embed_dim]`."""
-        return torch.from_numpy(self.store.gather(self.rows[numbers]))
+        """Return the outputs of some, float32 `[len(numbers), embed_dim]`.
+
+        Raises:
+            IndexError: one of them has none.
+        """
+        rows = self.rows[numbers]
+        if (rows < 0).any():
+            raise IndexError(f"nothing is kept for number {int(np.asarray(numbers)[rows < 0][0])}")
+        return torch.from_numpy(self.store.gather(rows))
 
 
 class PairFeatures(NamedTuple):

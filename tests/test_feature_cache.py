@@ -291,6 +291,27 @@ def test_pictures_that_cannot_be_read_leave_their_batches_as_without_a_cache(pai
         assert sum(len(batch.errors) for batch in expected) == 2
 
 
+def test_only_captions_that_the_run_uses_are_computed(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(freeze_tower="text")
+    counted = Counted(model, monkeypatch)
+    cache = cache_of(model, tmp_path / "c")
+    texts = cache.texts(pairs, np.array([0, 5]))
+    assert counted.since() == (0, 2)
+    assert texts is not None
+    assert texts[np.array([5, 0, 5])].shape == (3, 256)
+    with pytest.raises(IndexError, match="nothing is kept for number 4"):
+        texts[np.array([5, 4])]
+    dataset = ImageTextDataset(pairs)
+    loader = FeatureLoader(
+        TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU), cache, augment="none", num_epochs=1
+    )
+    list(loader.epoch(1))
+    used = {pairs.captions[number] for number in dataset.choose(np.arange(30))[1].tolist()}
+    assert counted.since() == (0, len(used - {pairs.captions[0], pairs.captions[5]}))
+
+
 @pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
 def test_evaluation_gives_the_same_with_kept_features(
     pairs: Pairs, tmp_path: Path, frozen: dict[str, object], monkeypatch: pytest.MonkeyPatch
