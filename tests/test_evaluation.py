@@ -158,7 +158,8 @@ def test_the_stage_repeats_the_runs_own_numbers(
     trained_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = trained_dir / "model-checkpoint" / "best_model.pth"
-    assert main(["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path)]) == 0
+    flags = ["--checkpoint", str(checkpoint), "--precision", "auto"]  # as the run
+    assert main([*flags, "--output_dir", str(tmp_path)]) == 0
     assert "RSum" in capsys.readouterr().out
     found = json.loads((tmp_path / "results" / "evaluation_results.json").read_text())
     trained = json.loads((trained_dir / "results" / "training_results.json").read_text())
