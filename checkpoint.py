@@ -7,15 +7,19 @@ A checkpoint is one `torch.save` file that holds tensors and plain values only, 
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
+import time
 import uuid
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT_VERSION = 1
+TIMES_ITS_DURATION = 20
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -34,6 +38,52 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints; where most of the model never changes, no more often than is worth the time.
+
+    With frozen towers an epoch can take less time than writing their weights once more. There, states that come sooner
+    after a writing than 20 times its duration are copied, and written with the next that does not, or by `flush`.
+
+    Args:
+        fixed: names of the model's tensors that never change; none: every state is written at once.
+    """
+
+    def __init__(self, fixed: Collection[str] = ()) -> None:
+        self.fixed = fixed
+        self._waiting: dict[Path, dict[str, Any]] = {}
+        self._due = 0.0
+
+    def save(self, states: Mapping[Path, dict[str, Any]]) -> None:
+        """Write states in their order, or keep copies of them in place of those that wait for the same files.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        wait = bool(self.fixed) and time.monotonic() < self._due
+        for path, state in states.items():
+            self._waiting.pop(path, None)  # so that the order is this call's
+            self._waiting[path] = self._copied(state) if wait else state
+        if not wait:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        start = time.monotonic()
+        for path in list(self._waiting):
+            save_checkpoint(path, self._waiting[path])
+            del self._waiting[path]
+        end = time.monotonic()
+        self._due = end + TIMES_ITS_DURATION * (end - start)
+
+    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
+        tensors = state["model_state_dict"]
+        return copy.deepcopy(state, {id(tensors[name]): tensors[name] for name in self.fixed})
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

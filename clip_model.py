@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
+TOWERS = ("image", "text")
 
 ImageInput = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path]
 TextInput = Tensor | str | Sequence[str]
@@ -50,9 +51,13 @@ class CLIPModel(nn.Module):
         freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
         pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), or a file or hub folder.
         activation: `quick_gelu` or `gelu`, for weights files that do not tell.
+        freeze_tower: `image` or `text`: hold that tower as `freeze_backbone` holds both.
+
+    Attributes:
+        frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
 
     Raises:
-        ValueError: an unknown model name, or weights that do not fit.
+        ValueError: an unknown model name, weights that do not fit, or `freeze_tower` beside `freeze_backbone`.
         OSError: weights that cannot be had; says how to get them.
     """
 
@@ -64,21 +69,24 @@ class CLIPModel(nn.Module):
         pretrained: str | Path = "auto",
         *,
         activation: str | None = None,
+        freeze_tower: str | None = None,
     ) -> None:
         super().__init__()
+        self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
         weights = _find_weights(model_name, str(pretrained), activation=activation)
         self.architecture = weights.architecture if weights else known_architecture(model_name)
         if weights is None and activation is not None:
             self.architecture = replace(self.architecture, activation=activation)
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
-        self.freeze_backbone = freeze_backbone
         self.backbone = _build_backbone(self.architecture, weights)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
         self._make_projections(projection_dim, weights)
-        self.backbone.requires_grad_(not freeze_backbone)
+        for tower in self.frozen_towers:
+            for parameter in self.tower_state(tower).values():
+                parameter.requires_grad_(False)
         self._image_block: RunBlock | None = None
         self._text_block: RunBlock | None = None
         self.train()
@@ -148,10 +156,7 @@ class CLIPModel(nn.Module):
             FileNotFoundError: no such file.
         """
         pixels = images if isinstance(images, Tensor) else self._preprocess(images)
-        pixels = normalize(pixels.to(self.device, non_blocking=True))
-        run_block = self._image_block if self.training else None
-        features = self.image_projection(image_tower(self.backbone, pixels, run_block))
-        return F.normalize(features.float(), dim=-1)
+        return self.project_image(self.run_image_tower(pixels))
 
     def encode_text(self, texts: TextInput) -> Tensor:
         """Encode texts.
@@ -168,24 +173,56 @@ class CLIPModel(nn.Module):
             tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
             if truncated:
                 logger.warning("%d text(s) longer than %d tokens were truncated", truncated, tokens.shape[1])
-        run_block = self._text_block if self.training else None
-        features = self.text_projection(text_tower(self.backbone, tokens, run_block))
-        return F.normalize(features.float(), dim=-1)
+        return self.project_text(self.run_text_tower(tokens))
 
     def compile_towers(self) -> None:
         """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
         self._image_block, self._text_block = compiled_block(dynamic=False), compiled_block(dynamic=True)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a batch of pairs: `(image_features [B, D], text_features [B, D])`, both unit-norm float32."""
-        return self.encode_image(images), self.encode_text(tokens)
+        """Encode a batch of pairs.
+
+        Args:
+            images: pixels `[B, 3, R, R]`, uint8, or float and normalised; or the image tower's output `[B, embed_dim]`.
+            tokens: int `[B, 77]`, or what the text tower makes of them, float `[B, embed_dim]`.
+
+        Returns:
+            `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
+        """
+        image_features = self.project_image(images) if images.ndim == 2 else self.encode_image(images)
+        text_features = self.project_text(tokens) if tokens.is_floating_point() else self.encode_text(tokens)
+        return image_features, text_features
+
+    def run_image_tower(self, images: Tensor) -> Tensor:
+        """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
+        pixels = normalize(images.to(self.device, non_blocking=True))
+        return image_tower(self.backbone, pixels, self._image_block if self.training else None)
+
+    def run_text_tower(self, tokens: Tensor) -> Tensor:
+        """Turn tokens, int `[B, 77]`, into the text tower's output `[B, embed_dim]`."""
+        return text_tower(self.backbone, tokens, self._text_block if self.training else None)
+
+    def project_image(self, tower_output: Tensor) -> Tensor:
+        """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
+        return F.normalize(self.image_projection(tower_output.to(self.device)).float(), dim=-1)
+
+    def project_text(self, tower_output: Tensor) -> Tensor:
+        """Take the text tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
+        return F.normalize(self.text_projection(tower_output.to(self.device)).float(), dim=-1)
+
+    def tower_state(self, tower: str) -> dict[str, Tensor]:
+        """Return one tower's own parameters and buffers by name; `tower` is `image` or `text`."""
+        state = self.backbone.state_dict(keep_vars=True)
+        return {name: value for name, value in state.items() if name.startswith("visual.") == (tower == "image")}
 
     def train(self, mode: bool = True) -> CLIPModel:
-        """Set training mode; a frozen backbone, and the BatchNorm statistics of loaded weights, stay held."""
+        """Set training mode; frozen towers, and the BatchNorm statistics of loaded weights, stay held."""
         super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()
-        elif self.holds_batchnorm:
+        if "image" in self.frozen_towers:
+            self.backbone.visual.eval()
+        if "text" in self.frozen_towers:
+            self.backbone.transformer.eval()
+        if self.holds_batchnorm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -364,8 +401,8 @@ class MultimodalTrainer:
         """Take one optimiser step.
 
         Args:
-            images: `[B, 3, R, R]`, uint8, or float and normalised.
-            tokens: `[B, 77]`.
+            images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them.
+            tokens: `[B, 77]`, or the text tower's output.
             image_ids: `[B]`, or None when every image of the batch is another.
 
         Returns:
@@ -452,6 +489,16 @@ def in_batch_accuracy(image_features: Tensor, text_features: Tensor) -> Tensor:
     labels = torch.arange(len(similarity), device=similarity.device)
     hits = (similarity.argmax(1) == labels).float().mean() + (similarity.argmax(0) == labels).float().mean()
     return hits / 2
+
+
+def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:
+    if freeze_tower is None:
+        return TOWERS if freeze_backbone else ()
+    if freeze_tower not in TOWERS:
+        raise ValueError(f"freeze_tower must be 'image' or 'text', got {freeze_tower!r}")
+    if freeze_backbone:
+        raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {freeze_tower!r} only one: choose one")
+    return (freeze_tower,)
 
 
 def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -> Weights | None:

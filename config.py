@@ -59,10 +59,19 @@ class ModelSettings(Settings):
     )
     projection_dim: PositiveInt | None = Field(None, description="size of the shared space; none: the backbone's own")
     freeze_backbone: bool = Field(False, description="train only the projection layers and the temperature")
+    freeze_tower: Literal["image", "text"] | None = Field(
+        None, description="image or text: train everything but that tower; none: as freeze_backbone says"
+    )
     pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
     activation: Literal["quick_gelu", "gelu"] | None = Field(
         None, description="activation of a weights file that does not tell it; none: found from the file"
     )
+
+    @model_validator(mode="after")
+    def _freeze_once(self) -> ModelSettings:
+        if self.freeze_backbone and self.freeze_tower is not None:
+            raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {self.freeze_tower} one: choose one")
+        return self
 
 
 class DataSettings(Settings):
@@ -78,7 +87,11 @@ class DataSettings(Settings):
     val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
     augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
     fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
-    cache_images: bool = Field(False, description="decode pictures once and keep them small in output_dir's cache/")
+    cache_images: bool = Field(False, description="decode pictures once and keep them small, see cache_dir")
+    feature_views: NonNegativeInt | None = Field(
+        None,
+        description="views of a picture that a frozen tower keeps; none: 1, augmented 4; 0: keep no features",
+    )
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
 
 
@@ -109,11 +122,13 @@ class RunSettings(Settings):
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     output_dir: str = Field(".", description="holds model-checkpoint/, results/ and logs/")
+    cache_dir: str | None = Field(None, description="folder for kept pictures and features; none: cache in output_dir")
     resume: str | None = Field(
         None,
         description="continue a run: alone, the one in output_dir; or a checkpoint file",
         json_schema_extra={"bare": "latest"},
     )
+    profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = Field("info", description="debug, info, warning, error")
 
@@ -125,6 +140,15 @@ class Config(Settings):
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _keep_only_views_that_there_are(self) -> Config:
+        views = self.data.feature_views
+        if views and not (self.model.freeze_backbone or self.model.freeze_tower == "image"):
+            raise ValueError(f"feature_views {views} needs a frozen image tower: freeze_backbone, freeze_tower image")
+        if views is not None and views > 1 and self.data.augment == "none":
+            raise ValueError(f"feature_views {views}: without augment all views of a picture are the same one")
+        return self
 
 
 class InspectSettings(Settings):

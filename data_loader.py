@@ -11,7 +11,6 @@ import os
 import random
 import stat
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -57,6 +56,10 @@ SPLITS = ("train", "val", "test")
 MAX_VAL_IMAGES = 5000
 MIN_PAIRS = 50
 MAX_BAD_SHARE = 0.01
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+BitArray = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class Strings(Sequence[str]):
@@ -136,6 +139,8 @@ class Sample(NamedTuple):
     """`[77]` int64."""
     image_id: int
     """Number of the image in the data set."""
+    caption_id: int
+    """Number of the caption in the data set."""
     error: str | None = None
     """Why there is no image."""
 
@@ -150,6 +155,8 @@ class Batch(NamedTuple):
     image_ids: Tensor
     """`[B]` int64."""
     errors: list[str]
+    caption_ids: Tensor
+    """`[B]` int64."""
 
 
 class ImageTextDataset(Dataset[Sample]):
@@ -165,6 +172,10 @@ class ImageTextDataset(Dataset[Sample]):
         captions: `random`: an item an image; `all`: an item a pair.
         val_split: share of the groups kept for validation.
         seed: of the split, the caption choice and a random transform.
+
+    Attributes:
+        num_views: views that a random transform makes of an image, taken in turn by the epochs: epoch e sees view
+            `(e - 1) % num_views`; 0: a new view every epoch, and for every pair.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -197,6 +208,7 @@ class ImageTextDataset(Dataset[Sample]):
         self.cache: ImageCache | None = None
         self.every_pair = captions == "all"
         self.seed = seed
+        self.num_views = 0
         self._image_of_pair = self.pairs.text_to_image.numpy()
         # shared memory, so that loading processes that stay alive see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -221,17 +233,14 @@ class ImageTextDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image = int(self._image_of_pair[index]) if self.every_pair else index
-        rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
-        captions = self.pairs.captions_of(image)
-        caption = self.pairs.captions[index] if self.every_pair else captions[rng.randrange(len(captions))]
-        tokens = tokenize([caption])[0][0]
+        image, caption = (int(number[0]) for number in self.choose(np.array([index])))
+        tokens = tokenize([self.pairs.captions[caption]])[0][0]
         try:
             finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
-            return Sample(None, tokens, image, str(error))
-        with _seeded(rng.getrandbits(63)):
-            return Sample(finish(), tokens, image)
+            return Sample(None, tokens, image, caption, str(error))
+        with _seeded(self._transform_seed(image, index)):
+            return Sample(finish(), tokens, image, caption)
 
     def _open(self, path: str) -> Callable[[], Tensor]:
         """Read a picture; return the rest of the work, which may be random."""
@@ -240,6 +249,43 @@ class ImageTextDataset(Dataset[Sample]):
         if isinstance(self.transform, PixelTransform):
             return partial(self.transform, self.transform.load(path))
         return partial(self.transform, load_image(path))
+
+    def choose(self, items: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the image and this epoch's caption of each item, by their numbers: two int64 arrays `[len(items)]`."""
+        if self.every_pair:
+            return self._image_of_pair[items], items
+        first, end = self.pairs.starts[items], self.pairs.starts[items + 1]
+        draws = draw_bits(self.seed, int(self._epoch), items)
+        return items, first + (draws % (end - first).astype(np.uint64)).astype(np.int64)
+
+    @property
+    def view(self) -> int:
+        """Number of the view that this epoch sees; without `num_views`, the epoch itself."""
+        epoch = int(self._epoch)
+        return (epoch - 1) % self.num_views if self.num_views else epoch
+
+    def _transform_seed(self, image: int, index: int) -> int:
+        item = np.array([image if self.num_views else index])
+        return int(draw_bits(self.seed, self.view, item, stream=1)[0] >> np.uint64(1))
+
+
+def draw_bits(seed: int, round_number: int, items: IntArray, *, stream: int = 0) -> BitArray:
+    """Draw 64 random bits for each item that depend on the four arguments alone, for any number of items at once.
+
+    SplitMix64 (Steele, Lea, Flood 2014) over seed, stream and round gives a start, and over start and item the bits.
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for number in (seed, stream, round_number):
+        state = _split_mix(state + np.uint64(number % 2**64))
+    return _split_mix(state + items.astype(np.uint64) * _GOLDEN_GAMMA)
+
+
+def _split_mix(state: BitArray) -> BitArray:
+    z = state + _GOLDEN_GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: BitArray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 class _seeded:  # noqa: N801  (used as a function)
@@ -283,15 +329,10 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class TrainLoader:
-    """Batches of a data set, epoch after epoch.
-
-    Attributes:
-        waited: seconds that this epoch's batches were waited for, so far.
-    """
+    """Batches of a data set, epoch after epoch."""
 
     def __init__(self, dataset: ImageTextDataset, *, batch_size: int, num_workers: int, device: torch.device) -> None:
         self.dataset = dataset
-        self.waited = 0.0
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
         self.loader = DataLoader(
             dataset,
@@ -309,12 +350,7 @@ class TrainLoader:
         """Yield the batches of one epoch; the same for the same seed, whatever came before."""
         self.batches.epoch = epoch
         self.dataset.set_epoch(epoch)
-        self.waited = 0.0
-        start = time.perf_counter()
-        for batch in self.loader:
-            self.waited += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
+        yield from self.loader
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -322,10 +358,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
     errors = [sample.error for sample in samples if sample.error is not None]
     if not good:
-        return Batch(torch.empty(0), torch.empty(0, CONTEXT_LENGTH, dtype=torch.long), torch.empty(0), errors)
+        no_ids = torch.empty(0, dtype=torch.long)
+        return Batch(torch.empty(0), torch.empty(0, CONTEXT_LENGTH, dtype=torch.long), no_ids, errors, no_ids)
     images = torch.stack([sample.image for sample in good if sample.image is not None])
     ids = torch.tensor([sample.image_id for sample in good])
-    return Batch(images, torch.stack([sample.tokens for sample in good]), ids, errors)
+    captions = torch.tensor([sample.caption_id for sample in good])
+    return Batch(images, torch.stack([sample.tokens for sample in good]), ids, errors, captions)
 
 
 def holds_only_placeholders(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint
 from clip_model import CLIPModel
 from data_loader import ImageTextDataset, Pairs, collate, evaluation_pairs, load_pairs
+from feature_cache import Features, PairFeatures
 from preprocessing import clip_transform, tokenize
 from runtime import Precision, autocast, default_num_workers, resolve_device, resolve_precision, setup_logging
 
@@ -441,6 +442,7 @@ def evaluate(
     precision: Precision,
     loss_batch_size: int | None = None,
     cache_dir: Path | None = None,
+    kept: PairFeatures | None = None,
 ) -> Outcome:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -452,12 +454,19 @@ def evaluate(
         precision: of the forward passes.
         loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size.
         cache_dir: keep the decoded pictures in this folder; the features are the same.
+        kept: what the model's frozen towers give for `pairs`, which is then only projected.
 
     Raises:
         ValueError: features that are not finite, or no picture could be read.
     """
     encoded = encode_pairs(
-        model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
+        model,
+        pairs,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        precision=precision,
+        cache_dir=cache_dir,
+        kept=kept,
     )
     images, texts, owners = encoded[:3]
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
@@ -491,8 +500,11 @@ def encode_pairs(
     num_workers: int | None,
     precision: Precision,
     cache_dir: Path | None = None,
+    kept: PairFeatures | None = None,
 ) -> Encoded:
     """Encode every image and every caption, without the pictures that cannot be read and their captions.
+
+    What is `kept` of frozen towers is only projected.
 
     Each of these pictures is named in a warning. Features leave the device batch by batch: however large the data set,
     a GPU holds one batch.
@@ -503,20 +515,60 @@ def encode_pairs(
     training = model.training
     model.eval()
     start = time.perf_counter()
+    kept_images, kept_texts = kept or PairFeatures(None, None)
     with torch.inference_mode():
-        image_features, readable = _encode_images(
-            model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
-        )
+        if kept_images is not None:
+            readable = _readable(kept_images)
+            image_features = _project(
+                model, model.project_image, kept_images, readable, batch_size=batch_size, precision=precision
+            )
+        else:
+            image_features, readable = _encode_images(
+                model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
+            )
         rows = torch.full((len(pairs),), -1)
         rows[readable] = torch.arange(len(readable))
         owners = rows[pairs.text_to_image]
         middle = time.perf_counter()
-        captions = [pairs.captions[text] for text in (owners >= 0).nonzero().squeeze(1).tolist()]
-        text_features = encode_captions(model, captions, batch_size=batch_size, precision=precision)
+        numbers = (owners >= 0).nonzero().squeeze(1)
+        if kept_texts is not None:
+            text_features = _project(
+                model, model.project_text, kept_texts, numbers, batch_size=batch_size, precision=precision
+            )
+        else:
+            captions = [pairs.captions[text] for text in numbers.tolist()]
+            text_features = encode_captions(model, captions, batch_size=batch_size, precision=precision)
     end = time.perf_counter()
     model.train(training)
     speeds = len(image_features) / (middle - start), len(text_features) / (end - middle)
     return Encoded(image_features, text_features, owners[owners >= 0], *speeds)
+
+
+def _readable(images: Features) -> Tensor:
+    for error in images.errors.values():
+        logger.warning("left out: %s", error)
+    readable = torch.from_numpy(images.rows >= 0).nonzero().squeeze(1)
+    if not len(readable):
+        raise ValueError("none of the pictures could be read")
+    return readable
+
+
+def _project(
+    model: CLIPModel,
+    project: Callable[[Tensor], Tensor],
+    kept: Features,
+    numbers: Tensor,
+    *,
+    batch_size: int,
+    precision: Precision,
+) -> Tensor:
+    """Take kept outputs of a frozen tower into the shared space, `[len(numbers), D]`."""
+    features = torch.empty(len(numbers), model.projection_dim, device=model.device)
+    for start in range(0, len(numbers), batch_size):
+        rows = slice(start, start + batch_size)
+        with autocast(model.device, precision):
+            features[rows] = project(kept[numbers[rows].numpy()])
+    return features
 
 
 def _encode_images(

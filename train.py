@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,8 +24,16 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
-from clip_model import CLIPModel, ContrastiveLoss, ModelName, MultimodalTrainer, build_optimizer, build_scheduler
+from checkpoint import CheckpointWriter, load_checkpoint
+from clip_model import (
+    TOWERS,
+    CLIPModel,
+    ContrastiveLoss,
+    ModelName,
+    MultimodalTrainer,
+    build_optimizer,
+    build_scheduler,
+)
 from data_loader import (
     SAMPLE_SIZE,
     Batch,
@@ -36,11 +45,14 @@ from data_loader import (
     training_pairs,
 )
 from evaluation import RECALL_KEYS, Outcome, evaluate
+from feature_cache import FeatureCache, FeatureLoader, PairFeatures
 from preprocessing import train_transform
 from runtime import (
     Precision,
+    StepProfiler,
     can_compile,
     default_num_workers,
+    peak_memory,
     resolve_device,
     resolve_precision,
     seed_everything,
@@ -51,9 +63,10 @@ from visualization import draw_figures
 logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
-    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "resume",
-    "log_interval", "log_level",
+    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
+    "resume", "profile", "log_interval", "log_level",
 }  # fmt: skip
+AUGMENTED_VIEWS = 4
 LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
 
 
@@ -106,12 +119,13 @@ class RunFiles:
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
+        self.trace = output_dir / "logs" / "profile.json"
         self.cache = output_dir / "cache"
 
     def set_aside_earlier_run(self) -> None:
         """Move what an earlier run left here to `previous/<its start time>/`."""
         figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
-        own = [self.best, self.last, self.results, self.log, self.history, self.events]
+        own = [self.best, self.last, self.results, self.log, self.history, self.events, self.trace]
         left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
         if not left:
             return
@@ -156,18 +170,23 @@ class Run:
         self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
         workers = config.data.num_workers
         self.num_workers = default_num_workers(model.device) if workers is None else workers
-        self.cache_dir = files.cache if config.data.cache_images else None
+        self.cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
+        self.image_cache_dir = self.cache_dir / "images" if config.data.cache_images else None
         dataset = ImageTextDataset(
             pairs["train"],
             transform=train_transform(model.image_resolution, config.data.augment, fast_decode=config.data.fast_decode),
             captions=config.data.captions,
             seed=settings.seed,
         )
-        if self.cache_dir is not None:
-            dataset.keep_images(self.cache_dir)
-        self.loader = TrainLoader(
-            dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device
-        )
+        if self.image_cache_dir is not None:
+            dataset.keep_images(self.image_cache_dir)
+        loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
+        self.cache = self._open_cache()
+        self.val_features: PairFeatures | None = None
+        self.loader: TrainLoader | FeatureLoader = loader
+        if self.cache is not None:
+            dataset.num_views = self._num_views() if "image" in model.frozen_towers else 0
+            self.loader = FeatureLoader(loader, self.cache, augment=config.data.augment, num_epochs=settings.num_epochs)
         scale = settings.backbone_lr_scale
         self.backbone_lr_scale = (1.0 if model.starts_random else 0.01) if scale is None else scale
         optimizer = build_optimizer(
@@ -186,14 +205,33 @@ class Run:
             precision=precision,
             gradient_clip_norm=settings.gradient_clip_norm,
         )
+        frozen = set(TOWERS) == set(model.frozen_towers)
+        towers = [name for name in model.state_dict() if name.startswith("backbone.")]
+        self.checkpoints = CheckpointWriter(towers if frozen else [])
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.bad_images: set[str] = set()
+        num_profiled = config.run.profile
+        self.profiler = StepProfiler(num_profiled, files.trace, model.device) if num_profiled else None
 
     def train(self) -> None:
         """Evaluate the model as loaded, then train epoch by epoch until the last one or the early stop."""
         self._announce()
+        self.writer = SummaryWriter(str(self.files.events), purge_step=self.progress.epoch + 1)
+        if self.cache is not None:
+            self.val_features = self.cache.of_pairs(self.pairs["val"])
+        try:
+            self._train_epochs()
+        finally:
+            self.checkpoints.flush()
+            if self.profiler is not None:
+                self.profiler.close()
+        self._write_results(finished=True)
+        self.writer.close()
+        if self.bad_images:
+            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
+
+    def _train_epochs(self) -> None:
         progress, settings = self.progress, self.config.training
-        self.writer = SummaryWriter(str(self.files.events), purge_step=progress.epoch + 1)
         if not progress.history:
             self._finish_epoch({"train_loss": None, "train_accuracy": None}, seconds=0.0)
         while progress.epoch < settings.num_epochs:
@@ -209,10 +247,6 @@ class Run:
             )
             values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
             self._finish_epoch(values, seconds=time.monotonic() - start)
-        self._write_results(finished=True)
-        self.writer.close()
-        if self.bad_images:
-            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state; the model holds its weights already."""
@@ -222,6 +256,9 @@ class Run:
         self.trainer.scaler.load_state_dict(state["scaler_state_dict"])
         self.trainer.global_step = state["global_step"]
         self.progress = Progress(**state["progress"])
+        # epochs after the checkpoint will come again
+        lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
+        self.files.history.write_text("".join(lines), encoding="utf-8")
         torch.set_rng_state(state["rng_state"])
 
     def summary(self) -> str:
@@ -236,8 +273,30 @@ class Run:
             lines.append(f"{key:24}{first[key]:12.3g}{best[key]:12.3g}")
         if progress.best_epoch == 0:
             lines.append("no epoch beat the model as loaded, which is kept as best: lower --learning_rate")
-        lines.append(f"\nbest model: {self.files.best}\nresults: {self.files.results}")
+        peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.model.device).items())
+        lines.append(f"\npeak memory: {peak}\nbest model: {self.files.best}\nresults: {self.files.results}")
         return "\n".join(lines)
+
+    def _num_views(self) -> int:
+        views = self.config.data.feature_views
+        return (1 if self.config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
+
+    def _open_cache(self) -> FeatureCache | None:
+        """Open the kept features of the frozen towers, if there are any and they are wanted."""
+        if not self.model.frozen_towers or not self._num_views():
+            return None
+        return FeatureCache(
+            self.model,
+            self.cache_dir / "features",
+            precision=self.precision,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+        )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images or texts encoded at once where no gradient is wanted."""
+        return max(self.config.training.batch_size, 64)
 
     def _announce(self) -> None:
         model, settings = self.model, self.config.training
@@ -256,7 +315,7 @@ class Run:
         )
         tower_rate = settings.learning_rate * self.backbone_lr_scale
         logger.info("peak rates: projection layers %.3g, towers %.3g", settings.learning_rate, tower_rate)
-        if model.starts_random or self.config.model.freeze_backbone:
+        if model.starts_random or set(model.frozen_towers) == set(TOWERS):
             return
         if not LOWEST_TOWER_RATE <= tower_rate <= HIGHEST_TOWER_RATE:
             logger.warning(
@@ -264,15 +323,23 @@ class Run:
                 tower_rate, LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE,
             )  # fmt: skip
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[Batch]:
+        """Yield an epoch's batches; measure how long they are waited for."""
         epoch, last = self.progress.epoch, self.config.training.num_epochs
-        bar = tqdm(total=len(self.loader.dataset), unit="pair", desc=f"epoch {epoch}/{last}", leave=False, disable=None)
-        with bar:
+        total = len(self.loader.dataset)
+        self.bar = tqdm(total=total, unit="pair", desc=f"epoch {epoch}/{last}", leave=False, disable=None)
+        self.waited = 0.0
+        with self.bar:
+            start = time.perf_counter()
             for batch in self.loader.epoch(epoch):
+                self.waited += time.perf_counter() - start
                 self._note_errors(batch)
                 if len(batch.tokens):
+                    if self.profiler is not None:
+                        self.profiler.step()
                     yield batch
-                bar.update(len(batch.tokens))
+                self.bar.update(len(batch.tokens))
+                start = time.perf_counter()
 
     def _note_errors(self, batch: Batch) -> None:
         for error in batch.errors:
@@ -283,6 +350,11 @@ class Run:
     def _log_step(self, step: int, loss: float) -> None:
         logger.debug("step %d: loss %.4f", step, loss)
         self.writer.add_scalar("step/train_loss", loss, step)
+        if not self.bar.disable:
+            peak = peak_memory(self.model.device)
+            self.bar.set_postfix_str(
+                ", ".join([f"loss {loss:.3f}", *(f"{key} {gb:.1f} GB" for key, gb in peak.items())])
+            )
 
     def _is_stale(self) -> bool:
         patience = self.config.training.early_stopping_patience
@@ -293,11 +365,12 @@ class Run:
         outcome = evaluate(
             self.model,
             self.pairs["val"],
-            batch_size=max(self.config.training.batch_size, 64),
+            batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             precision=self.precision,
             loss_batch_size=self.config.training.batch_size,
-            cache_dir=self.cache_dir,
+            cache_dir=self.image_cache_dir,
+            kept=self.val_features,
         )
         entry = {
             "epoch": progress.epoch,
@@ -309,9 +382,9 @@ class Run:
         progress.history.append(entry)
         improved = self._keep_if_best(outcome)
         self._record(entry)
-        self._save(self.files.last, with_optimizer=True)
-        if improved:
-            self._save(self.files.best, with_optimizer=False)
+        # best first: if only it is written, a resumed run comes to it again; the last one counts on it
+        best = {self.files.best: self._state(with_optimizer=False)} if improved else {}
+        self.checkpoints.save({**best, self.files.last: self._state(with_optimizer=True)})
         self._write_results(finished=False)
         self._log_epoch(entry, improved=improved, seconds=seconds)
 
@@ -337,7 +410,7 @@ class Run:
                 self.writer.add_scalar(f"epoch/{key}", value, entry["epoch"])
         self.writer.flush()
 
-    def _save(self, path: Path, *, with_optimizer: bool) -> None:
+    def _state(self, *, with_optimizer: bool) -> dict[str, Any]:
         model, trainer = self.model, self.trainer
         state: dict[str, Any] = {
             "epoch": self.progress.epoch,
@@ -359,7 +432,7 @@ class Run:
                 "progress": asdict(self.progress),
                 "rng_state": torch.get_rng_state(),
             }
-        save_checkpoint(path, state)
+        return state
 
     def _write_results(self, *, finished: bool) -> None:
         progress = self.progress
@@ -373,6 +446,7 @@ class Run:
             "num_images": progress.best["num_images"],
             "num_texts": progress.best["num_texts"],
             "histograms": {"baseline": progress.baseline["histograms"], "best": progress.best["histograms"]},
+            "peak_memory_gb": peak_memory(self.model.device),
             "config": self.config.model_dump(),
             "history": progress.history,
         }
@@ -384,7 +458,7 @@ class Run:
     def _log_epoch(self, entry: dict[str, Any], *, improved: bool, seconds: float) -> None:
         trained = pace = ""
         if entry["train_loss"] is not None:
-            rate, waited = len(self.loader.dataset) / seconds, 100 * self.loader.waited / seconds
+            rate, waited = len(self.loader.dataset) / seconds, 100 * self.waited / seconds
             pace = f", {seconds:.0f} s, {rate:.1f} pairs/s, waited {waited:.0f}% for data"
             size = self.config.training.batch_size
             trained = f"loss {entry['train_loss']:.3f}, accuracy {entry['train_accuracy']:.1f}% in batches of {size}, "
@@ -441,7 +515,10 @@ def _make_model(config: Config, given: dict[str, Any], state: dict[str, Any] | N
     pretrained, activation = settings.pretrained, settings.activation
     if state is not None:  # the checkpoint holds architecture and weights; nothing else is needed
         name, pretrained = ModelName(settings.name), state["file"]
-    model = CLIPModel(name, settings.projection_dim, settings.freeze_backbone, pretrained, activation=activation)
+    model = CLIPModel(
+        name, settings.projection_dim, settings.freeze_backbone, pretrained,
+        activation=activation, freeze_tower=settings.freeze_tower,
+    )  # fmt: skip
     if state is not None:
         model.starts_random, model.holds_batchnorm = state["starts_random"], state["holds_batchnorm"]
     return model

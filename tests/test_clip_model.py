@@ -89,6 +89,40 @@ def test_frozen_means_frozen() -> None:
     assert torch.equal(model.backbone.visual.bn1.running_mean, before)
 
 
+@pytest.mark.parametrize(("tower", "other"), [("image", "text"), ("text", "image")])
+def test_one_tower_can_be_frozen(tower: str, other: str) -> None:
+    model = CLIPModel("RN50", pretrained="none", freeze_tower=tower)
+    assert model.frozen_towers == (tower,)
+    assert not any(value.requires_grad for value in model.tower_state(tower).values())
+    assert all(value.requires_grad for value in model.tower_state(other).values() if isinstance(value, nn.Parameter))
+    before = {name: value.detach().clone() for name, value in model.state_dict().items() if name.startswith("backbone")}
+    trainer = trainer_of(model)
+    trainer.model.train()
+    trainer.train_step(torch.randn(2, 3, 224, 224), tokenize(["a", "b"])[0])
+    for side in (tower, other):
+        moved = [name for name in model.tower_state(side) if not torch.equal(
+            model.backbone.state_dict()[name], before[f"backbone.{name}"])]  # fmt: skip
+        assert bool(moved) == (side == other), moved
+    outputs = model.run_image_tower(torch.randn(2, 3, 224, 224)), model.run_text_tower(tokenize(["a", "b"])[0])
+    assert [output.grad_fn is None for output in outputs] == [tower == "image", tower == "text"]
+
+
+def test_freezing_twice_or_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one"):
+        CLIPModel("ViT-Ti/32", freeze_backbone=True, freeze_tower="text")
+    with pytest.raises(ValueError, match="must be 'image' or 'text', got 'both'"):
+        CLIPModel("ViT-Ti/32", freeze_tower="both")
+
+
+def test_a_towers_output_stands_for_its_input(model: CLIPModel) -> None:
+    images, tokens = torch.randn(2, 3, 224, 224), tokenize(["a red circle", "b"])[0]
+    with torch.no_grad():
+        expected = model(images, tokens)
+        image_output, text_output = model.run_image_tower(images), model.run_text_tower(tokens)
+        for pair in ((image_output, tokens), (images, text_output), (image_output, text_output)):
+            assert all(torch.equal(got, want) for got, want in zip(model(*pair), expected, strict=True))
+
+
 def test_batchnorm_trains_from_random_and_is_held_when_loaded() -> None:
     model = CLIPModel("RN50", pretrained="none")
     assert model.backbone.visual.bn1.training

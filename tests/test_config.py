@@ -64,6 +64,11 @@ def test_booleans_can_be_switched_both_ways(argv: list[str], expected: bool) -> 
         (["--precision", "fp64"], "--precision: expected 'auto'"),
         (["--config", "gone.json"], "no such file: gone.json"),
         (["stray"], "unknown flag stray"),
+        (["--freeze_backbone", "--freeze_tower", "text"], "choose one"),
+        (["--freeze_tower", "both"], "--freeze_tower: expected 'image' or 'text'"),
+        (["--feature_views", "2", "--augment", "crop"], "needs a frozen image tower"),
+        (["--feature_views", "1", "--freeze_tower", "text"], "needs a frozen image tower"),
+        (["--feature_views", "2", "--freeze_backbone"], "without augment all views of a picture are the same"),
     ],
 )
 def test_a_wrong_flag_is_named(argv: list[str], message: str) -> None:

@@ -3,6 +3,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,10 +14,11 @@ from data_loader import (
     EpochBatches,
     ImageTextDataset,
     Pairs,
-    Sample,
     Strings,
     TrainLoader,
+    _split_mix,
     create_sample_dataset,
+    draw_bits,
     evaluation_pairs,
     holds_only_placeholders,
     load_pairs,
@@ -71,6 +73,33 @@ def test_captions_vary_by_epoch_and_repeat_by_seed(sample_dir: Path) -> None:
     assert torch.equal(first, torch.stack([again[i].tokens for i in range(12)]))
 
 
+def test_draws_depend_on_nothing_but_their_arguments() -> None:
+    first_outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # SplitMix64 from seed 0
+    gamma = 0x9E3779B97F4A7C15
+    state = np.array([number * gamma % 2**64 for number in range(3)], dtype=np.uint64)
+    assert _split_mix(state).tolist() == first_outputs
+    items = np.arange(10_000)
+    together = draw_bits(3, 7, items)
+    assert draw_bits(3, 7, items[[9, 4]]).tolist() == together[[9, 4]].tolist()
+    for other in (draw_bits(4, 7, items), draw_bits(3, 8, items), draw_bits(3, 7, items, stream=1)):
+        assert not (other == together).any()
+        counts = np.bincount((other % np.uint64(5) * np.uint64(5) + together % np.uint64(5)).astype(np.int64))
+        assert counts.min() > 300  # 400 expected of each of the 25 pairs, with a deviation of 20
+        assert counts.max() < 500
+
+
+def test_every_caption_is_chosen_at_some_time_by_its_own_image(sample_dir: Path) -> None:
+    dataset = ImageTextDataset(sample_dir)
+    chosen = []
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        images, captions = dataset.choose(np.arange(60))
+        assert dataset.pairs.text_to_image.numpy()[captions].tolist() == images.tolist() == list(range(60))
+        assert dataset[7].caption_id == captions[7]
+        chosen.append(captions)
+    assert set(np.concatenate(chosen).tolist()) == set(range(dataset.pairs.num_pairs))
+
+
 def test_a_users_random_transform_is_reproducible_and_leaves_no_trace(sample_dir: Path) -> None:
     transform = transforms.Compose(
         [
@@ -101,26 +130,6 @@ def test_an_epoch_has_every_sample_once_whatever_the_workers(sample_dir: Path, n
         assert sorted(torch.cat([batch.image_ids for batch in batches]).tolist()) == list(range(60))
         again = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(epoch))
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, again, strict=True))
-
-
-def test_an_epoch_records_how_long_its_batches_were_waited_for(
-    sample_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr("data_loader.time.perf_counter", lambda: now[0])
-    dataset = ImageTextDataset(sample_dir)
-    item = ImageTextDataset.__getitem__
-
-    def slow(self: ImageTextDataset, index: int) -> Sample:
-        now[0] += 1
-        return item(self, index)
-
-    monkeypatch.setattr(ImageTextDataset, "__getitem__", slow)
-    loader = TrainLoader(dataset, batch_size=20, num_workers=0, device=CPU)
-    for epoch in (1, 2):
-        for _ in loader.epoch(epoch):
-            now[0] += 100  # the step
-        assert loader.waited == 60
 
 
 @pytest.mark.parametrize(

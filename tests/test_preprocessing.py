@@ -236,6 +236,8 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_text("not a picture")
     with pytest.raises(ValueError, match=r"x\.jpg: cannot be read as a picture"):
         load_image(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match=r"x\.jpg: cannot be read as a picture: of no known format$"):
+        load_picture(tmp_path / "x.jpg")
     with pytest.raises(FileNotFoundError):
         load_image(tmp_path / "gone.jpg")
 

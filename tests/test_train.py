@@ -1,6 +1,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from PIL import Image
 
 import pretrained
 from checkpoint import load_checkpoint
-from clip_model import CLIPModel
-from evaluation import RECALL_KEYS
+from clip_model import CLIPModel, MultimodalTrainer
+from data_loader import ImageTextDataset
+from evaluation import RECALL_KEYS, Outcome, evaluate
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
@@ -61,8 +63,9 @@ def test_the_checkpoint_is_used_as_the_spec_says(trained_dir: Path, sample_dir: 
         model.load_checkpoint(trained_dir / "x.pth")
 
 
-def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Path) -> None:
-    more = ["--augment", "crop", "--num_epochs", "3", "--warmup_share", "0"]
+@pytest.mark.parametrize("frozen", [[], ["--freeze_backbone", "--feature_views", "2"]])
+def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Path, frozen: list[str]) -> None:
+    more = ["--augment", "crop", "--num_epochs", "3", "--warmup_share", "0", *frozen]
     assert main(flags_for(sample_dir, tmp_path / "whole", *more)) == 0
     # stopped by the early stop after its first epoch: as if the machine had gone off there
     broken = tmp_path / "broken"
@@ -87,6 +90,32 @@ def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Pa
     for name, value in whole["model_state_dict"].items():
         assert torch.equal(value, resumed["model_state_dict"][name]), name
     assert [e["rsum"] for e in whole["progress"]["history"]] == [e["rsum"] for e in resumed["progress"]["history"]]
+
+
+def test_a_later_run_with_frozen_towers_runs_no_tower(
+    sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--freeze_backbone", "--num_epochs", "2", "--precision", "fp32"]
+    shared = ["--cache_dir", str(tmp_path / "kept")]
+    assert main(flags_for(sample_dir, tmp_path / "plain", *flags, "--feature_views", "0")) == 0
+    assert not (tmp_path / "plain" / "cache").exists()
+    assert main(flags_for(sample_dir, tmp_path / "first", *flags, *shared)) == 0
+
+    def no_tower(*_: object) -> torch.Tensor:
+        raise AssertionError("a tower ran")
+
+    monkeypatch.setattr(CLIPModel, "run_image_tower", no_tower)
+    monkeypatch.setattr(CLIPModel, "run_text_tower", no_tower)
+    assert main(flags_for(sample_dir, tmp_path / "second", *flags, *shared)) == 0
+    plain, first, second = (
+        [json.loads(line) for line in (tmp_path / name / "logs/history.jsonl").read_text().splitlines()]
+        for name in ("plain", "first", "second")
+    )
+    assert first == second
+    assert len(first) == len(plain) == 3
+    for entry, expected in zip(first[1:], plain[1:], strict=True):
+        for key in ("train_loss", "val_loss", "positive_similarity", "learning_rate"):
+            assert entry[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 def test_resume_refuses_what_may_not_change_and_misses_nothing(
@@ -163,10 +192,21 @@ def test_sample_data_is_made_only_where_no_folder_was_named(
 
 
 def test_a_worse_fine_tuning_is_seen_and_not_kept(
-    trained_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_dir: Path,
+    sample_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    drop = iter((0.0, 50.0))
+
+    def worse_each_time(*args: Any, **kwargs: Any) -> Outcome:
+        outcome = evaluate(*args, **kwargs)
+        return outcome._replace(metrics={**outcome.metrics, "rsum": 300 - next(drop)})
+
+    monkeypatch.setattr("train.evaluate", worse_each_time)
     start = str(trained_dir / "model-checkpoint" / "best_model.pth")
-    flags = ["--pretrained", start, "--backbone_lr_scale", "1", "--learning_rate", "1", "--num_epochs", "1"]
+    flags = ["--pretrained", start, "--backbone_lr_scale", "1", "--learning_rate", "1e-3", "--num_epochs", "1"]
     assert main(["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *flags]) == 0
     captured = capsys.readouterr()
     assert "no epoch beat the model as loaded" in captured.out
@@ -182,6 +222,41 @@ def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(sam
         log = (tmp_path / name / "logs" / "train.log").read_text()
         assert re.search(r"epoch 1: .* s, \d+\.\d pairs/s, waited \d+% for data", log)
     assert histories[0] == histories[1] == histories[2]  # the sample pictures are PNG files
-    kept = list((tmp_path / "kept" / "cache").iterdir())
+    kept = list((tmp_path / "kept" / "cache" / "images").iterdir())
     assert {path.suffix for path in kept} == {".entries", ".pixels"}
     assert not (tmp_path / "plain" / "cache").exists()
+
+
+def test_the_share_of_an_epoch_that_was_waited_for(
+    sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1e-6
+        return now[0]
+
+    def takes(seconds: float, function: Any) -> Any:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr("train.time.perf_counter", clock)
+    monkeypatch.setattr("train.time.monotonic", clock)
+    monkeypatch.setattr(ImageTextDataset, "__getitem__", takes(1, ImageTextDataset.__getitem__))
+    monkeypatch.setattr(MultimodalTrainer, "train_step", takes(54, MultimodalTrainer.train_step))
+    assert main([*flags_for(sample_dir, tmp_path), "--num_epochs", "1", "--num_workers", "0"]) == 0
+    log = (tmp_path / "logs" / "train.log").read_text()  # 54 pictures in 3 steps
+    assert "216 s, 0.2 pairs/s, waited 25% for data" in log
+
+
+def test_a_profile_and_the_peak_memory(sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags_for(sample_dir, tmp_path), "--num_epochs", "2", "--profile", "2"]) == 0
+    assert re.search(r"peak memory: \d+\.\d GB \(process\)", capsys.readouterr().out)
+    assert "profile of 2 step(s): " in (tmp_path / "logs" / "train.log").read_text()
+    trace = json.loads((tmp_path / "logs" / "profile.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    results = json.loads((tmp_path / "results" / "training_results.json").read_text())
+    assert results["peak_memory_gb"]["process"] > 0.1
