@@ -6,7 +6,6 @@ python benchmarks/data_pipeline.py --json data_pipeline.json
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import sys
@@ -60,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _benchmark(argv: list[str] | None) -> int:
     settings, _ = parse_settings(BenchmarkSettings, argv, description=str(__doc__).splitlines()[0])
-    logging.getLogger().setLevel(logging.ERROR)
     device = resolve_device(settings.device)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
