@@ -188,7 +188,11 @@ def seed_everything(seed: int) -> None:
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Choose the number of loading processes: on a GPU machine its cores up to 8, beside CPU training few or none."""
+    """Choose the number of loading processes: on a GPU machine its cores up to 8, beside CPU training few or none.
+
+    There every core computes, and a process loads pictures many times as fast as a ViT-B/32 trains on them: with none
+    at all, a step on two cores waits for about a hundredth of its time.
+    """
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS and Windows

@@ -133,6 +133,15 @@ def test_fast_decode_decodes_less_and_changes_pixels_a_little(
     assert difference.max() <= largest_level
 
 
+def test_fast_decode_leaves_pictures_that_a_half_would_be_too_small_for(tmp_path: Path) -> None:
+    fast = train_transform(224, "none", fast_decode=True)
+    for size in ((500, 375), (300, 200)):
+        smooth(*size).save(tmp_path / "x.jpg")
+        assert torch.equal(fast(fast.load(tmp_path / "x.jpg")), clip_transform(224)(load_image(tmp_path / "x.jpg")))
+    smooth(500, 450).save(tmp_path / "x.jpg")
+    assert size_of(fast.load(tmp_path / "x.jpg")) == (250, 225)
+
+
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (120, 90), (2000, 300), (1, 1)])
 def test_random_crops_are_pillows_to_the_rounding(size: tuple[int, int], tmp_path: Path) -> None:
     smooth(*size).save(tmp_path / "x.jpg")
