@@ -1,4 +1,4 @@
-"""A run's state on disk: written atomically, read without running code.
+"""A run's files and its state on disk: written atomically, read without running code.
 
 A checkpoint is one `torch.save` file that holds tensors and plain values only, so `torch.load` opens it with
 `weights_only=True`. Keys that every checkpoint has: `format_version`, `model_state_dict`, `architecture` (what
@@ -8,11 +8,13 @@ A checkpoint is one `torch.save` file that holds tensors and plain values only, 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,45 @@ import torch
 
 FORMAT_VERSION = 1
 TIMES_ITS_DURATION = 20
+
+
+class RunFiles:
+    """Where a run leaves what, below its output folder."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.root = output_dir
+        self.best = output_dir / "model-checkpoint" / "best_model.pth"
+        self.last = output_dir / "model-checkpoint" / "last_model.pth"
+        self.results = output_dir / "results" / "training_results.json"
+        self.log = output_dir / "logs" / "train.log"
+        self.history = output_dir / "logs" / "history.jsonl"
+        self.events = output_dir / "logs" / "tensorboard"
+        self.trace = output_dir / "logs" / "profile.json"
+        self.cache = output_dir / "cache"
+
+    def set_aside_earlier_run(self) -> Path | None:
+        """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any."""
+        figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
+        own = [self.best, self.last, self.results, self.log, self.history, self.events, self.trace]
+        left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
+        if not left:
+            return None
+        folder = self.root / "previous" / self._start_of_earlier_run(left)
+        while folder.exists():
+            folder = folder.with_name(f"{folder.name}+")
+        for path in left:
+            target = folder / path.relative_to(self.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return folder
+
+    def _start_of_earlier_run(self, left: list[Path]) -> str:
+        try:
+            started = str(json.loads(self.results.read_text(encoding="utf-8"))["started_at"])
+        except (OSError, ValueError, KeyError, TypeError):
+            oldest = min(path.stat().st_mtime for path in left)
+            started = datetime.fromtimestamp(oldest).isoformat(timespec="seconds")
+        return started.replace(":", "-")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

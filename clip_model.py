@@ -23,8 +23,8 @@ from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
 from preprocessing import clip_transform, normalize, to_rgb, tokenize
 from pretrained import Weights, published_url, published_weights, read_weights
-from runtime import Precision, autocast, import_clip, tf32
-from towers import QuickGELU, RunBlock, compiled_block, image_tower, text_tower
+from runtime import Precision, autocast, tf32
+from towers import RunBlock, build_backbone, compiled_block, image_tower, set_activation, text_tower
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class CLIPModel(nn.Module):
             self.architecture = replace(self.architecture, activation=activation)
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
-        self.backbone = _build_backbone(self.architecture, weights)
+        self.backbone = build_backbone(self.architecture, weights.tensors if weights else None)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
@@ -237,7 +237,7 @@ class CLIPModel(nn.Module):
         activation = "quick_gelu" if bool(state) else "gelu"
         if activation != self.architecture.activation:
             self.architecture = replace(self.architecture, activation=activation)
-            _set_activation(self.backbone, activation)
+            set_activation(self.backbone, activation)
 
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
         sequence = [images] if isinstance(images, Image.Image | str | Path) else images
@@ -431,10 +431,15 @@ class MultimodalTrainer:
 
     def _clip_gradient(self) -> None:
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
-        # on the CPU a look at the norm is free and often saves a pass over all gradients
-        if norm.device.type != "cpu" or not norm <= self.gradient_clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(trained, self.gradient_clip_norm, norm)
+        gradients = [each.grad for each in trained if each.grad is not None]
+        if self.model.device.type != "cpu":
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:  # the norms of rows run on all cores, and sum more exactly
+            rows = [torch.linalg.vector_norm(each, dim=-1) if each.ndim > 1 else each for each in gradients]
+            norm = torch.nn.utils.get_total_norm(rows)
+            if norm <= self.gradient_clip_norm:  # to look is free here, and saves a pass over all gradients
+                return
+        torch.nn.utils.clip_grads_with_norm_(trained, self.gradient_clip_norm, norm)
 
     def train_epoch(
         self,
@@ -513,38 +518,6 @@ def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -
     if pretrained == "none" or (pretrained == "auto" and published_url(model_name) is None):
         return None
     return read_weights(published_weights(model_name), activation=activation)
-
-
-def _build_backbone(architecture: Architecture, weights: Weights | None) -> Any:
-    """Build OpenAI's `CLIP` and fill it; its own `logit_scale` goes, `CLIPModel` has it."""
-    clip_class = import_clip().model.CLIP
-    sizes = {
-        key: value for key, value in vars(architecture).items() if key not in {"name", "activation", "vision_heads"}
-    }
-    backbone = clip_class(**sizes)
-    del backbone.logit_scale
-    if architecture.is_vit:
-        for block in backbone.visual.transformer.resblocks:
-            block.attn.num_heads = architecture.vision_heads
-            block.attn.head_dim = architecture.vision_width // architecture.vision_heads
-    else:
-        backbone.visual.to(memory_format=torch.channels_last)  # what convolutions are fastest in
-    _set_activation(backbone, architecture.activation)
-    if weights is not None:
-        tensors = {name: value for name, value in weights.tensors.items() if name != "logit_scale"}
-        try:
-            backbone.load_state_dict(tensors)
-        except RuntimeError as error:
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"weights that do not fit a {architecture.name}: {reason[:300]}") from None
-    return backbone.float()
-
-
-def _set_activation(backbone: nn.Module, activation: str) -> None:
-    make = QuickGELU if activation == QUICK_GELU else nn.GELU
-    for module in backbone.modules():
-        if hasattr(module, "mlp") and hasattr(module.mlp, "gelu"):
-            module.mlp.gelu = make()
 
 
 def _shared_map(backbone: Any, size: int) -> Tensor:

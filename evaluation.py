@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,6 @@ if __name__ == "__main__":
     check_command_line(EvaluationSettings, str(__doc__))
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,17 +28,16 @@ from clip_model import CLIPModel
 from data_loader import ImageTextDataset, Pairs, collate, evaluation_pairs, load_pairs
 from feature_cache import Features, PairFeatures
 from preprocessing import clip_transform, tokenize
+from retrieval import (
+    RECALLS,
+    chance_level,
+    compute_retrieval_metrics,
+    similarity_histograms,
+    validation_loss,
+)
 from runtime import Precision, autocast, default_num_workers, resolve_device, resolve_precision, setup_logging
 
 logger = logging.getLogger(__name__)
-
-RECALLS = (1, 5, 10)
-RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
-NUM_BINS = 100
-MAX_HISTOGRAM_IMAGES, MAX_HISTOGRAM_PAIRS = 4096, 2**24
-MAX_KEPT_BYTES = 2**27  # of products that are needed twice
-CACHED_SCORES = 2**17  # that a core counts at once: 512 KiB, and as much room to count in
-SMALL_BLOCK = 1024  # rows that are copied at once
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,15 +75,6 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     return 0
 
 
-class Ranks(NamedTuple):
-    """Rank of the best match of each query, 1 is best; halves come from ties."""
-
-    i2t: Tensor
-    """float64 `[number of images with a text]`."""
-    t2i: Tensor
-    """float64 `[number of texts]`."""
-
-
 class Outcome(NamedTuple):
     """What an evaluation gave."""
 
@@ -102,335 +89,6 @@ class Outcome(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the results file stores them."""
         return self._asdict()
-
-
-def compute_retrieval_metrics(
-    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, *, device: torch.device | None = None
-) -> dict[str, float]:
-    """Compute retrieval metrics over the full gallery, in blocks.
-
-    Args:
-        image_features: unit-norm float32 `[N, D]`.
-        text_features: unit-norm float32 `[M, D]`.
-        text_to_image: image row of each text, int64 `[M]`; an image without text is a distractor.
-        device: where the scores are computed; None: where the text features are (see `retrieval_ranks`).
-
-    Returns:
-        Recalls `i2t_r1 ... t2i_r10` in percent of the queries, `rsum` (their sum, at most 600), mean and median ranks
-        (1 is best), mean cosines of matched and unmatched pairs and their difference. An image's rank is that of its
-        best caption, and its other captions do not count (Faghri et al. 2018, VSE++).
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
-    """
-    ranks = retrieval_ranks(image_features, text_features, text_to_image, device=device)
-    return {
-        **rank_metrics(ranks),
-        **similarity_means(image_features, text_features, text_to_image),
-    }
-
-
-@torch.no_grad()
-def retrieval_ranks(
-    image_features: Tensor,
-    text_features: Tensor,
-    text_to_image: Tensor,
-    *,
-    image_block: int | None = None,
-    text_block: int | None = None,
-    device: torch.device | None = None,
-) -> Ranks:
-    """Rank every query's best match in the full gallery.
-
-    Rank = 1 + the negatives that score higher + half of those that score the same. Every score, a match's too, is an
-    element of a float32 product of one fixed, padded block shape: a product of another shape can differ in the last
-    bit, which would break ties (a collapsed model would come out first or last, not in the middle).
-
-    Args:
-        image_features: `[N, D]`.
-        text_features: `[M, D]`; a copy is sorted by image unless they are so already.
-        text_to_image: `[M]`.
-        image_block: images scored at once; None: what suits the device's caches.
-        text_block: texts scored at once. Beside the features, memory is proportional to the two blocks' product.
-        device: where the scores are computed; None: where the text features are. Features in main memory move there
-            block by block, so a GPU need not hold them.
-
-    Returns:
-        Ranks in main memory.
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
-    """
-    owners = _check_features(image_features, text_features, text_to_image)
-    order = torch.argsort(owners, stable=True)  # then an image's texts lie in few blocks
-    if not torch.equal(order, torch.arange(len(order))):
-        text_features, owners = text_features[order.to(text_features.device)], owners[order]
-    num_texts_of = torch.bincount(owners, minlength=len(image_features))
-    products = _Products(
-        image_features,
-        text_features,
-        image_block=image_block,
-        text_block=text_block,
-        device=text_features.device if device is None else device,
-    )
-    with _exact_products():
-        own = products.own_scores(owners, num_texts_of)
-        best = torch.zeros(len(image_features)).scatter_reduce_(0, owners, own, "amax", include_self=False)
-        ahead_of_image, ahead_of_text = products.count_halves(best, own)
-    # an image's own captions that tie with its best are no negatives, nor is a text's own image
-    ahead_of_image.scatter_add_(0, owners, -(own == best[owners]).double())
-    t2i = torch.empty_like(ahead_of_text)
-    t2i[order] = 1 + (ahead_of_text - 1) / 2
-    return Ranks(1 + ahead_of_image[num_texts_of > 0] / 2, t2i)
-
-
-class _Products:
-    """Products of equal shape between blocks of images and blocks of texts, and what is counted in them.
-
-    The blocks are large enough for the product to run at full speed. On a processor they are counted strip by strip, so
-    that a strip and the room to count in it stay in the cores' own caches; on a GPU blocks are larger and one strip, so
-    that the work outweighs the launches.
-    """
-
-    def __init__(
-        self, images: Tensor, texts: Tensor, *, image_block: int | None, text_block: int | None, device: torch.device
-    ) -> None:
-        usual = (2048, 8192) if device.type == "cuda" else (1024, 1024)
-        self.image_block = _block_size(len(images), image_block or usual[0])
-        self.text_block = _block_size(len(texts), text_block or usual[1])
-        strip = CACHED_SCORES * torch.get_num_threads() // self.text_block if device.type == "cpu" else self.image_block
-        self.strip = max(strip, 1)
-        self.images, self.texts, self.device = images, texts, device
-        self._scores = torch.empty(self.image_block, self.text_block, device=device)
-        self._kept: dict[tuple[int, int], Tensor] = {}
-
-    def own_scores(self, owners: Tensor, num_texts_of: Tensor) -> Tensor:
-        """Return each text's score with its own image, float32 `[M]`; `owners` is sorted."""
-        own = torch.empty(len(self.texts), device=self.device)
-        first_text = [0, *num_texts_of.cumsum(0).tolist()]
-        owners = owners.to(self.device)
-        for rows in _slices(len(self.images), self.image_block):
-            first, end = first_text[rows.start], first_text[rows.stop]
-            images = self._block(self.images, rows, self.image_block)
-            for start in range(first - first % self.text_block, end, self.text_block):
-                columns = slice(start, min(start + self.text_block, len(self.texts)))
-                scores = self._multiply(images, rows, columns, keep=True)
-                mine = torch.arange(max(first, start), min(end, columns.stop), device=self.device)
-                own[mine] = scores[owners[mine] - rows.start, mine - start]
-        return own.cpu()
-
-    def count_halves(self, best: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Count, in halves of a place, which scores come before: 2 for each that is higher, 1 for each that is equal.
-
-        Args:
-            best: score that a row's are compared with, float32 `[N]`.
-            own: score that a column's are compared with, float32 `[M]`.
-
-        Returns:
-            float64 `[N]` and `[M]`; float64 counts exactly up to 2^53.
-        """
-        best, own = _padded(best.to(self.device), self.image_block), _padded(own.to(self.device), self.text_block)
-        of_image, of_text = best.new_zeros(len(best), dtype=torch.float64), own.new_zeros(len(own), dtype=torch.float64)
-        difference = torch.empty_like(self._scores[: self.strip])
-        for rows in _slices(len(self.images), self.image_block):
-            images = self._block(self.images, rows, self.image_block)
-            for columns in _slices(len(self.texts), self.text_block):
-                scores = self._multiply(images, rows, columns)
-                all_columns = slice(columns.start, columns.start + self.text_block)
-                for start in range(0, self.image_block, self.strip):
-                    strip = scores[start : start + self.strip]
-                    of_rows = slice(rows.start + start, rows.start + start + len(strip))
-                    # the signs' sum is higher minus lower; a float32 sum of up to 2^24 signs is exact
-                    signs = torch.sub(strip, best[of_rows, None], out=difference[: len(strip)]).sign_()
-                    of_image[of_rows] += signs.sum(1)
-                    of_text[all_columns] += strip.sub_(own[all_columns]).sign_().sum(0)
-        # higher - lower + all = 2 higher + equal; the padding is lower than anything
-        halves_of_image = of_image[: len(self.images)] + len(own)
-        halves_of_text = of_text[: len(self.texts)] + len(best)
-        return halves_of_image.cpu(), halves_of_text.cpu()
-
-    def _multiply(self, images: Tensor, rows: slice, columns: slice, *, keep: bool = False) -> Tensor:
-        """Score a block; `keep` holds it, while there is room, for the next call that asks for it."""
-        place = rows.start, columns.start
-        if place in self._kept:
-            return self._kept.pop(place)
-        keep = keep and (len(self._kept) + 1) * self._scores.nbytes <= MAX_KEPT_BYTES
-        scores = torch.empty_like(self._scores) if keep else self._scores
-        torch.mm(images, self._block(self.texts, columns, self.text_block).T, out=scores)
-        if rows.stop - rows.start < self.image_block:
-            scores[rows.stop - rows.start :] = -math.inf
-        if columns.stop - columns.start < self.text_block:
-            scores[:, columns.stop - columns.start :] = -math.inf
-        if keep:
-            self._kept[place] = scores
-        return scores
-
-    def _block(self, features: Tensor, span: slice, size: int) -> Tensor:
-        return _padded(features[span].to(self.device, torch.float32, non_blocking=True), size)
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-def _block_size(total: int, most: int) -> int:
-    """Divide into equal blocks, as few as possible, so that little is padding; products of few rows are slow."""
-    number = -(-total // most)
-    return max(-(-total // (number * 16)) * 16, 64)
-
-
-def _padded(values: Tensor, multiple: int) -> Tensor:
-    """Append zeros until the length is a multiple."""
-    missing = -len(values) % multiple
-    return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
-
-
-def _check_features(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> Tensor:
-    """Return `text_to_image` in main memory, if all fits together."""
-    largest_product = 1.0
-    for name, features in (("image_features", image_features), ("text_features", text_features)):
-        if features.ndim != 2 or not features.numel():
-            raise ValueError(f"{name} must be [N, D] with N > 0, got {tuple(features.shape)}")
-        largest = torch.stack(features.aminmax()).abs().max().item()  # needs no copy; NaN comes through
-        if not math.isfinite(largest):
-            raise ValueError(f"{name} are not finite: the model has diverged")
-        largest_product *= largest
-    if largest_product * text_features.shape[1] > torch.finfo(torch.float32).max:
-        raise ValueError("the features are too large: their products overflow float32")
-    owners = torch.as_tensor(text_to_image, dtype=torch.int64).cpu()
-    if image_features.shape[1] != text_features.shape[1] or owners.shape != (len(text_features),):
-        shapes = f"{tuple(image_features.shape)}, {tuple(text_features.shape)}, {tuple(owners.shape)}"
-        raise ValueError(f"image_features [N, D], text_features [M, D], text_to_image [M] do not fit: {shapes}")
-    if int(owners.min()) < 0 or int(owners.max()) >= len(image_features):
-        bad = int(owners.min()) if int(owners.min()) < 0 else int(owners.max())
-        raise ValueError(f"text_to_image names image row {bad}, but there are {len(image_features)} images")
-    return owners
-
-
-def rank_metrics(ranks: Ranks) -> dict[str, float]:
-    """Turn ranks into recalls (percent), `rsum`, mean and median ranks (1-based; ties as floor, as in VSE++)."""
-    metrics: dict[str, float] = {}
-    for direction, values in (("i2t", ranks.i2t), ("t2i", ranks.t2i)):
-        for k in RECALLS:
-            metrics[f"{direction}_r{k}"] = 100 * (values <= k).double().mean().item()
-    metrics["rsum"] = sum(metrics.values())
-    for direction, values in (("i2t", ranks.i2t), ("t2i", ranks.t2i)):
-        metrics[f"{direction}_mean_rank"] = values.mean().item()
-        middle = values.sort().values[(len(values) - 1) // 2 : len(values) // 2 + 1]
-        metrics[f"{direction}_median_rank"] = math.floor((middle - 1).mean().item()) + 1
-    return metrics
-
-
-def chance_level(num_images: int, text_to_image: Tensor) -> dict[str, float]:
-    """Return the recalls (percent) that random ranks give: for an image with c of M texts, 1 - C(M-c, K) / C(M, K)."""
-    owners = torch.as_tensor(text_to_image).cpu()
-    num_texts = len(owners)
-    counts = torch.bincount(owners, minlength=num_images)
-    chance: dict[str, float] = {}
-    for k in RECALLS:
-        miss = torch.ones(num_images, dtype=torch.float64)
-        for place in range(min(k, num_texts)):
-            miss *= ((num_texts - counts - place).clamp(min=0) / (num_texts - place)).double()
-        chance[f"i2t_r{k}"] = 100 * (1 - miss[counts > 0]).mean().item()
-    for k in RECALLS:
-        chance[f"t2i_r{k}"] = 100 * min(k / num_images, 1.0)
-    chance["rsum"] = sum(chance.values())
-    return chance
-
-
-@torch.no_grad()
-def similarity_means(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> dict[str, float]:
-    """Return the mean cosine of matched and of unmatched image-text pairs and their gap; no matrix is built."""
-    owners = _check_features(image_features, text_features, text_to_image)
-    matched = _matched_cosines(image_features, text_features, owners).double()
-    total = (_sum_of_rows(image_features) @ _sum_of_rows(text_features)).item()
-    positive = matched.mean().item()
-    unmatched = len(image_features) * len(text_features) - len(text_features)
-    negative = (total - matched.sum().item()) / unmatched if unmatched else 0.0
-    return {"positive_similarity": positive, "negative_similarity": negative, "similarity_gap": positive - negative}
-
-
-def _matched_cosines(image_features: Tensor, text_features: Tensor, owners: Tensor) -> Tensor:
-    """Return each text's cosine with its own image, float32 `[M]` in main memory."""
-    cosines = torch.empty(len(text_features))
-    for span in _slices(len(text_features), SMALL_BLOCK):
-        images = image_features[owners[span].to(image_features.device)].float()
-        cosines[span] = torch.linalg.vecdot(images, text_features[span].to(images.device, torch.float32)).cpu()
-    return cosines
-
-
-def _sum_of_rows(features: Tensor) -> Tensor:
-    """Return the sum of all rows, float64 `[D]` in main memory."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64)
-    for span in _slices(len(features), SMALL_BLOCK):
-        total += features[span].float().sum(0).cpu()
-    return total
-
-
-@torch.no_grad()
-def similarity_histograms(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> dict[str, list[Any]]:
-    """Count the cosines of matched and unmatched pairs in 100 equal bins from -1 to 1.
-
-    All matched pairs are counted. Of the unmatched ones too, up to 2^24 pairs; in a larger gallery those of at most
-    4,096 images with 4,096 texts (more texts, if there are fewer images), both taken at even distances.
-    """
-    owners = _check_features(image_features, text_features, text_to_image)
-    rows = _evenly_spaced(len(image_features), MAX_HISTOGRAM_IMAGES)
-    columns = _evenly_spaced(len(text_features), MAX_HISTOGRAM_PAIRS // len(rows))
-    images = image_features[rows.to(image_features.device)].float().cpu()
-    row_of_image = torch.full((len(image_features),), -1)
-    row_of_image[rows] = torch.arange(len(rows))
-    negative = torch.zeros(NUM_BINS, dtype=torch.int64)
-    for part in columns.split(SMALL_BLOCK):
-        scores = images @ text_features[part.to(text_features.device)].float().cpu().T
-        own_row = row_of_image[owners[part]]
-        own_column = (own_row >= 0).nonzero().squeeze(1)
-        negative += _histogram(scores) - _histogram(scores[own_row[own_column], own_column])
-    return {
-        "bin_edges": torch.linspace(-1, 1, NUM_BINS + 1).tolist(),
-        "positive": _histogram(_matched_cosines(image_features, text_features, owners)).tolist(),
-        "negative": negative.tolist(),
-    }
-
-
-def _evenly_spaced(total: int, most: int) -> Tensor:
-    number = min(total, most)
-    return torch.arange(number) * total // number
-
-
-def _histogram(cosines: Tensor) -> Tensor:
-    return torch.histc(cosines.clamp(-1, 1), NUM_BINS, -1, 1).long()
-
-
-def validation_loss(
-    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, *, scale: float, batch_size: int
-) -> float:
-    """Return the mean contrastive loss (nats) of each image's first text, in batches of the training's size.
-
-    The loss depends on the batch size, so only full batches count; a smaller set is one batch.
-    """
-    owners = torch.as_tensor(text_to_image).cpu()
-    images, first = torch.unique(owners, return_inverse=True)
-    first_text = torch.full((len(images),), len(owners)).scatter_reduce_(0, first, torch.arange(len(owners)), "amin")
-    losses = []
-    for start in range(0, max(len(images) - batch_size, 0) + 1, batch_size):
-        rows = slice(start, start + batch_size)
-        logits = scale * (image_features[images[rows]].float() @ text_features[first_text[rows]].float().T)
-        labels = torch.arange(len(logits), device=logits.device)
-        losses.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
-    return torch.stack(losses).mean().item()
 
 
 def evaluate(

@@ -11,12 +11,15 @@ Values and gradients are those of the modules' own `forward` up to rounding:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from architectures import QUICK_GELU, Architecture
+from runtime import import_clip
 
 RunBlock = Callable[..., Tensor]
 
@@ -85,7 +88,7 @@ def compiled_block(*, dynamic: bool) -> RunBlock:
 
 
 class QuickGELU(nn.Module):
-    """OpenAI's activation, x * sigmoid(1.702 x); keeps nothing but its input for the backward pass."""
+    """OpenAI's activation, x * sigmoid(1.702 x); keeps one tensor for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to every element."""
@@ -99,13 +102,53 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x * 1.702, inplace=True).mul_(1 / 1.702)
+        scaled = x * 1.702
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).mul_(1 / 1.702)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return cast(Tensor, torch.ops.aten.silu_backward(gradients[0], x * 1.702))
+        return cast(Tensor, torch.ops.aten.silu_backward(gradients[0], *ctx.saved_tensors))
+
+
+def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | None = None) -> Any:
+    """Build OpenAI's `CLIP`, float32, without its `logit_scale`, which is `CLIPModel`'s.
+
+    Args:
+        architecture: its sizes and activation.
+        tensors: weights in OpenAI's names; None: random ones.
+
+    Raises:
+        ValueError: weights that do not fit.
+    """
+    clip_class = import_clip().model.CLIP
+    sizes = {
+        key: value for key, value in vars(architecture).items() if key not in {"name", "activation", "vision_heads"}
+    }
+    backbone = clip_class(**sizes)
+    del backbone.logit_scale
+    if architecture.is_vit:
+        for block in backbone.visual.transformer.resblocks:
+            block.attn.num_heads = architecture.vision_heads
+            block.attn.head_dim = architecture.vision_width // architecture.vision_heads
+    else:
+        backbone.visual.to(memory_format=torch.channels_last)  # what convolutions are fastest in
+    set_activation(backbone, architecture.activation)
+    if tensors is not None:
+        try:
+            backbone.load_state_dict({name: value for name, value in tensors.items() if name != "logit_scale"})
+        except RuntimeError as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"weights that do not fit a {architecture.name}: {reason[:300]}") from None
+    return backbone.float()
+
+
+def set_activation(backbone: nn.Module, activation: str) -> None:
+    """Put `quick_gelu` or `gelu` into every layer."""
+    make = QuickGELU if activation == QUICK_GELU else nn.GELU
+    for module in backbone.modules():
+        if hasattr(module, "mlp") and hasattr(module.mlp, "gelu"):
+            module.mlp.gelu = make()
 
 
 class _Layout(NamedTuple):

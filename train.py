@@ -24,7 +24,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import CheckpointWriter, load_checkpoint
+from checkpoint import CheckpointWriter, RunFiles, load_checkpoint
 from clip_model import (
     TOWERS,
     CLIPModel,
@@ -44,14 +44,16 @@ from data_loader import (
     holds_only_placeholders,
     training_pairs,
 )
-from evaluation import RECALL_KEYS, Outcome, evaluate
+from evaluation import Outcome, evaluate
 from feature_cache import FeatureCache, FeatureLoader, PairFeatures
 from preprocessing import train_transform
+from retrieval import RECALL_KEYS
 from runtime import (
     Precision,
     StepProfiler,
     can_compile,
     default_num_workers,
+    keep_freed_memory,
     peak_memory,
     resolve_device,
     resolve_precision,
@@ -82,6 +84,7 @@ def _train(argv: list[str] | None) -> int:
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.training.precision, device)
     seed_everything(config.training.seed)
+    keep_freed_memory()
     if "data_dir" not in given:
         _make_sample_data(config)
     pairs = training_pairs(config.data, seed=config.training.seed)
@@ -89,8 +92,8 @@ def _train(argv: list[str] | None) -> int:
     if config.training.compile and can_compile(device):
         model.compile_towers()
     files = RunFiles(Path(config.run.output_dir))
-    if state is None:
-        files.set_aside_earlier_run()
+    if state is None and (folder := files.set_aside_earlier_run()) is not None:
+        logger.info("the earlier run's files are now in %s", folder)
     setup_logging(config.run.log_level, files.log)
     try:
         run = Run(config, model, pairs, files, precision=precision)
@@ -106,45 +109,6 @@ def _train(argv: list[str] | None) -> int:
         logger.info("figure: %s", figure)
     print(run.summary())
     return 0
-
-
-class RunFiles:
-    """Where a run leaves what, below its output folder."""
-
-    def __init__(self, output_dir: Path) -> None:
-        self.root = output_dir
-        self.best = output_dir / "model-checkpoint" / "best_model.pth"
-        self.last = output_dir / "model-checkpoint" / "last_model.pth"
-        self.results = output_dir / "results" / "training_results.json"
-        self.log = output_dir / "logs" / "train.log"
-        self.history = output_dir / "logs" / "history.jsonl"
-        self.events = output_dir / "logs" / "tensorboard"
-        self.trace = output_dir / "logs" / "profile.json"
-        self.cache = output_dir / "cache"
-
-    def set_aside_earlier_run(self) -> None:
-        """Move what an earlier run left here to `previous/<its start time>/`."""
-        figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
-        own = [self.best, self.last, self.results, self.log, self.history, self.events, self.trace]
-        left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
-        if not left:
-            return
-        folder = self.root / "previous" / self._start_of_earlier_run(left)
-        while folder.exists():
-            folder = folder.with_name(f"{folder.name}+")
-        for path in left:
-            target = folder / path.relative_to(self.root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        logger.info("the earlier run's files are now in %s", folder)
-
-    def _start_of_earlier_run(self, left: list[Path]) -> str:
-        try:
-            started = str(json.loads(self.results.read_text(encoding="utf-8"))["started_at"])
-        except (OSError, ValueError, KeyError, TypeError):
-            oldest = min(path.stat().st_mtime for path in left)
-            started = datetime.fromtimestamp(oldest).isoformat(timespec="seconds")
-        return started.replace(":", "-")
 
 
 @dataclass

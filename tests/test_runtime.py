@@ -1,5 +1,8 @@
 import json
 import logging
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 
 from runtime import StepProfiler, default_num_workers, peak_memory, resolve_device, resolve_precision, tf32
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -43,6 +47,29 @@ def test_peak_memory_rises_with_what_is_held() -> None:
     assert before <= after["process"] < 1000
     assert after["process"] >= 0.1
     del held
+
+
+FAULTS = """
+import resource, torch
+from runtime import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(4_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+without = faults()
+keep_freed_memory()
+faults()
+print(faults() < without / 5)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.parametrize(("num_steps", "recorded"), [(3, 3), (9, 4)])

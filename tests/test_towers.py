@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import clip_model
 from architectures import ARCHITECTURES, Architecture
 from clip_model import CLIPModel
 from preprocessing import tokenize
 from runtime import can_compile
-from towers import QuickGELU, image_tower, text_tower
+from towers import QuickGELU, build_backbone, image_tower, text_tower
 
 TEXTS = ["a dog", "a much longer text about a dog and a cat, on a mat", "word " * 90, "a", "two red circles"]
 
@@ -27,7 +26,7 @@ def shallow(name: str, *, vision_layers: int = 2) -> Architecture:
 
 def build(shape: Architecture, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    backbone = clip_model._build_backbone(shape, None)
+    backbone = build_backbone(shape)
     with torch.no_grad():  # biases and norms start as 0 and 1, which would hide a mistake
         for parameter in backbone.parameters():
             if parameter.ndim == 1:

@@ -11,7 +11,8 @@ import pretrained
 from checkpoint import load_checkpoint
 from clip_model import CLIPModel, MultimodalTrainer
 from data_loader import ImageTextDataset
-from evaluation import RECALL_KEYS, Outcome, evaluate
+from evaluation import Outcome, evaluate
+from retrieval import RECALL_KEYS
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
