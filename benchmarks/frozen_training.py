@@ -1,14 +1,13 @@
-"""python -m benchmarks.frozen_training --quick
+"""An epoch of training with a frozen backbone: towers run anew every epoch, or once.
 
-Time an epoch of training with a frozen backbone: recomputing the towers every epoch, the first epoch that keeps their
-outputs, the epochs after it, and the first epoch of a later run. Each round measures all of them, on the same drawn
-pictures, with the same random weights; the losses of all of them are compared too.
+python benchmarks/frozen_training.py --json frozen.json
+
+Each round measures an epoch that recomputes the towers, the first epoch that keeps their outputs, the epochs after it,
+and the first epoch of a later run, on the same drawn pictures with the same random weights, and compares their losses.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import config
+from benchmarks.timing import Timing, machine, print_table, write_json
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer, build_scheduler
 from config import PositiveInt, Settings, parse_settings, run_stage
 from data_loader import ImageTextDataset, Pairs, TrainLoader, load_pairs
@@ -113,34 +115,25 @@ class Bench:
         return dict(zip(ROWS, (plain, first, later, again), strict=True))
 
 
-def summarise(measured: dict[str, list[Epoch]]) -> list[dict[str, Any]]:
-    """Return for each row its median, smallest and largest time in seconds, and how many fit into a first epoch."""
-    reference = statistics.median(epoch.seconds for epoch in measured[ROWS[1]])
-    rows = []
-    for name, epochs in measured.items():
-        seconds = [epoch.seconds for epoch in epochs]
-        median = statistics.median(seconds)
-        spread = {"min_s": min(seconds), "max_s": max(seconds)}
-        rows.append({"name": name, "median_s": median, **spread, "ratio": reference / median})
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay the rows out for reading."""
-    lines = [f"{'':28}{'median s':>10}{'min':>10}{'max':>10}{'first / this':>14}"]
-    for row in rows:
-        times = "".join(f"{row[key]:10.3f}" for key in ("median_s", "min_s", "max_s"))
-        lines.append(f"{row['name']:28}{times}{row['ratio']:14.1f}")
-    return "\n".join(lines)
+def report(measured: dict[str, list[Epoch]], title: str) -> dict[str, float]:
+    """Print a table; return for each row how many of it fit into the first epoch that keeps, by the medians."""
+    timings = {name: Timing([epoch.seconds for epoch in epochs]) for name, epochs in measured.items()}
+    first = timings[ROWS[1]].median
+    ratios = {name: first / timing.median for name, timing in timings.items()}
+    rows = [["", "median s", "spread", "first / this"]]
+    for name, timing in timings.items():
+        rows.append([name, f"{timing.median:.3f}", f"{100 * timing.spread:.0f}%", f"{ratios[name]:.1f}"])
+    print_table(title, rows)
+    return ratios
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print a table; returns the exit code."""
-    return run_stage(lambda: _benchmark(argv), name="benchmarks.frozen_training")
+    return run_stage(lambda: _benchmark(argv), name="frozen_training.py")
 
 
 def _benchmark(argv: list[str] | None) -> int:
-    settings, given = parse_settings(BenchmarkSettings, argv, description=str(__doc__).splitlines()[2])
+    settings, given = parse_settings(BenchmarkSettings, argv, description=str(__doc__))
     if settings.quick:
         small = {"model_name": "ViT-Ti/32", "num_images": 200, "rounds": 2}
         settings = settings.model_copy(update={key: value for key, value in small.items() if key not in given})
@@ -152,22 +145,22 @@ def _benchmark(argv: list[str] | None) -> int:
         for number in range(settings.rounds):
             for row, epochs in bench.measure(Path(name) / f"kept-{number}").items():
                 measured[row] += epochs
-    rows = summarise(measured)
     plain, kept, _, again = (epochs[0].loss for epochs in measured.values())
-    facts = {
-        "model": settings.model_name,
-        "num_images": settings.num_images,
-        "batch_size": settings.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    difference = max(abs(kept - plain), abs(again - plain)) / plain
+    title = (
+        f"{settings.model_name}, {settings.num_images} pictures, batch {settings.batch_size}, {bench.precision.name}, "
+        f"losses differ by {difference:.1e}, {machine(device.type)}"
+    )
+    ratios = report(measured, title)
+    results = {
+        "machine": machine(device.type),
+        "settings": settings.model_dump(),
         "precision": bench.precision.name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "loss_difference": max(abs(kept - plain), abs(again - plain)) / plain,
+        "loss_difference": difference,
+        "seconds": {name: [epoch.seconds for epoch in epochs] for name, epochs in measured.items()},
+        "ratios": ratios,
     }
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(table(rows))
-    if settings.json_path is not None:
-        Path(settings.json_path).write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(settings.json_path, results)
     return 0
 
 

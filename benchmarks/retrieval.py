@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
-from evaluation import Ranks, rank_metrics, retrieval_ranks
+from retrieval import Ranks, rank_metrics, retrieval_ranks
 from runtime import resolve_device
 
 FLOOR_BLOCK = 1024

@@ -27,7 +27,7 @@ from architectures import ARCHITECTURES, Architecture
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
 from preprocessing import tokenize
-from runtime import import_clip, resolve_device, resolve_precision
+from runtime import import_clip, keep_freed_memory, resolve_device, resolve_precision
 from sample_data import distinct_scenes
 
 RATE, DECAY = 1e-5, 0.01
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = parse(argv)
     torch.manual_seed(0)
+    keep_freed_memory()  # as train.py does; the peers run in the same process, so it is theirs too
     device = resolve_device(options.device)
     captions = choose_captions(options)
     tokens, _ = tokenize(captions)
@@ -92,9 +93,13 @@ def choose_captions(options: Namespace) -> list[str]:
     return captions[: options.batch_size]
 
 
-def ours(model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str, **how: Any) -> Step:
+def ours(
+    model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str, *, compiled: bool = False
+) -> Step:
     """Make one step of `MultimodalTrainer`, as `train.py` runs it."""
-    model = CLIPModel(model_name, pretrained="none", **how).to(device)
+    model = CLIPModel(model_name, pretrained="none").to(device)
+    if compiled:
+        model.compile_towers()
     optimizer = build_optimizer(model, learning_rate=RATE, backbone_lr_scale=1.0, weight_decay=DECAY)
     trainer = MultimodalTrainer(
         model, ContrastiveLoss(), optimizer, precision=resolve_precision(precision, device), gradient_clip_norm=1.0
@@ -190,6 +195,7 @@ def _plain_step(parameters: list[Any], loss: Callable[[], Tensor], device: torch
 
 MAKERS: dict[str, Callable[..., Step]] = {
     "ours": ours,
+    "ours+compile": lambda *args: ours(*args, compiled=True),
     "open_clip": open_clip_step,
     "open_clip+compile": lambda *args: open_clip_step(*args, compiled=True),
     "transformers": transformers_step,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from benchmarks import data_pipeline, retrieval, startup, train_step
+from benchmarks import data_pipeline, frozen_training, retrieval, startup, train_step
 from benchmarks.timing import Timing, print_table, ratio, take_turns
-from evaluation import rank_metrics, retrieval_ranks
+from retrieval import rank_metrics, retrieval_ranks
 
 
 def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,3 +109,22 @@ def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_command_that_does_not_end_as_it_should_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="ended with 3"):
         startup.starter(["-c", "raise SystemExit(3)"], 0)()
+
+
+def test_frozen_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--num_images", "20", "--batch_size", "8", "--num_later", "2", "--rounds", "1", "--device", "cpu"]
+    flags += ["--model_name", "ViT-Ti/32", "--precision", "fp32", "--json", str(tmp_path / "x.json")]
+    assert frozen_training.main(flags) == 0
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert [len(seconds) for seconds in written["seconds"].values()] == [1, 1, 2, 1]
+    assert written["loss_difference"] < 1e-5
+    output = capsys.readouterr().out
+    assert all(f"| {name} " in output for name in frozen_training.ROWS)
+    assert frozen_training.main(["--num_image", "3"]) == 2
+    assert "did you mean --num_images?" in capsys.readouterr().err
+
+
+def test_the_ratio_is_against_the_first_epoch_that_keeps() -> None:
+    seconds = dict(zip(frozen_training.ROWS, ([9.0], [8.0, 10.0, 30.0], [0.1, 0.2], [0.5]), strict=True))
+    measured = {name: [frozen_training.Epoch(value, 1.0) for value in values] for name, values in seconds.items()}
+    assert list(frozen_training.report(measured, "").values()) == pytest.approx([10 / 9, 1, 10 / 0.15, 20])
