@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +205,12 @@ class Run:
                 )
                 break
             progress.epoch += 1
-            start = time.monotonic()
+            self.epoch_start = time.monotonic()
             result = self.trainer.train_epoch(
                 self._batches(), check_interval=self.config.run.log_interval, on_check=self._log_step
             )
             values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
-            self._finish_epoch(values, seconds=time.monotonic() - start)
+            self._finish_epoch(values, seconds=time.monotonic() - self.epoch_start)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state; the model holds its weights already."""
@@ -423,7 +423,9 @@ class Run:
         trained = pace = ""
         if entry["train_loss"] is not None:
             rate, waited = len(self.loader.dataset) / seconds, 100 * self.waited / seconds
+            left = (self.config.training.num_epochs - entry["epoch"]) * (time.monotonic() - self.epoch_start)
             pace = f", {seconds:.0f} s, {rate:.1f} pairs/s, waited {waited:.0f}% for data"
+            pace += f", {timedelta(seconds=round(left))} left" if left else ""
             size = self.config.training.batch_size
             trained = f"loss {entry['train_loss']:.3f}, accuracy {entry['train_accuracy']:.1f}% in batches of {size}, "
         logger.info(

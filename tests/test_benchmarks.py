@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from benchmarks import data_pipeline, frozen_training, retrieval, startup, train_step
+from benchmarks import data_pipeline, frozen_training, retrieval, startup, train_losses, train_step
 from benchmarks.timing import Timing, print_table, ratio, take_turns
 from retrieval import rank_metrics, retrieval_ranks
 
@@ -128,3 +128,12 @@ def test_the_ratio_is_against_the_first_epoch_that_keeps() -> None:
     seconds = dict(zip(frozen_training.ROWS, ([9.0], [8.0, 10.0, 30.0], [0.1, 0.2], [0.5]), strict=True))
     measured = {name: [frozen_training.Epoch(value, 1.0) for value in values] for name, values in seconds.items()}
     assert list(frozen_training.report(measured, "").values()) == pytest.approx([10 / 9, 1, 10 / 0.15, 20])
+
+
+def test_losses_are_those_of_a_plain_loop(sample_dir: Path, tmp_path: Path) -> None:
+    flags = ["--data_dir", str(sample_dir), "--quick", "--batch_size", "12", "--json", str(tmp_path / "x.json")]
+    assert train_losses.main(flags) == 0
+    runs = json.loads((tmp_path / "x.json").read_text())["runs"]
+    assert [len(run["ours"]) for run in runs] == [10, 5]
+    assert all(run["largest_difference"] < 1e-5 for run in runs)
+    assert runs[0]["plain"][0] != runs[0]["plain"][-1]
