@@ -278,7 +278,8 @@ class Run:
             "device %s, precision %s, %d loading processes", model.device, self.precision.name, self.num_workers
         )
         tower_rate = settings.learning_rate * self.backbone_lr_scale
-        logger.info("peak rates: projection layers %.3g, towers %.3g", settings.learning_rate, tower_rate)
+        held = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
+        logger.info("peak rates: projection layers %.3g, towers %.3g%s", settings.learning_rate, tower_rate, held)
         if model.starts_random or set(model.frozen_towers) == set(TOWERS):
             return
         if not LOWEST_TOWER_RATE <= tower_rate <= HIGHEST_TOWER_RATE:

@@ -113,6 +113,7 @@ def test_a_later_run_with_frozen_towers_runs_no_tower(
         for name in ("plain", "first", "second")
     )
     assert first == second
+    assert "towers 0.001 (image and text frozen)" in (tmp_path / "first" / "logs" / "train.log").read_text()
     assert len(first) == len(plain) == 3
     for entry, expected in zip(first[1:], plain[1:], strict=True):
         for key in ("train_loss", "val_loss", "positive_similarity", "learning_rate"):
