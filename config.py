@@ -113,7 +113,7 @@ class TrainingSettings(Settings):
         10, description="epochs without a better validation RSum before the run stops; 0: never"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
-    compile: bool = Field(False, description="torch.compile for the transformer layers; worth it on a GPU")
+    compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
     seed: NonNegativeInt = Field(42, description="seed of the split, the order, the captions, the augmentation")
 
 
