@@ -21,10 +21,20 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, QUICK_GELU, Architecture, known_architecture
 from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
+from contrastive import ContrastiveLoss
+from micro_batches import MicroBatches, StepResult
 from preprocessing import clip_transform, normalize, to_rgb, tokenize
 from pretrained import Weights, published_url, published_weights, read_weights
-from runtime import Precision, autocast, tf32
-from towers import RunBlock, build_backbone, compiled_block, image_tower, set_activation, text_tower
+from runtime import Precision
+from towers import (
+    RunLayer,
+    build_backbone,
+    checkpointed_layers,
+    compiled_layers,
+    image_tower,
+    set_activation,
+    text_tower,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +97,7 @@ class CLIPModel(nn.Module):
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
                 parameter.requires_grad_(False)
-        self._image_block: RunBlock | None = None
-        self._text_block: RunBlock | None = None
+        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
         self.train()
 
     @classmethod
@@ -177,7 +186,11 @@ class CLIPModel(nn.Module):
 
     def compile_towers(self) -> None:
         """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
-        self._image_block, self._text_block = compiled_block(dynamic=False), compiled_block(dynamic=True)
+        self._run_layer = {"image": compiled_layers(dynamic=False), "text": compiled_layers(dynamic=True)}
+
+    def checkpoint_gradients(self) -> None:
+        """Keep the input alone of each layer for the backward pass, which runs the layer again: the same gradient."""
+        self._run_layer = {tower: checkpointed_layers(run_layer) for tower, run_layer in self._run_layer.items()}
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch of pairs.
@@ -196,11 +209,11 @@ class CLIPModel(nn.Module):
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
         pixels = normalize(images.to(self.device, non_blocking=True))
-        return image_tower(self.backbone, pixels, self._image_block if self.training else None)
+        return image_tower(self.backbone, pixels, self._run_layer["image"] if self.training else None)
 
     def run_text_tower(self, tokens: Tensor) -> Tensor:
         """Turn tokens, int `[B, 77]`, into the text tower's output `[B, embed_dim]`."""
-        return text_tower(self.backbone, tokens, self._text_block if self.training else None)
+        return text_tower(self.backbone, tokens, self._run_layer["text"] if self.training else None)
 
     def project_image(self, tower_output: Tensor) -> Tensor:
         """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
@@ -265,57 +278,6 @@ class CLIPModel(nn.Module):
             )
 
 
-class ContrastiveLoss(nn.Module):
-    """Symmetric InfoNCE: the mean of both directions' cross-entropies (Radford et al. 2021, figure 3), in nats.
-
-    Args:
-        temperature: initial temperature of the loss's own learned `logit_scale` = ln(1 / temperature), used when a call
-            brings none.
-
-    Raises:
-        ValueError: a temperature that is not positive.
-    """
-
-    def __init__(self, temperature: float = 0.07) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | None = None,
-        *,
-        image_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss of a batch of pairs, a scalar.
-
-        Args:
-            image_features: unit-norm `[B, D]`; row i matches text i.
-            text_features: unit-norm `[B, D]`.
-            logit_scale: log of the inverse temperature, a scalar; None: the loss's own.
-            image_ids: `[B]`; pairs of the same image are no negatives of each other.
-        """
-        if image_features.shape != text_features.shape or image_features.ndim != 2:
-            shapes = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
-            raise ValueError(f"features must be two equal [B, D] tensors, got {shapes}")
-        scale = (self.logit_scale if logit_scale is None else logit_scale).exp()
-        logits = contrastive_logits(image_features, text_features, scale)
-        if image_ids is not None:
-            same = image_ids[:, None] == image_ids[None, :]
-            logits = logits.masked_fill(same.fill_diagonal_(False), float("-inf"))
-        labels = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def contrastive_logits(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:
-    """Return `scale` times the cosine of every image with every text, `[B, B]`, computed in float32."""
-    with torch.autocast(image_features.device.type, enabled=False):
-        return scale.float() * (image_features.float() @ text_features.float().T)
-
-
 def build_optimizer(
     model: CLIPModel, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
 ) -> torch.optim.AdamW:
@@ -371,11 +333,14 @@ class MultimodalTrainer:
 
     Args:
         model: on its device.
-        loss: called with `(image_features, text_features, logit_scale, image_ids=...)`.
+        loss: over the features of a whole batch.
         optimizer: over the model's trained parameters.
         scheduler: stepped once a step; None: constant rates.
         precision: of the forward pass; parameters and the loss stay float32.
         gradient_clip_norm: largest norm of the whole gradient; 0: no clipping.
+        micro_batch_size: pairs that are in memory at once, in each process; None: the whole batch. The gradient is the
+            same. It is halved when memory runs out.
+        parallel: what runs the model in several processes, see `distributed.parallel_model`.
     """
 
     def __init__(
@@ -387,35 +352,37 @@ class MultimodalTrainer:
         *,
         precision: Precision,
         gradient_clip_norm: float = 1.0,
+        micro_batch_size: int | None = None,
+        parallel: nn.Module | None = None,
     ) -> None:
         self.model = model
-        self.loss = loss
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.precision = precision
         self.gradient_clip_norm = gradient_clip_norm
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision.scaled)
+        self.micro_batches = MicroBatches(
+            model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
+        )
         self.global_step = 0
 
-    def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
         """Take one optimiser step.
 
         Args:
-            images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them.
+            images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them; with several
+                processes this one's part of the batch.
             tokens: `[B, 77]`, or the text tower's output.
             image_ids: `[B]`, or None when every image of the batch is another.
 
         Returns:
-            The loss, in nats, and the in-batch accuracy, in [0, 1]: two scalars on the device, not yet waited for.
+            Loss, accuracy and size of the batch; None if it was empty, and no step was taken.
+
+        Raises:
+            MemoryError: one pair does not fit into memory.
         """
-        device = self.model.device
-        ids = None if image_ids is None else image_ids.to(device, non_blocking=True)
-        self.optimizer.zero_grad(set_to_none=True)
-        with tf32(device), autocast(device, self.precision):
-            image_features, text_features = self.model(images.to(device, non_blocking=True), tokens)
-        loss = self.loss(image_features, text_features, self.model.logit_scale, image_ids=ids)
-        with tf32(device):
-            self.scaler.scale(loss).backward()
+        result = self.micro_batches.backward(images, tokens, image_ids)
+        if result is None:
+            return None
         self.scaler.unscale_(self.optimizer)
         if self.gradient_clip_norm:
             self._clip_gradient()
@@ -423,11 +390,10 @@ class MultimodalTrainer:
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-            accuracy = in_batch_accuracy(image_features, text_features)
         if self.scheduler is not None:
             self.scheduler.step()
         self.global_step += 1
-        return loss.detach(), accuracy
+        return result
 
     def _clip_gradient(self) -> None:
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -464,10 +430,12 @@ class MultimodalTrainer:
         since_check = torch.zeros((), device=self.model.device)
         num_pairs = steps = 0
         for images, tokens, image_ids, *_ in batches:
-            loss, accuracy = self.train_step(images, tokens, image_ids)
-            totals += len(tokens) * torch.stack([loss, accuracy])
-            since_check += loss
-            num_pairs, steps = num_pairs + len(tokens), steps + 1
+            result = self.train_step(images, tokens, image_ids)
+            if result is None:
+                continue
+            totals += result.num_pairs * torch.stack([result.loss, result.accuracy])
+            since_check += result.loss
+            num_pairs, steps = num_pairs + result.num_pairs, steps + 1
             if steps % check_interval == 0:
                 self._check(since_check.item() / check_interval, on_check)
                 since_check.zero_()
@@ -486,14 +454,6 @@ class MultimodalTrainer:
             )
         if on_check is not None:
             on_check(self.global_step, mean_loss)
-
-
-def in_batch_accuracy(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Return the share of the batch whose own partner scores highest, both directions averaged: a scalar in [0, 1]."""
-    similarity = contrastive_logits(image_features, text_features, torch.ones((), device=image_features.device))
-    labels = torch.arange(len(similarity), device=similarity.device)
-    hits = (similarity.argmax(1) == labels).float().mean() + (similarity.argmax(0) == labels).float().mean()
-    return hits / 2
 
 
 def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:

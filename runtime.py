@@ -121,6 +121,13 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peak
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device or the main memory is full."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch on a CPU
+    )
+
+
 class StepProfiler:
     """Records some steps of training with `torch.profiler`.
 

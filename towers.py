@@ -11,55 +11,61 @@ Values and gradients are those of the modules' own `forward` up to rounding:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from architectures import QUICK_GELU, Architecture
 from runtime import import_clip
 
-RunBlock = Callable[..., Tensor]
+RunLayer = Callable[..., Tensor]
+"""Called with a layer's function, the layer and the function's other arguments."""
 
 
-def image_tower(backbone: Any, pixels: Tensor, run_block: RunBlock | None = None) -> Tensor:
+def image_tower(backbone: Any, pixels: Tensor, run_layer: RunLayer | None = None) -> Tensor:
     """Run the image tower of OpenAI's `CLIP`.
 
     Args:
         backbone: a `clip.model.CLIP`.
         pixels: normalised `[B, 3, R, R]`, on the backbone's device.
-        run_block: runs a layer, `compiled_block(...)`; None: without a compiler. A ResNet has no use for it.
+        run_layer: how each layer is run; None: its function is called.
 
     Returns:
         `[B, embed_dim]`, not normalised.
     """
+    run_layer = run_layer or _call
     visual = backbone.visual
     if not hasattr(visual, "transformer"):
-        return cast(Tensor, visual(pixels.contiguous(memory_format=torch.channels_last)))
+        return _resnet(visual, pixels, run_layer)
     x = _embed_patches(visual, pixels)
     layout = _Layout(*x.shape[:2])
     rows = x.flatten(0, 1)
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
-        rows = (run_block or _run_block)(block, rows, layout)
+        rows = run_layer(_run_block, block, rows, layout)
     pooled = torch.arange(0, len(rows), layout.length, device=rows.device)
-    return cast(Tensor, _normalise(visual.ln_post, _run_last_block(last, rows, layout, pooled)) @ visual.proj)
+    rows = run_layer(_run_last_block, last, rows, layout, pooled)
+    return cast(Tensor, _normalise(visual.ln_post, rows) @ visual.proj)
 
 
-def text_tower(backbone: Any, tokens: Tensor, run_block: RunBlock | None = None) -> Tensor:
+def text_tower(backbone: Any, tokens: Tensor, run_layer: RunLayer | None = None) -> Tensor:
     """Run the text tower of OpenAI's `CLIP`.
 
     Args:
         backbone: a `clip.model.CLIP`.
         tokens: int `[B, context_length]`; a text ends at its largest token. Best left on the CPU, where their lengths
             are known without waiting for another device.
-        run_block: runs a layer, `compiled_block(...)`; None: without a compiler.
+        run_layer: how each layer is run; None: its function is called.
 
     Returns:
         `[B, embed_dim]`, not normalised.
     """
+    run_layer = run_layer or _call
     lengths = tokens.argmax(dim=-1) + 1
     length = int(lengths.max())
     used = torch.arange(length, device=tokens.device) < lengths[:, None]
@@ -73,18 +79,71 @@ def text_tower(backbone: Any, tokens: Tensor, run_block: RunBlock | None = None)
     rows = backbone.token_embedding(packed) + F.embedding(positions, backbone.positional_embedding)
     *blocks, last = backbone.transformer.resblocks
     for block in blocks:
-        rows = (run_block or _run_block)(block, rows, layout, causal=True)
-    rows = _run_last_block(last, rows, layout, pooled, used=used)
+        rows = run_layer(_run_block, block, rows, layout, causal=True)
+    rows = run_layer(_run_last_block, last, rows, layout, pooled, used=used)
     return cast(Tensor, _normalise(backbone.ln_final, rows) @ backbone.text_projection)
 
 
-def compiled_block(*, dynamic: bool) -> RunBlock:
-    """Compile what a layer does; all layers of a tower share the result, made when the first one runs.
+def layers_of(backbone: Any) -> list[nn.Module]:
+    """List the layers that `run_layer` runs: residual blocks of transformers and ResNets."""
+    visual = backbone.visual
+    if hasattr(visual, "transformer"):
+        return [*visual.transformer.resblocks, *backbone.transformer.resblocks]
+    return [*(layer for stage in _stages(visual) for layer in stage), *backbone.transformer.resblocks]
+
+
+def compiled_layers(*, dynamic: bool) -> RunLayer:
+    """Compile what a layer does; all layers of a tower but the last share the result, made when the first one runs.
 
     Args:
         dynamic: for a number of rows that changes from batch to batch, as in the text tower.
     """
-    return cast(RunBlock, torch.compile(_run_block, dynamic=dynamic))
+    compiled = torch.compile(_run_block, dynamic=dynamic)
+
+    def run(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+        return (compiled if function is _run_block else function)(*arguments, **options)
+
+    return run
+
+
+def checkpointed_layers(run_layer: RunLayer | None) -> RunLayer:
+    """Keep a layer's input alone, and run the layer again in the backward pass (Chen et al. 2016).
+
+    Random numbers come again as they were, and batch statistics are counted once: gradients are the same.
+    """
+    inner = run_layer or _call
+
+    def run(function: Callable[..., Tensor], layer: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return inner(function, layer, *arguments, **options)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), held_statistics(layer)
+
+        kept: Tensor = checkpoint(
+            inner, function, layer, *arguments, use_reentrant=False, context_fn=contexts, **options
+        )
+        return kept
+
+    return run
+
+
+@contextmanager
+def held_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics as they are, whatever runs inside."""
+    before = [(buffer, buffer.clone()) for buffer in running_statistics(module)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """List the buffers that running the module changes: those of BatchNorm in training."""
+    norms = (each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training)
+    return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 class QuickGELU(nn.Module):
@@ -151,6 +210,10 @@ def set_activation(backbone: nn.Module, activation: str) -> None:
             module.mlp.gelu = make()
 
 
+def _call(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    return function(*arguments, **options)
+
+
 class _Layout(NamedTuple):
     """Where rows `[N, width]` stand in a batch of sequences `[batch, length, width]`."""
 
@@ -168,6 +231,27 @@ class _Layout(NamedTuple):
     def unpad(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.batch * self.length, -1)
         return rows if self.places is None else rows.index_select(0, self.places)
+
+
+def _resnet(visual: Any, pixels: Tensor, run_layer: RunLayer) -> Tensor:
+    """Run a `ModifiedResNet`: a stem of three convolutions, four stages of layers, attention pooling."""
+    x = pixels.contiguous(memory_format=torch.channels_last)
+    for number in (1, 2, 3):
+        convolution, norm = getattr(visual, f"conv{number}"), getattr(visual, f"bn{number}")
+        x = getattr(visual, f"relu{number}")(norm(convolution(x)))
+    x = visual.avgpool(x)
+    for stage in _stages(visual):
+        for layer in stage:
+            x = run_layer(_run_bottleneck, layer, x)
+    return cast(Tensor, visual.attnpool(x))
+
+
+def _stages(resnet: Any) -> tuple[Any, ...]:
+    return resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+
+
+def _run_bottleneck(layer: nn.Module, x: Tensor) -> Tensor:
+    return cast(Tensor, layer(x))
 
 
 def _embed_patches(visual: Any, pixels: Tensor) -> Tensor:

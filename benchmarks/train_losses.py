@@ -78,7 +78,9 @@ def losses(options: Namespace, *, rate: float, steps: int, device: torch.device)
     plain_optimizer = plain.build_optimizer(rate)
     found: tuple[list[float], list[float]] = ([], [])
     for batch in tqdm(first_batches(options, steps, model.image_resolution), total=steps, disable=None):
-        found[0].append(trainer.train_step(batch.images, batch.tokens, batch.image_ids)[0].item())
+        result = trainer.train_step(batch.images, batch.tokens, batch.image_ids)
+        assert result is not None
+        found[0].append(result.loss.item())
         found[1].append(plain.train_step(normalize(batch.images.to(device)), batch.tokens.to(device), plain_optimizer))
     return found
 

@@ -171,7 +171,9 @@ def test_training_goes_the_same_way_with_and_without_kept_features(
         for epoch in (1, 2, 3):
             for images, tokens, ids, *_ in loader.epoch(epoch):
                 assert not (cached and images.ndim == 4 and "image" in model.frozen_towers)
-                losses.append(trainer.train_step(images, tokens, ids)[0])
+                result = trainer.train_step(images, tokens, ids)
+                assert result is not None
+                losses.append(result.loss)
         return losses, model
 
     plain_losses, plain_model = run(False)
