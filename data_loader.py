@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from distributed import share
 from image_cache import ImageCache
 from pairs import (
     SPLITS,
@@ -53,6 +54,7 @@ from preprocessing import (
 from runtime import setup_logging
 from sample_data import create_sample_dataset
 
+PIECE_SIZE = 64
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -262,18 +264,38 @@ class EpochBatches(Sampler[list[int]]):
             yield order[number * self.batch_size : end]
 
 
+class _Pieces(Sampler[list[int]]):
+    """This process's share of each batch in pieces, so that all loading processes work on the batch that comes next."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for items in self.batches:
+            own = share(items)
+            yield from (list(own[start : start + PIECE_SIZE]) for start in range(0, len(own), PIECE_SIZE))
+
+
 class TrainLoader:
-    """Batches of a data set, epoch after epoch."""
+    """Batches of a data set, epoch after epoch; with several processes each gets its share of every batch.
+
+    Args:
+        dataset: what is loaded.
+        batch_size: pairs of a batch, over all processes.
+        num_workers: loading processes of each process; 0: none.
+        device: where the batches will be used.
+    """
 
     def __init__(self, dataset: ImageTextDataset, *, batch_size: int, num_workers: int, device: torch.device) -> None:
         self.dataset = dataset
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
+        self.pin_memory = device.type == "cuda"
         self.loader = DataLoader(
             dataset,
-            batch_sampler=self.batches,
+            batch_sampler=_Pieces(self.batches),
             num_workers=num_workers,
             collate_fn=collate,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.pin_memory,
             persistent_workers=num_workers > 0,
         )
 
@@ -284,7 +306,34 @@ class TrainLoader:
         """Yield the batches of one epoch; the same for the same seed, whatever came before."""
         self.batches.epoch = epoch
         self.dataset.set_epoch(epoch)
-        yield from self.loader
+        pieces = iter(self.loader)
+        for items in self.batches:
+            yield join_pieces(pieces, len(share(items)), pin_memory=self.pin_memory)
+
+
+def join_pieces(pieces: Iterator[Batch], num_items: int, *, pin_memory: bool) -> Batch:
+    """Make one batch of the next `num_items` items, which come in pieces of `PIECE_SIZE`; holds it and one piece."""
+    if num_items <= PIECE_SIZE:
+        return next(pieces) if num_items else collate([])
+    images: Tensor | None = None
+    parts = []
+    end = 0
+    for _ in range(-(-num_items // PIECE_SIZE)):
+        piece = next(pieces)
+        if len(piece.images):
+            if images is None:
+                shape = (num_items, *piece.images.shape[1:])
+                images = torch.empty(shape, dtype=piece.images.dtype, pin_memory=pin_memory)
+            images[end : end + len(piece.images)] = piece.images
+            end += len(piece.images)
+        parts.append(piece._replace(images=torch.empty(0)))
+    return Batch(
+        torch.empty(0) if images is None else images[:end],
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.image_ids for part in parts]),
+        [error for part in parts for error in part.errors],
+        torch.cat([part.caption_ids for part in parts]),
+    )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

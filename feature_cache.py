@@ -26,6 +26,7 @@ from tqdm import tqdm
 import preprocessing
 from clip_model import CLIPModel
 from data_loader import Batch, ImageTextDataset, IntArray, Pairs, TrainLoader, collate
+from distributed import share
 from preprocessing import tokenize, train_transform
 from runtime import Precision, autocast
 
@@ -350,7 +351,7 @@ class FeatureLoader:
         if images is not None:
             self._loader.batches.epoch = epoch
             for items in self._loader.batches:
-                yield self._batch(np.array(items), images, texts)
+                yield self._batch(np.array(share(items), dtype=np.int64), images, texts)
         elif texts is not None:
             for batch in self._loader.epoch(epoch):
                 yield batch._replace(tokens=texts[batch.caption_ids.numpy()])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torchvision import transforms
 
+import data_loader
+import distributed
 from data_loader import (
+    Batch,
     EpochBatches,
     ImageTextDataset,
     TrainLoader,
@@ -146,3 +149,52 @@ def test_the_stage_finds_identical_pictures_across_the_split(
     output = capsys.readouterr().out
     assert "identical   1 byte-identical" in output
     assert "repeated    50.0%" in output
+
+
+def same_batches(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        a.errors == b.errors
+        and all(
+            torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "tokens", "image_ids", "caption_ids")
+        )
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_in_pieces_is_the_same_batch(
+    sample_dir: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = ImageTextDataset(sample_dir).pairs.select(range(40))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    paths = [str(tmp_path / "bad.png") if number in (3, 30) else path for number, path in enumerate(pairs.paths)]
+    pairs.paths = data_loader.Pairs([]).paths.__class__(paths)
+    loader = TrainLoader(ImageTextDataset(pairs), batch_size=24, num_workers=num_workers, device=CPU)
+    whole = list(loader.epoch(1))
+    monkeypatch.setattr(data_loader, "PIECE_SIZE", 5)
+    assert same_batches(list(loader.epoch(1)), whole)
+    assert [len(batch.tokens) + len(batch.errors) for batch in whole] == [24, 16]
+    assert sum(len(batch.errors) for batch in whole) == 2
+    monkeypatch.setattr(data_loader, "PIECE_SIZE", 1)  # a piece of nothing but an error
+    assert same_batches(list(loader.epoch(1)), whole)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 7])
+def test_processes_share_every_batch_in_its_order(
+    sample_dir: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = ImageTextDataset(sample_dir).pairs.select(range(26))
+    loader = TrainLoader(ImageTextDataset(pairs), batch_size=20, num_workers=0, device=CPU)
+    whole = list(loader.epoch(2))
+    monkeypatch.setattr(distributed, "num_processes", lambda: num_processes)
+    shares = []
+    for rank in range(num_processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(list(loader.epoch(2)))
+    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        full = [part for part in parts if len(part.tokens)]
+        assert torch.equal(torch.cat([part.images for part in full]), batch.images)
+        assert torch.equal(torch.cat([part.caption_ids for part in parts]), batch.caption_ids)
+        sizes = [len(part.tokens) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+    assert num_processes < 7 or 0 in [len(part[-1].tokens) for part in shares]
