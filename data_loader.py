@@ -272,8 +272,8 @@ class _Pieces(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for items in self.batches:
-            own = share(items)
-            yield from (list(own[start : start + PIECE_SIZE]) for start in range(0, len(own), PIECE_SIZE))
+            own = items[share(len(items))]
+            yield from (own[start : start + PIECE_SIZE] for start in range(0, len(own), PIECE_SIZE))
 
 
 class TrainLoader:
@@ -308,7 +308,7 @@ class TrainLoader:
         self.dataset.set_epoch(epoch)
         pieces = iter(self.loader)
         for items in self.batches:
-            yield join_pieces(pieces, len(share(items)), pin_memory=self.pin_memory)
+            yield join_pieces(pieces, len(items[share(len(items))]), pin_memory=self.pin_memory)
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, pin_memory: bool) -> Batch:
