@@ -51,7 +51,7 @@ from preprocessing import (
     load_image,
     tokenize,
 )
-from runtime import setup_logging
+from runtime import leave_signals_to_main, setup_logging
 from sample_data import create_sample_dataset
 
 PIECE_SIZE = 64
@@ -244,6 +244,10 @@ class EpochBatches(Sampler[list[int]]):
     """Every item once an epoch, in an order drawn from seed and epoch.
 
     A single item left over joins the batch before it: alone it would have nothing to be contrasted with.
+
+    Attributes:
+        epoch: decides the order.
+        start: number of the batch that comes first; those before it are left out.
     """
 
     def __init__(self, num_items: int, batch_size: int, *, seed: int) -> None:
@@ -251,6 +255,7 @@ class EpochBatches(Sampler[list[int]]):
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
         batches, rest = divmod(self.num_items, self.batch_size)
@@ -259,7 +264,7 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
         order = torch.randperm(self.num_items, generator=generator)
-        for number in range(len(self)):
+        for number in range(self.start, len(self)):
             end = None if number == len(self) - 1 else (number + 1) * self.batch_size
             yield order[number * self.batch_size : end].tolist()  # a list of all would be several times as large
 
@@ -297,14 +302,15 @@ class TrainLoader:
             collate_fn=collate,
             pin_memory=self.pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_main,
         )
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch; the same for the same seed, whatever came before."""
-        self.batches.epoch = epoch
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch from number `start` on; the same for the same seed, whatever came before."""
+        self.batches.epoch, self.batches.start = epoch, start
         self.dataset.set_epoch(epoch)
         pieces = iter(self.loader)
         for items in self.batches:

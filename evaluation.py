@@ -37,7 +37,7 @@ from retrieval import (
     similarity_histograms,
     validation_loss,
 )
-from runtime import Precision, autocast, default_num_workers, resolve_precision, setup_logging
+from runtime import Precision, autocast, default_num_workers, leave_signals_to_main, resolve_precision, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +258,7 @@ def _encode_images(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=on_gpu,
+        worker_init_fn=leave_signals_to_main,
     )
     features = _Features(sum(map(len, batches)), model)
     ids = [torch.empty(0, dtype=torch.int64)]

@@ -27,7 +27,7 @@ from clip_model import CLIPModel
 from data_loader import Batch, ImageTextDataset, IntArray, Pairs, TrainLoader, collate
 from distributed import any_process, barrier, gather_values, progress_bar, share
 from preprocessing import tokenize, train_transform
-from runtime import Precision, autocast
+from runtime import Precision, autocast, leave_signals_to_main
 
 logger = logging.getLogger(__name__)
 
@@ -296,6 +296,7 @@ class FeatureCache:
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=model.device.type == "cuda",
+            worker_init_fn=leave_signals_to_main,
         )
         errors: dict[int, str] = {}
         bar = progress_bar(total=len(missing), unit="picture", desc="frozen image tower")
@@ -361,20 +362,23 @@ class FeatureLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of one epoch: `images` and `tokens` are float32 `[B, embed_dim]` for a frozen tower."""
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch from number `start` on.
+
+        Their `images` and `tokens` are float32 `[B, embed_dim]` for a frozen tower.
+        """
         texts = self._texts
         self.dataset.set_epoch(epoch)
         images = self._images_of_view(self.dataset.view if self.dataset.num_views else 0)
         if images is not None:
-            self._loader.batches.epoch = epoch
+            self._loader.batches.epoch, self._loader.batches.start = epoch, start
             for items in self._loader.batches:
                 yield self._batch(np.array(items[share(len(items))], dtype=np.int64), images, texts)
         elif texts is not None:
-            for batch in self._loader.epoch(epoch):
+            for batch in self._loader.epoch(epoch, start=start):
                 yield batch._replace(tokens=texts[batch.caption_ids.numpy()])
         else:
-            yield from self._loader.epoch(epoch)
+            yield from self._loader.epoch(epoch, start=start)
 
     def _batch(self, items: IntArray, images: Features, texts: Features | None) -> Batch:
         image_ids, caption_ids = self.dataset.choose(items)

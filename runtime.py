@@ -6,7 +6,9 @@ import ctypes
 import logging
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +20,8 @@ import numpy as np
 import torch
 
 logger = logging.getLogger(__name__)
+
+LOADER_GRACE_SECONDS = 30
 
 
 class Precision(NamedTuple):
@@ -238,6 +242,21 @@ def default_num_workers(device: torch.device) -> int:
     except AttributeError:  # not on macOS and Windows
         cores = os.cpu_count() or 1
     return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+
+
+def leave_signals_to_main(_: int) -> None:
+    """Let a loading process ignore SIGINT, and SIGTERM for half a minute: whole groups of processes get them.
+
+    Were it to end before the main process has what it needs for a last step, it would take the run down with an error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(*_: object) -> None:
+    timer = threading.Timer(LOADER_GRACE_SECONDS, os._exit, [0])
+    timer.daemon = True
+    timer.start()
 
 
 def setup_logging(level: str, log_path: Path | None = None) -> None:

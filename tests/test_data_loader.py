@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from data_loader import (
     draw_bits,
     main,
 )
-from preprocessing import CLIP_MEAN, CLIP_STD
+from preprocessing import CLIP_MEAN, CLIP_STD, train_transform
 from rows import Strings
 from tests.test_pairs import make_images, make_index
 
@@ -200,3 +202,35 @@ def test_processes_share_every_batch_in_its_order(
         sizes = [len(part.tokens) for part in parts]
         assert max(sizes) - min(sizes) <= 1
     assert num_processes < 7 or 0 in [len(part[-1].tokens) for part in shares]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_an_epoch_goes_on_from_a_batch_without_loading_those_before(
+    sample_dir: Path, num_workers: int, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ImageTextDataset(sample_dir, transform=train_transform(32, "color", fast_decode=False))
+    whole = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(2))
+    loaded: list[int] = []
+    get = ImageTextDataset.__getitem__
+
+    def noted(self: ImageTextDataset, index: int) -> object:
+        loaded.append(index)
+        return get(self, index)
+
+    monkeypatch.setattr(ImageTextDataset, "__getitem__", noted)
+    loader = TrainLoader(dataset, batch_size=16, num_workers=num_workers, device=CPU)
+    assert same_batches(list(loader.epoch(2, start=start)), whole[start:])
+    assert len(loaded) == (0 if num_workers else sum(len(batch.tokens) for batch in whole[start:]))
+    assert same_batches(list(loader.epoch(2)), whole)
+
+
+def test_loading_processes_leave_signals_to_the_main_one(sample_dir: Path) -> None:
+    loader = TrainLoader(ImageTextDataset(sample_dir), batch_size=5, num_workers=2, device=CPU)
+    batches = loader.epoch(1)
+    next(batches)
+    for process in loader.loader._iterator._workers:  # type: ignore[union-attr]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, number)
+    assert len(list(batches)) == 11
+    assert len(list(loader.epoch(2))) == 12

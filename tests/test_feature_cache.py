@@ -293,6 +293,17 @@ def test_pictures_that_cannot_be_read_leave_their_batches_as_without_a_cache(pai
         assert sum(len(batch.errors) for batch in expected) == 2
 
 
+@pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
+def test_an_epoch_goes_on_from_a_batch(pairs: Pairs, tmp_path: Path, frozen: dict[str, object]) -> None:
+    plain = TrainLoader(ImageTextDataset(pairs), batch_size=8, num_workers=0, device=CPU)
+    loader = FeatureLoader(plain, cache_of(small_model(**frozen), tmp_path / "c"), augment="none", num_epochs=1)
+    whole, rest = list(loader.epoch(1)), list(loader.epoch(1, start=1))
+    assert len(whole) == len(rest) + 1 == 4
+    for got, want in zip(rest, whole[1:], strict=True):
+        assert torch.equal(got.images, want.images)
+        assert torch.equal(got.tokens, want.tokens)
+
+
 def test_only_captions_that_the_run_uses_are_computed(
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
