@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 CONFIG_PATH = Path("config.json")
@@ -32,6 +32,21 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
+
+
+def _check_interval(value: int | str | None) -> int | str | None:
+    if value is None:
+        return None
+    text = str(value)
+    number = text[:-1] if text[-1:] in SECONDS_OF_UNIT else text
+    if not (number.isdecimal() and int(number)):
+        raise ValueError(f"expected a number of steps, or a time such as 90s, 10m or 2h, got {value!r}")
+    return int(number) if number == text else text
+
+
+Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
+"""Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
 
 
 class Settings(BaseModel):
@@ -140,6 +155,13 @@ class RunSettings(Settings):
         None,
         description="continue a run: alone, the one in output_dir; or a checkpoint file",
         json_schema_extra={"bare": "latest"},
+    )
+    checkpoint_every: Interval = Field(
+        "10m",
+        description="steps (500) or time (90s, 10m, 2h) between states saved within an epoch; none: only at its end",
+    )
+    keep_checkpoints: PositiveInt = Field(
+        2, description="states kept: last_model.pth and the ones before it, in case it is damaged"
     )
     profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
@@ -289,6 +311,11 @@ def check_command_line(settings: type[Settings], description: str) -> None:
 def override(config: Config, given: dict[str, Any]) -> Config:
     """Return `config` with some flags set anew (`given` as `load_config` returned it)."""
     return _validate(Config, config.model_dump(), given, source=None)
+
+
+def seconds_of(interval: str) -> int:
+    """Return how long a time such as `90s`, `10m` or `2h` is."""
+    return int(interval[:-1]) * SECONDS_OF_UNIT[interval[-1]]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,11 +28,12 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint import CheckpointWriter, RunFiles, load_checkpoint
+from checkpoint import CheckpointWriter, RunFiles, load_checkpoint, load_newest_state
 from clip_model import (
     TOWERS,
     CLIPModel,
     ContrastiveLoss,
+    EpochTotals,
     ModelName,
     MultimodalTrainer,
     build_optimizer,
@@ -50,6 +52,7 @@ from data_loader import (
 )
 from distributed import (
     average,
+    barrier,
     broadcast,
     gather_values,
     is_main,
@@ -78,6 +81,7 @@ from runtime import (
     seed_everything,
     setup_logging,
 )
+from stopping import Stopped, StopSignals
 from towers import running_statistics
 from visualization import draw_figures
 
@@ -85,7 +89,8 @@ logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
-    "micro_batch_size", "gradient_checkpointing", "parallel", "resume", "profile", "log_interval", "log_level",
+    "micro_batch_size", "gradient_checkpointing", "parallel", "resume", "checkpoint_every",
+    "keep_checkpoints", "profile", "log_interval", "log_level",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
 STEP_STREAM = 2
@@ -100,10 +105,10 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     config, given = load_config(argv, description=str(__doc__))
     setup_logging(config.run.log_level)
-    device = own_device(config.run.device)
-    precision = resolve_precision(config.training.precision, device)
-    with process_group(device):
-        state, config = _find_state(config, given)
+    with process_group(own_device(config.run.device)), ExitStack() as held:
+        config, files, state = _open_run(config, given, held)
+        device = own_device(config.run.device)
+        precision = resolve_precision(config.training.precision, device)
         seed_everything(config.training.seed)
         keep_freed_memory()
         with main_first():
@@ -112,13 +117,11 @@ def _train(argv: list[str] | None) -> int:
             pairs = training_pairs(config.data, seed=config.training.seed)
         with main_first():  # the others find the weights downloaded
             model = _make_model(config, given, state)
-        files = RunFiles(Path(config.run.output_dir))
         if is_main():
             if state is None and (folder := files.set_aside_earlier_run()) is not None:
                 logger.info("the earlier run's files are now in %s", folder)
             setup_logging(config.run.log_level, files.log)
-        _train_model(config, model, pairs, files, state=state, device=device, precision=precision)
-    return 0
+        return _train_model(config, model, pairs, files, state=state, device=device, precision=precision)
 
 
 def _train_model(
@@ -130,7 +133,7 @@ def _train_model(
     state: dict[str, Any] | None,
     device: torch.device,
     precision: Precision,
-) -> None:
+) -> int:
     try:
         if config.training.compile and can_compile(device):
             model.compile_towers()
@@ -144,15 +147,16 @@ def _train_model(
         run = Run(config, model, pairs, files, precision=precision, micro_batch_size=size, parallel=parallel)
         if state is not None:
             run.restore(state)
-        run.train()
+        code = run.train()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryError(f"out of memory: {WAYS_OUT} need less; so does a smaller --batch_size") from None
-    if is_main():
+    if is_main() and code == 0:
         for figure in draw_figures(files.results):
             logger.info("figure: %s", figure)
         print(run.summary())
+    return code
 
 
 @dataclass
@@ -166,6 +170,8 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     best_epoch: int = 0
     epochs_since_best: int = 0
+    totals: dict[str, Any] | None = None
+    """Of the epoch's batches so far, in a state saved within an epoch: its place there."""
 
 
 class Run:
@@ -228,48 +234,76 @@ class Run:
         )
         frozen = set(TOWERS) == set(model.frozen_towers)
         towers = [name for name in model.state_dict() if name.startswith("backbone.")]
-        self.checkpoints = CheckpointWriter(towers if frozen else [])
+        self.checkpoints = CheckpointWriter(
+            files,
+            fixed=towers if frozen else [],
+            keep=config.run.keep_checkpoints,
+            every=config.run.checkpoint_every,
+        )
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
+        self.totals: EpochTotals | None = None
+        self.stop = StopSignals()
         self.bad_images: set[str] = set()
         num_profiled = config.run.profile if is_main() else 0
         self.profiler = StepProfiler(num_profiled, files.trace, model.device) if num_profiled else None
 
-    def train(self) -> None:
-        """Evaluate the model as loaded, then train epoch by epoch until the last one or the early stop."""
+    def train(self) -> int:
+        """Evaluate the model as loaded, then train epoch by epoch until the last one or the early stop.
+
+        SIGTERM and SIGINT stop it after the step that they come in, and its state is saved.
+
+        Returns:
+            The exit code: 0, or 143 or 130 after a signal.
+        """
         self._announce()
+        code = 0
         if is_main():
-            self.writer = SummaryWriter(str(self.files.events), purge_step=self.progress.epoch + 1)
-        if self.cache is not None:
-            self.val_features = self.cache.of_pairs(self.pairs["val"])
-        try:
-            self._train_epochs()
-        finally:
-            self.checkpoints.flush()
-            if self.profiler is not None:
-                self.profiler.close()
+            self.writer = SummaryWriter(str(self.files.events), purge_step=self.trainer.global_step + 1)
+        with self.stop:
+            try:
+                self._train_epochs()
+            except Stopped as stop:
+                code = stop.exit_code
+                self._save_place()
+                self._log_stop(stop)
+            finally:
+                self.checkpoints.flush()
+                if self.profiler is not None:
+                    self.profiler.close()
         if is_main():
-            self._write_results(finished=True)
+            if code == 0:
+                self._write_results(finished=True)
             self.writer.close()
         if self.bad_images:
             logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
+        return code
 
     def _train_epochs(self) -> None:
         progress, settings = self.progress, self.config.training
+        if self.cache is not None:
+            with self.stop.interruptible():
+                self.val_features = self.cache.of_pairs(self.pairs["val"])
         if not progress.history:
             self._finish_epoch({"train_loss": None, "train_accuracy": None}, seconds=0.0)
-        while progress.epoch < settings.num_epochs:
-            if self._is_stale():
-                logger.info(
-                    "early stop: no better RSum for %d epochs (--early_stopping_patience)", progress.epochs_since_best
-                )
-                break
-            progress.epoch += 1
-            self.epoch_start = time.monotonic()
-            result = self.trainer.train_epoch(
-                self._batches(), check_interval=self.config.run.log_interval, on_check=self._log_step
-            )
-            values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
-            self._finish_epoch(values, seconds=time.monotonic() - self.epoch_start)
+        while self.totals is not None or progress.epoch < settings.num_epochs:
+            self.stop.agree()
+            if self.totals is None:
+                if self._is_stale():
+                    since = progress.epochs_since_best
+                    logger.info("early stop: no better RSum for %d epochs (--early_stopping_patience)", since)
+                    break
+                progress.epoch += 1
+                self.totals = EpochTotals(self.model.device)
+            self._train_epoch(self.totals)
+
+    def _train_epoch(self, totals: EpochTotals) -> None:
+        """Train and evaluate the rest of an epoch, which is all of it if `totals` are empty."""
+        self.epoch_start, self.skipped = time.monotonic(), totals.num_pairs
+        result = self.trainer.train_epoch(
+            self._batches(totals), totals=totals, check_interval=self.config.run.log_interval, on_check=self._log_step
+        )
+        values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
+        self._finish_epoch(values, seconds=time.monotonic() - self.epoch_start)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state; the model holds its weights already."""
@@ -281,6 +315,11 @@ class Run:
         if state["config"]["training"]["micro_batch_size"] == self.config.training.micro_batch_size:
             self.trainer.micro_batches.size = state["micro_batch_size"]  # what was found to fit
         self.progress = Progress(**state["progress"])
+        if self.progress.totals is not None:
+            self.totals = EpochTotals(self.model.device)
+            self.totals.load_state_dict(self.progress.totals)
+        if Path(state["file"]).resolve() == self.files.last.resolve():
+            self.checkpoints.last_step = state["global_step"]
         if is_main():  # epochs after the checkpoint will come again
             lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
             self.files.history.write_text("".join(lines), encoding="utf-8")
@@ -349,15 +388,20 @@ class Run:
                 tower_rate, LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE,
             )  # fmt: skip
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield an epoch's batches; measure how long they are waited for."""
+    def _batches(self, totals: EpochTotals) -> Iterator[Batch]:
+        """Yield an epoch's batches from the first that is not in `totals`; measure how long they are waited for."""
         epoch, last = self.progress.epoch, self.config.training.num_epochs
-        total = len(self.loader.dataset)
-        self.bar = progress_bar(total=total, unit="pair", desc=f"epoch {epoch}/{last}")
+        total, done = len(self.loader.dataset), totals.num_pairs
+        self.bar = progress_bar(total=total, initial=done, unit="pair", desc=f"epoch {epoch}/{last}")
         self.waited = 0.0
+        batches = self.loader.epoch(epoch, start=totals.num_batches)
         with self.bar:
-            start = time.perf_counter()
-            for batch in self.loader.epoch(epoch):
+            while True:
+                start = time.perf_counter()
+                with self.stop.interruptible():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 self.waited += time.perf_counter() - start
                 self._note_errors(batch.errors)
                 if self.profiler is not None:
@@ -365,7 +409,31 @@ class Run:
                 self._seed_step()
                 yield batch
                 self.bar.update(len(batch.tokens) * num_processes())
-                start = time.perf_counter()
+                self._after_step(totals)
+
+    def _after_step(self, totals: EpochTotals) -> None:
+        """Stop if a signal asks for it, or save the state if that is due."""
+        due = is_main() and self.checkpoints.is_due(self.trainer.global_step)
+        if self.stop.agree(due=due) and totals.num_batches < len(self.loader):
+            self._save_place()
+
+    def _save_place(self) -> None:
+        """Save the state within an epoch; between two epochs it is saved already."""
+        if self.totals is None:
+            return
+        if self.totals.num_pairs:
+            self.trainer.check(self.totals.mean().loss)
+        average(running_statistics(self.model))
+        state = self._state(with_optimizer=True)
+        if is_main():
+            self.checkpoints.save({self.files.last: state})
+
+    def _log_stop(self, stop: Stopped) -> None:
+        if self.progress.history:
+            epoch, step = self.progress.epoch, self.trainer.global_step
+            logger.info("%s at epoch %d, step %d, which are saved: --resume goes on from there", stop, epoch, step)
+        else:
+            logger.info("%s before anything was trained", stop)
 
     def _seed_step(self) -> None:
         """Make random numbers of the step, such as dropout's, depend on seed, step and process alone."""
@@ -400,17 +468,10 @@ class Run:
         if is_main():
             for errors in of_all:
                 self._note_errors(errors)
-        outcome = evaluate(
-            self.model,
-            self.pairs["val"],
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            precision=self.precision,
-            loss_batch_size=self.config.training.batch_size,
-            cache_dir=self.image_cache_dir,
-            kept=self.val_features,
-        )
+        with self.stop.interruptible():
+            outcome = self._evaluate()
         outcome = broadcast(outcome)  # so that all decide the same
+        self.totals = None
         entry = {
             "epoch": progress.epoch,
             "step": self.trainer.global_step,
@@ -428,6 +489,18 @@ class Run:
             self.checkpoints.save(states)
             self._write_results(finished=False)
         self._log_epoch(entry, improved=improved, seconds=seconds)
+
+    def _evaluate(self) -> Outcome:
+        return evaluate(
+            self.model,
+            self.pairs["val"],
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            precision=self.precision,
+            loss_batch_size=self.config.training.batch_size,
+            cache_dir=self.image_cache_dir,
+            kept=self.val_features,
+        )
 
     def _rates(self) -> dict[str, float]:
         rates = {group["name"]: group["lr"] for group in self.trainer.optimizer.param_groups}
@@ -448,7 +521,7 @@ class Run:
             file.write(json.dumps(entry) + "\n")
         for key, value in entry.items():
             if key not in {"epoch", "step"} and value is not None:
-                self.writer.add_scalar(f"epoch/{key}", value, entry["epoch"])
+                self.writer.add_scalar(f"epoch/{key}", value, entry["step"])
         self.writer.flush()
 
     def _state(self, *, with_optimizer: bool) -> dict[str, Any]:
@@ -470,7 +543,7 @@ class Run:
                 "optimizer_state_dict": whole(trainer.optimizer.state_dict()),
                 "scheduler_state_dict": trainer.scheduler.state_dict(),
                 "scaler_state_dict": trainer.scaler.state_dict(),
-                "progress": asdict(self.progress),
+                "progress": asdict(self.progress) | {"totals": self.totals and self.totals.state_dict()},
                 "micro_batch_size": trainer.micro_batches.size,
             }
         return state
@@ -499,7 +572,7 @@ class Run:
     def _log_epoch(self, entry: dict[str, Any], *, improved: bool, seconds: float) -> None:
         trained = pace = ""
         if entry["train_loss"] is not None:
-            rate, waited = len(self.loader.dataset) / seconds, 100 * self.waited / seconds
+            rate, waited = (len(self.loader.dataset) - self.skipped) / seconds, 100 * self.waited / seconds
             left = (self.config.training.num_epochs - entry["epoch"]) * (time.monotonic() - self.epoch_start)
             pace = f", {seconds:.0f} s, {rate:.1f} pairs/s, waited {waited:.0f}% for data"
             pace += f", {timedelta(seconds=round(left))} left" if left else ""
@@ -532,24 +605,41 @@ def _micro_batch_size(config: Config, model: CLIPModel, precision: Precision, de
     return fitting
 
 
-def _find_state(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Config]:
-    """Find what to resume from; its settings hold, but for those that may change.
+def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[Config, RunFiles, dict[str, Any] | None]:
+    """Keep other runs out of the output folder while `held` is, and find what to resume from.
+
+    Returns:
+        The settings, which are a resumed run's own but for those that may change; the run's files; the state if there
+        is one, with the `file` that it comes from.
 
     Raises:
         FileNotFoundError: the checkpoint named is not there.
-        ValueError: it cannot be resumed from, or a given flag may not change.
+        ValueError: it cannot be resumed from, a given flag may not change, or another run is writing there.
     """
-    if config.run.resume is None:
-        return None, config
-    path = Path(config.run.resume)
-    if config.run.resume == "latest":
-        path = RunFiles(Path(config.run.output_dir)).last
-        if not path.exists():
-            logger.info("nothing to resume in %s: starting from the beginning", config.run.output_dir)
-            return None, config
-    state = load_checkpoint(path)
+    resume, state = config.run.resume, None
+    if resume not in {None, "latest"}:
+        state = {**load_checkpoint(str(resume)), "file": str(resume)}
+        config = _resumed_settings(state, given)
+    files = RunFiles(Path(config.run.output_dir))
+    if is_main():
+        held.enter_context(files.locked())
+    barrier()  # none reads what a run that just ends may still be writing
+    if resume == "latest":
+        found = load_newest_state(files)
+        if found is None:
+            logger.info("nothing to resume in %s: starting from the beginning", files.root)
+        else:
+            state = {**found[1], "file": str(found[0])}
+            config = _resumed_settings(state, {**given, "output_dir": config.run.output_dir})
+    if state is not None:
+        logger.info("resuming at epoch %d, step %d from %s", state["epoch"], state["global_step"], state["file"])
+    return config, files, state
+
+
+def _resumed_settings(state: dict[str, Any], given: dict[str, Any]) -> Config:
+    """Return the settings of a state, changed by the flags that are given and may change."""
     if "optimizer_state_dict" not in state:
-        raise ValueError(f"{path} holds no training state to resume from; use last_model.pth")
+        raise ValueError(f"{state['file']} holds no training state to resume from; use last_model.pth")
     stored = Config.model_validate(state["config"])
     changed = {name: value for name, value in given.items() if override(stored, {name: value}) != stored}
     refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
@@ -559,8 +649,7 @@ def _find_state(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any] |
     for name, value in changed.items():
         if name != "resume":
             logger.info("resumed with --%s %s", name, value)
-    logger.info("resuming at epoch %d, step %d from %s", state["epoch"], state["global_step"], path)
-    return {**state, "file": str(path)}, override(stored, changed)
+    return override(stored, changed)
 
 
 def _make_sample_data(config: Config) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, flags_of, load_config, override, run_stage
+from config import Config, flags_of, load_config, override, run_stage, seconds_of
 
 
 def load(*argv: str) -> Config:
@@ -60,6 +60,8 @@ def test_booleans_can_be_switched_both_ways(argv: list[str], expected: bool) -> 
         (["--batch_sz", "3"], "did you mean --batch_size?"),
         (["--batch_size", "x"], "--batch_size: expected a valid integer"),
         (["--batch_size", "0"], "--batch_size: expected greater than 0"),
+        (["--checkpoint_every", "5x"], "--checkpoint_every: expected a number of steps, or a time such as 90s, 10m"),
+        (["--checkpoint_every", "0m"], "--checkpoint_every: expected a number of steps"),
         (["--learning_rate", "nan"], "--learning_rate: expected a finite number"),
         (["--precision", "fp64"], "--precision: expected 'auto'"),
         (["--config", "gone.json"], "no such file: gone.json"),
@@ -92,6 +94,14 @@ def test_a_wrong_file_is_named_with_its_place(text: str, message: str) -> None:
     Path("config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("500", 500), ("90s", "90s"), ("10m", "10m"), ("2h", "2h"), ("none", None)]
+)
+def test_an_interval_is_steps_or_a_time(text: str, value: object) -> None:
+    assert load("--checkpoint_every", text).run.checkpoint_every == value
+    assert isinstance(value, int | None) or seconds_of(str(value)) == {"90s": 90, "10m": 600, "2h": 7200}[text]
 
 
 def test_every_flag_name_stands_once() -> None:

@@ -1,6 +1,10 @@
 import json
+import os
 import re
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,11 +12,13 @@ import torch
 from PIL import Image
 
 import pretrained
-from checkpoint import load_checkpoint
+from architectures import ARCHITECTURES
+from checkpoint import RunFiles, load_checkpoint
 from clip_model import CLIPModel, MultimodalTrainer
 from data_loader import ImageTextDataset
 from evaluation import Outcome, evaluate
 from retrieval import RECALL_KEYS
+from tests.test_micro_batches import SMALL_VIT
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
@@ -64,33 +70,247 @@ def test_the_checkpoint_is_used_as_the_spec_says(trained_dir: Path, sample_dir: 
         model.load_checkpoint(trained_dir / "x.pth")
 
 
-@pytest.mark.parametrize("frozen", [[], ["--freeze_backbone", "--feature_views", "2"]])
-def test_resuming_is_bit_equal_to_an_unbroken_run(sample_dir: Path, tmp_path: Path, frozen: list[str]) -> None:
-    more = ["--augment", "crop", "--num_epochs", "3", "--warmup_share", "0", *frozen]
-    assert main(flags_for(sample_dir, tmp_path / "whole", *more)) == 0
-    # stopped by the early stop after its first epoch: as if the machine had gone off there
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a run that takes a second, if it draws no figures."""
+    monkeypatch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
+    monkeypatch.setattr("train.draw_figures", lambda _: [])
+    return ["--model_name", SMALL_VIT.name, "--batch_size", "10", "--num_workers", "0"]
+
+
+def signal_at(patch: pytest.MonkeyPatch, signals: dict[int, signal.Signals]) -> None:
+    """Let signals arrive in the middle of steps, by their numbers."""
+    train_step = MultimodalTrainer.train_step
+
+    def step(self: MultimodalTrainer, *arguments: Any) -> Any:
+        if self.global_step + 1 in signals:
+            os.kill(os.getpid(), signals.pop(self.global_step + 1))
+        return train_step(self, *arguments)
+
+    patch.setattr(MultimodalTrainer, "train_step", step)
+
+
+def assert_same(got: Any, want: Any, place: str = "state") -> None:
+    """Compare states bit by bit, but for what differs between two runs of the same settings."""
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got, want), place
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys(), place
+        for key in want.keys() - {"started_at", "output_dir", "resume", "throughput"}:
+            assert_same(got[key], want[key], f"{place}.{key}")
+    else:
+        assert got == want, place
+
+
+def assert_same_runs(got: Path, want: Path) -> None:
+    for name in ("model-checkpoint/last_model.pth", "model-checkpoint/best_model.pth"):
+        assert_same(load_checkpoint(got / name), load_checkpoint(want / name), name)
+    assert (got / "logs/history.jsonl").read_text() == (want / "logs/history.jsonl").read_text()
+    histories = [
+        json.loads((folder / "results/training_results.json").read_text())["history"] for folder in (got, want)
+    ]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--augment", "color", "--num_workers", "0", "--micro_batch_size", "4"],
+        ["--freeze_tower", "text", "--augment", "crop", "--num_workers", "2"],
+        ["--freeze_tower", "image", "--augment", "color", "--feature_views", "2"],
+        ["--freeze_backbone", "--augment", "crop", "--feature_views", "2"],
+    ],
+    ids=lambda more: " ".join(more).replace("--", ""),
+)
+def test_a_run_that_is_stopped_and_resumed_is_an_unbroken_one(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: list[str],
+    more: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*small, "--num_epochs", "2", "--log_interval", "2", *more]
+    assert main(flags_for(sample_dir, tmp_path / "whole", *flags)) == 0
+    capsys.readouterr()
     broken = tmp_path / "broken"
-    stop = pytest.MonkeyPatch()
-    from train import Run  # noqa: PLC0415
+    # in the middle of an epoch, in its last step, and in the step after a stop
+    signal_at(monkeypatch, {2: signal.SIGTERM, 6: signal.SIGINT, 7: signal.SIGTERM})
+    assert main(flags_for(sample_dir, broken, *flags)) == 143
+    for code, step in ((130, 2), (143, 6), (0, 7)):
+        assert f"at epoch {1 if step < 7 else 2}, step {step}, which are saved" in capsys.readouterr().err
+        assert main(["--output_dir", str(broken), "--resume"]) == code
+        output = capsys.readouterr()
+        file = broken / "model-checkpoint" / "last_model.pth"
+        assert f"resuming at epoch {1 if step < 7 else 2}, step {step} from {file}\n" in output.err
+        print(output.err, file=sys.stderr)
+    assert_same_runs(broken, tmp_path / "whole")
 
-    finish = Run._finish_epoch
 
-    def finish_and_die(self: Run, values: dict[str, object], *, seconds: float) -> None:
-        finish(self, values, seconds=seconds)
-        if self.progress.epoch == 1:
-            raise OSError("the power is out")
+def test_every_epoch_and_every_so_many_steps_are_saved(sample_dir: Path, tmp_path: Path, small: list[str]) -> None:
+    flags = [*small, "--num_epochs", "2", "--checkpoint_every", "4", "--keep_checkpoints", "9"]
+    assert main(flags_for(sample_dir, tmp_path, *flags)) == 0
+    files = RunFiles(tmp_path)
+    states = [load_checkpoint(path) for path in reversed(files.states())]
+    assert [(state["epoch"], state["global_step"]) for state in states] == [(0, 0), (1, 4), (1, 6), (2, 8), (2, 12)]
+    (tmp_path / "copy.pth").write_bytes(files.earlier(4).read_bytes())
+    assert main(["--resume", str(tmp_path / "copy.pth"), "--output_dir", str(tmp_path / "again")]) == 0
+    assert_same_runs(tmp_path / "again", tmp_path)
 
-    stop.setattr(Run, "_finish_epoch", finish_and_die)
-    assert main(flags_for(sample_dir, broken, *more)) == 2
-    stop.undo()
-    assert main(["--output_dir", str(broken), "--resume"]) == 0
-    whole, resumed = (
-        load_checkpoint(tmp_path / name / "model-checkpoint/last_model.pth") for name in ("whole", "broken")
-    )
-    assert resumed["epoch"] == 3
-    for name, value in whole["model_state_dict"].items():
-        assert torch.equal(value, resumed["model_state_dict"][name]), name
-    assert [e["rsum"] for e in whole["progress"]["history"]] == [e["rsum"] for e in resumed["progress"]["history"]]
+
+def test_a_run_goes_on_from_the_newest_state_that_is_intact(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*small, "--num_epochs", "2", "--checkpoint_every", "2"]
+    assert main(flags_for(sample_dir, tmp_path / "whole", *flags)) == 0
+    signal_at(monkeypatch, {5: signal.SIGTERM})
+    broken = tmp_path / "broken"
+    assert main(flags_for(sample_dir, broken, *flags)) == 143
+    files = RunFiles(broken)
+    with files.last.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 4]))
+    capsys.readouterr()
+    assert main(["--resume", str(files.last)]) == 2
+    assert "last_model.pth: damaged" in capsys.readouterr().err
+    assert main(flags_for(sample_dir, tmp_path / "other", *flags, "--pretrained", str(files.last))) == 2
+    assert "last_model.pth: damaged" in capsys.readouterr().err
+    assert main(["--resume", "--output_dir", str(broken)]) == 0
+    error = capsys.readouterr().err
+    assert "last_model.pth: damaged: its content is not what was written" in error
+    assert f"resuming at epoch 1, step 4 from {files.earlier(4)}\n" in error
+    assert_same_runs(broken, tmp_path / "whole")
+
+
+def test_nothing_to_resume_is_a_run_from_the_beginning(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = flags_for(sample_dir, tmp_path, *small, "--num_epochs", "1", "--resume")
+    patched = pytest.MonkeyPatch()
+    patched.setattr("train.evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    assert main(flags) == 130
+    patched.undo()
+    error = capsys.readouterr().err
+    assert f"nothing to resume in {tmp_path}: starting from the beginning" in error
+    assert "stopped by SIGINT before anything was trained" in error
+    assert main(flags) == 0
+    assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_a_signal_during_validation_keeps_the_epoch(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*small, "--num_epochs", "2"]
+    assert main(flags_for(sample_dir, tmp_path / "whole", *flags)) == 0
+    calls = iter(range(9))
+
+    def interrupted(*arguments: Any, **options: Any) -> Outcome:
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("went on")
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("train.evaluate", interrupted)
+    broken = tmp_path / "broken"
+    assert main(flags_for(sample_dir, broken, *flags)) == 143
+    monkeypatch.chdir(broken)  # the folder may be another one's current one
+    steps: list[int] = []
+    train_step = MultimodalTrainer.train_step
+
+    def noted(self: MultimodalTrainer, *arguments: Any) -> Any:
+        steps.append(self.global_step)
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(MultimodalTrainer, "train_step", noted)
+    assert main(["--resume"]) == 0
+    assert "resuming at epoch 1, step 6 from model-checkpoint/last_model.pth" in capsys.readouterr().err
+    assert steps == [6, 7, 8, 9, 10, 11]
+    assert_same_runs(broken, tmp_path / "whole")
+
+
+def test_a_resumed_run_has_its_own_settings_and_says_which_changed(
+    sample_dir: Path, tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*small, "--num_epochs", "1", "--precision", "fp32", "--device", "cpu"]
+    assert main(flags_for(sample_dir, tmp_path, *flags)) == 0
+    capsys.readouterr()
+    assert main(["--output_dir", str(tmp_path), "--resume", "--num_epochs", "2", "--checkpoint_every", "3"]) == 0
+    error = capsys.readouterr().err
+    assert "device cpu, precision fp32" in error
+    assert "resumed with --num_epochs 2\n" in error
+    assert "resumed with --checkpoint_every 3\n" in error
+    assert "resumed with --output_dir" not in error
+    assert load_checkpoint(RunFiles(tmp_path).last)["epoch"] == 2
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*small, "--num_epochs", "2", "--checkpoint_every", "2"]
+    assert main(flags_for(sample_dir, tmp_path / "whole", *flags)) == 0
+    broken = tmp_path / "broken"
+    room = iter([2**40] * 4)  # best and last of epoch 0, steps 2 and 4
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000)))
+        capsys.readouterr()
+        assert main(flags_for(sample_dir, broken, *flags)) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith(f"train.py: error: no room for {broken}/model-checkpoint/")
+    assert "0.00 GB are free" in last_line
+    assert [load_checkpoint(path)["global_step"] for path in RunFiles(broken).states()] == [4, 4, 2]  # a second name
+    assert not list((broken / "model-checkpoint").glob(".*"))
+    assert main(["--resume", "--output_dir", str(broken)]) == 0
+    assert_same_runs(broken, tmp_path / "whole")
+
+
+def test_a_second_run_in_a_folder_is_refused_before_it_changes_anything(
+    trained_dir: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(trained_dir.rglob("*"))
+    with RunFiles(trained_dir).locked():
+        for flags in ([], ["--resume"], ["--resume", str(RunFiles(trained_dir).last)]):
+            assert main(flags_for(sample_dir, trained_dir, *flags)) == 2
+            assert f"train.py: error: another run is writing to {trained_dir}" in capsys.readouterr().err
+    assert sorted(trained_dir.rglob("*")) == names
+
+
+def test_a_state_that_is_not_finite_is_not_saved(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train_step = MultimodalTrainer.train_step
+
+    def diverging(self: MultimodalTrainer, *arguments: Any) -> Any:
+        if self.global_step == 2:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(MultimodalTrainer, "train_step", diverging)
+    assert main(flags_for(sample_dir, tmp_path, *small, "--num_epochs", "1", "--checkpoint_every", "1")) == 1
+    assert "the loss is nan at step 3" in capsys.readouterr().err
+    assert load_checkpoint(RunFiles(tmp_path).last)["global_step"] == 2
 
 
 def test_a_later_run_with_frozen_towers_runs_no_tower(
