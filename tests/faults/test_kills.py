@@ -1,0 +1,122 @@
+"""Runs that are killed or stopped as processes, and what is left of them.
+
+`CLIP_TOOLKIT_LONG_TESTS=1` kills fifty times.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from architectures import ARCHITECTURES
+from checkpoint import RunFiles, load_checkpoint, load_newest_state
+from tests.launch import ROOT, environment, torchrun_command
+from tests.test_micro_batches import SMALL_VIT
+from tests.test_train import assert_same_runs
+from train import main
+
+SCRIPT = "tests/faults/run.py"
+IS_LONG = bool(os.environ.get("CLIP_TOOLKIT_LONG_TESTS"))
+NUM_KILLS = 50 if IS_LONG else 2
+FLAGS = ["--model_name", SMALL_VIT.name, "--batch_size", "10", "--augment", "crop", "--num_workers", "2"]
+FLAGS += ["--precision", "fp32", "--checkpoint_every", "1", "--keep_checkpoints", "2", "--learning_rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
+    monkeypatch.setattr("train.draw_figures", lambda _: [])
+
+
+def flags_for(data_dir: Path, output_dir: Path, num_epochs: int) -> list[str]:
+    return [*FLAGS, "--data_dir", str(data_dir), "--output_dir", str(output_dir), "--num_epochs", str(num_epochs)]
+
+
+def run(flags: list[str], fault: str, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+    alone = [sys.executable, str(ROOT / SCRIPT), *flags]
+    command = alone if num_processes == 1 else torchrun_command(num_processes, SCRIPT, *flags)
+    variables = {**environment(), "FAULT": fault} if fault else environment()
+    return subprocess.run(
+        command, env=variables, capture_output=True, text=True, check=False, timeout=300, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an unbroken run of two epochs."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
+        assert main(flags_for(sample_dir, folder, 2)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_all_processes_of_a_run_saves_its_step(
+    name: str, code: int, whole: Path, sample_dir: Path, tmp_path: Path
+) -> None:
+    done = run(flags_for(sample_dir, tmp_path, 2), f"signal:0:4:{name}")
+    assert done.returncode == code, done.stderr
+    assert f"stopped by {name} at epoch 1, step 4" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_checkpoint(RunFiles(tmp_path).last)["global_step"] == 4
+    assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
+    assert_same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("place", ["writing", "naming"])
+def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_state_before(
+    place: str, whole: Path, sample_dir: Path, tmp_path: Path
+) -> None:
+    files = RunFiles(tmp_path)
+    done = run(flags_for(sample_dir, tmp_path, 2), f"kill:6:{place}")  # best and last of epoch 0, then a file a step
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(files.last.parent.glob(".*.tmp"))) == 1
+    assert [load_checkpoint(path)["global_step"] for path in files.states()] == [3, 3, 2]
+    assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
+    assert not list(files.last.parent.glob(".*.tmp"))
+    assert_same_runs(tmp_path, whole)
+
+
+def test_a_run_that_is_killed_at_any_moment_is_the_unbroken_one_in_the_end(sample_dir: Path, tmp_path: Path) -> None:
+    moments = random.Random(0)
+    num_epochs = 2 * NUM_KILLS
+    broken = RunFiles(tmp_path / "broken")
+    more = ["--num_workers", str(2 * IS_LONG)]
+    flags = [*flags_for(sample_dir, broken.root, num_epochs), *more]
+    steps = [0]
+    for _ in range(NUM_KILLS):
+        command = [sys.executable, str(ROOT / SCRIPT), *flags, "--resume"]
+        with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("peak rates"))
+            time.sleep(moments.uniform(0.0, 1.0))
+            process.kill()
+        found = load_newest_state(broken)
+        steps.append(steps[-1] if found is None else found[1]["global_step"])
+    assert steps == sorted(steps)
+    assert main([*flags, "--resume"]) == 0
+    assert main([*flags_for(sample_dir, tmp_path / "whole", num_epochs), *more]) == 0
+    assert_same_runs(broken.root, tmp_path / "whole")
+
+
+def test_processes_stop_after_the_same_step(sample_dir: Path, tmp_path: Path) -> None:
+    """Only one of them gets the signal."""
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    more = ["--num_workers", "0", "--micro_batch_size", "2"]
+    stopped = run([*flags_for(sample_dir, broken, 1), *more], "signal:1:4:SIGTERM", num_processes=2)
+    assert stopped.stderr.count("exitcode  : 143") == 2, stopped.stderr
+    assert "stopped by SIGTERM at epoch 1, step 4" in stopped.stderr
+    assert load_checkpoint(RunFiles(broken).last)["global_step"] == 4
+    if not IS_LONG:
+        return
+    resumed = run(["--output_dir", str(broken), "--resume"], "", num_processes=2)
+    assert "resuming at epoch 1, step 4 from" in resumed.stderr
+    done = run([*flags_for(sample_dir, unbroken, 1), *more], "", num_processes=2)
+    assert (resumed.returncode, done.returncode) == (0, 0), done.stderr
+    assert_same_runs(broken, unbroken)
