@@ -218,8 +218,11 @@ def fitting_size(model: Any, *, precision: Precision, most: int, device: torch.d
         parameters = (parameters + sum(each.nbytes for each in model.parameters())) / num_processes()
     room = SHARE_OF_FREE_MEMORY * free_memory(device) - (few - 2 * a_pair) - parameters
     fitting = int(all_min(torch.tensor(max(int(room / a_pair), 1))).item())
-    logger.info("a pair takes up to %.0f MB while its gradient is computed", a_pair / 1e6)
-    return None if fitting >= most else 2 ** (fitting.bit_length() - 1)
+    if fitting >= most:
+        return None
+    size: int = 2 ** (fitting.bit_length() - 1)
+    logger.info("micro-batches of %d of %d pairs: a pair takes up to %.1f MB of memory", size, most, a_pair / 1e6)
+    return size
 
 
 def _peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:

@@ -526,10 +526,7 @@ def _micro_batch_size(config: Config, model: CLIPModel, precision: Precision, de
     if set(model.frozen_towers) == set(TOWERS) and _num_views(config):
         return None  # their outputs are kept, and no tower runs
     own = -(-config.training.batch_size // num_processes())
-    fitting = fitting_size(model, precision=precision, most=own, device=device)
-    if fitting is not None:
-        logger.info("micro-batches of %d of a process's %d pairs fit into memory", fitting, own)
-    return fitting
+    return fitting_size(model, precision=precision, most=own, device=device)
 
 
 def _find_state(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Config]:
