@@ -175,7 +175,7 @@ class ImageTextDataset(Dataset[Sample]):
             finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
             return Sample(None, tokens, image, caption, str(error))
-        with _seeded(self._transform_seed(image, index)):
+        with seeded(self._transform_seed(image, index)):
             return Sample(finish(), tokens, image, caption)
 
     def _open(self, path: str) -> Callable[[], Tensor]:
@@ -224,7 +224,7 @@ def _split_mix(state: BitArray) -> BitArray:
     return mixed
 
 
-class _seeded:  # noqa: N801  (used as a function)
+class seeded:  # noqa: N801  (used as a function)
     """Seed `torch` and `random` for one sample's transform, and put their states back."""
 
     def __init__(self, seed: int) -> None:
@@ -308,17 +308,19 @@ class TrainLoader:
         self.dataset.set_epoch(epoch)
         pieces = iter(self.loader)
         for items in self.batches:
-            yield join_pieces(pieces, len(share(items)), pin_memory=self.pin_memory)
+            num_items = len(share(items))
+            num_pieces = -(-num_items // PIECE_SIZE)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
 
 
-def join_pieces(pieces: Iterator[Batch], num_items: int, *, pin_memory: bool) -> Batch:
-    """Make one batch of the next `num_items` items, which come in pieces of `PIECE_SIZE`; holds it and one piece."""
-    if num_items <= PIECE_SIZE:
-        return next(pieces) if num_items else collate([])
+def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
+    """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
+    if num_pieces <= 1:
+        return next(pieces) if num_pieces else collate([])
     images: Tensor | None = None
     parts = []
     end = 0
-    for _ in range(-(-num_items // PIECE_SIZE)):
+    for _ in range(num_pieces):
         piece = next(pieces)
         if len(piece.images):
             if images is None:
