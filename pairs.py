@@ -17,6 +17,7 @@ from torch import Tensor
 from annotations import Index, Row, find_index, read_directory, read_index
 from config import DEFAULT_DATA_DIR, DataSettings
 from sample_data import UNFINISHED
+from shards import is_shards, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, cap
     """Read a data set: its index, the identity of its images, and which of them are there.
 
     Args:
-        data_dir: folder or index file.
+        data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose pictures stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions.
 
@@ -114,6 +115,10 @@ def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, cap
         ValueError: an index that cannot be read, or more than 1% of its entries are bad; lists them.
     """
     path = Path(data_dir)
+    if is_shards(data_dir):
+        rows, bad = read_rows(str(data_dir), caption_key=caption_key)
+        _judge(bad, num_good=len(rows), path=path)
+        return Pairs(rows)
     if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
         what = "holds no data" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in {DEFAULT_DATA_DIR}")
