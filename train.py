@@ -60,6 +60,8 @@ from runtime import (
     seed_everything,
     setup_logging,
 )
+from shard_loader import ShardLoader, training_shards
+from shards import Shards, is_shards
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
@@ -87,7 +89,12 @@ def _train(argv: list[str] | None) -> int:
     keep_freed_memory()
     if "data_dir" not in given:
         _make_sample_data(config)
-    pairs = training_pairs(config.data, seed=config.training.seed)
+    shards: Shards | None = None
+    if is_shards(config.data.data_dir):
+        shards, val = training_shards(config.data)
+        pairs = {"val": val}
+    else:
+        pairs = training_pairs(config.data, seed=config.training.seed)
     model = _make_model(config, given, state).to(device)
     if config.training.compile and can_compile(device):
         model.compile_towers()
@@ -96,7 +103,7 @@ def _train(argv: list[str] | None) -> int:
         logger.info("the earlier run's files are now in %s", folder)
     setup_logging(config.run.log_level, files.log)
     try:
-        run = Run(config, model, pairs, files, precision=precision)
+        run = Run(config, model, pairs, files, precision=precision, shards=shards)
         if state is not None:
             run.restore(state)
         run.train()
@@ -125,32 +132,28 @@ class Progress:
 
 
 class Run:
-    """One training run: epochs, validation, early stop, what is saved."""
+    """One training run: epochs, validation, early stop, what is saved; trains on `shards` if there are any."""
 
     def __init__(
-        self, config: Config, model: CLIPModel, pairs: dict[str, Pairs], files: RunFiles, *, precision: Precision
+        self,
+        config: Config,
+        model: CLIPModel,
+        pairs: dict[str, Pairs],
+        files: RunFiles,
+        *,
+        precision: Precision,
+        shards: Shards | None = None,
     ) -> None:
         settings = config.training
         self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
+        self.shards = shards
         workers = config.data.num_workers
         self.num_workers = default_num_workers(model.device) if workers is None else workers
         self.cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         self.image_cache_dir = self.cache_dir / "images" if config.data.cache_images else None
-        dataset = ImageTextDataset(
-            pairs["train"],
-            transform=train_transform(model.image_resolution, config.data.augment, fast_decode=config.data.fast_decode),
-            captions=config.data.captions,
-            seed=settings.seed,
-        )
-        if self.image_cache_dir is not None:
-            dataset.keep_images(self.image_cache_dir)
-        loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
         self.cache = self._open_cache()
         self.val_features: PairFeatures | None = None
-        self.loader: TrainLoader | FeatureLoader = loader
-        if self.cache is not None:
-            dataset.num_views = self._num_views() if "image" in model.frozen_towers else 0
-            self.loader = FeatureLoader(loader, self.cache, augment=config.data.augment, num_epochs=settings.num_epochs)
+        self.loader = self._open_loader()
         scale = settings.backbone_lr_scale
         self.backbone_lr_scale = (1.0 if model.starts_random else 0.01) if scale is None else scale
         optimizer = build_optimizer(
@@ -241,6 +244,29 @@ class Run:
         lines.append(f"\npeak memory: {peak}\nbest model: {self.files.best}\nresults: {self.files.results}")
         return "\n".join(lines)
 
+    def _open_loader(self) -> TrainLoader | FeatureLoader | ShardLoader:
+        """Open what gives the batches of training."""
+        data, settings, model = self.config.data, self.config.training, self.model
+        transform = train_transform(model.image_resolution, data.augment, fast_decode=data.fast_decode)
+        if self.shards is not None:
+            return ShardLoader(
+                self.shards,
+                transform=transform,
+                batch_size=settings.batch_size,
+                num_workers=self.num_workers,
+                device=model.device,
+                seed=settings.seed,
+                caption_key=data.caption_key,
+            )
+        dataset = ImageTextDataset(self.pairs["train"], transform=transform, captions=data.captions, seed=settings.seed)
+        if self.image_cache_dir is not None:
+            dataset.keep_images(self.image_cache_dir)
+        loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
+        if self.cache is None:
+            return loader
+        dataset.num_views = self._num_views() if "image" in model.frozen_towers else 0
+        return FeatureLoader(loader, self.cache, augment=data.augment, num_epochs=settings.num_epochs)
+
     def _num_views(self) -> int:
         views = self.config.data.feature_views
         return (1 if self.config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
@@ -248,6 +274,9 @@ class Run:
     def _open_cache(self) -> FeatureCache | None:
         """Open the kept features of the frozen towers, if there are any and they are wanted."""
         if not self.model.frozen_towers or not self._num_views():
+            return None
+        if self.shards is not None:
+            logger.info("what frozen towers give for shards is not kept: as with --feature_views 0")
             return None
         return FeatureCache(
             self.model,
@@ -269,10 +298,14 @@ class Run:
         total = sum(p.numel() for p in model.parameters())
         name = model.architecture.name
         logger.info("model %s (%s), %.1f M parameters, %.1f M trained", name, start, total / 1e6, trained / 1e6)
-        train, val = self.pairs["train"], self.pairs["val"]
+        if self.shards is None:
+            train = f"{len(self.pairs['train'])} training images ({self.pairs['train'].num_pairs} pairs)"
+        else:
+            train = f"{len(self.shards)} training images in {len(self.shards.shards)} shards"
+        val = self.pairs["val"]
         logger.info(
-            "data %s: %d training images (%d pairs), %d validation images (%d pairs)",
-            self.config.data.data_dir, len(train), train.num_pairs, len(val), val.num_pairs,
+            "data %s: %s, %d validation images (%d pairs)",
+            self.config.data.data_dir, train, len(val), val.num_pairs,
         )  # fmt: skip
         logger.info(
             "device %s, precision %s, %d loading processes", model.device, self.precision.name, self.num_workers
