@@ -23,6 +23,7 @@ from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
 from contrastive import ContrastiveLoss
 from micro_batches import MicroBatches, StepResult
+from parallel import clip_gradient, is_sharded
 from preprocessing import clip_transform, normalize, to_rgb, tokenize
 from pretrained import Weights, published_url, published_weights, read_weights
 from runtime import Precision
@@ -32,6 +33,7 @@ from towers import (
     checkpointed_layers,
     compiled_layers,
     image_tower,
+    run_by_method,
     set_activation,
     text_tower,
 )
@@ -209,11 +211,11 @@ class CLIPModel(nn.Module):
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
         pixels = normalize(images.to(self.device, non_blocking=True))
-        return image_tower(self.backbone, pixels, self._run_layer["image"] if self.training else None)
+        return image_tower(self.backbone, pixels, self._layer_runner("image"))
 
     def run_text_tower(self, tokens: Tensor) -> Tensor:
         """Turn tokens, int `[B, 77]`, into the text tower's output `[B, embed_dim]`."""
-        return text_tower(self.backbone, tokens, self._run_layer["text"] if self.training else None)
+        return text_tower(self.backbone, tokens, self._layer_runner("text"))
 
     def project_image(self, tower_output: Tensor) -> Tensor:
         """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
@@ -252,6 +254,10 @@ class CLIPModel(nn.Module):
             self.architecture = replace(self.architecture, activation=activation)
             set_activation(self.backbone, activation)
 
+    def _layer_runner(self, tower: str) -> RunLayer | None:
+        run_layer = self._run_layer[tower] if self.training else None
+        return run_by_method(run_layer) if is_sharded(self) else run_layer
+
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
         sequence = [images] if isinstance(images, Image.Image | str | Path) else images
         transform = clip_transform(self.image_resolution)
@@ -285,17 +291,18 @@ def build_optimizer(
 
     The groups are named `projection` and `backbone` (their `name` entry), each with and without decay.
     """
-    groups: dict[tuple[str, float], list[Tensor]] = {}
+    groups: dict[tuple[str, float, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "backbone" if name.startswith("backbone.") else "projection"
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((part, decay), []).append(parameter)
+            # apart, since it stays whole where the others are sharded
+            groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
     rates = {"projection": learning_rate, "backbone": learning_rate * backbone_lr_scale}
     return torch.optim.AdamW(
         [
             {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
-            for (part, decay), parameters in groups.items()
+            for (part, decay, _), parameters in groups.items()
         ],
         betas=(0.9, 0.98),
         eps=1e-6,
@@ -340,7 +347,7 @@ class MultimodalTrainer:
         gradient_clip_norm: largest norm of the whole gradient; 0: no clipping.
         micro_batch_size: pairs that are in memory at once, in each process; None: the whole batch. The gradient is the
             same. It is halved when memory runs out.
-        parallel: what runs the model in several processes, see `distributed.parallel_model`.
+        parallel: what runs the model in several processes, see `parallel.parallel_model`.
     """
 
     def __init__(
@@ -385,7 +392,8 @@ class MultimodalTrainer:
             return None
         self.scaler.unscale_(self.optimizer)
         if self.gradient_clip_norm:
-            self._clip_gradient()
+            trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+            clip_gradient(trained, self.gradient_clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
@@ -394,18 +402,6 @@ class MultimodalTrainer:
             self.scheduler.step()
         self.global_step += 1
         return result
-
-    def _clip_gradient(self) -> None:
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        gradients = [each.grad for each in trained if each.grad is not None]
-        if self.model.device.type != "cpu":
-            norm = torch.nn.utils.get_total_norm(gradients)
-        else:  # the norms of rows run on all cores, and sum more exactly
-            rows = [torch.linalg.vector_norm(each, dim=-1) if each.ndim > 1 else each for each in gradients]
-            norm = torch.nn.utils.get_total_norm(rows)
-            if norm <= self.gradient_clip_norm:  # to look is free here, and saves a pass over all gradients
-                return
-        torch.nn.utils.clip_grads_with_norm_(trained, self.gradient_clip_norm, norm)
 
     def train_epoch(
         self,

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +102,16 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """How the weights are moved."""
 
-    batch_size: PositiveInt = Field(32, description="pairs a step: each is contrasted with all others of its batch")
+    batch_size: PositiveInt = Field(
+        32, description="pairs a step, over all processes: each is contrasted with all others of its batch"
+    )
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="pairs in memory at once, in each process; the gradient is the same; auto: as many as fit"
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute each layer again in the backward pass instead of keeping it: less memory, a third slower",
+    )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
     backbone_lr_scale: NonNegativeFloat | None = Field(
@@ -124,6 +134,9 @@ class RunSettings(Settings):
     """Where the run happens and what it leaves."""
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun: the whole model in each process, or (fsdp) a share of it"
+    )
     output_dir: str = Field(".", description="holds model-checkpoint/, results/ and logs/")
     cache_dir: str | None = Field(None, description="folder for kept pictures and features; none: cache in output_dir")
     resume: str | None = Field(
@@ -310,6 +323,8 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
         The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a loss that is not finite or
         too little memory, 130 after Ctrl-C.
     """
+    rank = os.environ.get("RANK", "0")
+    name += "" if rank == "0" else f" (process {rank})"
     try:
         return stage()
     except (ValueError, OSError, ImportError) as error:

@@ -279,8 +279,8 @@ class _Pieces(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for items in self.batches:
-            own = share(items)
-            yield from (list(own[start : start + PIECE_SIZE]) for start in range(0, len(own), PIECE_SIZE))
+            own = items[share(len(items))]
+            yield from (own[start : start + PIECE_SIZE] for start in range(0, len(own), PIECE_SIZE))
 
 
 class TrainLoader:
@@ -315,7 +315,7 @@ class TrainLoader:
         self.dataset.set_epoch(epoch)
         pieces = iter(self.loader)
         for items in self.batches:
-            num_items = len(share(items))
+            num_items = len(items[share(len(items))])
             num_pieces = -(-num_items // PIECE_SIZE)
             yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
 

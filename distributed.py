@@ -42,22 +42,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launched_rank() -> int:
-    """Return the number that `torchrun` gave this process, before anything is initialised; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def own_device(name: str) -> torch.device:
     """Turn a device's name into this process's own: on a machine with several GPUs each process takes its own.
 
     Raises:
         ValueError: no such device, or too few GPUs for the processes of this machine.
     """
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local_processes == 1:
-        return resolve_device(name)
     device = resolve_device(name)
-    if device.type == "cpu":
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_processes == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
         raise ValueError(f"--device {name}: {local_processes} processes cannot share one device; use cuda or cpu")
@@ -140,7 +133,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def broadcast(values: Any) -> Any:
+def broadcast(values: T) -> T:
     """Return what the main process has; plain values."""
     if not dist.is_initialized():
         return values
@@ -149,10 +142,18 @@ def broadcast(values: Any) -> Any:
     return holder[0]
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's part of what all of them have: consecutive items, as many as the others to within one."""
-    start, end = (number * len(items) // num_processes() for number in (rank(), rank() + 1))
-    return items[start:end]
+def gather_values(values: T) -> list[T]:
+    """Return what each process has, in their order; plain values."""
+    if not dist.is_initialized():
+        return [values]
+    parts: list[Any] = [None] * num_processes()
+    dist.all_gather_object(parts, values)
+    return parts
+
+
+def share(num_items: int) -> slice:
+    """Return which of the items that all have are this process's: consecutive, as many as the others' to within one."""
+    return slice(*(number * num_items // num_processes() for number in (rank(), rank() + 1)))
 
 
 def barrier() -> None:
@@ -169,5 +170,23 @@ def progress_bar(*arguments: Any, **options: Any) -> Any:
 def copy_weights(model: nn.Module) -> None:
     """Give every process the main one's parameters and buffers."""
     if dist.is_initialized():
-        for value in model.state_dict().values():
-            dist.broadcast(value, src=0)
+        for value in (*model.parameters(), *model.buffers()):
+            dist.broadcast(value.detach(), src=0)
+
+
+def average(buffers: Sequence[Tensor]) -> None:
+    """Give every process the mean of all processes' buffers, in place; whole numbers stay."""
+    for buffer in buffers:
+        if buffer.is_floating_point():
+            all_sum(buffer).div_(num_processes())
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let one process of each machine do the enclosed work before the others, who then find it done."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()

@@ -1,6 +1,8 @@
 """Features to similarities to ranks to metrics. As a stage it evaluates a checkpoint:
 
 python evaluation.py --checkpoint model-checkpoint/best_model.pth
+
+Started by `torchrun`, several processes encode and rank a part each.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +23,11 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from checkpoint import load_checkpoint
 from clip_model import CLIPModel
 from data_loader import ImageTextDataset, Pairs, collate, evaluation_pairs, load_pairs
+from distributed import gather_rows, is_main, num_processes, own_device, process_group, progress_bar, rank
 from feature_cache import Features, PairFeatures
 from preprocessing import clip_transform, tokenize
 from retrieval import (
@@ -35,7 +37,7 @@ from retrieval import (
     similarity_histograms,
     validation_loss,
 )
-from runtime import Precision, autocast, default_num_workers, resolve_device, resolve_precision, setup_logging
+from runtime import Precision, autocast, default_num_workers, resolve_precision, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     settings, _ = parse_settings(EvaluationSettings, argv, description=str(__doc__))
 
     setup_logging(settings.log_level)
-    device = resolve_device(settings.device)
+    device = own_device(settings.device)
     content = load_checkpoint(settings.checkpoint)
     precision = resolve_precision(settings.precision or content["config"]["training"]["precision"], device)
     if settings.data_dir is None:
@@ -62,17 +64,23 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
         pairs = evaluation_pairs(
             settings.data_dir, split=settings.split, image_dir=settings.image_dir, caption_key=settings.caption_key
         )
-    model = CLIPModel.from_checkpoint(settings.checkpoint, device=device)
-    outcome = evaluate(
-        model, pairs, batch_size=settings.batch_size, num_workers=settings.num_workers, precision=precision
-    )
+    with process_group(device):
+        model = CLIPModel.from_checkpoint(settings.checkpoint, device=device)
+        outcome = evaluate(
+            model, pairs, batch_size=settings.batch_size, num_workers=settings.num_workers, precision=precision
+        )
+        if is_main():
+            _report(settings, outcome, data=data, split=split)
+    return 0
+
+
+def _report(settings: EvaluationSettings, outcome: Outcome, *, data: str, split: str) -> None:
     print(metrics_table(outcome))
     results = {"checkpoint": settings.checkpoint, "data": data, "split": split, **outcome.to_dict()}
     path = Path(settings.output_dir) / "results" / "evaluation_results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
-    return 0
 
 
 class Outcome(NamedTuple):
@@ -174,7 +182,7 @@ def encode_pairs(
     model.eval()
     start = time.perf_counter()
     kept_images, kept_texts = kept or PairFeatures(None, None)
-    with torch.inference_mode():
+    with torch.no_grad():  # FSDP's buffers would be unfit for training after inference_mode
         if kept_images is not None:
             readable = _readable(kept_images)
             image_features = _project(
@@ -243,19 +251,34 @@ def _encode_images(
         dataset.keep_images(cache_dir)
     workers = default_num_workers(model.device) if num_workers is None else num_workers
     on_gpu = model.device.type == "cuda"
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=on_gpu)
-    features = _Features(len(pairs), model)
-    ids = []
-    for batch in tqdm(loader, desc="encode images", leave=False, disable=None):
-        for error in batch.errors:
+    batches, num_rounds = deal(torch.arange(len(pairs)).split(batch_size))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[batch.tolist() for batch in batches],
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=on_gpu,
+    )
+    features = _Features(sum(map(len, batches)), model)
+    ids = [torch.empty(0, dtype=torch.int64)]
+    blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
+    loaded = iter(loader)
+    for _ in progress_bar(range(num_rounds), desc="encode images"):
+        batch = next(loaded, None)
+        for error in batch.errors if batch else []:
             logger.warning("left out: %s", error)
-        if len(batch.image_ids):
+        if batch is None or not len(batch.image_ids):
             with autocast(model.device, precision):
-                features.append(model.encode_image(batch.images))
-            ids.append(batch.image_ids)
-    if not ids:
+                model.encode_image(blank)  # the others may need this process's part of a sharded model
+            continue
+        with autocast(model.device, precision):
+            features.append(model.encode_image(batch.images))
+        ids.append(batch.image_ids)
+    numbers, rows = gather_rows(torch.cat(ids)), gather_rows(features.all())
+    if not len(numbers):
         raise ValueError("none of the pictures could be read")
-    return features.all(), torch.cat(ids)
+    order = torch.argsort(numbers)
+    return rows[order], numbers[order]
 
 
 def encode_captions(model: CLIPModel, captions: list[str], *, batch_size: int, precision: Precision) -> Tensor:
@@ -265,12 +288,21 @@ def encode_captions(model: CLIPModel, captions: list[str], *, batch_size: int, p
         float32 `[M, D]` in main memory.
     """
     tokens, _ = tokenize(captions, model.architecture.context_length)
-    order = torch.argsort(tokens.argmax(1), stable=True)
-    features = _Features(len(tokens), model)
-    for rows in tqdm(order.split(batch_size), desc="encode texts", leave=False, disable=None):
+    batches, num_rounds = deal(torch.argsort(tokens.argmax(1), stable=True).split(batch_size))
+    features = _Features(sum(map(len, batches)), model)
+    for number in progress_bar(range(num_rounds), desc="encode texts"):
         with autocast(model.device, precision):
-            features.append(model.encode_text(tokens[rows]))
-    return features.all()[torch.argsort(order)]
+            if number < len(batches):
+                features.append(model.encode_text(tokens[batches[number]]))
+            else:
+                model.encode_text(tokens[:1])
+    numbers = gather_rows(torch.cat([torch.empty(0, dtype=torch.int64), *batches]))
+    return gather_rows(features.all())[torch.argsort(numbers)]
+
+
+def deal(batches: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    """Return this process's batches, whole ones in turn, and how many the process with the most has."""
+    return batches[rank() :: num_processes()], -(-len(batches) // num_processes())
 
 
 class _Features:

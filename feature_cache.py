@@ -21,12 +21,11 @@ import PIL
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 import preprocessing
 from clip_model import CLIPModel
 from data_loader import Batch, ImageTextDataset, IntArray, Pairs, TrainLoader, collate
-from distributed import share
+from distributed import any_process, barrier, gather_values, progress_bar, share
 from preprocessing import file_stamp, tokenize, train_transform
 from runtime import Precision, autocast
 
@@ -58,7 +57,7 @@ class FeatureStore:
         self._names: list[str] = []
         self._parts: list[Rows] = []
         self._keys: list[Keys] = []
-        self._load()
+        self.take_in()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -121,11 +120,14 @@ class FeatureStore:
                 yield write
             finally:
                 commit()
-        self._load()
+        self._take_in([part.with_suffix(".keys")])
 
-    def _load(self) -> None:
-        """Take in the parts that are new; rows that have been given out keep their numbers."""
-        for path in sorted(self.folder.glob("*.keys")):
+    def take_in(self) -> None:
+        """Take in what others have written; rows that have been given out keep their numbers."""
+        self._take_in(sorted(self.folder.glob("*.keys")))
+
+    def _take_in(self, paths: list[Path]) -> None:
+        for path in paths:
             rows_path = path.with_suffix(".rows")
             num_rows = min(path.stat().st_size // KEY_BYTES, _size(rows_path) // (4 * self.width))
             if num_rows and path.stem not in self._names:
@@ -237,8 +239,16 @@ class FeatureCache:
         missing = np.flatnonzero(rows < 0)
         missing = missing[~np.isin(missing, list(errors))]
         self._log("image", num_missing=len(missing), num_all=len(rows), store=store)
-        if len(missing):
-            errors |= self._encode_images(pairs, view, missing, keys=keys, store=store)
+        if any_process(bool(len(missing))):
+            own = missing[share(len(missing))]
+            for found in gather_values(self._encode_images(pairs, view, own, keys=keys, store=store)):
+                errors |= found
+            store.take_in()
+            rows = store.find(keys)
+            rows[list(errors)] = -1
+            # of processes that share no disk, each computes all that is missing on its own
+            missing = np.setdiff1d(np.flatnonzero(rows < 0), list(errors))
+            self._encode_images(pairs, view, missing, keys=keys, store=store)
             rows[missing] = store.find(keys[missing])
         return Features(store, rows, errors)
 
@@ -257,9 +267,13 @@ class FeatureCache:
         _, first = np.unique(keys[found < 0], axis=0, return_index=True)
         missing = np.flatnonzero(found < 0)[np.sort(first)]
         self._log("text", num_missing=len(missing), num_all=len(wanted), store=store)
-        if len(missing):
-            captions = (pairs.captions[number] for number in wanted[missing].tolist())
-            self._encode_texts(captions, keys[missing], store)
+        if any_process(bool(len(missing))):
+            for part in (missing[share(len(missing))], missing):
+                own = part[store.find(keys[part]) < 0]
+                captions = (pairs.captions[number] for number in wanted[own].tolist())
+                self._encode_texts(captions, keys[own], store)
+                barrier()
+                store.take_in()
             found = store.find(keys)
         rows = np.full(pairs.num_pairs, -1, dtype=np.int64)
         rows[wanted] = found
@@ -269,6 +283,8 @@ class FeatureCache:
         self, pairs: Pairs, view: View, missing: IntArray, *, keys: Keys, store: FeatureStore
     ) -> dict[int, str]:
         """Add the pictures `missing` to the store; return why some of them have no output."""
+        if not len(missing):
+            return {}
         model = self.model
         transform = train_transform(model.image_resolution, view.augment)
         dataset = ImageTextDataset(pairs, transform=transform, seed=view.seed)
@@ -282,8 +298,8 @@ class FeatureCache:
             pin_memory=model.device.type == "cuda",
         )
         errors: dict[int, str] = {}
-        bar = tqdm(total=len(missing), unit="picture", desc="frozen image tower", leave=False, disable=None)
-        with store.writing(len(missing)) as write, bar, torch.inference_mode():
+        bar = progress_bar(total=len(missing), unit="picture", desc="frozen image tower")
+        with store.writing(len(missing)) as write, bar, torch.no_grad():
             for number, batch in enumerate(loader):
                 items = missing[number * self.batch_size : (number + 1) * self.batch_size]
                 ids = batch.image_ids.numpy()
@@ -298,9 +314,11 @@ class FeatureCache:
 
     def _encode_texts(self, captions: Iterator[str], keys: Keys, store: FeatureStore) -> None:
         """Add captions to the store, in batches of similar length, since a batch costs as much as its longest text."""
+        if not len(keys):
+            return
         model = self.model
-        bar = tqdm(total=len(keys), unit="caption", desc="frozen text tower", leave=False, disable=None)
-        with store.writing(len(keys)) as write, bar, torch.inference_mode():
+        bar = progress_bar(total=len(keys), unit="caption", desc="frozen text tower")
+        with store.writing(len(keys)) as write, bar, torch.no_grad():
             for start in range(0, len(keys), TEXT_CHUNK):
                 chunk = keys[start : start + TEXT_CHUNK]
                 tokens, _ = tokenize([next(captions) for _ in chunk], model.architecture.context_length)
@@ -351,7 +369,7 @@ class FeatureLoader:
         if images is not None:
             self._loader.batches.epoch = epoch
             for items in self._loader.batches:
-                yield self._batch(np.array(share(items), dtype=np.int64), images, texts)
+                yield self._batch(np.array(items[share(len(items))], dtype=np.int64), images, texts)
         elif texts is not None:
             for batch in self._loader.epoch(epoch):
                 yield batch._replace(tokens=texts[batch.caption_ids.numpy()])

@@ -1,4 +1,4 @@
-"""Published CLIP weights: find or fetch them, verify them, convert them to the names of OpenAI's classes.
+"""Published CLIP weights: find or fetch them, convert them to the names of OpenAI's classes.
 
 No file is trusted to run code: TorchScript archives are read as plain tensors, `.pt` files with `weights_only=True`,
 the rest through safetensors.
@@ -6,14 +6,10 @@ the rest through safetensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 import pickle
-import threading
-import urllib.error
-import urllib.request
-import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -23,15 +19,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from architectures import ARCHITECTURES, GELU, QUICK_GELU, Architecture, describe_architecture
 from checkpoint import load_tensors
+from downloads import Patience, UnavailableError, cached_hub_model, download, download_hub_model, file_sha256
 from runtime import import_clip
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 8.0
+# for all sources together; leaves room for the imports that they need, within ten
+ANSWER_SECONDS = 7.0
+# the same models as OpenAI's, by the names of transformers; the ResNets are not there
+HUB_REPOS = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
 # open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
 _UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
 
@@ -52,84 +56,61 @@ def published_url(name: str) -> str | None:
 
 
 def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
-    """Find OpenAI's archive for a model in the cache, or download it; either way its SHA-256 is checked.
+    """Find a model's weights on this machine, or download them; either way their SHA-256 is checked.
+
+    Looked for without any network: OpenAI's archive in `cache_dir`, the same model in the cache of `huggingface_hub`.
+    Asked in turn: `CLIP_MIRROR` (a base address with OpenAI's files at `<SHA-256>/<file>`), OpenAI, Hugging Face's hub.
+
+    Args:
+        name: of a model with published weights.
+        cache_dir: where OpenAI's archives lie; None: `~/.cache/clip`, as in OpenAI's own code.
 
     Raises:
         ValueError: nothing was published under that name.
-        OSError: it cannot be had; says what to fetch from where and where to put it.
+        OSError: they cannot be had; says why, what to fetch from where and where to put it.
     """
     url = published_url(name)
     if url is None:
         raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
-    path = (cache_dir or Path.home() / ".cache" / "clip") / url.rsplit("/", 1)[1]
-    sha256 = url.split("/")[-2]
+    sha256, file = url.split("/")[-2:]
+    path = (cache_dir or Path.home() / ".cache" / "clip") / file
     if path.is_file():
         if file_sha256(path) == sha256:
             return path
-        logger.warning("%s is damaged or another file (SHA-256 differs); downloading it again", path)
-    try:
-        download(url, path, sha256=sha256)
-    except OSError as error:
-        raise OSError(
-            f"no weights for {name}: {url} cannot be had ({error}). Put that file (SHA-256 {sha256}) at {path}, "
-            "or name a local one with --pretrained FILE, or start from random weights with --pretrained none"
-        ) from None
-    return path
+        logger.warning("%s is damaged or another file (SHA-256 differs)", path)
+    repo = HUB_REPOS.get(name)
+    cached = cached_hub_model(repo) if repo else None
+    if cached is not None:
+        logger.info("%s: weights from %s", name, cached)
+        return cached
+    mirror = os.environ.get("CLIP_MIRROR")
+    urls = ([f"{mirror.rstrip('/')}/{sha256}/{file}"] if mirror else []) + [url]
+    return _fetch(name, urls, path, repo=repo)
 
 
-def download(url: str, path: Path, *, sha256: str) -> None:
-    """Fetch a file with a progress bar, check it, and only then put it at `path`.
-
-    Raises:
-        OSError: unreachable within seconds, broken off, or not the file expected.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    digest = hashlib.sha256()
-    try:
-        with _connect(url) as response, part.open("wb") as file:
-            total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-                    bar.update(len(block))
-        if digest.hexdigest() != sha256:
-            raise OSError(f"the file received is not the one published: its SHA-256 is {digest.hexdigest()}")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _connect(url: str) -> Any:
-    """Open a URL, giving up after a fixed time, also when it is the name look-up that hangs."""
-    outcome: list[Any] = []
-
-    def connect() -> None:
+def _fetch(name: str, urls: list[str], path: Path, *, repo: str | None) -> Path:
+    """Ask one source after the other; where none answers, all of them together take no longer than `ANSWER_SECONDS`."""
+    sha256 = urls[0].split("/")[-2]
+    patience = Patience(answer=ANSWER_SECONDS / (len(urls) + (repo is not None)))
+    reasons = []
+    for url in urls:
+        logger.info("%s: asking %s for the weights", name, url)
         try:
-            outcome.append(urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
-        except Exception as error:  # handed to the caller below
-            outcome.append(error)
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    if not outcome:
-        raise TimeoutError(f"no answer within {CONNECT_SECONDS:.0f} s")
-    if isinstance(outcome[0], urllib.error.URLError) and not isinstance(outcome[0], urllib.error.HTTPError):
-        raise OSError(str(outcome[0].reason)) from None
-    if isinstance(outcome[0], Exception):
-        raise outcome[0] if isinstance(outcome[0], OSError) else OSError(str(outcome[0]))
-    return outcome[0]
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            download(url, path, sha256=sha256, patience=patience)
+            return path
+        except UnavailableError as error:
+            reasons.append(f"{url} cannot be had ({error})")
+    if repo is not None:
+        logger.info("%s: asking the Hugging Face Hub for %s", name, repo)
+        try:
+            return download_hub_model(repo, patience=patience)
+        except UnavailableError as error:
+            reasons.append(f"{repo} on the Hugging Face Hub cannot be had ({error})")
+    raise OSError(
+        f"no weights for {name}: {'; '.join(reasons)}. Put {path.name} (SHA-256 {sha256}) at {path}, or name a mirror "
+        "with CLIP_MIRROR or HF_ENDPOINT, or a local file with --pretrained FILE, or start from random weights with "
+        "--pretrained none"
+    )
 
 
 def read_weights(path: Path, *, activation: str | None = None) -> Weights:

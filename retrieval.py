@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from distributed import all_sum, num_processes, rank
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
@@ -131,10 +134,10 @@ class _Products:
 
     def own_scores(self, owners: Tensor, num_texts_of: Tensor) -> Tensor:
         """Return each text's score with its own image, float32 `[M]`; `owners` is sorted."""
-        own = torch.empty(len(self.texts), device=self.device)
+        own = torch.zeros(len(self.texts), device=self.device)
         first_text = [0, *num_texts_of.cumsum(0).tolist()]
         owners = owners.to(self.device)
-        for rows in _slices(len(self.images), self.image_block):
+        for rows in self._own_blocks():
             first, end = first_text[rows.start], first_text[rows.stop]
             images = self._block(self.images, rows, self.image_block)
             for start in range(first - first % self.text_block, end, self.text_block):
@@ -142,7 +145,7 @@ class _Products:
                 scores = self._multiply(images, rows, columns, keep=True)
                 mine = torch.arange(max(first, start), min(end, columns.stop), device=self.device)
                 own[mine] = scores[owners[mine] - rows.start, mine - start]
-        return own.cpu()
+        return all_sum(own).cpu()
 
     def count_halves(self, best: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Count, in halves of a place, which scores come before: 2 for each that is higher, 1 for each that is equal.
@@ -157,7 +160,7 @@ class _Products:
         best, own = _padded(best.to(self.device), self.image_block), _padded(own.to(self.device), self.text_block)
         of_image, of_text = best.new_zeros(len(best), dtype=torch.float64), own.new_zeros(len(own), dtype=torch.float64)
         difference = torch.empty_like(self._scores[: self.strip])
-        for rows in _slices(len(self.images), self.image_block):
+        for rows in self._own_blocks():
             images = self._block(self.images, rows, self.image_block)
             for columns in _slices(len(self.texts), self.text_block):
                 scores = self._multiply(images, rows, columns)
@@ -170,9 +173,14 @@ class _Products:
                     of_image[of_rows] += signs.sum(1)
                     of_text[all_columns] += strip.sub_(own[all_columns]).sign_().sum(0)
         # higher - lower + all = 2 higher + equal; the padding is lower than anything
-        halves_of_image = of_image[: len(self.images)] + len(own)
-        halves_of_text = of_text[: len(self.texts)] + len(best)
+        halves_of_image = all_sum(of_image)[: len(self.images)] + len(own)
+        halves_of_text = all_sum(of_text)[: len(self.texts)] + len(best)
         return halves_of_image.cpu(), halves_of_text.cpu()
+
+    def _own_blocks(self) -> Iterator[slice]:
+        """Yield this process's blocks of images; the blocks are the same for any number of processes."""
+        blocks = _slices(len(self.images), self.image_block)
+        return islice(blocks, rank(), None, num_processes())
 
     def _multiply(self, images: Tensor, rows: slice, columns: slice, *, keep: bool = False) -> Tensor:
         """Score a block; `keep` holds it, while there is room, for the next call that asks for it."""

@@ -188,6 +188,24 @@ class StepProfiler:
         return {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])}
 
 
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes a device, or for `cpu` the machine or its control group, has free for this process."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil  # noqa: PLC0415  (reads /proc when it is imported)
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, limit - int((group / "memory.current").read_text()) + int(reclaimable))
+    except (OSError, ValueError, KeyError):  # no control group, or one without a limit
+        pass
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators (model initialisation draws from them)."""
     random.seed(seed)
@@ -223,9 +241,13 @@ def default_num_workers(device: torch.device) -> int:
 
 
 def setup_logging(level: str, log_path: Path | None = None) -> None:
-    """Send log lines to stderr and, if given, to a text file."""
+    """Send log lines to stderr and, if given, to a text file; of several processes all but the first only warn."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    handlers[0].setFormatter(logging.Formatter("%(message)s" if level != "debug" else "%(name)s: %(message)s"))
+    rank = os.environ.get("RANK", "0")
+    process = "" if rank == "0" else f"process {rank}: "
+    handlers[0].setFormatter(logging.Formatter(process + ("%(name)s: " if level == "debug" else "") + "%(message)s"))
+    if process and level == "info":
+        level = "warning"
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         file_handler = logging.FileHandler(log_path, encoding="utf-8")

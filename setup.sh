@@ -188,7 +188,7 @@ except (ImportError, RuntimeError, AttributeError) as error:
         "They must come from the same place. Start again with: rm -rf .venv && ./setup.sh\n"
         "or install both together: .venv/bin/python -m pip install --force-reinstall torch torchvision && ./setup.sh"
     )
-import clip, matplotlib, numba, numpy, PIL, pydantic, safetensors, simplejpeg, tqdm
+import clip, filelock, huggingface_hub, matplotlib, numba, numpy, PIL, psutil, pydantic, safetensors, simplejpeg, tqdm
 from torch.utils.tensorboard import SummaryWriter
 
 clip.tokenize(["a picture"])

@@ -21,14 +21,13 @@ from urllib.parse import urlparse
 
 from braceexpand import braceexpand
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from annotations import IMAGE_ENDINGS, Row
 from config import read_json_object
-from distributed import broadcast, is_main
+from distributed import progress_bar
 from preprocessing import file_stamp, part_path, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,9 @@ def is_shards(data_dir: str | Path) -> bool:
 
 
 def open_shards(data_dir: str) -> Shards:
-    """Find the shards that braces name, and how many samples each holds; the main process looks for all of them.
+    """Find the shards that braces name, and how many samples each holds.
+
+    Of several processes one should come first: the others find its counts in the index.
 
     Raises:
         FileNotFoundError: some of them are not there.
@@ -135,8 +136,7 @@ def open_shards(data_dir: str) -> Shards:
         OSError: one of them cannot be read.
     """
     urls = _expand(data_dir)
-    counts: list[int] = broadcast(_counts(urls) if is_main() else [])
-    return Shards(urls, counts)
+    return Shards(urls, _counts(urls))
 
 
 def read_samples(url: str, start: int = 0, end: int | None = None, *, by_path: bool = False) -> Iterator[TarSample]:
@@ -173,7 +173,7 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[list[Ro
         raise ValueError(f"{elsewhere[0]}: only for training are shards read from elsewhere; copy them to this machine")
     _check_files(urls)
     rows, problems = [], []
-    for url in tqdm(urls, desc="shards", leave=False, disable=None):
+    for url in progress_bar(urls, desc="shards"):
         for sample in read_samples(os.path.realpath(url), by_path=True):
             place = f"{_name(url)}/{sample.key}"
             try:
@@ -284,8 +284,7 @@ def _check_files(urls: Sequence[str]) -> None:
 def _counts(urls: Sequence[str]) -> list[int]:
     found: dict[str, int] = {}
     _check_files([url for url in urls if _is_local(url)])
-    bar = tqdm(total=len(urls), desc="count samples", unit="shard", leave=False, disable=None)
-    with bar:
+    with progress_bar(total=len(urls), desc="count samples", unit="shard") as bar:
         for index, group in groupby(urls, key=_index_beside):
             found |= _counts_beside(index, list(group), bar)
     return [found[url] for url in urls]

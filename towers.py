@@ -11,8 +11,9 @@ Values and gradients are those of the modules' own `forward` up to rounding:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -38,10 +39,11 @@ def image_tower(backbone: Any, pixels: Tensor, run_layer: RunLayer | None = None
     Returns:
         `[B, embed_dim]`, not normalised.
     """
-    run_layer = run_layer or _call
     visual = backbone.visual
     if not hasattr(visual, "transformer"):
-        return _resnet(visual, pixels, run_layer)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return cast(Tensor, visual(pixels)) if run_layer is None else _resnet(visual, pixels, run_layer)
+    run_layer = run_layer or _call
     x = _embed_patches(visual, pixels)
     layout = _Layout(*x.shape[:2])
     rows = x.flatten(0, 1)
@@ -124,6 +126,27 @@ def checkpointed_layers(run_layer: RunLayer | None) -> RunLayer:
             inner, function, layer, *arguments, use_reentrant=False, context_fn=contexts, **options
         )
         return kept
+
+    return run
+
+
+def add_run_methods(layers: Iterable[nn.Module]) -> None:
+    """Give each layer a method `run`, for `run_by_method`: around it FSDP gathers and frees the layer's weights."""
+
+    def run(layer: nn.Module, run_layer: RunLayer, *arguments: Any, **options: Any) -> Tensor:
+        function, *rest = arguments
+        return run_layer(function, layer, *rest, **options)
+
+    for layer in layers:
+        layer.run = MethodType(run, layer)  # type: ignore[assignment]
+
+
+def run_by_method(run_layer: RunLayer | None) -> RunLayer:
+    """Run each layer by the method that `add_run_methods` gave it."""
+    inner = run_layer or _call
+
+    def run(function: Callable[..., Tensor], layer: Any, *arguments: Any, **options: Any) -> Tensor:
+        return cast(Tensor, layer.run(inner, function, *arguments, **options))
 
     return run
 
@@ -235,7 +258,7 @@ class _Layout(NamedTuple):
 
 def _resnet(visual: Any, pixels: Tensor, run_layer: RunLayer) -> Tensor:
     """Run a `ModifiedResNet`: a stem of three convolutions, four stages of layers, attention pooling."""
-    x = pixels.contiguous(memory_format=torch.channels_last)
+    x = pixels
     for number in (1, 2, 3):
         convolution, norm = getattr(visual, f"conv{number}"), getattr(visual, f"bn{number}")
         x = getattr(visual, f"relu{number}")(norm(convolution(x)))
@@ -250,8 +273,8 @@ def _stages(resnet: Any) -> tuple[Any, ...]:
     return resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
 
 
-def _run_bottleneck(layer: nn.Module, x: Tensor) -> Tensor:
-    return cast(Tensor, layer(x))
+def _run_bottleneck(layer: Any, x: Tensor) -> Tensor:
+    return cast(Tensor, layer.forward(x))
 
 
 def _embed_patches(visual: Any, pixels: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Fine-tune CLIP on image-text pairs: settings, data, model, loop, evaluation, saved results.
 
 python train.py --data_dir ./data --batch_size 64
+
+With several GPUs or machines `torchrun --nproc_per_node N train.py ...` starts N processes of it, which are one run.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from config import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config, check_command_l
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from checkpoint import CheckpointWriter, RunFiles, load_checkpoint
 from clip_model import (
@@ -41,11 +44,26 @@ from data_loader import (
     Pairs,
     TrainLoader,
     create_sample_dataset,
+    draw_bits,
     holds_only_placeholders,
     training_pairs,
 )
+from distributed import (
+    average,
+    broadcast,
+    gather_values,
+    is_main,
+    main_first,
+    num_processes,
+    own_device,
+    process_group,
+    progress_bar,
+    rank,
+)
 from evaluation import Outcome, evaluate
 from feature_cache import FeatureCache, FeatureLoader, PairFeatures
+from micro_batches import WAYS_OUT, fitting_size
+from parallel import is_sharded, load_optimizer_state, parallel_model, whole
 from preprocessing import train_transform
 from retrieval import RECALL_KEYS
 from runtime import (
@@ -53,24 +71,26 @@ from runtime import (
     StepProfiler,
     can_compile,
     default_num_workers,
+    is_out_of_memory,
     keep_freed_memory,
     peak_memory,
-    resolve_device,
     resolve_precision,
     seed_everything,
     setup_logging,
 )
 from shard_loader import ShardLoader, training_shards
 from shards import Shards, is_shards
+from towers import running_statistics
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
-    "resume", "profile", "log_interval", "log_level",
+    "micro_batch_size", "gradient_checkpointing", "parallel", "resume", "profile", "log_interval", "log_level",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
+STEP_STREAM = 2
 LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
 
 
@@ -82,40 +102,66 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     config, given = load_config(argv, description=str(__doc__))
     setup_logging(config.run.log_level)
-    state, config = _find_state(config, given)
-    device = resolve_device(config.run.device)
+    device = own_device(config.run.device)
     precision = resolve_precision(config.training.precision, device)
-    seed_everything(config.training.seed)
-    keep_freed_memory()
-    if "data_dir" not in given:
-        _make_sample_data(config)
-    shards: Shards | None = None
-    if is_shards(config.data.data_dir):
-        shards, val = training_shards(config.data)
-        pairs = {"val": val}
-    else:
-        pairs = training_pairs(config.data, seed=config.training.seed)
-    model = _make_model(config, given, state).to(device)
-    if config.training.compile and can_compile(device):
-        model.compile_towers()
-    files = RunFiles(Path(config.run.output_dir))
-    if state is None and (folder := files.set_aside_earlier_run()) is not None:
-        logger.info("the earlier run's files are now in %s", folder)
-    setup_logging(config.run.log_level, files.log)
+    with process_group(device):
+        state, config = _find_state(config, given)
+        seed_everything(config.training.seed)
+        keep_freed_memory()
+        with main_first():
+            if "data_dir" not in given:
+                _make_sample_data(config)
+            if is_shards(config.data.data_dir):
+                shards, val = training_shards(config.data)
+                pairs = {"val": val}
+            else:
+                shards, pairs = None, training_pairs(config.data, seed=config.training.seed)
+        with main_first():  # the others find the weights downloaded
+            model = _make_model(config, given, state)
+        files = RunFiles(Path(config.run.output_dir))
+        if is_main():
+            if state is None and (folder := files.set_aside_earlier_run()) is not None:
+                logger.info("the earlier run's files are now in %s", folder)
+            setup_logging(config.run.log_level, files.log)
+        _train_model(config, model, pairs, files, shards=shards, state=state, device=device, precision=precision)
+    return 0
+
+
+def _train_model(
+    config: Config,
+    model: CLIPModel,
+    pairs: dict[str, Pairs],
+    files: RunFiles,
+    *,
+    shards: Shards | None,
+    state: dict[str, Any] | None,
+    device: torch.device,
+    precision: Precision,
+) -> None:
     try:
-        run = Run(config, model, pairs, files, precision=precision, shards=shards)
+        if config.training.compile and can_compile(device):
+            model.compile_towers()
+        if config.training.gradient_checkpointing:
+            model.checkpoint_gradients()
+        sharded = config.run.parallel == "fsdp" and num_processes() > 1
+        if not sharded:
+            model.to(device)
+        size = _micro_batch_size(config, model, precision, device)
+        parallel = parallel_model(model, config.run.parallel, device)
+        run = Run(
+            config, model, pairs, files, precision=precision, shards=shards, micro_batch_size=size, parallel=parallel
+        )
         if state is not None:
             run.restore(state)
         run.train()
-    except torch.OutOfMemoryError:
-        raise MemoryError(
-            "the GPU is out of memory: lower --batch_size, pass --freeze_backbone, --precision bf16, "
-            "a smaller --model_name, or --device cpu"
-        ) from None
-    for figure in draw_figures(files.results):
-        logger.info("figure: %s", figure)
-    print(run.summary())
-    return 0
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory: {WAYS_OUT} need less; so does a smaller --batch_size") from None
+    if is_main():
+        for figure in draw_figures(files.results):
+            logger.info("figure: %s", figure)
+        print(run.summary())
 
 
 @dataclass
@@ -132,7 +178,10 @@ class Progress:
 
 
 class Run:
-    """One training run: epochs, validation, early stop, what is saved; trains on `shards` if there are any."""
+    """One training run: epochs, validation, early stop, what is saved; trains on `shards` if there are any.
+
+    Each of several processes goes through all of it; the main one writes.
+    """
 
     def __init__(
         self,
@@ -143,6 +192,8 @@ class Run:
         *,
         precision: Precision,
         shards: Shards | None = None,
+        micro_batch_size: int | None = None,
+        parallel: nn.Module | None = None,
     ) -> None:
         settings = config.training
         self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
@@ -171,19 +222,22 @@ class Run:
             scheduler,
             precision=precision,
             gradient_clip_norm=settings.gradient_clip_norm,
+            micro_batch_size=micro_batch_size,
+            parallel=parallel,
         )
         frozen = set(TOWERS) == set(model.frozen_towers)
         towers = [name for name in model.state_dict() if name.startswith("backbone.")]
         self.checkpoints = CheckpointWriter(towers if frozen else [])
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.bad_images: set[str] = set()
-        num_profiled = config.run.profile
+        num_profiled = config.run.profile if is_main() else 0
         self.profiler = StepProfiler(num_profiled, files.trace, model.device) if num_profiled else None
 
     def train(self) -> None:
         """Evaluate the model as loaded, then train epoch by epoch until the last one or the early stop."""
         self._announce()
-        self.writer = SummaryWriter(str(self.files.events), purge_step=self.progress.epoch + 1)
+        if is_main():
+            self.writer = SummaryWriter(str(self.files.events), purge_step=self.progress.epoch + 1)
         if self.cache is not None:
             self.val_features = self.cache.of_pairs(self.pairs["val"])
         try:
@@ -192,8 +246,9 @@ class Run:
             self.checkpoints.flush()
             if self.profiler is not None:
                 self.profiler.close()
-        self._write_results(finished=True)
-        self.writer.close()
+        if is_main():
+            self._write_results(finished=True)
+            self.writer.close()
         if self.bad_images:
             logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
 
@@ -217,16 +272,17 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state; the model holds its weights already."""
-        self.trainer.optimizer.load_state_dict(state["optimizer_state_dict"])
+        load_optimizer_state(self.trainer.optimizer, state["optimizer_state_dict"])
         if self.trainer.scheduler is not None:
             self.trainer.scheduler.load_state_dict(state["scheduler_state_dict"])
         self.trainer.scaler.load_state_dict(state["scaler_state_dict"])
         self.trainer.global_step = state["global_step"]
+        if state["config"]["training"]["micro_batch_size"] == self.config.training.micro_batch_size:
+            self.trainer.micro_batches.size = state["micro_batch_size"]  # what was found to fit
         self.progress = Progress(**state["progress"])
-        # epochs after the checkpoint will come again
-        lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
-        self.files.history.write_text("".join(lines), encoding="utf-8")
-        torch.set_rng_state(state["rng_state"])
+        if is_main():  # epochs after the checkpoint will come again
+            lines = [json.dumps(entry) + "\n" for entry in self.progress.history]
+            self.files.history.write_text("".join(lines), encoding="utf-8")
 
     def summary(self) -> str:
         """Lay the result beside the model as loaded."""
@@ -264,19 +320,17 @@ class Run:
         loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
         if self.cache is None:
             return loader
-        dataset.num_views = self._num_views() if "image" in model.frozen_towers else 0
+        dataset.num_views = _num_views(self.config) if "image" in model.frozen_towers else 0
         return FeatureLoader(loader, self.cache, augment=data.augment, num_epochs=settings.num_epochs)
-
-    def _num_views(self) -> int:
-        views = self.config.data.feature_views
-        return (1 if self.config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
 
     def _open_cache(self) -> FeatureCache | None:
         """Open the kept features of the frozen towers, if there are any and they are wanted."""
-        if not self.model.frozen_towers or not self._num_views():
-            return None
-        if self.shards is not None:
+        if self.shards is not None and self.model.frozen_towers:
             logger.info("what frozen towers give for shards is not kept: as with --feature_views 0")
+        if not self.model.frozen_towers or not _num_views(self.config):
+            return None
+        if is_sharded(self.model):
+            logger.info("no features of frozen towers are kept with --parallel fsdp: they run in every epoch")
             return None
         return FeatureCache(
             self.model,
@@ -289,7 +343,7 @@ class Run:
     @property
     def eval_batch_size(self) -> int:
         """Images or texts encoded at once where no gradient is wanted."""
-        return max(self.config.training.batch_size, 64)
+        return min(max(self.config.training.batch_size, 64), 256)
 
     def _announce(self) -> None:
         model, settings = self.model, self.config.training
@@ -310,6 +364,8 @@ class Run:
         logger.info(
             "device %s, precision %s, %d loading processes", model.device, self.precision.name, self.num_workers
         )
+        if num_processes() > 1:
+            logger.info("%d processes (%s), each with its part of a batch", num_processes(), self.config.run.parallel)
         tower_rate = settings.learning_rate * self.backbone_lr_scale
         held = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
         logger.info("peak rates: projection layers %.3g, towers %.3g%s", settings.learning_rate, tower_rate, held)
@@ -325,29 +381,36 @@ class Run:
         """Yield an epoch's batches; measure how long they are waited for."""
         epoch, last = self.progress.epoch, self.config.training.num_epochs
         total = len(self.loader.dataset)
-        self.bar = tqdm(total=total, unit="pair", desc=f"epoch {epoch}/{last}", leave=False, disable=None)
+        self.bar = progress_bar(total=total, unit="pair", desc=f"epoch {epoch}/{last}")
         self.waited = 0.0
         with self.bar:
             start = time.perf_counter()
             for batch in self.loader.epoch(epoch):
                 self.waited += time.perf_counter() - start
-                self._note_errors(batch)
-                if len(batch.tokens):
-                    if self.profiler is not None:
-                        self.profiler.step()
-                    yield batch
-                self.bar.update(len(batch.tokens))
+                self._note_errors(batch.errors)
+                if self.profiler is not None:
+                    self.profiler.step()
+                self._seed_step()
+                yield batch
+                self.bar.update(len(batch.tokens) * num_processes())
                 start = time.perf_counter()
 
-    def _note_errors(self, batch: Batch) -> None:
-        for error in batch.errors:
+    def _seed_step(self) -> None:
+        """Make random numbers of the step, such as dropout's, depend on seed, step and process alone."""
+        step = self.trainer.global_step
+        bits = draw_bits(self.config.training.seed, step, np.array([rank()]), stream=STEP_STREAM)
+        torch.manual_seed(int(bits[0] >> np.uint64(1)))
+
+    def _note_errors(self, errors: list[str]) -> None:
+        for error in errors:
             if error not in self.bad_images:
                 self.bad_images.add(error)
                 logger.warning("left out: %s", error)
 
     def _log_step(self, step: int, loss: float) -> None:
         logger.debug("step %d: loss %.4f", step, loss)
-        self.writer.add_scalar("step/train_loss", loss, step)
+        if is_main():
+            self.writer.add_scalar("step/train_loss", loss, step)
         if not self.bar.disable:
             peak = peak_memory(self.model.device)
             self.bar.set_postfix_str(
@@ -360,6 +423,11 @@ class Run:
 
     def _finish_epoch(self, values: dict[str, Any], *, seconds: float) -> None:
         progress = self.progress
+        average(running_statistics(self.model))
+        of_all = gather_values(sorted(self.bad_images))
+        if is_main():
+            for errors in of_all:
+                self._note_errors(errors)
         outcome = evaluate(
             self.model,
             self.pairs["val"],
@@ -370,6 +438,7 @@ class Run:
             cache_dir=self.image_cache_dir,
             kept=self.val_features,
         )
+        outcome = broadcast(outcome)  # so that all decide the same
         entry = {
             "epoch": progress.epoch,
             "step": self.trainer.global_step,
@@ -379,11 +448,13 @@ class Run:
         }
         progress.history.append(entry)
         improved = self._keep_if_best(outcome)
-        self._record(entry)
         # best first: if only it is written, a resumed run comes to it again; the last one counts on it
-        best = {self.files.best: self._state(with_optimizer=False)} if improved else {}
-        self.checkpoints.save({**best, self.files.last: self._state(with_optimizer=True)})
-        self._write_results(finished=False)
+        states = {self.files.best: self._state(with_optimizer=False)} if improved else {}
+        states[self.files.last] = self._state(with_optimizer=True)
+        if is_main():
+            self._record(entry)
+            self.checkpoints.save(states)
+            self._write_results(finished=False)
         self._log_epoch(entry, improved=improved, seconds=seconds)
 
     def _rates(self) -> dict[str, float]:
@@ -413,7 +484,7 @@ class Run:
         state: dict[str, Any] = {
             "epoch": self.progress.epoch,
             "global_step": trainer.global_step,
-            "model_state_dict": model.state_dict(),
+            "model_state_dict": whole(model.state_dict()),
             "architecture": model.architecture.to_dict(),
             "config": self.config.model_dump(),
             "metrics": self.progress.history[-1],
@@ -424,11 +495,11 @@ class Run:
         if with_optimizer:
             assert trainer.scheduler is not None
             state |= {
-                "optimizer_state_dict": trainer.optimizer.state_dict(),
+                "optimizer_state_dict": whole(trainer.optimizer.state_dict()),
                 "scheduler_state_dict": trainer.scheduler.state_dict(),
                 "scaler_state_dict": trainer.scaler.state_dict(),
                 "progress": asdict(self.progress),
-                "rng_state": torch.get_rng_state(),
+                "micro_batch_size": trainer.micro_batches.size,
             }
         return state
 
@@ -467,6 +538,28 @@ class Run:
             entry["epoch"], trained, entry["val_loss"], entry["i2t_r1"], entry["t2i_r1"], entry["rsum"],
             " (best)" if improved else "", pace,
         )  # fmt: skip
+
+
+def _num_views(config: Config) -> int:
+    """Return how many views of a picture a frozen tower keeps; none of shards."""
+    if is_shards(config.data.data_dir):
+        return 0
+    views = config.data.feature_views
+    return (1 if config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
+
+
+def _micro_batch_size(config: Config, model: CLIPModel, precision: Precision, device: torch.device) -> int | None:
+    """Return how many pairs of a batch a process has in memory at once; None: all of its part."""
+    wanted = config.training.micro_batch_size
+    if wanted != "auto":
+        return wanted
+    if set(model.frozen_towers) == set(TOWERS) and _num_views(config):
+        return None  # their outputs are kept, and no tower runs
+    own = -(-config.training.batch_size // num_processes())
+    fitting = fitting_size(model, precision=precision, most=own, device=device)
+    if fitting is not None:
+        logger.info("micro-batches of %d of a process's %d pairs fit into memory", fitting, own)
+    return fitting
 
 
 def _find_state(config: Config, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Config]:

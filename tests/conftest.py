@@ -32,3 +32,11 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("CLIP_TOOLKIT_TEST_DATA names no folder")
     return Path(folder)
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask servers of this machine directly, whatever proxy its other connections need."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)

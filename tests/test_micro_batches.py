@@ -42,7 +42,16 @@ SMALL_RESNET = replace(
     vision_heads=8, transformer_width=64, transformer_heads=1, transformer_layers=2,
 )  # fmt: skip
 SMALL_VIT = replace(
-    ARCHITECTURES["ViT-Ti/32"], name="ViT-Mini", image_resolution=64, vision_layers=2, transformer_layers=2
+    ARCHITECTURES["ViT-Ti/32"],
+    name="ViT-Mini",
+    embed_dim=64,
+    image_resolution=64,
+    vision_layers=2,
+    vision_width=64,
+    vision_heads=2,
+    transformer_width=64,
+    transformer_heads=2,
+    transformer_layers=2,
 )
 
 
@@ -76,7 +85,7 @@ def make_batch(model: CLIPModel, size: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = (size, 3, model.image_resolution, model.image_resolution)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     texts = [" ".join(WORDS[(number * k) % 16] for k in range(1, 2 + number % 7)) for number in range(size)]
-    return images, tokenize(texts)[0], torch.arange(size) % (size - 2)  # two images come twice
+    return images, tokenize(texts)[0], torch.arange(size) % max(size - 2, 2)  # two images come twice
 
 
 def plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, ids: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 """Weights of every published format, made from random ones: the real files cannot be had without a network."""
 
 import hashlib
-import http.server
 import json
 import pickle
+import socket
 import threading
+import time
 import zipfile
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -21,8 +21,10 @@ from torch.nn.functional import normalize
 import pretrained
 from architectures import ARCHITECTURES, Architecture
 from clip_model import CLIPModel
-from pretrained import download, read_weights
+from downloads import Patience, UnavailableError
+from pretrained import read_weights
 from runtime import import_clip
+from tests.local_server import send, serving
 
 clip = import_clip()
 TEXTS = ["a diagram", "a dog on a mat", "a cat"]
@@ -113,8 +115,7 @@ def test_open_clip_files(form: str, quick_gelu: bool, tmp_path: Path) -> None:
     assert CLIPModel(pretrained=path).architecture.activation == ("quick_gelu" if quick_gelu else "gelu")
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_hugging_face_folder(activation: str, tmp_path: Path) -> None:
+def hugging_face_clip(activation: str) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shared = {"num_hidden_layers": 2, "hidden_act": activation, "projection_dim": 64}
@@ -125,7 +126,12 @@ def test_hugging_face_folder(activation: str, tmp_path: Path) -> None:
         vision_config={**vision, "patch_size": 32},
         projection_dim=64,
     )
-    peer = transformers.CLIPModel(config).eval()
+    return transformers.CLIPModel(config).eval()
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_hugging_face_folder(activation: str, tmp_path: Path) -> None:
+    peer = hugging_face_clip(activation)
     peer.save_pretrained(tmp_path)
     model = CLIPModel(pretrained=tmp_path).eval()
     images, tokens = torch.randn(2, 3, 64, 64), clip.tokenize(TEXTS).long()
@@ -189,34 +195,126 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "x.pt", activation="gelu")
 
 
+NAME, REPO = "ViT-B/32", "openai/clip-vit-base-patch32"
+ARCHIVE = b"weights" * 1000
+SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    folder = tmp_path / "served"
-    folder.mkdir()
-    (folder / "w.pt").write_bytes(b"weights" * 1000)
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{web.server_port}"
-        web.shutdown()
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> Path:
+    """An empty cache of huggingface_hub; no test looks into the real one."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
-def test_a_download_is_checked_before_it_is_used(server: str, tmp_path: Path) -> None:
-    target, sha256 = tmp_path / "cache" / "w.pt", hashlib.sha256(b"weights" * 1000).hexdigest()
-    with pytest.raises(OSError, match="not the one published"):
-        download(f"{server}/w.pt", target, sha256="0" * 64)
-    assert not target.exists()
-    download(f"{server}/w.pt", target, sha256=sha256)
-    assert target.read_bytes() == b"weights" * 1000
-    assert [path.name for path in target.parent.iterdir()] == ["w.pt"]
-    with pytest.raises(OSError, match="404"):
-        download(f"{server}/gone.pt", target, sha256=sha256)
-
-
-def test_weights_that_cannot_be_had_name_every_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    url = "http://127.0.0.1:9/" + "a" * 64 + "/ViT-B-32.pt"
+def publish_at(base: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    url = f"{base}/models/{SHA256}/ViT-B-32.pt"
     monkeypatch.setattr(pretrained, "published_url", lambda name: url)
-    with pytest.raises(OSError, match="no weights for ViT-B/32") as error:
-        pretrained.published_weights("ViT-B/32", cache_dir=tmp_path)
-    for part in (url, "SHA-256 " + "a" * 64, str(tmp_path / "ViT-B-32.pt"), "--pretrained none", "--pretrained FILE"):
-        assert part in str(error.value)
+    return url
+
+
+def hang(name: str, *_: Any, **__: Any) -> None:
+    threading.Event().wait(60)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_the_mirror_is_asked_first_then_the_publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(handler: Any, n: int) -> None:
+        if "models" in handler.path:
+            send(handler, ARCHIVE)
+        else:
+            send(handler, status=404)
+
+    with serving(answer) as server:
+        publish_at(server.base, monkeypatch)
+        monkeypatch.setenv("CLIP_MIRROR", f"{server.base}/mirror/")
+        path = pretrained.published_weights(NAME, cache_dir=tmp_path / "cache")
+        assert path.read_bytes() == ARCHIVE
+        paths = [path for _, path in server.requests]
+        assert paths == [f"/mirror/{SHA256}/ViT-B-32.pt", f"/models/{SHA256}/ViT-B-32.pt"]
+        assert pretrained.published_weights(NAME, cache_dir=tmp_path / "cache") == path
+        assert len(server.requests) == 2
+        path.write_bytes(ARCHIVE[:-1])
+        monkeypatch.setenv("CLIP_MIRROR", f"{server.base}/models")
+        assert pretrained.published_weights(NAME, cache_dir=tmp_path / "cache").read_bytes() == ARCHIVE
+        assert len(server.requests) == 3
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_weights_that_cannot_be_had_name_every_reason_and_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "download_hub_model", refuse)
+    with serving(lambda handler, n: send(handler, b"another file")) as server:
+        url = publish_at(server.base, monkeypatch)
+        monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/mirror")
+        with pytest.raises(OSError, match="no weights for ViT-B/32") as error:
+            pretrained.published_weights(NAME, cache_dir=tmp_path)
+    message = str(error.value)
+    for part in (
+        f"http://127.0.0.1:9/mirror/{SHA256}/ViT-B-32.pt cannot be had (Connection refused)",
+        f"{url} cannot be had (not the file published",
+        f"{REPO} on the Hugging Face Hub cannot be had (HTTP 500)", "SHA-256 " + SHA256, str(tmp_path / "ViT-B-32.pt"),
+        "CLIP_MIRROR", "--pretrained none", "--pretrained FILE",
+    ):  # fmt: skip
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def refuse(repo: str, *, patience: Patience) -> Path:
+    raise UnavailableError("HTTP 500")
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_sources_that_do_not_answer_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pretrained.ANSWER_SECONDS <= 9
+    monkeypatch.setattr(pretrained, "ANSWER_SECONDS", 0.9)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    publish_at("http://weights.example", monkeypatch)
+    monkeypatch.setenv("CLIP_MIRROR", "http://mirror.example")
+    started = time.monotonic()
+    with pytest.raises(OSError, match=r"mirror\.example.* \(no answer within 0\.3 s\).* \(no answer within 0\.3 s\)"):
+        pretrained.published_weights(NAME, cache_dir=tmp_path)
+    assert time.monotonic() - started < 30  # a look-up hangs for 60 s
+
+
+def test_a_resnet_is_not_looked_for_on_the_hub(
+    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(OSError, match="no weights for RN50") as error:
+        pretrained.published_weights("RN50", cache_dir=tmp_path)
+    assert "Hub" not in str(error.value)
+
+
+def test_every_name_of_the_hub_is_a_published_one() -> None:
+    for name in pretrained.HUB_REPOS:
+        assert str(pretrained.published_url(name)).startswith("https://")
+        assert ARCHITECTURES[name].is_vit
+
+
+def test_weights_in_the_hubs_cache_need_no_network(
+    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = hugging_face_clip("quick_gelu")
+    peer.save_pretrained(tmp_path / "saved")
+    content = (tmp_path / "saved" / "model.safetensors").read_bytes()
+    folder = hub_cache / "models--openai--clip-vit-base-patch32"
+    blob, snapshot = folder / "blobs" / hashlib.sha256(content).hexdigest(), folder / "snapshots" / ("1" * 40)
+    for directory in (blob.parent, snapshot, folder / "refs"):
+        directory.mkdir(parents=True)
+    blob.write_bytes(content)
+    (folder / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    (snapshot / "config.json").write_bytes((tmp_path / "saved" / "config.json").read_bytes())
+    publish_at("http://127.0.0.1:9", monkeypatch)
+    monkeypatch.setattr(pretrained, "download_hub_model", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights = CLIPModel("ViT-B/32").eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = peer.visual_projection(peer.vision_model(pixel_values=images).pooler_output)
+        assert torch.allclose(weights.encode_image(images), normalize(expected, dim=-1), atol=2e-6)
+    blob.write_bytes(content[:-1])
+    with pytest.raises(OSError, match="HTTP 500"):
+        CLIPModel("ViT-B/32")

@@ -174,9 +174,12 @@ def test_wrong_model_names_and_missing_weights(
     assert main(["--data_dir", str(sample_dir), "--model_name", "ViTB32"]) == 2
     assert "did you mean ViT-B/32?" in capsys.readouterr().err
     monkeypatch.setattr(pretrained, "published_url", lambda name: "http://127.0.0.1:9/" + "0" * 64 + "/x.pt")
+    monkeypatch.setattr(pretrained, "HUB_REPOS", {})
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["--data_dir", str(sample_dir)]) == 2
-    assert "--pretrained none" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "/x.pt cannot be had (Connection refused). Put x.pt" in error
+    assert "--pretrained none" in error
 
 
 def test_sample_data_is_made_only_where_no_folder_was_named(
