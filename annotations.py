@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from config import nearest
+from entries import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    SPLITS,
+    ColumnCounts,
+    Entries,
+    Index,
+    count_columns,
+    is_id,
+    kind,
+    quote,
+    short,
+)
+from text_stream import TextFile, json_reason
 
-IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
-CAPTION_COLUMNS = ("caption", "captions", "title")
-SPLITS = {
-    "train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
-    "dev": "val", "test": "test", "testing": "test",
-}  # fmt: skip
 IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt"))
 KNOWN_FORMS = (
@@ -39,41 +44,8 @@ _ENDING = "|".join(sorted(ending[1:] for ending in IMAGE_ENDINGS))
 # The tag follows the first ending, or a little after it: Flickr8k really holds "2258277193_586949ec62.jpg.1#0".
 _TOKEN_LINE = re.compile(rf"([^\t]+?\.(?:{_ENDING})[^#\s]{{0,16}})#\S*(.*)", re.IGNORECASE | re.DOTALL)
 _IMAGE_NAME = re.compile(rf"\.(?:{_ENDING})\b", re.IGNORECASE)
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _FIRST_LINE = re.compile(r"\s*([^\n]*)")
-# Two lines that are objects each: never the start of one JSON document.
-_JSON_LINES = re.compile(r"\s*\{[^\n]*\}[ \t\r]*\n\s*\{")
-_NUL_MARK = "\udc00"  # cannot come from UTF-8; the csv and json modules refuse a file for one NUL byte
-_MAX_MESSAGE = 200
 _MAX_HEADER = 65536
-
-
-class Row(NamedTuple):
-    """One image of the index with its captions.
-
-    `image` is the path as written (relative to the folder in the directory form), `captions` holds at least one,
-    stripped, in order of appearance, `split` is "train", "val", "test" or None, and `place` tells where the image
-    first appears ("data.json: row 17"; rows and lines count from 1).
-    """
-
-    image: str
-    captions: tuple[str, ...]
-    split: str | None
-    group: str | None
-    place: str
-
-
-class Index(NamedTuple):
-    """What an index file holds.
-
-    `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
-    objects each unused key stood; `problems` has one line for each problem, with its place.
-    """
-
-    rows: list[Row]
-    form: str
-    ignored_columns: dict[str, int]
-    problems: list[str]
 
 
 def read_index(path: Path, *, caption_key: str | None = None) -> Index:
@@ -85,26 +57,25 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
     """
     if path.is_dir():
         if caption_key is not None:
-            raise ValueError(f"{path}: caption_key {_quote(caption_key)}: a folder with captions/ has no columns")
+            raise ValueError(f"{path}: caption_key {quote(caption_key)}: a folder with captions/ has no columns")
         return read_directory(path)
-    found = _Found(path, caption_key)
-    text = _decode(path)
-    start = _FIRST_LINE.match(text)
-    first = start[1] if start else ""
-    if not first.strip():
+    text = TextFile(path)
+    found = Entries(path, caption_key)
+    number, line = text.first_line(2 * _MAX_HEADER)
+    first = line.strip()
+    if not first:
         raise ValueError(f"{path}: the file is empty; {KNOWN_FORMS}")
-    if _JSON_LINES.match(text):
-        form = _read_json_lines(found, text)
-    elif first[0] in "[{":
-        form = _read_document(found, text)
-    elif header := _header(first, caption_key):
+    if first[0] == "[":
+        form = _read_json_list(found, text)
+    elif first[0] == "{":
+        form = _read_json_lines(found, text) if _is_json_lines(text) else _read_object(found, text)
+    elif header := _header(line.lstrip().removesuffix("\n"), caption_key):
         form = _read_table(found, text, *header)
     elif _TOKEN_LINE.match(first):
         form = _read_token_lines(found, text)
     else:
         bare = " is a name without a caption" if _IMAGE_NAME.search(first) and len(first.split()) == 1 else ""
-        line = text.count("\n", 0, start.start(1) if start else 0) + 1
-        raise ValueError(f"{path}: line {line}: of no known form: {_quote(first.strip())}{bare}; {KNOWN_FORMS}")
+        raise ValueError(f"{path}: line {number}: of no known form: {quote(first)}{bare}; {KNOWN_FORMS}")
     return found.index(form)
 
 
@@ -118,18 +89,18 @@ def read_directory(folder: Path) -> Index:
     for part in ("images", "captions"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: no folder {part}/; the directory form needs images/ and captions/")
-    found = _Found(folder, None)
+    found = Entries(folder, None)
     images = _by_stem(found, folder, "images", IMAGE_ENDINGS)
     texts = _by_stem(found, folder, "captions", frozenset((".txt",)))
     for stem, image in images.items():
         text = texts.get(stem)
         if image is not None and stem not in texts:
-            found.problem(image, f"no captions (no captions/{_short(stem)}.txt)")
+            found.problem(image, f"no captions (no captions/{short(stem)}.txt)")
         elif image is not None and text is not None:
             found.add(image, image, _caption_lines(found, folder, text))
     for stem, text in texts.items():
         if text is not None and stem not in images:
-            found.problem(text, f"captions without an image (no images/{_short(stem)}.*)")
+            found.problem(text, f"captions without an image (no images/{short(stem)}.*)")
     return found.index("directory")
 
 
@@ -171,258 +142,180 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     )
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A row while its captions are still being gathered."""
+def _read_rows(found: Entries, rows: Callable[[], Iterator[tuple[int, Any]]], unit: str) -> None:
+    """Take numbered objects with an image column and a caption column; one that could not be parsed is its ValueError.
 
-    captions: list[str]
-    split: str | None
-    group: str | None
-    place: str
-
-
-class _Found:
-    """What has been read so far of one index: images in order of appearance, and problems."""
-
-    def __init__(self, path: Path, caption_key: str | None) -> None:
-        self.path = path
-        self.name = path.name
-        self.caption_key = caption_key
-        self.drafts: dict[str, _Draft] = {}
-        self.ignored: Counter[str] = Counter()
-        self.problems: list[str] = []
-
-    def problem(self, place: str, message: str) -> None:
-        """Note a problem at its place."""
-        self.problems.append(f"{_short(place)}: {_short(message)}")
-
-    def captions(self, place: str, values: Any) -> list[str]:
-        """Return the usable captions of one entry; the others become problems."""
-        usable = []
-        for value in values if isinstance(values, list) else [values]:
-            try:
-                usable.append(_text("caption", value))
-            except ValueError as error:
-                self.problem(place, str(error))
-        if values == []:
-            self.problem(place, "no caption")
-        return usable
-
-    def add(self, place: str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
-        """Take one entry, merged with earlier ones of its image; what is wrong with it becomes a problem."""
-        usable = self.captions(place, captions)
-        try:
-            image, split, group = _text("image", image), _split(split), _group(group)
-        except ValueError as error:
-            self.problem(place, str(error))
-            return
-        if not usable:
-            return
-        draft = self.drafts.setdefault(image, _Draft(usable, split, group, place))
-        if draft.captions is usable:
-            return
-        draft.captions += usable
-        for name, value in (("split", split), ("group", group)):
-            before = getattr(draft, name)
-            if before is None:
-                setattr(draft, name, value)
-            elif value not in (None, before):
-                self.problem(place, f"{_quote(image)}: {name} {_quote(value)}, but {_quote(before)} at {draft.place}")
-
-    def index(self, form: str) -> Index:
-        """Close the reading; no row at all is a ValueError that quotes the first problems."""
-        if not self.drafts:
-            reasons = "; ".join(self.problems[:3]) or "it has no entries"
-            more = f"; and {len(self.problems) - 3} more problems" if len(self.problems) > 3 else ""
-            raise ValueError(f"{self.path}: no image with a caption: {reasons}{more}")
-        rows = [Row(image, tuple(d.captions), d.split, d.group, d.place) for image, d in self.drafts.items()]
-        return Index(rows, form, dict(self.ignored), self.problems)
-
-    def choose(self, columns: Counter[str], known: Sequence[str], what: str) -> str:
-        """Return the first of the known names that is among `columns`; raise if there is none."""
-        for name in known:
-            if name in columns:
-                return name
-        present = [_short(name) for name, _ in columns.most_common(20)]
-        if what == "caption" and self.caption_key is not None:
-            hint = nearest(self.caption_key, present)
-            raise ValueError(f"{self.path}: no row has caption_key {_quote(self.caption_key)}{hint}")
-        way_out = "; name it with --caption_key" if what == "caption" else ""
-        listed = ", ".join(present) or "no keys"
-        raise ValueError(f"{self.path}: no {what} column: found {listed}; known: {', '.join(known)}{way_out}")
-
-    def choose_caption(self, columns: Counter[str], known: Sequence[str] = CAPTION_COLUMNS) -> str:
-        """Return the caption column: `caption_key`, or the first known one."""
-        return self.choose(columns, known if self.caption_key is None else (self.caption_key,), "caption")
-
-    def ignore(self, columns: Counter[str], used: Iterable[str]) -> None:
-        """Count the columns that are not used."""
-        self.ignored.update({name: count for name, count in columns.items() if name not in set(used)})
-
-    def refuse_caption_key(self, form: str) -> None:
-        """Raise if a column is asked for in a form that has none."""
-        if self.caption_key is not None:
-            raise ValueError(f"{self.path}: caption_key {_quote(self.caption_key)}: the {form} form has no columns")
-
-    def objects(self, values: Any, unit: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the objects of a JSON list with their places; other values become problems."""
-        for number, value in enumerate(values, 1):
-            if isinstance(value, dict):
-                yield f"{self.name}: {unit} {number}", value
-            else:
-                self.problem(f"{self.name}: {unit} {number}", f"expected an object, found {_kind(value)}")
-
-    def uncaptioned(self, places: list[str]) -> None:
-        """Note the images that no caption belongs to; many of them in one line."""
-        if len(places) > 5:
-            first = ", ".join(place.removeprefix(f"{self.name}: ") for place in places[:3])
-            self.problem(self.name, f"{len(places)} images have no caption ({first}, ...)")
-        else:
-            for place in places:
-                self.problem(place, "no caption")
-
-
-def _read_rows(found: _Found, rows: list[Any], numbers: Sequence[int], unit: str) -> None:
-    """Take objects with an image column and a caption column; a row that could not be parsed is its ValueError."""
-    columns = _columns(rows)
-    if not columns and rows:
-        rows = [row if not isinstance(row, dict) else ValueError("no image and no caption") for row in rows]
-    else:
-        image_columns = [name for name in IMAGE_COLUMNS if name != found.caption_key]
-        image_column = found.choose(columns, image_columns, "image")
+    All rows have a say in which columns are meant, and they pass by one at a time. So they are read with the choice
+    that the names seen so far give, and from the start again should a new name change it.
+    """
+    found.unit = unit
+    names: dict[str, None] = {}
+    columns = None
+    while columns is None:
+        found.restart()
+        columns = _take_rows(found, rows(), names)
+    if columns:
+        image_column = found.choose(columns, found.image_columns, "image")
         caption_column = found.choose_caption(columns)
         found.ignore(columns, (image_column, caption_column, "split", "group"))
-    for number, row in zip(numbers, rows, strict=True):
-        place = f"{found.name}: {unit} {number}"
+
+
+def _take_rows(found: Entries, rows: Iterator[tuple[int, Any]], names: dict[str, None]) -> Counter[str] | None:
+    """Take the rows with the columns that `names` give; None once a row has names that give others."""
+    image_column, caption_column = chosen = found.preferred(names)
+    columns = ColumnCounts()
+    for number, row in rows:
         if not isinstance(row, dict):
-            found.problem(place, str(row) if isinstance(row, ValueError) else f"expected an object, found {_kind(row)}")
-        elif image_column in row and caption_column in row:
-            found.add(place, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+            found.problem(number, str(row) if isinstance(row, ValueError) else f"expected an object, found {kind(row)}")
+            continue
+        if columns.add(row):
+            names.update(dict.fromkeys(row))
+            if found.preferred(names) != chosen:
+                return None
+        if image_column in row and caption_column in row:
+            found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+        elif names:
+            found.problem(number, f"no {caption_column if image_column in row else image_column}")
         else:
-            found.problem(place, f"no {caption_column if image_column in row else image_column}")
+            found.problem(number, "no image and no caption")
+    return columns.counts()
 
 
-def _read_json_lines(found: _Found, text: str) -> str:
-    rows: list[Any] = []
-    numbers = []
-    for number, line in enumerate(_lines(text), 1):
-        if line.strip():
-            numbers.append(number)
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                rows.append(ValueError(f"not valid JSON: {getattr(error, 'msg', None) or _reason(error)}"))
-    _read_rows(found, rows, numbers, "line")
+def _read_json_list(found: Entries, text: TextFile) -> str:
+    _read_rows(found, lambda: enumerate(text.json_items(), 1), "row")
+    return "json"
+
+
+def _read_json_lines(found: Entries, text: TextFile) -> str:
+    _read_rows(found, lambda: _json_lines(text), "line")
     return "jsonl"
 
 
-def _read_document(found: _Found, text: str) -> str:
-    """Read one JSON value: the form is told by its keys."""
+def _is_json_lines(text: TextFile) -> bool:
+    """Tell whether the first two lines are objects each: never the start of one JSON document."""
+    filled = (line.strip() for line in text.lines() if line.strip())
+    first, second = next(filled, ""), next(filled, "")
+    return first.startswith("{") and first.endswith("}") and second.startswith("{")
+
+
+def _json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of each line that is not blank; the value of an invalid one is the ValueError."""
+    for number, line in enumerate(text.lines(), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                value = ValueError(f"not valid JSON: {getattr(error, 'msg', None) or json_reason(error)}")
+            yield number, value
+
+
+def _read_object(found: Entries, text: TextFile) -> str:
+    """Read one JSON object: the form is told by its keys."""
     try:
-        document = json.loads(text)
+        document = json.loads(text.read())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{found.path}: not valid JSON: {_reason(error)}") from None
-    if isinstance(document, list):
-        if document:
-            _read_rows(found, document, range(1, len(document) + 1), "row")
-        return "json"
+        raise ValueError(f"{found.path}: not valid JSON: {json_reason(error)}") from None
     if isinstance(document.get("images"), list):
         if isinstance(document.get("annotations"), list):
             return _read_coco(found, document["images"], document["annotations"])
         return _read_karpathy(found, document["images"])
     if not document or any(_IMAGE_NAME.search(name) for name in document):
+        del document  # it is parsed once more, as pairs
         return _read_mapping(found, text)
     if not document.keys().isdisjoint(IMAGE_COLUMNS):
-        return _read_json_lines(found, json.dumps(document))
-    keys = ", ".join(_short(key) for key in list(document)[:10])
+        _read_rows(found, lambda: iter([(1, document)]), "line")
+        return "jsonl"
+    keys = ", ".join(short(key) for key in list(document)[:10])
     raise ValueError(f"{found.path}: a JSON object of no known form (keys: {keys}); {KNOWN_FORMS}")
 
 
-def _read_coco(found: _Found, images: list[Any], annotations: list[Any]) -> str:
-    image_columns, caption_columns = _columns(images), _columns(annotations)
+def _read_coco(found: Entries, images: list[Any], annotations: list[Any]) -> str:
+    found.unit = "image"
+    image_columns, caption_columns = count_columns(images), count_columns(annotations)
     name_column = found.choose(image_columns, ("file_name", *IMAGE_COLUMNS), "image")
     caption_column = found.choose_caption(caption_columns)
     found.ignore(image_columns, ("id", name_column, "split", "group"))
     found.ignore(caption_columns, ("id", "image_id", caption_column))
-    listed: dict[int | str, tuple[str, dict[str, Any]]] = {}
-    for place, image in found.objects(images, "image"):
+    listed: dict[int | str, tuple[int, dict[str, Any]]] = {}
+    for number, image in found.objects(images, "image"):
         image_id: Any = image.get("id")
-        if not _is_id(image_id) or image_id in listed:
-            found.problem(place, f"id {_quote(image_id)} {'stands twice' if _is_id(image_id) else 'is not an id'}")
+        if not is_id(image_id) or image_id in listed:
+            found.problem(number, f"id {quote(image_id)} {'stands twice' if is_id(image_id) else 'is not an id'}")
         else:
-            listed[image_id] = (place, image)
+            listed[image_id] = (number, image)
     captions: dict[int | str, list[str]] = {}
-    for place, annotation in found.objects(annotations, "annotation"):
-        image_id = annotation.get("image_id")
-        if not _is_id(image_id) or image_id not in listed:
-            found.problem(place, f"image_id {_quote(image_id)} is the id of no image")
+    for number, annotation in found.objects(annotations, "annotation"):
+        image_id, place = annotation.get("image_id"), found.place(number, "annotation")
+        if not is_id(image_id) or image_id not in listed:
+            found.problem(place, f"image_id {quote(image_id)} is the id of no image")
         else:
             usable = found.captions(place, annotation.get(caption_column))
             captions.setdefault(image_id, []).extend(usable)
-    for image_id, (place, image) in listed.items():
+    for image_id, (number, image) in listed.items():
         if captions.get(image_id):
-            found.add(place, image.get(name_column), captions[image_id], image.get("split"), image.get("group"))
-    found.uncaptioned([place for image_id, (place, _) in listed.items() if image_id not in captions])
+            found.add(number, image.get(name_column), captions[image_id], image.get("split"), image.get("group"))
+    found.uncaptioned([number for image_id, (number, _) in listed.items() if image_id not in captions])
     return "coco"
 
 
-def _read_karpathy(found: _Found, images: list[Any]) -> str:
-    columns = _columns(images)
+def _read_karpathy(found: Entries, images: list[Any]) -> str:
+    found.unit = "image"
+    columns = count_columns(images)
     lists = (image.get("sentences") for image in images if isinstance(image, dict))
-    sentence_columns = _columns(chain.from_iterable(each for each in lists if isinstance(each, list)))
+    sentence_columns = count_columns(chain.from_iterable(each for each in lists if isinstance(each, list)))
     found.choose(columns, ("filename",), "image")
     caption_column = found.choose_caption(sentence_columns, ("raw",))
     found.ignore(columns, ("filename", "filepath", "split", "group", "sentences"))
     found.ignore(sentence_columns, (caption_column,))
     uncaptioned = []
-    for place, image in found.objects(images, "image"):
+    for number, image in found.objects(images, "image"):
         sentences = image.get("sentences")
         name, folder = image.get("filename"), image.get("filepath")
         if not sentences:
-            uncaptioned.append(place)
+            uncaptioned.append(number)
         elif not isinstance(sentences, list):
-            found.problem(place, f"sentences is {_kind(sentences)}, not a list")
+            found.problem(number, f"sentences is {kind(sentences)}, not a list")
         else:
             captions = [each.get(caption_column) if isinstance(each, dict) else None for each in sentences]
             path = f"{folder}/{name}" if isinstance(name, str) and name.strip() and folder else name
-            found.add(place, path, captions, image.get("split"), image.get("group"))
+            found.add(number, path, captions, image.get("split"), image.get("group"))
     found.uncaptioned(uncaptioned)
     return "karpathy"
 
 
-def _read_mapping(found: _Found, text: str) -> str:
+def _read_mapping(found: Entries, text: TextFile) -> str:
     found.refuse_caption_key("mapping")
+    found.unit = "row"
     # Read as pairs: a plain JSON object keeps only the last captions of a name that stands twice.
-    for number, (image, captions) in enumerate(json.loads(text, object_pairs_hook=tuple), 1):
-        found.add(f"{found.name}: row {number}", image, captions)
+    for number, (image, captions) in enumerate(json.loads(text.read(), object_pairs_hook=tuple), 1):
+        found.add(number, image, captions)
     return "mapping"
 
 
-def _read_table(found: _Found, text: str, delimiter: str, names: list[str]) -> str:
+def _read_table(found: Entries, text: TextFile, delimiter: str, names: list[str]) -> str:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"{found.path}: column {_quote(twice[0])} stands twice in the header")
+        raise ValueError(f"{found.path}: column {quote(twice[0])} stands twice in the header")
+    _read_rows(found, lambda: _table_rows(text, delimiter, names), "line")
+    return "tsv" if delimiter == "\t" else "csv"
+
+
+def _table_rows(text: TextFile, delimiter: str, names: list[str]) -> Iterator[tuple[int, Any]]:
+    """Yield line number and cells by name of each row below the header; instead of an invalid row its ValueError."""
     # Strict: without it a quote that never closes would swallow the rows after it.
-    reader = csv.reader(_lines(text), delimiter=delimiter, skipinitialspace=True, strict=True)
-    rows: list[Any] = []
-    numbers = []
+    reader = csv.reader(text.lines(), delimiter=delimiter, skipinitialspace=True, strict=True)
     more, header_seen = True, False
     while more:
         number = reader.line_num + 1
         try:
             cells = next(reader)
             if header_seen and any(cells):
-                rows.append(_table_row(names, cells))
-                numbers.append(number)
+                yield number, _table_row(names, cells)
             header_seen = header_seen or any(cell.strip() for cell in cells)
         except csv.Error as error:
-            rows.append(ValueError(f"not a valid row: {error} (a quote inside quotes is written twice)"))
-            numbers.append(number)
+            yield number, ValueError(f"not a valid row: {error} (a quote inside quotes is written twice)")
         except StopIteration:
             more = False
-    if rows:
-        _read_rows(found, rows, numbers, "line")
-    return "tsv" if delimiter == "\t" else "csv"
 
 
 def _table_row(names: list[str], cells: list[str]) -> dict[str, str] | ValueError:
@@ -431,13 +324,14 @@ def _table_row(names: list[str], cells: list[str]) -> dict[str, str] | ValueErro
     return ValueError(f"{len(cells)} cells, the header has {len(names)} (cells that hold the delimiter need quotes)")
 
 
-def _read_token_lines(found: _Found, text: str) -> str:
+def _read_token_lines(found: Entries, text: TextFile) -> str:
     found.refuse_caption_key("token")
-    for number, line in enumerate(_lines(text), 1):
+    found.unit = "line"
+    for number, line in enumerate(text.lines(), 1):
         if match := _TOKEN_LINE.match(line):
-            found.add(f"{found.name}: line {number}", match[1], match[2])
+            found.add(number, match[1], match[2])
         elif line.strip():
-            found.problem(f"{found.name}: line {number}", f"not name.jpg#0<TAB>caption: {_quote(line.strip())}")
+            found.problem(number, f"not name.jpg#0<TAB>caption: {quote(line.strip())}")
     return "token"
 
 
@@ -453,79 +347,7 @@ def _header(line: str, caption_key: str | None) -> tuple[str, list[str]] | None:
     return best[1:] if best[0] else None
 
 
-def _decode(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\0", _NUL_MARK)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    return text if "\n" in text else text.replace("\r", "\n")
-
-
-def _lines(text: str) -> Iterator[str]:
-    """Yield lines with their ends; str.splitlines would also split at characters that captions may hold."""
-    return (match[0] for match in _LINE.finditer(text))
-
-
-def _columns(rows: Iterable[Any]) -> Counter[str]:
-    return Counter(chain.from_iterable(row for row in rows if isinstance(row, dict)))
-
-
-def _text(what: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {_kind(value)}, not text")
-    text: str = value.strip()
-    if not text:
-        raise ValueError(f"empty {what}")
-    if "\0" in text or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
-        raise ValueError(f"{what} holds a NUL byte or half a character")
-    return text
-
-
-def _split(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
-    if split is None:
-        raise ValueError(f"unknown split {_quote(value)}; known: train, val, test")
-    return split
-
-
-def _group(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    return str(value) if _is_id(value) and not isinstance(value, str) else _text("group", value)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool | int | float | str):
-        number = "NaN" if isinstance(value, float) and math.isnan(value) else "a number"
-        return {bool: "a boolean", str: "text"}.get(type(value), number)
-    return "a list" if isinstance(value, list) else "an object"
-
-
-def _quote(value: Any) -> str:
-    return repr(_short(value, 60)) if isinstance(value, str) else str(value) if _is_id(value) else _kind(value)
-
-
-def _short(text: str, limit: int = _MAX_MESSAGE) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _reason(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"line {error.lineno}, column {error.colno}: {error.msg}"
-    return "nested too deeply" if isinstance(error, RecursionError) else _short(str(error))
-
-
-def _by_stem(found: _Found, folder: Path, part: str, endings: frozenset[str]) -> dict[str, str | None]:
+def _by_stem(found: Entries, folder: Path, part: str, endings: frozenset[str]) -> dict[str, str | None]:
     """Return the files below folder/part by their path without ending, sorted; None where several clash.
 
     Names that differ only by case clash too: they are one file on some file systems.
@@ -544,10 +366,10 @@ def _by_stem(found: _Found, folder: Path, part: str, endings: frozenset[str]) ->
     return by_stem
 
 
-def _caption_lines(found: _Found, folder: Path, name: str) -> list[str]:
+def _caption_lines(found: Entries, folder: Path, name: str) -> list[str]:
     """Return the captions of one text file; blank lines are no captions."""
     try:
-        lines = list(_lines(_decode(folder / name)))
+        lines = list(TextFile(folder / name).lines())
     except ValueError as error:
         found.problem(name, str(error).removeprefix(f"{folder / name}: "))
         return []
@@ -578,4 +400,4 @@ def _one_for_each(folder: Path, splits: dict[str, list[Path]]) -> dict[str, Path
 
 
 def _names(paths: list[Path]) -> str:
-    return _short(", ".join(path.name for path in paths))
+    return short(", ".join(path.name for path in paths))

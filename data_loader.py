@@ -10,7 +10,7 @@ import hashlib
 import logging
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -265,10 +265,10 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
-        order = torch.randperm(self.num_items, generator=generator).tolist()
+        order = torch.randperm(self.num_items, generator=generator)
         for number in range(len(self)):
             end = None if number == len(self) - 1 else (number + 1) * self.batch_size
-            yield order[number * self.batch_size : end]
+            yield order[number * self.batch_size : end].tolist()  # a list of all would be several times as large
 
 
 class _Pieces(Sampler[list[int]]):
@@ -361,7 +361,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def describe_data(pairs: Pairs, splits: dict[str, Pairs]) -> list[str]:
     """Say what a data set holds, a line a fact."""
     lengths = np.array([count_tokens(caption) for caption in tqdm(pairs.captions, desc="tokens", disable=None)])
-    repeated = sum(count for count in Counter(pairs.captions).values() if count > 1)
+    same = np.bincount(pairs.captions.find(pairs.captions))
+    repeated = int(same[same > 1].sum())
     declared = "as declared" if pairs.declared() else "by group"
     per_image = np.diff(pairs.starts)
     parts = ", ".join(f"{name} {len(part)}" for name, part in splits.items())

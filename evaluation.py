@@ -354,15 +354,15 @@ def _own_validation_pairs(content: dict[str, Any], *, image_dir: str | None) -> 
         image_dir=image_dir or data["image_dir"],
         caption_key=data["caption_key"],
     )
-    row_of = {path: row for row, path in enumerate(pairs.paths)}
     wanted = content["val_images"]
-    missing = [path for path in wanted if path not in row_of]
+    rows = pairs.find(wanted)
+    missing = [path for path, row in zip(wanted, rows, strict=True) if row < 0]
     if missing:
         raise ValueError(
             f"{len(missing)} of the checkpoint's {len(wanted)} validation images are no longer in {data['data_dir']} "
             f"(first: {missing[0]}); name a data set with --data_dir"
         )
-    return pairs.select(row_of[path] for path in wanted)
+    return pairs.select(rows)
 
 
 if __name__ == "__main__":

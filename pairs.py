@@ -5,49 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from annotations import Index, Row, find_index, read_directory, read_index
+from annotations import find_index, read_directory, read_index
 from config import DEFAULT_DATA_DIR, DataSettings
+from entries import Index
+from rows import MAX_PROBLEMS, NO_SPLIT, SPLITS, CodeArray, IntArray, Problems, Rows, Strings, take_runs
 from sample_data import UNFINISHED
 from shards import is_shards, read_rows
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 MAX_VAL_IMAGES = 5000
 MIN_PAIRS = 50
 MAX_BAD_SHARE = 0.01
 
 
-class Strings(Sequence[str]):
-    """Many strings in two arrays: worker processes share them, where a list of strings is copied page by page."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
-        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = int(index) % len(self)
-        start = self._ends[index - 1] if index else 0
-        return self._bytes[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
-
-
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Images with their captions, fixed and compact.
 
@@ -55,16 +36,15 @@ class Pairs:
         paths: resolved path of each image, which is its identity.
         captions: every caption, image by image.
         starts: int64 `[N + 1]`: image i has captions `starts[i]` to `starts[i + 1]`.
-        groups: unit of the split of each image.
-        splits: the split that the index declares for each image, or an empty string.
+        groups: unit of the split of each image; its path where the index names none.
+        splits: int8 `[N]`: position in `SPLITS` of the split that the index declares for each image, or -1.
     """
 
-    def __init__(self, records: Sequence[Row]) -> None:
-        self.paths = Strings(record.image for record in records)
-        self.captions = Strings(caption for record in records for caption in record.captions)
-        self.starts = np.cumsum([0, *(len(record.captions) for record in records)], dtype=np.int64)
-        self.groups = Strings(record.group or record.image for record in records)
-        self.splits = Strings(record.split or "" for record in records)
+    paths: Strings
+    captions: Strings
+    starts: IntArray
+    groups: Strings
+    splits: CodeArray
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -84,15 +64,26 @@ class Pairs:
         captions: list[str] = self.captions[int(self.starts[image]) : int(self.starts[image + 1])]
         return captions
 
-    def select(self, images: Iterable[int]) -> Pairs:
-        """Return some of the images, in the order given."""
+    def select(self, images: IntArray | Sequence[int]) -> Pairs:
+        """Return some of the images, by their numbers `[M]` and in their order; the text is shared."""
+        images = np.asarray(images, dtype=np.int64)
+        captions, starts = take_runs(self.starts, images)
+        paths = self.paths.take(images)
         return Pairs(
-            [Row(self.paths[i], tuple(self.captions_of(i)), self.splits[i] or None, self.groups[i], "") for i in images]
+            paths=paths,
+            captions=self.captions.take(captions),
+            starts=starts,
+            groups=paths if self.groups is self.paths else self.groups.take(images),
+            splits=self.splits[images],
         )
+
+    def find(self, paths: Sequence[str]) -> IntArray:
+        """Return the numbers of images, `[len(paths)]`; -1 for a path that is not here."""
+        return self.paths.find(Strings.of(paths))
 
     def declared(self) -> set[str]:
         """Return the splits that the index declares."""
-        return set(self.splits) - {""}
+        return {split for code, split in enumerate(SPLITS) if (self.splits == code).any()}
 
 
 def holds_only_placeholders(folder: Path) -> bool:
@@ -116,27 +107,30 @@ def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, cap
     """
     path = Path(data_dir)
     if is_shards(data_dir):
-        rows, bad = read_rows(str(data_dir), caption_key=caption_key)
-        _judge(bad, num_good=len(rows), path=path)
-        return Pairs(rows)
+        rows, problems = read_rows(str(data_dir), caption_key=caption_key)
+    else:
+        rows, problems = _read_files(path, image_dir=image_dir, caption_key=caption_key)
+    _judge(problems, num_good=len(rows), path=path)
+    return Pairs(
+        paths=rows.images,
+        captions=rows.captions,
+        starts=rows.starts,
+        groups=rows.groups.filled(rows.images),
+        splits=rows.splits,
+    )
+
+
+def _read_files(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Problems]:
+    """Read the images of a folder or an index file, each once, and what is wrong with some."""
     if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
         what = "holds no data" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in {DEFAULT_DATA_DIR}")
     if image_dir is not None and not Path(image_dir).is_dir():
         raise FileNotFoundError(f"--image_dir: no such folder: {image_dir}")
-    records: list[Row] = []
-    problems: list[str] = []
-    for index_path, declared in _index_paths(path):
-        is_folder = index_path.is_dir()
-        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=caption_key)
-        _report_columns(index, index_path)
-        root = Path(image_dir) if image_dir is not None else index_path if is_folder else index_path.parent
-        found, missing = _resolve_images(index.rows, root)
-        records += [row._replace(split=declared) for row in found] if declared else found
-        problems += index.problems + missing
-    records, repeated = _merge(records)
-    _judge(problems + repeated, num_good=len(records), path=path)
-    return Pairs(records)
+    rows, problems = _read_rows(path, image_dir=image_dir, caption_key=caption_key)
+    rows, repeated = _merge(rows)
+    problems.extend(repeated)
+    return rows, problems
 
 
 def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict[str, Pairs]:
@@ -148,12 +142,12 @@ def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict
     Returns:
         `train`, `val` and `test`; those that there are not hold no image.
     """
-    splits = np.array(list(pairs.splits), dtype=object)
-    splits[splits == ""] = "train"
-    if "val" not in pairs.declared():
-        pool = np.flatnonzero(splits == "train")
-        splits[_choose_validation(pairs, pool, val_split=val_split, seed=seed)] = "val"
-    return {split: pairs.select(np.flatnonzero(splits == split).tolist()) for split in SPLITS}
+    train, val = SPLITS.index("train"), SPLITS.index("val")
+    splits = np.where(pairs.splits == NO_SPLIT, train, pairs.splits)
+    if not (splits == val).any():
+        pool = np.flatnonzero(splits == train)
+        splits[_choose_validation(pairs, pool, val_split=val_split, seed=seed)] = val
+    return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
 
 
 def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
@@ -167,8 +161,8 @@ def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
     if settings.val_data is None:
         splits = split_pairs(pairs, val_split=settings.val_split, seed=seed)
     else:
-        held = [i for i, split in enumerate(pairs.splits) if split not in {"val", "test"}]
-        splits = {"train": pairs.select(held), "val": evaluation_pairs(settings.val_data, split=None, **options)}
+        own = pairs.select(np.flatnonzero((pairs.splits == NO_SPLIT) | (pairs.splits == SPLITS.index("train"))))
+        splits = {"train": own, "val": evaluation_pairs(settings.val_data, split=None, **options)}
     train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
     if len(train) < 2 or len(val) < 1:
         found = f"{len(train)} training and {len(val)} validation image(s)"
@@ -200,7 +194,7 @@ def evaluation_pairs(
     if split not in declared:
         known = ", ".join(sorted(declared)) or "none"
         raise ValueError(f"{data_dir} has no split {split!r} (declared: {known}); use --split all for everything")
-    return pairs.select(i for i, own in enumerate(pairs.splits) if own == split)
+    return pairs.select(np.flatnonzero(pairs.splits == SPLITS.index(split)))
 
 
 def _index_paths(path: Path) -> list[tuple[Path, str | None]]:
@@ -216,76 +210,116 @@ def _report_columns(index: Index, path: Path) -> None:
         logger.info("%s: columns ignored (rows): %s", path, columns)
 
 
-def _resolve_images(rows: Sequence[Row], root: Path) -> tuple[list[Row], list[str]]:
+def _read_rows(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Problems]:
+    """Read the indexes of a data set, with the images resolved and the splits that the files are."""
+    parts: list[Rows] = []
+    problems = Problems()
+    for index_path, declared in _index_paths(path):
+        is_folder = index_path.is_dir()
+        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=caption_key)
+        _report_columns(index, index_path)
+        root = Path(image_dir) if image_dir is not None else index_path if is_folder else index_path.parent
+        rows, missing = _resolve_images(index.rows, root)
+        parts.append(replace(rows, splits=np.full_like(rows.splits, SPLITS.index(declared))) if declared else rows)
+        problems.extend(index.problems)
+        problems.extend(missing)
+    return Rows.concatenate(parts), problems
+
+
+def _resolve_images(rows: Rows, root: Path) -> tuple[Rows, Problems]:
     """Give each row its image's resolved path; those that are not files become problems."""
-    folders: dict[str, str] = {}
-    found, problems = [], []
-    for row in rows:
-        folder, name = os.path.split(os.path.join(root, row.image))  # noqa: PTH118  (a million times faster matters)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        path = os.path.join(folders[folder], name)  # noqa: PTH118
-        try:
-            mode = os.lstat(path).st_mode
-            if stat.S_ISLNK(mode):
-                path = os.path.realpath(path, strict=True)
-                mode = os.stat(path).st_mode  # noqa: PTH116
-            reason = None if stat.S_ISREG(mode) else "not a file"
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-        if reason is None:
-            found.append(row._replace(image=path))
-        else:
-            problems.append(f"{row.place}: image {row.image}: {reason}")
-    return found, problems
+    real_folder = lru_cache(maxsize=1 << 16)(os.path.realpath)
+    found, problems = np.zeros(len(rows), dtype=bool), Problems()
+
+    def resolved() -> Iterator[str]:
+        for number, image in enumerate(rows.images):
+            try:
+                path = _resolve(os.path.join(root, image), real_folder)  # noqa: PTH118  (see _resolve)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                problems.add(f"{rows.place(number)}: image {image}: {reason}")
+            else:
+                found[number] = True
+                yield path
+
+    paths = Strings.of(resolved())
+    kept = rows if found.all() else rows.take(np.flatnonzero(found))
+    return replace(kept, images=paths), problems
 
 
-def _merge(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """Join rows that turn out to be the same file."""
-    merged: dict[str, Row] = {}
-    problems = []
-    for row in rows:
-        first = merged.get(row.image)
-        if first is None:
-            merged[row.image] = row
-        elif first.split != row.split:
-            problems.append(f"{row.place}: {row.image} is in {row.split} here and in {first.split} at {first.place}")
-        else:
-            merged[row.image] = first._replace(captions=first.captions + row.captions, group=first.group or row.group)
-    return list(merged.values()), problems
+def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
+    """Return the real path of an image's file; os.path, because pathlib is several times as slow.
+
+    Raises:
+        OSError, ValueError: there is no such file.
+    """
+    folder, name = os.path.split(image)
+    path = os.path.join(real_folder(folder), name)  # noqa: PTH118
+    mode = os.lstat(path).st_mode
+    if stat.S_ISLNK(mode):
+        path = os.path.realpath(path, strict=True)
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    if not stat.S_ISREG(mode):
+        raise ValueError("not a file")
+    return path
 
 
-def _judge(problems: list[str], *, num_good: int, path: Path) -> None:
+def _merge(rows: Rows) -> tuple[Rows, Problems]:
+    """Join rows that turn out to be the same file; those of another split than its first row are left out."""
+    first = rows.images.find(rows.images)
+    agrees = rows.splits == rows.splits[first]
+    problems = Problems()
+    if not agrees.all():
+        conflicts = np.flatnonzero(~agrees)
+        for row in conflicts[:MAX_PROBLEMS].tolist():
+            here, there = rows.split_name(row), rows.split_name(first[row])
+            place, first_place = rows.place(row), rows.place(first[row])
+            problems.add(f"{place}: {rows.images[row]} is in {here} here and in {there} at {first_place}")
+        problems.count = len(conflicts)
+        rows, first = rows.take(np.flatnonzero(agrees)), (np.cumsum(agrees) - 1)[first[agrees]]
+    return rows.joined(first), problems
+
+
+def _judge(problems: Problems, *, num_good: int, path: Path) -> None:
     """Say which entries are left out; too many of them are an error."""
-    if not problems:
+    if not problems.count:
         return
-    shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-    if len(problems) > MAX_BAD_SHARE * (num_good + len(problems)):
-        raise ValueError(f"{path}: {len(problems)} bad entries beside {num_good} good images: {shown}")
-    logger.warning("%s: %d bad entries are left out: %s", path, len(problems), shown)
+    shown = "; ".join(problems.first[:10]) + (f"; and {problems.count - 10} more" if problems.count > 10 else "")
+    if problems.count > MAX_BAD_SHARE * (num_good + problems.count):
+        raise ValueError(f"{path}: {problems.count} bad entries beside {num_good} good images: {shown}")
+    logger.warning("%s: %d bad entries are left out: %s", path, problems.count, shown)
 
 
-def _choose_validation(pairs: Pairs, pool: np.ndarray[Any, Any], *, val_split: float, seed: int) -> list[int]:
-    members: dict[str, list[int]] = defaultdict(list)
-    for image in pool.tolist():
-        members[pairs.groups[image]].append(image)
-    groups = sorted(members)
+def _choose_validation(pairs: Pairs, pool: IntArray, *, val_split: float, seed: int) -> IntArray:
+    """Draw whole groups from the pool of images; returns their images' numbers."""
+    ranks = _ranks(pairs.groups.take(pool))
+    sizes = np.bincount(ranks)
     # RandomState's stream is frozen for good, the newer generators' is not
-    order = np.random.RandomState(seed % 2**32).permutation(len(groups))
+    order = np.random.RandomState(seed % 2**32).permutation(len(sizes))
     target = min(max(round(val_split * len(pool)), 1), MAX_VAL_IMAGES)
     chosen: list[int] = []
-    for number in order[:-1].tolist():  # one group at least stays for training
-        images = members[groups[number]]
-        if not chosen or len(chosen) + len(images) <= target:
-            chosen += images
-        if len(chosen) >= target:
+    num_images = 0
+    for group in order[:-1]:  # one group at least stays for training
+        if not chosen or num_images + sizes[group] <= target:
+            chosen.append(group)
+            num_images += sizes[group]
+        if num_images >= target:
             break
-    return chosen
+    return pool[np.isin(ranks, chosen)]
+
+
+def _ranks(groups: Strings) -> IntArray:
+    """Return the position of each group among the different ones in sorted order, int64 `[N]`."""
+    first = groups.find(groups)
+    heads = np.flatnonzero(first == np.arange(len(first)))
+    heads = heads[groups.take(heads).sorted_order()]
+    ranks = np.empty_like(first)
+    ranks[heads] = np.arange(len(heads))
+    return ranks[first]
 
 
 def _without_shared_images(train: Pairs, val: Pairs) -> Pairs:
-    shared = set(val.paths)
-    kept = [image for image, path in enumerate(train.paths) if path not in shared]
+    kept = np.flatnonzero(val.paths.find(train.paths) < 0)
     if len(kept) == len(train):
         return train
     logger.warning("%d image(s) of the validation set were left out of training", len(train) - len(kept))

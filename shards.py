@@ -25,10 +25,12 @@ from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from annotations import IMAGE_ENDINGS, Row
+from annotations import IMAGE_ENDINGS
 from config import read_json_object
 from distributed import progress_bar
+from entries import check_text
 from preprocessing import file_stamp, part_path, read_bytes
+from rows import Problems, RowBuffer, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -97,22 +99,23 @@ class TarSample(NamedTuple):
         found = _json_captions(self.texts.get("json"), CAPTION_KEYS if caption_key is None else (caption_key,))
         if not found and caption_key is None:
             found = self.texts.get("txt", b"").decode("utf-8").split("\n")  # bad UTF-8 is a ValueError too
-        captions = tuple(caption.strip() for caption in found if caption.strip())
+        captions = tuple(check_text("caption", caption) for caption in found if not _is_blank(caption))
         if not captions:
             raise ValueError("no caption" if caption_key is None else f"no caption under {caption_key!r}")
         return captions
 
 
-def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[str]:
+def _is_blank(caption: Any) -> bool:
+    return isinstance(caption, str) and not caption.strip()
+
+
+def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
     if content is None:
         return []
     values = json.loads(content)
     found = [values[key] for key in keys if values.get(key)] if isinstance(values, dict) else []
     captions = found[0] if found else []
-    captions = captions if isinstance(captions, list) else [captions]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise ValueError("a caption that is not text")
-    return captions
+    return captions if isinstance(captions, list) else [captions]
 
 
 def is_shards(data_dir: str | Path) -> bool:
@@ -159,7 +162,7 @@ def read_samples(url: str, start: int = 0, end: int | None = None, *, by_path: b
                 yield _sample(url, tar, members, by_path=by_path)
 
 
-def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[list[Row], list[str]]:
+def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, Problems]:
     """Read shards as an index is read: pictures by their place, captions; and what is wrong with single samples.
 
     Raises:
@@ -172,15 +175,15 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[list[Ro
     if elsewhere:
         raise ValueError(f"{elsewhere[0]}: only for training are shards read from elsewhere; copy them to this machine")
     _check_files(urls)
-    rows, problems = [], []
+    rows, problems = RowBuffer(), Problems()
     for url in progress_bar(urls, desc="shards"):
         for sample in read_samples(os.path.realpath(url), by_path=True):
             place = f"{_name(url)}/{sample.key}"
             try:
-                rows.append(Row(str(sample.picture()), sample.captions(caption_key), None, None, place))
+                rows.append(str(sample.picture()), sample.captions(caption_key), split=None, group=None, number=0)
             except ValueError as error:
-                problems.append(f"{place}: {error}")
-    return rows, problems
+                problems.add(f"{place}: {error}")
+    return rows.rows(""), problems
 
 
 def write_shards(

@@ -56,7 +56,7 @@ def test_every_form_is_found_by_its_content(form: str, tmp_path: Path) -> None:
     index = read_index(write(tmp_path, FORMS[form]))
     assert index.form == form
     assert [(row.image, row.captions) for row in index.rows] == EXPECTED
-    assert index.problems == []
+    assert index.problems.count == 0
 
 
 def test_splits_and_groups_are_read(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_directory_form(tmp_path: Path) -> None:
     (tmp_path / "captions/z.txt").write_text("clash\n")
     index = read_directory(tmp_path)
     assert [(row.image, row.captions) for row in index.rows] == [("images/a/x.JPG", ("one", "two"))]
-    assert len(index.problems) == 3  # clashing z, y without captions, q without image
+    assert index.problems.count == 3  # clashing z, y without captions, q without image
 
 
 def test_further_columns_are_counted_and_caption_key_picks_one(tmp_path: Path) -> None:
@@ -93,8 +93,14 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
     ]
     rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
-    assert [problem.split(":")[1] for problem in index.problems] == [" row 2", " row 3", " row 4", " row 5", " row 6"]
-    assert "unknown split 'tset'" in index.problems[3]
+    assert [problem.split(":")[1] for problem in index.problems.first] == [
+        " row 2",
+        " row 3",
+        " row 4",
+        " row 5",
+        " row 6",
+    ]
+    assert "unknown split 'tset'" in index.problems.first[3]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +142,8 @@ def test_a_bad_entry_costs_itself_alone(case: str, tmp_path: Path) -> None:
     text, problem = HALF_GOOD[case]
     index = read_index(write(tmp_path, text))
     assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]
-    assert len(index.problems) == 1
-    assert problem in index.problems[0]
+    assert index.problems.count == 1
+    assert problem in index.problems.first[0]
 
 
 def test_entries_of_one_image_are_joined(tmp_path: Path) -> None:
@@ -149,7 +155,36 @@ def test_entries_of_one_image_are_joined(tmp_path: Path) -> None:
     )
     index = read_index(write(tmp_path, half_said))
     assert [(row.captions, row.split) for row in index.rows] == [(("x", "y", "z"), "val")]
-    assert "split 'test', but 'val'" in index.problems[0]
+    assert "split 'test', but 'val'" in index.problems.first[0]
+
+
+def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
+    rows: list[object] = [{}, 3, {"image": "old.jpg", "title": "t"}, {"image": "b.jpg", "caption": "x", "n": 1}]
+    rows += [{"image_path": "a.jpg", "title": "t", "caption": "y"}, {"image": "c.jpg", "n": 2}]
+    index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
+    assert [(row.image, row.captions, row.place) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
+    assert [problem[8:] for problem in index.problems.first] == [
+        "row 1: no image_path",
+        "row 2: expected an object, found a number",
+        "row 3: no image_path",
+        "row 4: no image_path",
+        "row 6: no image_path",
+    ]
+    assert index.ignored_columns == {"image": 3, "title": 2, "n": 2}
+
+
+def test_problems_stand_in_the_order_of_the_rows_and_are_bounded(tmp_path: Path) -> None:
+    rows = [{"image": "a.jpg", "caption": "x", "split": "val", "group": "g"}, {"image": "b.jpg", "caption": ""}]
+    rows += [{"image": "a.jpg", "caption": "y", "split": "test", "group": "h"}, {"image": "c.jpg", "caption": ""}]
+    index = read_index(write(tmp_path, json.dumps(rows + 200 * rows[1:3]), "i.json"))
+    assert index.problems.first[:5] == [
+        "i.json: row 2: empty caption",
+        "i.json: row 3: 'a.jpg': split 'test', but 'val' at i.json: row 1",
+        "i.json: row 3: 'a.jpg': group 'h', but 'g' at i.json: row 1",
+        "i.json: row 4: empty caption",
+        "i.json: row 5: empty caption",
+    ]
+    assert (index.problems.count, len(index.problems.first)) == (4 + 600, 100)
 
 
 def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:

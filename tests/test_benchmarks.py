@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from benchmarks import data_pipeline, frozen_training, retrieval, startup, train_losses, train_step
+from benchmarks import data_pipeline, frozen_training, index_memory, retrieval, startup, train_losses, train_step
 from benchmarks.timing import Timing, print_table, ratio, take_turns
 from retrieval import rank_metrics, retrieval_ranks
 
@@ -128,6 +128,27 @@ def test_the_ratio_is_against_the_first_epoch_that_keeps() -> None:
     seconds = dict(zip(frozen_training.ROWS, ([9.0], [8.0, 10.0, 30.0], [0.1, 0.2], [0.5]), strict=True))
     measured = {name: [frozen_training.Epoch(value, 1.0) for value in values] for name, values in seconds.items()}
     assert list(frozen_training.report(measured, "").values()) == pytest.approx([10 / 9, 1, 10 / 0.15, 20])
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells a process's memory")
+
+
+@LINUX
+def test_index_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--num_rows", "3000", "--num_images", "1500", "--folder", str(tmp_path)]
+    assert index_memory.main([*flags, "--json", str(tmp_path / "x.json")]) == 0
+    costs = json.loads((tmp_path / "x.json").read_text())["costs"]
+    assert list(costs) == [*index_memory.STEPS, "loading process"]
+    output = capsys.readouterr().out
+    assert all(f"| {name} " in output for name in costs)
+
+
+@LINUX
+def test_a_loading_process_does_not_copy_the_index(tmp_path: Path) -> None:
+    path = index_memory.make_index(tmp_path, 40_000, 1000)
+    grown = index_memory.in_new_process(index_memory.measure_walk, path).kept
+    # a list of as many strings, counted references and all, is copied as a whole: 5 MiB
+    assert grown < 2 * 2**20
 
 
 def test_losses_are_those_of_a_plain_loop(sample_dir: Path, tmp_path: Path) -> None:

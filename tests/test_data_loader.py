@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from data_loader import (
     main,
 )
 from preprocessing import CLIP_MEAN, CLIP_STD
+from rows import Strings
 from tests.test_pairs import make_images, make_index
 
 CPU = torch.device("cpu")
@@ -168,7 +170,7 @@ def test_a_batch_in_pieces_is_the_same_batch(
     pairs = ImageTextDataset(sample_dir).pairs.select(range(40))
     (tmp_path / "bad.png").write_bytes(b"no picture")
     paths = [str(tmp_path / "bad.png") if number in (3, 30) else path for number, path in enumerate(pairs.paths)]
-    pairs.paths = data_loader.Pairs([]).paths.__class__(paths)
+    pairs = replace(pairs, paths=Strings.of(paths))
     loader = TrainLoader(ImageTextDataset(pairs), batch_size=24, num_workers=num_workers, device=CPU)
     whole = list(loader.epoch(1))
     monkeypatch.setattr(data_loader, "PIECE_SIZE", 5)

@@ -3,20 +3,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from config import DataSettings
 from data_loader import ImageTextDataset
 from pairs import (
+    MAX_VAL_IMAGES,
     Pairs,
-    Strings,
     evaluation_pairs,
     holds_only_placeholders,
     load_pairs,
     split_pairs,
     training_pairs,
 )
+from rows import RowBuffer
 
 
 def make_images(folder: Path, *names: str) -> None:
@@ -32,16 +36,6 @@ def make_index(folder: Path, rows: Sequence[Mapping[str, object]], name: str = "
     return path
 
 
-def test_strings_hold_what_they_are_given() -> None:
-    given = ["a", "", "四 猫", "x" * 1000, "bad \udcff byte"]
-    strings = Strings(given)
-    assert list(strings) == given
-    assert strings[-1] == given[-1]
-    assert strings[1:3] == given[1:3]
-    with pytest.raises(IndexError):
-        strings[5]
-
-
 def test_split_is_by_group_seeded_and_independent_of_the_order(tmp_path: Path) -> None:
     names = [f"{number:03}.png" for number in range(40)]
     make_images(tmp_path, *names)
@@ -53,6 +47,58 @@ def test_split_is_by_group_seeded_and_independent_of_the_order(tmp_path: Path) -
     assert not set(first["train"].groups) & set(first["val"].groups)
     other = split_pairs(load_pairs(tmp_path), val_split=0.2, seed=1)
     assert set(other["val"].paths) != set(first["val"].paths)
+
+
+def split_plainly(groups: Sequence[str], *, val_split: float, seed: int) -> list[int]:
+    """The rule of the split, with a dictionary: the images drawn for validation."""
+    members: dict[str, list[int]] = {}
+    for image, group in enumerate(groups):
+        members.setdefault(group, []).append(image)
+    names = sorted(members)
+    order = np.random.RandomState(seed % 2**32).permutation(len(names))
+    target = min(max(round(val_split * len(groups)), 1), MAX_VAL_IMAGES)
+    chosen: list[int] = []
+    for number in order[:-1]:
+        images = members[names[number]]
+        if not chosen or len(chosen) + len(images) <= target:
+            chosen += images
+        if len(chosen) >= target:
+            break
+    return sorted(chosen)
+
+
+def made_pairs(groups: Sequence[str]) -> Pairs:
+    """Pairs without files; an image that has no group is its own."""
+    buffer = RowBuffer()
+    for number, group in enumerate(groups):
+        buffer.append(f"/{number * 7919 % 1000:03}.png", [f"{number}"], split=None, group=group, number=number)
+    rows = buffer.rows("")
+    return Pairs(rows.images, rows.captions, rows.starts, rows.groups.filled(rows.images), rows.splits)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.sampled_from(["", "", "a", "b", "é", "\udc80", "\ue000", "/5", "/000.png"]), max_size=60),
+    st.floats(0, 0.9),
+    st.integers(-5, 2**40),
+)
+def test_the_split_is_that_of_the_plain_rule(groups: list[str], val_split: float, seed: int) -> None:
+    pairs = made_pairs(groups)
+    expected = split_plainly(list(pairs.groups), val_split=val_split, seed=seed)
+    splits = split_pairs(pairs, val_split=val_split, seed=seed)
+    assert list(splits["val"].paths) == [pairs.paths[image] for image in expected]
+    assert [int(caption) for caption in splits["val"].captions] == expected
+    train = sorted(set(range(len(groups))) - set(expected))
+    assert [int(caption) for caption in splits["train"].captions] == train
+    assert list(splits["train"].groups) == [pairs.groups[image] for image in train]
+
+
+def test_the_split_of_many_images_is_that_of_the_plain_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rows._BLOCK", 64)  # so that the names are sorted in many parts
+    pairs = made_pairs([""] * 1000)
+    assert [int(caption) for caption in split_pairs(pairs)["val"].captions] == split_plainly(
+        pairs.paths, val_split=0.1, seed=42
+    )
 
 
 def test_declared_splits_are_honoured(tmp_path: Path) -> None:
@@ -94,6 +140,20 @@ def test_few_missing_images_are_left_out_many_are_an_error(tmp_path: Path, caplo
     assert "row 151: image 150.png: No such file" in caplog.text
     with pytest.raises(ValueError, match=r"10 bad entries beside 150 good images: data.json: row 151"):
         load_pairs(make_index(tmp_path, [*rows, *({"image": f"x{n}.png", "caption": "x"} for n in range(9))]))
+
+
+def test_an_image_of_two_splits_is_a_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_images(tmp_path, *(f"{n}.png" for n in range(120)))
+    make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in range(110)], "train.json")
+    make_index(tmp_path, [{"image": f"{n}.png", "caption": "y"} for n in range(109, 120)], "val.json")
+    pairs = load_pairs(tmp_path)
+    assert (len(pairs), pairs.captions_of(109), pairs.declared()) == (120, ["x"], {"train", "val"})
+    assert f"val.json: row 1: {tmp_path / '109.png'} is in val here and in train at train.json: row 110" in caplog.text
+
+
+def test_images_are_found_by_path(tmp_path: Path) -> None:
+    pairs = made_pairs([""] * 5)
+    assert pairs.find([pairs.paths[3], "/gone", pairs.paths[0]]).tolist() == [3, -1, 0]
 
 
 def test_too_few_images_are_an_error(tmp_path: Path) -> None:
