@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from data_loader import Batch
 from preprocessing import clip_transform, train_transform
 from shard_loader import ShardLoader, training_shards
 from shards import INDEX_NAME, open_shards
+from tests.launch import torchrun
 from tests.test_shards import make_shards, make_tar, picture
 
 CPU = torch.device("cpu")
@@ -213,6 +215,16 @@ def test_a_run_on_shards(shard_run: Path, tmp_path: Path) -> None:
     shards = f"{shard_run}/train/{{00000..00002}}.tar"
     assert evaluation.main(["--checkpoint", best, "--data_dir", shards, "--output_dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["num_images"] == 54
+
+
+def test_two_processes_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(shard_run / "train", tmp_path / "train", ignore=shutil.ignore_patterns(INDEX_NAME))
+    data = ["--data_dir", f"{tmp_path}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
+    done = torchrun(2, "train.py", *data, *FLAGS, "--num_workers", "2", "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("counted the samples of 3 shard(s)") == 1
+    results = json.loads((tmp_path / "results" / "training_results.json").read_text())
+    assert [entry["step"] for entry in results["history"]] == [0, 3]
 
 
 def test_frozen_towers_train_on_shards_without_kept_features(shard_run: Path, tmp_path: Path) -> None:
