@@ -29,7 +29,7 @@ from benchmarks.train_step import step_flops
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
 from contrastive import SLICE_LOGITS
 from distributed import is_main, num_processes, process_group, share
-from micro_batches import LiveTensors
+from memory import LiveTensors
 from parallel import parallel_model
 from preprocessing import tokenize
 from runtime import keep_freed_memory, resolve_precision
