@@ -24,6 +24,7 @@ CONFIG_PATH = Path("config.json")
 DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
 SAMPLE_SIZE = 1000
+DATA_DIR_HELP = "folder with the data set, its index file, or shards (path/{00000..00099}.tar)"
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -93,8 +94,10 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Where the pairs come from and how they are split."""
 
-    data_dir: str = Field(DEFAULT_DATA_DIR, description="folder with the data set, or its index file")
-    val_data: str | None = Field(None, description="separate validation set; none: split off from the data")
+    data_dir: str = Field(DEFAULT_DATA_DIR, description=DATA_DIR_HELP)
+    val_data: str | None = Field(
+        None, description="separate validation set, which shards need; none: split off from the data"
+    )
     image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
     captions: Literal["random", "all"] = Field(
@@ -189,12 +192,15 @@ class Config(Settings):
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
-    data_dir: str = Field(DEFAULT_DATA_DIR, description="folder with the data set, or its index file")
+    data_dir: str = Field(DEFAULT_DATA_DIR, description=DATA_DIR_HELP)
     image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
     val_split: Share = Field(0.1, description="share of the groups kept for validation")
     seed: NonNegativeInt = Field(42, description="seed of the split; of the sample data as well")
     num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
+    to_shards: str | None = Field(None, description="write the data set as shards into this folder")
+    shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
+    split: Literal["train", "val", "test", "all"] = Field("train", description="which images to_shards takes")
 
 
 class EvaluationSettings(Settings):

@@ -1,11 +1,13 @@
-"""Image-text pairs from disk to batches. As a stage it makes sample data, or prints what a data set holds:
+"""Image-text pairs from disk to batches. As a stage it makes sample data, describes a data set, or writes it as shards:
 
 python data_loader.py --data_dir ./data
+python data_loader.py --data_dir ./data --to_shards ./shards
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import sys
 from collections import defaultdict
@@ -48,11 +50,16 @@ from preprocessing import (
     Transform,
     clip_transform,
     count_tokens,
+    file_stamp,
     load_image,
+    read_bytes,
     tokenize,
 )
 from runtime import leave_signals_to_main, setup_logging
 from sample_data import create_sample_dataset
+from shards import write_shards
+
+logger = logging.getLogger(__name__)
 
 PIECE_SIZE = 64
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -175,7 +182,7 @@ class ImageTextDataset(Dataset[Sample]):
             finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
             return Sample(None, tokens, image, caption, str(error))
-        with _seeded(self._transform_seed(image, index)):
+        with seeded(self._transform_seed(image, index)):
             return Sample(finish(), tokens, image, caption)
 
     def _open(self, path: str) -> Callable[[], Tensor]:
@@ -224,7 +231,7 @@ def _split_mix(state: BitArray) -> BitArray:
     return mixed
 
 
-class _seeded:  # noqa: N801  (used as a function)
+class seeded:  # noqa: N801  (used as a function)
     """Seed `torch` and `random` for one sample's transform, and put their states back."""
 
     def __init__(self, seed: int) -> None:
@@ -314,17 +321,19 @@ class TrainLoader:
         self.dataset.set_epoch(epoch)
         pieces = iter(self.loader)
         for items in self.batches:
-            yield join_pieces(pieces, len(items[share(len(items))]), pin_memory=self.pin_memory)
+            num_items = len(items[share(len(items))])
+            num_pieces = -(-num_items // PIECE_SIZE)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
 
 
-def join_pieces(pieces: Iterator[Batch], num_items: int, *, pin_memory: bool) -> Batch:
-    """Make one batch of the next `num_items` items, which come in pieces of `PIECE_SIZE`; holds it and one piece."""
-    if num_items <= PIECE_SIZE:
-        return next(pieces) if num_items else collate([])
+def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
+    """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
+    if num_pieces <= 1:
+        return next(pieces) if num_pieces else collate([])
     images: Tensor | None = None
     parts = []
     end = 0
-    for _ in range(-(-num_items // PIECE_SIZE)):
+    for _ in range(num_pieces):
         piece = next(pieces)
         if len(piece.images):
             if images is None:
@@ -380,13 +389,13 @@ def _identical_across(splits: dict[str, Pairs]) -> list[tuple[str, str]]:
     by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for split, pairs in splits.items():
         for path in pairs.paths:
-            by_size[Path(path).stat().st_size].append((split, path))
+            by_size[file_stamp(path)[0]].append((split, path))
     suspects = [same for same in by_size.values() if len({split for split, _ in same}) > 1]
     first_of: dict[tuple[int, bytes], tuple[str, str]] = {}
     twins = []
     for number, same in enumerate(tqdm(suspects, desc="identical pictures", disable=None)):
         for split, path in same:
-            digest = hashlib.sha256(Path(path).read_bytes()).digest()
+            digest = hashlib.sha256(read_bytes(path)).digest()
             other_split, other = first_of.setdefault((number, digest), (split, path))
             if other_split != split:
                 twins.append((other, path))
@@ -394,7 +403,7 @@ def _identical_across(splits: dict[str, Pairs]) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make sample data, or print what a data set holds; returns the exit code."""
+    """Make sample data, print what a data set holds, or write it as shards; returns the exit code."""
     return run_stage(lambda: _inspect(argv), name="data_loader.py")
 
 
@@ -408,8 +417,26 @@ def _inspect(argv: list[str] | None) -> int:
         print(f"made sample data: {index}")
     pairs = load_pairs(folder, image_dir=settings.image_dir, caption_key=settings.caption_key)
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
-    print("\n".join(describe_data(pairs, splits)))
+    if settings.to_shards is None:
+        print("\n".join(describe_data(pairs, splits)))
+    else:
+        chosen = {**splits, "all": pairs}[settings.split]
+        _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
     return 0
+
+
+def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> None:
+    """Write pairs as shards, in an order drawn from the seed, so that each shard is a mixture of all of them."""
+    if not len(pairs):
+        raise ValueError("no image in that split; --split all takes everything")
+    order = list(range(len(pairs)))
+    random.Random(seed).shuffle(order)
+    images = ((pairs.paths[number], pairs.captions_of(number)) for number in tqdm(order, desc="shards", disable=None))
+    shards, problems = write_shards(images, folder, shard_size=shard_size)
+    for problem in problems:
+        logger.warning("left out: %s", problem)
+    first, last = shards.shards[0], shards.shards[-1]
+    print(f"written: {len(shards)} images in {len(shards.shards)} shards, {first.url} to {last.name}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing import PixelTransform, size_of
+from preprocessing import PixelTransform, file_stamp, size_of
 from resampling import Pixels
 
 FORMAT = 1  # part of the files' names: raise it when what they hold changes
@@ -140,8 +140,8 @@ def _digest(text: str) -> bytes:
 
 def _stamp(path: str) -> bytes:
     """Name a file's content without reading it."""
-    status = Path(path).stat()
-    return _digest(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
+    size, changed = file_stamp(path)
+    return _digest(f"{path}\0{size}\0{changed}")
 
 
 def _checksum(pixels: Pixels, stamp: bytes, size: tuple[int, int]) -> int:

@@ -19,6 +19,7 @@ from config import DEFAULT_DATA_DIR, DataSettings
 from entries import Index
 from rows import MAX_PROBLEMS, NO_SPLIT, SPLITS, CodeArray, IntArray, Problems, Rows, Strings, take_runs
 from sample_data import UNFINISHED
+from shards import is_shards, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, cap
     """Read a data set: its index, the identity of its images, and which of them are there.
 
     Args:
-        data_dir: folder or index file.
+        data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose pictures stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions.
 
@@ -105,14 +106,10 @@ def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, cap
         ValueError: an index that cannot be read, or more than 1% of its entries are bad; lists them.
     """
     path = Path(data_dir)
-    if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
-        what = "holds no data" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in {DEFAULT_DATA_DIR}")
-    if image_dir is not None and not Path(image_dir).is_dir():
-        raise FileNotFoundError(f"--image_dir: no such folder: {image_dir}")
-    rows, problems = _read_rows(path, image_dir=image_dir, caption_key=caption_key)
-    rows, repeated = _merge(rows)
-    problems.extend(repeated)
+    if is_shards(data_dir):
+        rows, problems = read_rows(str(data_dir), caption_key=caption_key)
+    else:
+        rows, problems = _read_files(path, image_dir=image_dir, caption_key=caption_key)
     _judge(problems, num_good=len(rows), path=path)
     return Pairs(
         paths=rows.images,
@@ -121,6 +118,19 @@ def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, cap
         groups=rows.groups.filled(rows.images),
         splits=rows.splits,
     )
+
+
+def _read_files(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Problems]:
+    """Read the images of a folder or an index file, each once, and what is wrong with some."""
+    if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
+        what = "holds no data" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in {DEFAULT_DATA_DIR}")
+    if image_dir is not None and not Path(image_dir).is_dir():
+        raise FileNotFoundError(f"--image_dir: no such folder: {image_dir}")
+    rows, problems = _read_rows(path, image_dir=image_dir, caption_key=caption_key)
+    rows, repeated = _merge(rows)
+    problems.extend(repeated)
+    return rows, problems
 
 
 def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict[str, Pairs]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -28,9 +30,52 @@ VERSION = 1
 CROP_AREA = (0.6, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
+_PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
+
 Transform = Callable[[Image.Image], Tensor]
 Picture: TypeAlias = Image.Image | Pixels
 """Upright RGB: a Pillow image, or uint8 `[H, W, 4]` whose fourth channel is padding."""
+
+
+def part_path(archive: str, offset: int, size: int, name: str) -> str:
+    """Return a path by which a picture inside an uncompressed tar file is read like any other: `x.tar@512+9000/a.jpg`.
+
+    Args:
+        archive: path of the tar file.
+        offset: where the picture's bytes begin in it.
+        size: how many they are.
+        name: of the picture, which ends the path.
+    """
+    return f"{archive}@{offset}+{size}/{name}"
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file, or the part of a tar file that `part_path` names.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    part = _part(path)
+    if part is None:
+        return Path(path).read_bytes()
+    with Path(part[1]).open("rb") as file:
+        file.seek(int(part[2]))
+        return file.read(int(part[3]))
+
+
+def file_stamp(path: str | Path) -> tuple[int, int]:
+    """Return a file's size in bytes and its time of change in nanoseconds; those of a part of a tar file likewise.
+
+    Raises:
+        OSError: it is not there.
+    """
+    part = _part(path)
+    status = os.stat(path if part is None else part[1])  # noqa: PTH116  (a million times faster matters)
+    return status.st_size if part is None else int(part[3]), status.st_mtime_ns
+
+
+def _part(path: str | Path) -> re.Match[str] | None:
+    return _PART.fullmatch(str(path)) if ".tar@" in str(path) else None
 
 
 def load_image(source: str | Path | BinaryIO) -> Image.Image:
@@ -41,7 +86,8 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
         FileNotFoundError: no such file.
     """
     try:
-        with Image.open(source) as image:
+        is_part = isinstance(source, str | Path) and _part(source) is not None
+        with Image.open(BytesIO(read_bytes(str(source))) if is_part else source) as image:
             return to_rgb(image)
     except FileNotFoundError:
         raise
@@ -49,11 +95,11 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
         raise ValueError(f"{source}: cannot be read as a picture: {error}") from None
 
 
-def load_picture(path: str | Path, *, shortest_side: int | None = None) -> Picture:
+def load_picture(source: str | Path | bytes, *, shortest_side: int | None = None) -> Picture:
     """Open a picture as upright RGB the fastest way: a plain JPEG without Pillow, from which its pixels do not differ.
 
     Args:
-        path: of the file.
+        source: path of the file, or its bytes.
         shortest_side: decode a JPEG at 1/8 to 4/8 of its size, where no side then falls below this many pixels (more
             than a half gains little, and costs much of the sharpness); None: at its full size.
 
@@ -61,15 +107,15 @@ def load_picture(path: str | Path, *, shortest_side: int | None = None) -> Pictu
         ValueError: the file is no picture, or a damaged one; names the file.
         FileNotFoundError: no such file.
     """
-    data = Path(path).read_bytes()
+    data, place = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
     try:
         with Image.open(BytesIO(data)) as image:
             pixels = _decode_jpeg(data, image, shortest_side)
             return to_rgb(image) if pixels is None else pixels
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: cannot be read as a picture: of no known format") from None
+        raise ValueError(f"{place}cannot be read as a picture: of no known format") from None
     except _UNREADABLE as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from None
+        raise ValueError(f"{place}cannot be read as a picture: {error}") from None
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, shortest_side: int | None) -> Pixels | None:
@@ -153,9 +199,9 @@ class PixelTransform(ABC):
     def finish(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         """Turn what `shrink` gave for a picture of that width and height into uint8 `[3, R, R]`."""
 
-    def load(self, path: str | Path) -> Picture:
-        """Open a picture as this transform needs it; raises as `load_picture` does."""
-        return load_picture(path, shortest_side=self.shortest_side if self.fast_decode else None)
+    def load(self, source: str | Path | bytes) -> Picture:
+        """Open a picture, by its path or its bytes, as this transform needs it; raises as `load_picture` does."""
+        return load_picture(source, shortest_side=self.shortest_side if self.fast_decode else None)
 
     def __call__(self, picture: Picture) -> Tensor:
         """Turn an upright RGB picture into uint8 `[3, R, R]`."""

@@ -65,7 +65,8 @@ from distributed import (
 )
 from evaluation import Outcome, evaluate
 from feature_cache import FeatureCache, FeatureLoader, PairFeatures
-from micro_batches import WAYS_OUT, fitting_size
+from memory import fitting_size
+from micro_batches import WAYS_OUT
 from parallel import is_sharded, load_optimizer_state, parallel_model, whole
 from preprocessing import train_transform
 from retrieval import RECALL_KEYS
@@ -81,6 +82,8 @@ from runtime import (
     seed_everything,
     setup_logging,
 )
+from shard_loader import ShardLoader, training_shards
+from shards import Shards, is_shards
 from stopping import Stopped, StopSignals
 from towers import running_statistics
 from visualization import draw_figures
@@ -114,14 +117,18 @@ def _train(argv: list[str] | None) -> int:
         with main_first():
             if "data_dir" not in given:
                 _make_sample_data(config)
-            pairs = training_pairs(config.data, seed=config.training.seed)
+            if is_shards(config.data.data_dir):
+                shards, val = training_shards(config.data)
+                pairs = {"val": val}
+            else:
+                shards, pairs = None, training_pairs(config.data, seed=config.training.seed)
         with main_first():  # the others find the weights downloaded
             model = _make_model(config, given, state)
         if is_main():
             if state is None and (folder := files.set_aside_earlier_run()) is not None:
                 logger.info("the earlier run's files are now in %s", folder)
             setup_logging(config.run.log_level, files.log)
-        return _train_model(config, model, pairs, files, state=state, device=device, precision=precision)
+        return _train_model(config, model, pairs, files, shards=shards, state=state, device=device, precision=precision)
 
 
 def _train_model(
@@ -130,6 +137,7 @@ def _train_model(
     pairs: dict[str, Pairs],
     files: RunFiles,
     *,
+    shards: Shards | None,
     state: dict[str, Any] | None,
     device: torch.device,
     precision: Precision,
@@ -144,7 +152,9 @@ def _train_model(
             model.to(device)
         size = _micro_batch_size(config, model, precision, device)
         parallel = parallel_model(model, config.run.parallel, device)
-        run = Run(config, model, pairs, files, precision=precision, micro_batch_size=size, parallel=parallel)
+        run = Run(
+            config, model, pairs, files, precision=precision, shards=shards, micro_batch_size=size, parallel=parallel
+        )
         if state is not None:
             run.restore(state)
         code = run.train()
@@ -175,7 +185,7 @@ class Progress:
 
 
 class Run:
-    """One training run: epochs, validation, early stop, what is saved.
+    """One training run: epochs, validation, early stop, what is saved; trains on `shards` if there are any.
 
     Each of several processes goes through all of it; the main one writes.
     """
@@ -188,30 +198,20 @@ class Run:
         files: RunFiles,
         *,
         precision: Precision,
+        shards: Shards | None = None,
         micro_batch_size: int | None = None,
         parallel: nn.Module | None = None,
     ) -> None:
         settings = config.training
         self.config, self.model, self.pairs, self.files, self.precision = config, model, pairs, files, precision
+        self.shards = shards
         workers = config.data.num_workers
         self.num_workers = default_num_workers(model.device) if workers is None else workers
         self.cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         self.image_cache_dir = self.cache_dir / "images" if config.data.cache_images else None
-        dataset = ImageTextDataset(
-            pairs["train"],
-            transform=train_transform(model.image_resolution, config.data.augment, fast_decode=config.data.fast_decode),
-            captions=config.data.captions,
-            seed=settings.seed,
-        )
-        if self.image_cache_dir is not None:
-            dataset.keep_images(self.image_cache_dir)
-        loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
         self.cache = self._open_cache()
         self.val_features: PairFeatures | None = None
-        self.loader: TrainLoader | FeatureLoader = loader
-        if self.cache is not None:
-            dataset.num_views = _num_views(config) if "image" in model.frozen_towers else 0
-            self.loader = FeatureLoader(loader, self.cache, augment=config.data.augment, num_epochs=settings.num_epochs)
+        self.loader = self._open_loader()
         scale = settings.backbone_lr_scale
         self.backbone_lr_scale = (1.0 if model.starts_random else 0.01) if scale is None else scale
         optimizer = build_optimizer(
@@ -340,8 +340,33 @@ class Run:
         lines.append(f"\npeak memory: {peak}\nbest model: {self.files.best}\nresults: {self.files.results}")
         return "\n".join(lines)
 
+    def _open_loader(self) -> TrainLoader | FeatureLoader | ShardLoader:
+        """Open what gives the batches of training."""
+        data, settings, model = self.config.data, self.config.training, self.model
+        transform = train_transform(model.image_resolution, data.augment, fast_decode=data.fast_decode)
+        if self.shards is not None:
+            return ShardLoader(
+                self.shards,
+                transform=transform,
+                batch_size=settings.batch_size,
+                num_workers=self.num_workers,
+                device=model.device,
+                seed=settings.seed,
+                caption_key=data.caption_key,
+            )
+        dataset = ImageTextDataset(self.pairs["train"], transform=transform, captions=data.captions, seed=settings.seed)
+        if self.image_cache_dir is not None:
+            dataset.keep_images(self.image_cache_dir)
+        loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
+        if self.cache is None:
+            return loader
+        dataset.num_views = _num_views(self.config) if "image" in model.frozen_towers else 0
+        return FeatureLoader(loader, self.cache, augment=data.augment, num_epochs=settings.num_epochs)
+
     def _open_cache(self) -> FeatureCache | None:
         """Open the kept features of the frozen towers, if there are any and they are wanted."""
+        if self.shards is not None and self.model.frozen_towers:
+            logger.info("what frozen towers give for shards is not kept: as with --feature_views 0")
         if not self.model.frozen_towers or not _num_views(self.config):
             return None
         if is_sharded(self.model):
@@ -367,10 +392,14 @@ class Run:
         total = sum(p.numel() for p in model.parameters())
         name = model.architecture.name
         logger.info("model %s (%s), %.1f M parameters, %.1f M trained", name, start, total / 1e6, trained / 1e6)
-        train, val = self.pairs["train"], self.pairs["val"]
+        if self.shards is None:
+            train = f"{len(self.pairs['train'])} training images ({self.pairs['train'].num_pairs} pairs)"
+        else:
+            train = f"{len(self.shards)} training images in {len(self.shards.shards)} shards"
+        val = self.pairs["val"]
         logger.info(
-            "data %s: %d training images (%d pairs), %d validation images (%d pairs)",
-            self.config.data.data_dir, len(train), train.num_pairs, len(val), val.num_pairs,
+            "data %s: %s, %d validation images (%d pairs)",
+            self.config.data.data_dir, train, len(val), val.num_pairs,
         )  # fmt: skip
         logger.info(
             "device %s, precision %s, %d loading processes", model.device, self.precision.name, self.num_workers
@@ -586,7 +615,9 @@ class Run:
 
 
 def _num_views(config: Config) -> int:
-    """Return how many views of a picture a frozen tower keeps."""
+    """Return how many views of a picture a frozen tower keeps; none of shards."""
+    if is_shards(config.data.data_dir):
+        return 0
     views = config.data.feature_views
     return (1 if config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
 
@@ -599,10 +630,7 @@ def _micro_batch_size(config: Config, model: CLIPModel, precision: Precision, de
     if set(model.frozen_towers) == set(TOWERS) and _num_views(config):
         return None  # their outputs are kept, and no tower runs
     own = -(-config.training.batch_size // num_processes())
-    fitting = fitting_size(model, precision=precision, most=own, device=device)
-    if fitting is not None:
-        logger.info("micro-batches of %d of a process's %d pairs fit into memory", fitting, own)
-    return fitting
+    return fitting_size(model, precision=precision, most=own, device=device)
 
 
 def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[Config, RunFiles, dict[str, Any] | None]:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES
-from benchmarks import data_pipeline, frozen_training, index_memory, retrieval, startup, train_losses, train_step
+from benchmarks import (
+    data_pipeline,
+    frozen_training,
+    index_memory,
+    large_batch,
+    retrieval,
+    startup,
+    train_losses,
+    train_step,
+)
 from benchmarks.timing import Timing, print_table, ratio, take_turns
 from retrieval import rank_metrics, retrieval_ranks
 
@@ -158,3 +167,22 @@ def test_losses_are_those_of_a_plain_loop(sample_dir: Path, tmp_path: Path) -> N
     assert [len(run["ours"]) for run in runs] == [10, 5]
     assert all(run["largest_difference"] < 1e-5 for run in runs)
     assert runs[0]["plain"][0] != runs[0]["plain"][-1]
+
+
+def test_large_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "large.json"
+    assert large_batch.main(["--quick", "--json", str(figures)]) == 0
+    assert "| 128 " in capsys.readouterr().out
+    model = json.loads(figures.read_text())["models"]["ViT-Ti/32"]
+    assert [point["batch"] for point in model["points"]] == [64, 128]
+    assert all(point["peak"] > 1e8 for point in model["points"])
+
+
+def test_the_model_of_a_steps_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = large_batch.Costs(0.5, 0.01, 1e-9, start=1e9, parameters=100, pair_bytes=1000, pixel_bytes=10)
+    assert costs.seconds(32, 32) == pytest.approx(0.5 + 0.32, rel=1e-4)
+    assert costs.seconds(1024, 32) == pytest.approx(0.5 + 10.24 * (1 + 31 / 96) + 1024**2 * 1e-9)
+    assert costs.peak(64, 32) == 1e9 + 300 + 32000 + 640 + 12 * 64**2
+    assert large_batch.main(["--predict"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "| 256 " in line or "| 8 " in line]
+    assert len(rows) == 4

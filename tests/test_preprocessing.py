@@ -11,9 +11,12 @@ from preprocessing import (
     CropTransform,
     clip_transform,
     draw_crop,
+    file_stamp,
     load_image,
     load_picture,
     normalize,
+    part_path,
+    read_bytes,
     size_of,
     to_rgb,
     tokenize,
@@ -271,3 +274,20 @@ def test_augmentation_varies_keeps_the_scale_and_never_flips(augment: str) -> No
         assert output.dtype == torch.uint8
         assert output[0, :, -5:].float().mean() > output[0, :, :5].float().mean()  # white stays on the right
         assert output[:, 100, 0].max() <= 50
+
+
+def test_a_picture_may_be_bytes_or_a_part_of_a_tar_file(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 3), (9, 8, 7)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.tar").write_bytes(b"before" + content + b"after")
+    part = part_path(f"{tmp_path}/x.tar", 6, len(content), "a/x.png")
+    assert read_bytes(part) == content == read_bytes(tmp_path / "x.png")
+    assert file_stamp(part) == (len(content), (tmp_path / "x.tar").stat().st_mtime_ns)
+    assert file_stamp(tmp_path / "x.png")[0] == len(content)
+    for source in (content, part, tmp_path / "x.png"):
+        assert size_of(clip_transform(2).load(source)) == (4, 3)
+    assert load_image(part).getpixel((0, 0)) == (9, 8, 7)
+    with pytest.raises(ValueError, match=r"^cannot be read as a picture"):
+        load_picture(content[:20])
+    with pytest.raises(ValueError, match=r"x\.tar@0\+9/y: cannot be read as a picture"):
+        load_picture(part_path(f"{tmp_path}/x.tar", 0, 9, "y"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import memory
 import pretrained
 from architectures import ARCHITECTURES
 from checkpoint import RunFiles, load_checkpoint
@@ -486,3 +487,21 @@ def test_a_profile_and_the_peak_memory(sample_dir: Path, tmp_path: Path, capsys:
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())
     assert results["peak_memory_gb"]["process"] > 0.1
+
+
+def test_a_batch_that_does_not_fit_is_trained_in_micro_batches(
+    sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--num_epochs", "1", "--precision", "fp32", "--gradient_checkpointing"]
+    losses = []
+    for name in ("whole", "parts"):
+        if name == "parts":
+            monkeypatch.setattr(memory, "free_memory", lambda device: int(3.1e8))
+        assert main(flags_for(sample_dir, tmp_path / name, *flags)) == 0
+        lines = (tmp_path / name / "logs" / "history.jsonl").read_text().splitlines()
+        losses.append(json.loads(lines[1])["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    log = (tmp_path / "parts" / "logs" / "train.log").read_text()
+    assert re.search(r"micro-batches of [1-8] of 18 pairs: a pair takes up to \d+\.\d MB", log)
+    state = load_checkpoint(tmp_path / "parts" / "model-checkpoint" / "last_model.pth")
+    assert state["micro_batch_size"] in {1, 2, 4, 8}
