@@ -335,6 +335,49 @@ class EpochResult(NamedTuple):
     num_pairs: int
 
 
+class EpochTotals:
+    """What the batches of an epoch have given so far.
+
+    Args:
+        device: the model's.
+
+    Attributes:
+        num_batches: batches that are done, with those that held no pair.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, device=device)  # loss and accuracy times pairs; loss since the last look at it
+        self.num_pairs = self.num_steps = self.num_batches = 0
+
+    def add(self, result: StepResult | None) -> None:
+        """Add a batch; None: it held no pair."""
+        self.num_batches += 1
+        if result is None:
+            return
+        self.sums[:2] += result.num_pairs * torch.stack([result.loss, result.accuracy])
+        self.sums[2] += result.loss
+        self.num_pairs, self.num_steps = self.num_pairs + result.num_pairs, self.num_steps + 1
+
+    def mean(self) -> EpochResult:
+        """Return the means over all pairs; waits for the device.
+
+        Raises:
+            ValueError: there was no pair.
+        """
+        if not self.num_pairs:
+            raise ValueError("no batch of pairs to train on")
+        loss, accuracy = (self.sums[:2] / self.num_pairs).tolist()
+        return EpochResult(loss, 100 * accuracy, self.num_pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {**vars(self), "sums": self.sums.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        vars(self).update(state, sums=torch.tensor(state["sums"], device=self.sums.device))
+
+
 class MultimodalTrainer:
     """Does one step and one epoch; knows nothing of settings, files or plots.
 
@@ -407,13 +450,15 @@ class MultimodalTrainer:
         self,
         batches: Iterable[Any],
         *,
+        totals: EpochTotals | None = None,
         check_interval: int = 10,
         on_check: Callable[[int, float], None] | None = None,
     ) -> EpochResult:
         """Train over `batches` of `(images, tokens, image_ids, ...)`.
 
         Args:
-            batches: one epoch.
+            batches: one epoch, or the rest of one.
+            totals: of the batches before these; None: there are none. Each is added before the next is asked for.
             check_interval: steps between two looks at the loss; each look waits for the device.
             on_check: called there with the step and the mean loss since the last one.
 
@@ -422,26 +467,23 @@ class MultimodalTrainer:
             ValueError: there was no batch.
         """
         self.model.train()
-        totals = torch.zeros(2, device=self.model.device)
-        since_check = torch.zeros((), device=self.model.device)
-        num_pairs = steps = 0
+        totals = EpochTotals(self.model.device) if totals is None else totals
         for images, tokens, image_ids, *_ in batches:
             result = self.train_step(images, tokens, image_ids)
-            if result is None:
-                continue
-            totals += result.num_pairs * torch.stack([result.loss, result.accuracy])
-            since_check += result.loss
-            num_pairs, steps = num_pairs + result.num_pairs, steps + 1
-            if steps % check_interval == 0:
-                self._check(since_check.item() / check_interval, on_check)
-                since_check.zero_()
-        if not num_pairs:
-            raise ValueError("no batch of pairs to train on")
-        mean_loss, mean_accuracy = (totals / num_pairs).tolist()
-        self._check(mean_loss, None)
-        return EpochResult(mean_loss, 100 * mean_accuracy, num_pairs)
+            totals.add(result)
+            if result is not None and totals.num_steps % check_interval == 0:
+                self.check(totals.sums[2].item() / check_interval, on_check)
+                totals.sums[2] = 0
+        mean = totals.mean()
+        self.check(mean.loss)
+        return mean
 
-    def _check(self, mean_loss: float, on_check: Callable[[int, float], None] | None) -> None:
+    def check(self, mean_loss: float, on_check: Callable[[int, float], None] | None = None) -> None:
+        """Refuse to go on with a loss that is not finite.
+
+        Raises:
+            FloatingPointError: says step, loss and rate.
+        """
         if not math.isfinite(mean_loss):
             rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in self.optimizer.param_groups)
             raise FloatingPointError(

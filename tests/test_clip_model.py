@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ from clip_model import (
     MAX_LOGIT_SCALE,
     CLIPModel,
     ContrastiveLoss,
+    EpochTotals,
     MultimodalTrainer,
     build_optimizer,
     build_scheduler,
 )
+from micro_batches import StepResult
 from preprocessing import tokenize
 from runtime import resolve_precision
 from towers import image_tower, text_tower
@@ -182,6 +185,25 @@ def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
     assert result.loss < 0.3 * first.loss
     assert result.accuracy > 90
     assert trainer.global_step == 27
+
+
+def test_an_epoch_in_two_parts_has_the_means_of_the_whole() -> None:
+    results = [StepResult(torch.tensor(1 / 3 + n), torch.tensor(n / 7), num_pairs=5 + n) for n in range(6)]
+    whole, first, second = (EpochTotals(CPU) for _ in range(3))
+    for result in (*results[:2], None, *results[2:]):
+        whole.add(result)
+    for result in (*results[:2], None):
+        first.add(result)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for result in results[2:]:
+        second.add(result)
+    assert second.state_dict() == whole.state_dict()
+    assert second.mean() == whole.mean()
+    assert (whole.num_batches, whole.num_steps, whole.num_pairs) == (7, 6, 45)
+    sizes = torch.arange(5.0, 11.0)
+    assert whole.mean().loss == pytest.approx(((1 / 3 + torch.arange(6.0)) * sizes).sum().item() / 45)
+    with pytest.raises(ValueError, match="no batch of pairs"):
+        EpochTotals(CPU).mean()
 
 
 def test_a_loss_that_is_not_finite_stops() -> None:
