@@ -2,7 +2,7 @@
 
 A checkpoint is one `torch.save` file that holds tensors and plain values only, so `torch.load` opens it with
 `weights_only=True`. Keys that every checkpoint has: `format_version`, `model_state_dict`, `architecture` (what
-`CLIPModel` needs to be built again), `epoch`, `global_step`.
+`CLIPModel` needs to be built again), `probe` (see `probe.py`), `epoch`, `global_step`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pickle
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: has a probe."""
 TIMES_ITS_DURATION = 20
 
 
@@ -89,10 +89,14 @@ class CheckpointWriter:
 
     Args:
         fixed: names of the model's tensors that never change; none: every state is written at once.
+        complete: adds what a state lacks, when it is written; None: nothing.
     """
 
-    def __init__(self, fixed: Collection[str] = ()) -> None:
+    def __init__(
+        self, fixed: Collection[str] = (), *, complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ) -> None:
         self.fixed = fixed
+        self.complete = complete
         self._waiting: dict[Path, dict[str, Any]] = {}
         self._due = 0.0
 
@@ -117,7 +121,8 @@ class CheckpointWriter:
         """
         start = time.monotonic()
         for path in list(self._waiting):
-            save_checkpoint(path, self._waiting[path])
+            state = self._waiting[path]
+            save_checkpoint(path, state if self.complete is None else self.complete(state))
             del self._waiting[path]
         end = time.monotonic()
         self._due = end + TIMES_ITS_DURATION * (end - start)
@@ -135,12 +140,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: damaged, not a checkpoint of this toolkit, or of a newer format.
     """
     state = load_tensors(path)
-    if not isinstance(state, dict) or not {"model_state_dict", "architecture"} <= state.keys():
+    if not is_checkpoint(state):
         raise ValueError(f"{path}: not a checkpoint of this toolkit (weights of others go to --pretrained)")
+    check_format(state, path)
+    return state  # type: ignore[no-any-return]
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Tell a checkpoint of this toolkit from other content of a `torch.save` file."""
+    return isinstance(content, dict) and {"model_state_dict", "architecture"} <= content.keys()
+
+
+def check_format(state: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint that this version does not read.
+
+    Raises:
+        ValueError: of another format, or something is missing.
+    """
     version = state.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
-    return state
+    if state.get("probe") is None:
+        raise ValueError(f"{path}: damaged, or written by other means than this toolkit: it holds no probe")
 
 
 def load_tensors(path: str | Path) -> Any:
@@ -155,6 +176,6 @@ def load_tensors(path: str | Path) -> Any:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # damaged files fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: cannot be opened safely as tensors and plain values: {reason}") from None

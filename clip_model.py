@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from architectures import ARCHITECTURES, QUICK_GELU, Architecture, known_architecture
+from architectures import ARCHITECTURES, QUICK_GELU, known_architecture
 from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
 from contrastive import ContrastiveLoss
 from micro_batches import MicroBatches, StepResult
 from parallel import clip_gradient, is_sharded
-from preprocessing import clip_transform, normalize, to_rgb, tokenize
-from pretrained import Weights, published_url, published_weights, read_weights
+from preprocessing import CLIP_MEAN, CLIP_STD, clip_transform, normalize, to_rgb, tokenize
+from preprocessing import VERSION as PREPROCESSING_VERSION
+from pretrained import Weights, own_weights, published_url, published_weights, read_weights
+from probe import check_probe, compute_probe
 from runtime import Precision
 from towers import (
     RunLayer,
@@ -61,7 +63,8 @@ class CLIPModel(nn.Module):
             the features are the backbone's, bit for bit. A smaller size starts from the leading right singular vectors
             of both towers' stacked output projections, a larger one from a rotation into it.
         freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
-        pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), or a file or hub folder.
+        pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), a file or hub folder, or
+            weights already read, which become the model's.
         activation: `quick_gelu` or `gelu`, for weights files that do not tell.
         freeze_tower: `image` or `text`: hold that tower as `freeze_backbone` holds both.
 
@@ -69,7 +72,8 @@ class CLIPModel(nn.Module):
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
 
     Raises:
-        ValueError: an unknown model name, weights that do not fit, or `freeze_tower` beside `freeze_backbone`.
+        ValueError: an unknown model name, weights that do not fit, a checkpoint that does not give the features that
+            it was saved with, or `freeze_tower` beside `freeze_backbone`.
         OSError: weights that cannot be had; says how to get them.
     """
 
@@ -78,14 +82,17 @@ class CLIPModel(nn.Module):
         model_name: str = ModelName(DEFAULT_MODEL_NAME),
         projection_dim: int | None = None,
         freeze_backbone: bool = False,
-        pretrained: str | Path = "auto",
+        pretrained: str | Path | Weights = "auto",
         *,
         activation: str | None = None,
         freeze_tower: str | None = None,
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
-        weights = _find_weights(model_name, str(pretrained), activation=activation)
+        if isinstance(pretrained, Weights):
+            weights: Weights | None = pretrained
+        else:
+            weights = _find_weights(model_name, str(pretrained), activation=activation)
         self.architecture = weights.architecture if weights else known_architecture(model_name)
         if weights is None and activation is not None:
             self.architecture = replace(self.architecture, activation=activation)
@@ -95,11 +102,14 @@ class CLIPModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
+        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
+        if weights is not None and weights.probe is not None:
+            self._make_projections(None, weights)
+            check_probe(self, weights.probe, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
                 parameter.requires_grad_(False)
-        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
         self.train()
 
     @classmethod
@@ -108,10 +118,10 @@ class CLIPModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or not a checkpoint of this toolkit.
+            ValueError: damaged, not a checkpoint of this toolkit, or the model does not give the features that it was
+                saved with.
         """
-        load_checkpoint(path)
-        return cls(pretrained=path).to(device).eval()
+        return cls(pretrained=own_weights(load_checkpoint(path), path)).to(device).eval()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Load a checkpoint's weights into this model.
@@ -121,15 +131,15 @@ class CLIPModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or of another architecture than this model's.
+            ValueError: damaged, of another architecture than this model's, or the model in it does not give the
+                features that it was saved with.
         """
         content = load_checkpoint(path)
-        architecture = Architecture.from_dict(content["architecture"])
-        weight = content["model_state_dict"].get("image_projection.weight")
-        same_projection = weight is not None and weight.shape == self.image_projection.weight.shape
-        if not (architecture.same_tensors(self.architecture) and same_projection):
+        stored = CLIPModel(pretrained=own_weights(content, path))
+        same_projection = stored.projection_dim == self.projection_dim
+        if not (stored.architecture.same_tensors(self.architecture) and same_projection):
             raise ValueError(
-                f"{path} holds a {architecture.name} with projection_dim {len(weight) if weight is not None else '?'}, "
+                f"{path} holds a {stored.architecture.name} with projection_dim {stored.projection_dim}, "
                 f"this model is a {self.architecture.name} with {self.projection_dim}; "
                 "CLIPModel.from_checkpoint(path) builds the right one"
             )
@@ -282,6 +292,24 @@ class CLIPModel(nn.Module):
                 size,
                 self.architecture.embed_dim,
             )
+
+
+def add_probe(state: dict[str, Any]) -> dict[str, Any]:
+    """Complete a checkpoint's state with what its reader checks it by, see `probe.compute_probe`.
+
+    The model is built once more on the CPU, around the state's own tensors: a copy only of those on another device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
+        probe = compute_probe(model)
+    preprocessing = {"version": PREPROCESSING_VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+    return {
+        **state,
+        "activation": model.architecture.activation,
+        "preprocessing": {**preprocessing, "resolution": model.image_resolution},
+        "temperature": math.exp(-model.logit_scale.item()),
+        "probe": probe,
+    }
 
 
 def build_optimizer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed import all_sum, num_processes, rank
+from runtime import exact_products
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
@@ -101,7 +101,7 @@ def retrieval_ranks(
         text_block=text_block,
         device=text_features.device if device is None else device,
     )
-    with _exact_products():
+    with exact_products():
         own = products.own_scores(owners, num_texts_of)
         best = torch.zeros(len(image_features)).scatter_reduce_(0, owners, own, "amax", include_self=False)
         ahead_of_image, ahead_of_text = products.count_halves(best, own)
@@ -217,17 +217,6 @@ def _padded(values: Tensor, multiple: int) -> Tensor:
     """Append zeros until the length is a multiple."""
     missing = -len(values) % multiple
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
 
 
 def _check_features(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> Tensor:

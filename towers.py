@@ -198,7 +198,7 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
 
     Args:
         architecture: its sizes and activation.
-        tensors: weights in OpenAI's names; None: random ones.
+        tensors: weights in OpenAI's names, which become the backbone's without a copy; None: random ones.
 
     Raises:
         ValueError: weights that do not fit.
@@ -207,8 +207,11 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
     sizes = {
         key: value for key, value in vars(architecture).items() if key not in {"name", "activation", "vision_heads"}
     }
-    backbone = clip_class(**sizes)
+    with torch.device("cpu" if tensors is None else "meta"):  # no random weights where they are given
+        backbone = clip_class(**sizes)
     del backbone.logit_scale
+    if tensors is not None:
+        _take_in(backbone, tensors, name=architecture.name)
     if architecture.is_vit:
         for block in backbone.visual.transformer.resblocks:
             block.attn.num_heads = architecture.vision_heads
@@ -216,13 +219,19 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
     else:
         backbone.visual.to(memory_format=torch.channels_last)  # what convolutions are fastest in
     set_activation(backbone, architecture.activation)
-    if tensors is not None:
-        try:
-            backbone.load_state_dict({name: value for name, value in tensors.items() if name != "logit_scale"})
-        except RuntimeError as error:
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"weights that do not fit a {architecture.name}: {reason[:300]}") from None
     return backbone.float()
+
+
+def _take_in(backbone: Any, tensors: Mapping[str, Tensor], *, name: str) -> None:
+    """Make tensors the weights of a backbone that has none."""
+    try:
+        backbone.load_state_dict({key: value for key, value in tensors.items() if key != "logit_scale"}, assign=True)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(f"weights that do not fit a {name}: {reason[:300]}") from None
+    mask = backbone.build_attention_mask()  # no weight, but left without numbers, too
+    for block in backbone.transformer.resblocks:
+        block.attn_mask = mask
 
 
 def set_activation(backbone: nn.Module, activation: str) -> None:

@@ -34,6 +34,7 @@ from clip_model import (
     ContrastiveLoss,
     ModelName,
     MultimodalTrainer,
+    add_probe,
     build_optimizer,
     build_scheduler,
 )
@@ -227,7 +228,7 @@ class Run:
         )
         frozen = set(TOWERS) == set(model.frozen_towers)
         towers = [name for name in model.state_dict() if name.startswith("backbone.")]
-        self.checkpoints = CheckpointWriter(towers if frozen else [])
+        self.checkpoints = CheckpointWriter(towers if frozen else [], complete=add_probe)
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.bad_images: set[str] = set()
         num_profiled = config.run.profile if is_main() else 0

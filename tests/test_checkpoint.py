@@ -6,7 +6,7 @@ import torch
 import checkpoint
 from checkpoint import FORMAT_VERSION, CheckpointWriter, load_checkpoint, save_checkpoint
 
-STATE = {"model_state_dict": {"w": torch.arange(4.0)}, "architecture": {}, "epoch": 1, "global_step": 2}
+STATE = {"model_state_dict": {"w": torch.arange(4.0)}, "architecture": {}, "probe": {}, "epoch": 1, "global_step": 2}
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
