@@ -29,6 +29,7 @@ from preprocessing import VERSION as PREPROCESSING_VERSION
 from pretrained import Weights, own_weights, published_url, published_weights, read_weights
 from probe import check_probe, compute_probe
 from runtime import Precision
+from step_watch import StepNumbers, StepWatch
 from towers import (
     RunLayer,
     build_backbone,
@@ -36,6 +37,7 @@ from towers import (
     compiled_layers,
     image_tower,
     run_by_method,
+    running_statistics,
     set_activation,
     text_tower,
 )
@@ -374,7 +376,8 @@ class EpochTotals:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)  # loss and accuracy times pairs; loss since the last look at it
+        # of finite losses: loss and accuracy times pairs, pairs; since the last look: loss, steps
+        self.sums = torch.zeros(5, device=device)
         self.num_pairs = self.num_steps = self.num_batches = 0
 
     def add(self, result: StepResult | None) -> None:
@@ -382,20 +385,31 @@ class EpochTotals:
         self.num_batches += 1
         if result is None:
             return
-        self.sums[:2] += result.num_pairs * torch.stack([result.loss, result.accuracy])
-        self.sums[2] += result.loss
+        one = torch.ones_like(result.loss)
+        of_pairs = result.num_pairs * torch.stack([result.loss, result.accuracy, one])
+        added = torch.cat([of_pairs, torch.stack([result.loss, one])])
+        self.sums += torch.where(result.loss.isfinite(), added, 0.0)
         self.num_pairs, self.num_steps = self.num_pairs + result.num_pairs, self.num_steps + 1
 
     def mean(self) -> EpochResult:
-        """Return the means over all pairs; waits for the device.
+        """Return the means over all pairs, without those whose loss is not finite; waits for the device.
 
         Raises:
             ValueError: there was no pair.
+            FloatingPointError: no loss was finite.
         """
         if not self.num_pairs:
             raise ValueError("no batch of pairs to train on")
-        loss, accuracy = (self.sums[:2] / self.num_pairs).tolist()
-        return EpochResult(loss, 100 * accuracy, self.num_pairs)
+        loss, accuracy, num_pairs = self.sums[:3].tolist()
+        if not num_pairs:
+            raise FloatingPointError("no loss of the epoch is finite; lower --learning_rate, or use --precision fp32")
+        return EpochResult(loss / num_pairs, 100 * accuracy / num_pairs, self.num_pairs)
+
+    def mean_since_last(self) -> float:
+        """Return the mean loss of the steps since the last call; waits for the device."""
+        loss, num_steps = self.sums[3:].tolist()
+        self.sums[3:] = 0
+        return float(loss / max(num_steps, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -419,6 +433,10 @@ class MultimodalTrainer:
         micro_batch_size: pairs that are in memory at once, in each process; None: the whole batch. The gradient is the
             same. It is halved when memory runs out.
         parallel: what runs the model in several processes, see `parallel.parallel_model`.
+
+    Attributes:
+        global_step: steps so far, with those that were left out.
+        numbers: of the last step.
     """
 
     def __init__(
@@ -442,9 +460,10 @@ class MultimodalTrainer:
             model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
         )
         self.global_step = 0
+        self.numbers: StepNumbers | None = None
 
     def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
-        """Take one optimiser step.
+        """Take one optimiser step; none if the loss or the gradient is not finite, which `numbers` tell afterwards.
 
         Args:
             images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them; with several
@@ -453,19 +472,25 @@ class MultimodalTrainer:
             image_ids: `[B]`, or None when every image of the batch is another.
 
         Returns:
-            Loss, accuracy and size of the batch; None if it was empty, and no step was taken.
+            Loss, accuracy and size of the batch; None if it was empty.
 
         Raises:
             MemoryError: one pair does not fit into memory.
         """
+        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(self.model)]
         result = self.micro_batches.backward(images, tokens, image_ids)
         if result is None:
             return None
         self.scaler.unscale_(self.optimizer)
-        if self.gradient_clip_norm:
-            trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-            clip_gradient(trained, self.gradient_clip_norm)
-        self.scaler.step(self.optimizer)
+        groups = self.optimizer.param_groups
+        norm = clip_gradient((each for group in groups for each in group["params"]), self.gradient_clip_norm)
+        values = torch.stack([result.loss, norm, self.model.logit_scale.detach().exp()])
+        rates = {str(group.get("name", number)): group["lr"] for number, group in enumerate(groups)}
+        self.numbers = StepNumbers(self.global_step + 1, rates, values)
+        is_bad = ~values[:2].isfinite().all()
+        self._step_unless(is_bad)
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(is_bad, before, buffer))
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -479,6 +504,7 @@ class MultimodalTrainer:
         batches: Iterable[Any],
         *,
         totals: EpochTotals | None = None,
+        watch: StepWatch | None = None,
         check_interval: int = 10,
         on_check: Callable[[int, float], None] | None = None,
     ) -> EpochResult:
@@ -487,39 +513,43 @@ class MultimodalTrainer:
         Args:
             batches: one epoch, or the rest of one.
             totals: of the batches before these; None: there are none. Each is added before the next is asked for.
-            check_interval: steps between two looks at the loss; each look waits for the device.
+            watch: looks at the numbers of every step; None: one that ends at the first that are not finite.
+            check_interval: steps between two calls of `on_check`; each waits for the device.
             on_check: called there with the step and the mean loss since the last one.
 
         Raises:
-            FloatingPointError: the loss is not finite; says step, loss and rate.
+            FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
             ValueError: there was no batch.
         """
         self.model.train()
         totals = EpochTotals(self.model.device) if totals is None else totals
+        watch = StepWatch() if watch is None else watch
         for images, tokens, image_ids, *_ in batches:
             result = self.train_step(images, tokens, image_ids)
             totals.add(result)
-            if result is not None and totals.num_steps % check_interval == 0:
-                self.check(totals.sums[2].item() / check_interval, on_check)
-                totals.sums[2] = 0
-        mean = totals.mean()
-        self.check(mean.loss)
-        return mean
+            if result is None:
+                continue
+            assert self.numbers is not None
+            watch.add(self.numbers, image_ids)
+            if totals.num_steps % check_interval == 0:
+                mean_since = totals.mean_since_last()
+                if on_check is not None:
+                    on_check(self.global_step, mean_since)
+        watch.look()
+        return totals.mean()
 
-    def check(self, mean_loss: float, on_check: Callable[[int, float], None] | None = None) -> None:
-        """Refuse to go on with a loss that is not finite.
+    def _step_unless(self, is_bad: Tensor) -> None:
+        """Take the optimiser's step or, with a gradient that is not finite, leave weights and moments as they are.
 
-        Raises:
-            FloatingPointError: says step, loss and rate.
+        Fused optimisers take the answer as a tensor, so that no device is waited for (`GradScaler` does the same).
         """
-        if not math.isfinite(mean_loss):
-            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in self.optimizer.param_groups)
-            raise FloatingPointError(
-                f"the loss is {mean_loss} at step {self.global_step} (rates: {rates}); "
-                "lower --learning_rate, or train with --precision fp32; the last checkpoint is untouched"
-            )
-        if on_check is not None:
-            on_check(self.global_step, mean_loss)
+        if not self.optimizer.defaults.get("fused"):
+            if not is_bad:
+                self.optimizer.step()
+            return
+        self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:

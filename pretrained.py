@@ -179,6 +179,7 @@ def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
         tensors, Path(source), activation=architecture.activation, vision_heads=architecture.vision_heads
     )
     fits = len(sizes) == 1 and {size[1:] for size in sizes} == {(architecture.embed_dim,)}
+    found = replace(found, transformer_heads=architecture.transformer_heads)  # which no tensor tells
     if not (fits and found.same_tensors(architecture)) or uses_quick_gelu != (architecture.activation == QUICK_GELU):
         raise ValueError(f"{source}: damaged checkpoint: its tensors are not those of its architecture")
     return Weights(architecture, tensors, projections, content.get("probe"), str(source))

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import CheckpointWriter, RunFiles, load_checkpoint
@@ -81,6 +81,7 @@ from runtime import (
 )
 from shard_loader import ShardLoader, training_shards
 from shards import Shards, is_shards
+from step_watch import StepWatch
 from towers import running_statistics
 from visualization import draw_figures
 
@@ -88,7 +89,8 @@ logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
-    "micro_batch_size", "gradient_checkpointing", "parallel", "resume", "profile", "log_interval", "log_level",
+    "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "profile",
+    "log_interval", "log_level",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
 STEP_STREAM = 2
@@ -226,6 +228,12 @@ class Run:
             micro_batch_size=micro_batch_size,
             parallel=parallel,
         )
+        self.watch = StepWatch(
+            settings.skip_nonfinite,
+            scaled=precision.scaled,
+            interval=config.run.log_interval,
+            name_samples=self._name_samples,
+        )
         frozen = set(TOWERS) == set(model.frozen_towers)
         towers = [name for name in model.state_dict() if name.startswith("backbone.")]
         self.checkpoints = CheckpointWriter(towers if frozen else [], complete=add_probe)
@@ -266,7 +274,10 @@ class Run:
             progress.epoch += 1
             self.epoch_start = time.monotonic()
             result = self.trainer.train_epoch(
-                self._batches(), check_interval=self.config.run.log_interval, on_check=self._log_step
+                self._batches(),
+                watch=self.watch,
+                check_interval=self.config.run.log_interval,
+                on_check=self._log_step,
             )
             values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
             self._finish_epoch(values, seconds=time.monotonic() - self.epoch_start)
@@ -401,6 +412,11 @@ class Run:
         step = self.trainer.global_step
         bits = draw_bits(self.config.training.seed, step, np.array([rank()]), stream=STEP_STREAM)
         torch.manual_seed(int(bits[0] >> np.uint64(1)))
+
+    def _name_samples(self, image_ids: Tensor) -> list[str]:
+        if self.shards is not None:
+            return [self.shards.describe(number) for number in image_ids.tolist()]
+        return [self.pairs["train"].paths[number] for number in image_ids.tolist()]
 
     def _note_errors(self, errors: list[str]) -> None:
         for error in errors:
