@@ -344,7 +344,7 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_share: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over a share of the steps, then a cosine to zero; stepped once a step."""
-    warmup_steps = min(round(total_steps * warmup_share), total_steps - 1)
+    warmup_steps = num_warmup_steps(total_steps, warmup_share)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -353,6 +353,11 @@ def build_scheduler(
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def num_warmup_steps(total_steps: int, warmup_share: float) -> int:
+    """Return over how many of the steps the rates rise."""
+    return min(round(total_steps * warmup_share), total_steps - 1)
 
 
 class EpochResult(NamedTuple):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from clip_model import (
     add_probe,
     build_optimizer,
     build_scheduler,
+    num_warmup_steps,
 )
 from data_loader import (
     SAMPLE_SIZE,
@@ -49,6 +51,7 @@ from data_loader import (
     holds_only_placeholders,
     training_pairs,
 )
+from diagnosis import chance_loss, collapse, long_warmup, small_validation, stuck_loss
 from distributed import (
     average,
     broadcast,
@@ -218,6 +221,8 @@ class Run:
         )
         steps = settings.num_epochs * len(self.loader)
         scheduler = build_scheduler(optimizer, total_steps=steps, warmup_share=settings.warmup_share)
+        self.warmup_steps = num_warmup_steps(steps, settings.warmup_share)
+        self.found: set[str] = set()
         self.trainer = MultimodalTrainer(
             model,
             ContrastiveLoss(),
@@ -381,6 +386,15 @@ class Run:
         tower_rate = settings.learning_rate * self.backbone_lr_scale
         held = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
         logger.info("peak rates: projection layers %.3g, towers %.3g%s", settings.learning_rate, tower_rate, held)
+        steps = len(self.loader)
+        self._diagnose(
+            small_validation=small_validation(len(val)),
+            long_warmup=long_warmup(
+                warmup_steps=self.warmup_steps,
+                total_steps=settings.num_epochs * steps,
+                patience_steps=settings.early_stopping_patience * steps,
+            ),
+        )
         if model.starts_random or set(model.frozen_towers) == set(TOWERS):
             return
         if not LOWEST_TOWER_RATE <= tower_rate <= HIGHEST_TOWER_RATE:
@@ -388,6 +402,29 @@ class Run:
                 "pretrained towers rarely gain at a rate of %.3g; %g to %g is usual: change --backbone_lr_scale",
                 tower_rate, LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE,
             )  # fmt: skip
+
+    def _diagnose(self, **findings: str | None) -> None:
+        """Say what was found, each kind once in a run."""
+        for kind, finding in findings.items():
+            if finding is not None and kind not in self.found and is_main():
+                self.found.add(kind)
+                logger.warning(finding)
+
+    def _diagnose_epoch(self, outcome: Outcome) -> None:
+        history = self.progress.history
+        losses = [entry["train_loss"] for before, entry in pairwise(history) if before["step"] >= self.warmup_steps]
+        metrics = outcome.metrics
+        self._diagnose(
+            stuck_loss=stuck_loss(losses, chance_loss(len(self.loader.dataset), self.config.training.batch_size)),
+            collapse=collapse(
+                image_cosine=metrics["image_cosine"],
+                text_cosine=metrics["text_cosine"],
+                rsum=metrics["rsum"],
+                chance=outcome.chance["rsum"],
+            )
+            if len(history) > 1
+            else None,
+        )
 
     def _batches(self) -> Iterator[Batch]:
         """Yield an epoch's batches; measure how long they are waited for."""
@@ -473,6 +510,7 @@ class Run:
             self.checkpoints.save(states)
             self._write_results(finished=False)
         self._log_epoch(entry, improved=improved, seconds=seconds)
+        self._diagnose_epoch(outcome)
 
     def _rates(self) -> dict[str, float]:
         rates = {group["name"]: group["lr"] for group in self.trainer.optimizer.param_groups}
