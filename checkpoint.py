@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -175,7 +177,14 @@ def load_tensors(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it refuses afterwards
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message tells how to load it all the same
+        raise ValueError(
+            f"{path}: cannot be opened safely: it is damaged, or holds more than tensors and plain values, which could "
+            "run code"
+        ) from None
     except Exception as error:  # damaged files fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: cannot be opened safely as tensors and plain values: {reason}") from None

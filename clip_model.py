@@ -100,7 +100,10 @@ class CLIPModel(nn.Module):
             self.architecture = replace(self.architecture, activation=activation)
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
-        self.backbone = build_backbone(self.architecture, weights.tensors if weights else None)
+        if weights is None:
+            self.backbone = build_backbone(self.architecture)
+        else:
+            self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])

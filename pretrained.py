@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import zipfile
@@ -150,7 +151,7 @@ def read_weights(path: Path, *, activation: str | None = None) -> Weights:
     activation = _agree_activation(path, asked=activation, told=told)
     tensors = _to_openai_names(tensors, path)
     architecture = _architecture_of(tensors, path, activation=activation, vision_heads=_vision_heads(settings))
-    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {})
+    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {}, source=str(path))
 
 
 def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
@@ -204,13 +205,12 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError  # noqa: PLC0415  (only where such a file is read)
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415  (only where such a file is read)
 
     try:
         # copies: what was read is a view of the file, which may change
         tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
+    except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path}: damaged safetensors file: {error}") from None
     return tensors
 
@@ -400,10 +400,11 @@ _DTYPES = {
 
 def _is_torchscript(path: Path) -> bool:
     """Tell a TorchScript archive from other files by its content."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
+    except Exception:  # no zip file, or one damaged in one of many ways
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -421,9 +422,10 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
             with archive.open(f"{root}data.pkl") as file:
                 tree = _TensorUnpickler(file, archive, root).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, StopIteration, RuntimeError) as error:
+                tensors = dict(_tensors_of(tree, ""))
+    except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path}: damaged or unsafe TorchScript archive: {error or type(error).__name__}") from None
-    return dict(_tensors_of(tree, ""))
+    return tensors
 
 
 class _Container:
@@ -439,7 +441,7 @@ class _Storage:
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    if not isinstance(storage, Tensor):
+    if not isinstance(storage, Tensor) or math.prod(size) > len(storage):  # more would be numbers told many times over
         raise pickle.UnpicklingError("a tensor without storage")
     return storage.as_strided(size, stride, offset).clone()
 
@@ -474,7 +476,10 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, storage, key, _, numel = pid
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        entry = self.archive.getinfo(f"{self.root}data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes it; a few bytes cannot unfold into any number
+            raise pickle.UnpicklingError("compressed tensors")
+        data = bytearray(self.archive.read(entry))
         return (
             torch.frombuffer(data, dtype=storage.dtype, count=numel) if numel else torch.empty(0, dtype=storage.dtype)
         )

@@ -193,12 +193,15 @@ class _QuickGELU(torch.autograd.Function):
         return cast(Tensor, torch.ops.aten.silu_backward(gradients[0], *ctx.saved_tensors))
 
 
-def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | None = None) -> Any:
+def build_backbone(
+    architecture: Architecture, tensors: Mapping[str, Tensor] | None = None, *, source: str = "given tensors"
+) -> Any:
     """Build OpenAI's `CLIP`, float32, without its `logit_scale`, which is `CLIPModel`'s.
 
     Args:
         architecture: its sizes and activation.
         tensors: weights in OpenAI's names, which become the backbone's without a copy; None: random ones.
+        source: where they come from.
 
     Raises:
         ValueError: weights that do not fit.
@@ -211,7 +214,11 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
         backbone = clip_class(**sizes)
     del backbone.logit_scale
     if tensors is not None:
-        _take_in(backbone, tensors, name=architecture.name)
+        try:
+            _take_in(backbone, tensors)
+        except RuntimeError as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"{source}: weights that do not fit a {architecture.name}: {reason[:300]}") from None
     if architecture.is_vit:
         for block in backbone.visual.transformer.resblocks:
             block.attn.num_heads = architecture.vision_heads
@@ -222,13 +229,9 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
     return backbone.float()
 
 
-def _take_in(backbone: Any, tensors: Mapping[str, Tensor], *, name: str) -> None:
+def _take_in(backbone: Any, tensors: Mapping[str, Tensor]) -> None:
     """Make tensors the weights of a backbone that has none."""
-    try:
-        backbone.load_state_dict({key: value for key, value in tensors.items() if key != "logit_scale"}, assign=True)
-    except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(f"weights that do not fit a {name}: {reason[:300]}") from None
+    backbone.load_state_dict({name: value for name, value in tensors.items() if name != "logit_scale"}, assign=True)
     mask = backbone.build_attention_mask()  # no weight, but left without numbers, too
     for block in backbone.transformer.resblocks:
         block.attn_mask = mask
