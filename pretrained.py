@@ -441,8 +441,10 @@ class _Storage:
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    if not isinstance(storage, Tensor) or math.prod(size) > len(storage):  # more would be numbers told many times over
+    if not isinstance(storage, Tensor):
         raise pickle.UnpicklingError("a tensor without storage")
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError("a tensor of more numbers than are stored")
     return storage.as_strided(size, stride, offset).clone()
 
 
