@@ -11,24 +11,21 @@ With several processes each does this for its own pairs, and the last backward p
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from contrastive import ContrastiveLoss
-from distributed import all_min, any_process, gather_sizes, num_processes
-from runtime import Precision, autocast, free_memory, is_out_of_memory, tf32
-from towers import running_statistics
+from distributed import any_process, gather_sizes, num_processes
+from runtime import Precision, autocast, is_out_of_memory, tf32
+from towers import held_statistics, running_statistics
 
 logger = logging.getLogger(__name__)
 
-SHARE_OF_FREE_MEMORY = 0.6
 WAYS_OUT = "--gradient_checkpointing, --precision bf16, --freeze_backbone, a smaller --model_name"
 
 T = TypeVar("T")
@@ -144,10 +141,8 @@ class MicroBatches:
     def _encode_all(self, batch: _Batch, early: list[slice], last: slice) -> list[_Encoded]:
         """Run the towers on every micro-batch, on all but the last without a graph."""
         encoded = []
-        with (
-            torch.no_grad(),
-            autocast(self.model.device, self.precision),
-        ):  # whose copies of the weights all of them use
+        # one autocast around all, so that they use the same copies of the weights
+        with torch.no_grad(), autocast(self.model.device, self.precision):
             for chunk in early:
                 state = _State(self.model)
                 encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False), state))
@@ -156,9 +151,10 @@ class MicroBatches:
     def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool) -> _Features:
         """Run the towers on a micro-batch; `synchronised`: its backward pass is the one that adds up all processes'."""
         images, tokens = batch.inputs(chunk, self.model.image_resolution)
-        run = self.parallel if synchronised else self.model
-        with tf32(self.model.device), autocast(self.model.device, self.precision):
-            features: _Features = run(images.to(self.model.device, non_blocking=True), tokens)
+        run, device = self.parallel if synchronised else self.model, self.model.device
+        is_blank = chunk.start >= chunk.stop
+        with tf32(device), autocast(device, self.precision), held_statistics(self.model) if is_blank else nullcontext():
+            features: _Features = run(images.to(device, non_blocking=True), tokens)
         return features
 
     def _loss(self, batch: _Batch, encoded: list[_Encoded]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -199,90 +195,6 @@ class MicroBatches:
         return result
 
 
-def fitting_size(model: Any, *, precision: Precision, most: int, device: torch.device) -> int | None:
-    """Estimate how many pairs fit into memory at once, from what the gradient of few of them takes.
-
-    Args:
-        model: a `CLIPModel`; on another device than `device`, if it will be sharded over the processes.
-        precision: of the towers.
-        most: pairs of this process's part of a batch.
-        device: whose memory it is.
-
-    Returns:
-        A power of two; None if all fit. The smallest of all processes'.
-    """
-    few, more = (_peak_bytes(model, precision, num_pairs) for num_pairs in (2, 4))
-    a_pair = max((more - few) / 2, 1)
-    parameters = 3 * sum(each.nbytes for each in model.parameters() if each.requires_grad)  # gradient and moments
-    if model.device.type != device.type:
-        parameters = (parameters + sum(each.nbytes for each in model.parameters())) / num_processes()
-    room = SHARE_OF_FREE_MEMORY * free_memory(device) - (few - 2 * a_pair) - parameters
-    fitting = int(all_min(torch.tensor(max(int(room / a_pair), 1))).item())
-    if fitting >= most:
-        return None
-    size: int = 2 ** (fitting.bit_length() - 1)
-    logger.info("micro-batches of %d of %d pairs: a pair takes up to %.1f MB of memory", size, most, a_pair / 1e6)
-    return size
-
-
-def _peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
-    """Return the most bytes that the gradient of some pairs takes, but for the gradient itself."""
-    before = _State(model)
-    size, length = model.image_resolution, model.architecture.context_length
-    images = torch.zeros(num_pairs, 3, size, size, dtype=torch.uint8, device=model.device)
-    tokens = torch.ones(num_pairs, length, dtype=torch.int64)
-    tokens[:, -1] = model.architecture.vocab_size - 1  # texts as long as can be
-    live = LiveTensors()
-    with torch.compiler.set_stance("force_eager"), live:
-        with tf32(model.device), autocast(model.device, precision):
-            features = model(images, tokens)
-        # through all layers to the first parameters: with the others' gradients few pairs would not show
-        small = (model.backbone.visual.conv1.weight, model.backbone.positional_embedding)
-        projections = (model.image_projection.weight, model.text_projection.weight)
-        wanted = [parameter for parameter in (*small, *projections) if parameter.requires_grad]
-        torch.autograd.grad(features, wanted, [torch.ones_like(each) for each in features])
-    before.restore()
-    return live.peak
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is entered, as long as they live.
-
-    Attributes:
-        peak: most bytes that lived at a time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._bytes = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {self._key(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and self._key(tensor) not in given | self._alive:
-                self._add(tensor.untyped_storage())
-        return result
-
-    @staticmethod
-    def _key(tensor: Tensor) -> int:
-        key: int = tensor.untyped_storage()._cdata
-        return key
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._alive.add(key)
-        self._bytes += size
-        self.peak = max(self.peak, self._bytes)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self._bytes -= size
-
-
 class _MemoryFull(Exception):  # noqa: N818  (an outcome, not an error)
     pass
 
@@ -318,14 +230,18 @@ class _State:
         self.statistics = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
         self.random = torch.get_rng_state()
         self.device = model.device
-        self.random_of_device = None
-        if self.device.type != "cpu":
-            self.random_of_device = getattr(torch, self.device.type).get_rng_state()
+        self.random_of_device: Tensor | None = None
+        if self.device.type == "cuda":
+            self.random_of_device = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            self.random_of_device = torch.mps.get_rng_state()
 
     def restore(self) -> None:
         torch.set_rng_state(self.random)
-        if self.random_of_device is not None:
-            getattr(torch, self.device.type).set_rng_state(self.random_of_device)
+        if self.random_of_device is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random_of_device, self.device)
+        elif self.random_of_device is not None:
+            torch.mps.set_rng_state(self.random_of_device)
         with torch.no_grad():
             for buffer, value in self.statistics:
                 buffer.copy_(value)

@@ -66,7 +66,8 @@ from distributed import (
 )
 from evaluation import Outcome, evaluate
 from feature_cache import FeatureCache, FeatureLoader, PairFeatures
-from micro_batches import WAYS_OUT, fitting_size
+from memory import fitting_size
+from micro_batches import WAYS_OUT
 from parallel import is_sharded, load_optimizer_state, parallel_model, whole
 from preprocessing import train_transform
 from retrieval import RECALL_KEYS

@@ -15,15 +15,14 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from annotations import read_index
-from benchmarks.timing import machine, print_table, write_json
+from benchmarks.timing import in_new_process, machine, print_table, write_json
 from pairs import Pairs, load_pairs, split_pairs
 
 WORDS = (
@@ -101,12 +100,6 @@ STEPS: dict[str, Callable[[Path], object]] = {
     "read, images found": load_pairs,
     "read, images found, split": lambda path: split_pairs(load_pairs(path)),
 }
-
-
-def in_new_process(function: Callable[..., Cost], *arguments: Any) -> Cost:
-    """Call a function where nothing else has left memory behind."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def measure(name: str, path: Path) -> Cost:

@@ -10,12 +10,10 @@ prints what the model of the cost says for many GPUs instead, from assumed speed
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import resource
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +24,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import ARCHITECTURES
-from benchmarks.timing import Timing, machine, print_table, take_turns, write_json
+from benchmarks.timing import Timing, in_new_process, machine, print_table, take_turns, write_json
 from benchmarks.train_step import step_flops
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
 from contrastive import SLICE_LOGITS
 from distributed import is_main, num_processes, process_group, share
-from micro_batches import LiveTensors
+from memory import LiveTensors
 from parallel import parallel_model
 from preprocessing import tokenize
 from runtime import keep_freed_memory, resolve_precision
@@ -134,12 +132,6 @@ def parse(argv: list[str] | None) -> Namespace:
     if options.quick:
         options.models, options.repeats = "ViT-Ti/32:64:128", 1
     return options
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function where nothing else has left memory behind."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def make_trainer(name: str, options: Namespace, micro: int | None) -> MultimodalTrainer:

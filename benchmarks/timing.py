@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Timing(NamedTuple):
@@ -50,6 +54,12 @@ def ratio(timings: dict[str, Timing], ours: str, peer: str) -> float:
     """Return how many times as long the peer takes, as the median over turns (a turn's two runs are neighbours)."""
     pairs = zip(timings[peer].seconds, timings[ours].seconds, strict=True)
     return statistics.median(theirs / own for theirs, own in pairs)
+
+
+def in_new_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function where nothing else has left memory behind."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

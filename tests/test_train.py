@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import micro_batches
+import memory
 import pretrained
 from checkpoint import load_checkpoint
 from clip_model import CLIPModel, MultimodalTrainer
@@ -280,7 +280,7 @@ def test_a_batch_that_does_not_fit_is_trained_in_micro_batches(
     losses = []
     for name in ("whole", "parts"):
         if name == "parts":
-            monkeypatch.setattr(micro_batches, "free_memory", lambda device: int(3.1e8))
+            monkeypatch.setattr(memory, "free_memory", lambda device: int(3.1e8))
         assert main(flags_for(sample_dir, tmp_path / name, *flags)) == 0
         lines = (tmp_path / name / "logs" / "history.jsonl").read_text().splitlines()
         losses.append(json.loads(lines[1])["train_loss"])
