@@ -18,7 +18,7 @@ from preprocessing import clip_transform
 from runtime import exact_products
 
 TOLERANCE = 1e-4
-"""Largest distance of two unit vectors; other processors and versions of PyTorch differ by a hundredth of it."""
+"""Largest distance of two unit vectors; other instruction sets and numbers of threads make about a hundredth of it."""
 HEIGHT, WIDTH = 40, 56
 TEXTS = ["a photo of a dog", "Two small red boats, 3 people & a café by the river"]
 
