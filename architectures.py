@@ -45,13 +45,24 @@ class Architecture:
         """Read what `to_dict` wrote.
 
         Raises:
-            ValueError: keys are missing or unknown.
+            ValueError: keys are missing or unknown, or a value is none that an architecture can have.
         """
-        layers = values.get("vision_layers")
         try:
-            return cls(**{**values, "vision_layers": tuple(layers) if isinstance(layers, list) else layers})
-        except TypeError as error:
+            layers = values["vision_layers"]
+            read = cls(**{**values, "vision_layers": tuple(layers) if isinstance(layers, list) else layers})
+        except (TypeError, KeyError) as error:
             raise ValueError(f"not the description of an architecture: {error}") from None
+        sizes = {key: value for key, value in vars(read).items() if key not in {"name", "activation", "vision_layers"}}
+        counts = read.vision_layers if isinstance(read.vision_layers, tuple) else (read.vision_layers,)
+        patch = [] if sizes.pop("vision_patch_size") is None else [read.vision_patch_size]
+        for size in (*sizes.values(), *counts, *patch):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"not the description of an architecture: {size!r} is no size")
+        if read.transformer_width % read.transformer_heads or (read.is_vit and read.vision_width % read.vision_heads):
+            raise ValueError("not the description of an architecture: its heads do not divide its width")
+        if read.activation not in {QUICK_GELU, GELU}:
+            raise ValueError(f"not the description of an architecture: activation {read.activation!r}")
+        return read
 
     def same_tensors(self, other: Architecture) -> bool:
         """Tell whether weights of one fit the other (names and activations aside)."""

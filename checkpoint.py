@@ -3,7 +3,8 @@
 A checkpoint is one `torch.save` file that holds tensors and plain values only, so `torch.load` opens it with
 `weights_only=True`. Behind it, where a reader of zip files does not look, stands the SHA-256 of all bytes before it:
 `torch.load` compares no checksum, and a flipped bit would become a weight. Keys that every checkpoint has:
-`format_version`, `model_state_dict`, `architecture` (what `CLIPModel` needs to be built again), `epoch`, `global_step`.
+`format_version`, `model_state_dict`, `architecture` (what `CLIPModel` needs to be built again), `probe` (see `probe.py`),
+`epoch`, `global_step`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import pickle
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +35,7 @@ from config import seconds_of
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-"""2: has a checksum."""
+"""2: has a checksum and a probe."""
 TIMES_ITS_DURATION = 20
 CHECKSUM_MARK = b"\nSHA-256\n"
 CHECKSUM_BYTES = len(CHECKSUM_MARK) + hashlib.sha256().digest_size
@@ -193,15 +195,22 @@ class CheckpointWriter:
         fixed: names of the model's tensors that never change; none: every state is written at once.
         keep: how many states to resume from there are; those before the last as `step_<number>.pth`.
         every: steps, or a time, between two states within an epoch; None: none is due there.
+        complete: adds what a state lacks, when it is written; None: nothing.
 
     Attributes:
         last_step: step of the state in `files.last`; None: there is none, or it is damaged.
     """
 
     def __init__(
-        self, files: RunFiles, *, fixed: Collection[str] = (), keep: int = 1, every: int | str | None = None
+        self,
+        files: RunFiles,
+        *,
+        fixed: Collection[str] = (),
+        keep: int = 1,
+        every: int | str | None = None,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
-        self.files, self.fixed, self.keep, self.every = files, fixed, keep, every
+        self.files, self.fixed, self.keep, self.every, self.complete = files, fixed, keep, every, complete
         self.last_step: int | None = None
         self._waiting: dict[Path, dict[str, Any]] = {}
         self._due = 0.0
@@ -235,10 +244,13 @@ class CheckpointWriter:
         """
         start = time.monotonic()
         for path in list(self._waiting):
+            state = self._waiting[path]
+            if self.complete is not None:
+                state = self.complete(state)
             if path == self.files.last:
-                self._save_last(self._waiting[path])
+                self._save_last(state)
             else:
-                save_checkpoint(path, self._waiting[path])
+                save_checkpoint(path, state)
             del self._waiting[path]
         end = time.monotonic()
         self._due = end + TIMES_ITS_DURATION * (end - start)
@@ -276,12 +288,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: damaged, not a checkpoint of this toolkit, or of a newer format.
     """
     state = load_tensors(path)
-    if not isinstance(state, dict) or not {"model_state_dict", "architecture"} <= state.keys():
+    if not is_checkpoint(state):
         raise ValueError(f"{path}: not a checkpoint of this toolkit (weights of others go to --pretrained)")
+    check_format(state, path)
+    return state  # type: ignore[no-any-return]
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Tell a checkpoint of this toolkit from other content of a `torch.save` file."""
+    return isinstance(content, dict) and {"model_state_dict", "architecture"} <= content.keys()
+
+
+def check_format(state: dict[str, Any], path: str | Path) -> None:
+    """Refuse a checkpoint that this version does not read.
+
+    Raises:
+        ValueError: of another format, or something is missing.
+    """
     version = state.get("format_version")
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise ValueError(f"{path}: checkpoint format {version!r}, this version reads up to {FORMAT_VERSION}")
-    return state
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
+    if state.get("probe") is None:
+        raise ValueError(f"{path}: damaged, or written by other means than this toolkit: it holds no probe")
 
 
 def load_newest_state(files: RunFiles) -> tuple[Path, dict[str, Any]] | None:
@@ -317,8 +345,15 @@ def load_tensors(path: str | Path) -> Any:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     verified = _verify(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it refuses afterwards
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message tells how to load it all the same
+        raise ValueError(
+            f"{path}: cannot be opened safely: it is damaged, or holds more than tensors and plain values, which could "
+            "run code"
+        ) from None
+    except Exception as error:  # damaged files fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: cannot be opened safely as tensors and plain values: {reason}") from None
     if not verified and isinstance(content, dict) and content.get("format_version") == FORMAT_VERSION:

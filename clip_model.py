@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from architectures import ARCHITECTURES, QUICK_GELU, Architecture, known_architecture
+from architectures import ARCHITECTURES, QUICK_GELU, known_architecture
 from checkpoint import load_checkpoint
 from config import DEFAULT_MODEL_NAME
 from contrastive import ContrastiveLoss
 from micro_batches import MicroBatches, StepResult
 from parallel import clip_gradient, is_sharded
-from preprocessing import clip_transform, normalize, to_rgb, tokenize
-from pretrained import Weights, published_url, published_weights, read_weights
+from preprocessing import CLIP_MEAN, CLIP_STD, clip_transform, normalize, to_rgb, tokenize
+from preprocessing import VERSION as PREPROCESSING_VERSION
+from pretrained import Weights, own_weights, published_url, published_weights, read_weights
+from probe import check_probe, compute_probe
 from runtime import Precision
+from step_watch import StepNumbers, StepWatch
 from towers import (
     RunLayer,
     build_backbone,
@@ -34,6 +37,7 @@ from towers import (
     compiled_layers,
     image_tower,
     run_by_method,
+    running_statistics,
     set_activation,
     text_tower,
 )
@@ -61,7 +65,8 @@ class CLIPModel(nn.Module):
             the features are the backbone's, bit for bit. A smaller size starts from the leading right singular vectors
             of both towers' stacked output projections, a larger one from a rotation into it.
         freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
-        pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), or a file or hub folder.
+        pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), a file or hub folder, or
+            weights already read, which become the model's.
         activation: `quick_gelu` or `gelu`, for weights files that do not tell.
         freeze_tower: `image` or `text`: hold that tower as `freeze_backbone` holds both.
 
@@ -69,7 +74,8 @@ class CLIPModel(nn.Module):
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
 
     Raises:
-        ValueError: an unknown model name, weights that do not fit, or `freeze_tower` beside `freeze_backbone`.
+        ValueError: an unknown model name, weights that do not fit, a checkpoint that does not give the features that
+            it was saved with, or `freeze_tower` beside `freeze_backbone`.
         OSError: weights that cannot be had; says how to get them.
     """
 
@@ -78,28 +84,37 @@ class CLIPModel(nn.Module):
         model_name: str = ModelName(DEFAULT_MODEL_NAME),
         projection_dim: int | None = None,
         freeze_backbone: bool = False,
-        pretrained: str | Path = "auto",
+        pretrained: str | Path | Weights = "auto",
         *,
         activation: str | None = None,
         freeze_tower: str | None = None,
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
-        weights = _find_weights(model_name, str(pretrained), activation=activation)
+        if isinstance(pretrained, Weights):
+            weights: Weights | None = pretrained
+        else:
+            weights = _find_weights(model_name, str(pretrained), activation=activation)
         self.architecture = weights.architecture if weights else known_architecture(model_name)
         if weights is None and activation is not None:
             self.architecture = replace(self.architecture, activation=activation)
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
-        self.backbone = build_backbone(self.architecture, weights.tensors if weights else None)
+        if weights is None:
+            self.backbone = build_backbone(self.architecture)
+        else:
+            self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
+        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
+        if weights is not None and weights.probe is not None:
+            self._make_projections(None, weights)
+            check_probe(self, weights.probe, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
                 parameter.requires_grad_(False)
-        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
         self.train()
 
     @classmethod
@@ -108,10 +123,10 @@ class CLIPModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or not a checkpoint of this toolkit.
+            ValueError: damaged, not a checkpoint of this toolkit, or the model does not give the features that it was
+                saved with.
         """
-        load_checkpoint(path)
-        return cls(pretrained=path).to(device).eval()
+        return cls(pretrained=own_weights(load_checkpoint(path), path)).to(device).eval()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Load a checkpoint's weights into this model.
@@ -121,15 +136,15 @@ class CLIPModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or of another architecture than this model's.
+            ValueError: damaged, of another architecture than this model's, or the model in it does not give the
+                features that it was saved with.
         """
         content = load_checkpoint(path)
-        architecture = Architecture.from_dict(content["architecture"])
-        weight = content["model_state_dict"].get("image_projection.weight")
-        same_projection = weight is not None and weight.shape == self.image_projection.weight.shape
-        if not (architecture.same_tensors(self.architecture) and same_projection):
+        stored = CLIPModel(pretrained=own_weights(content, path))
+        same_projection = stored.projection_dim == self.projection_dim
+        if not (stored.architecture.same_tensors(self.architecture) and same_projection):
             raise ValueError(
-                f"{path} holds a {architecture.name} with projection_dim {len(weight) if weight is not None else '?'}, "
+                f"{path} holds a {stored.architecture.name} with projection_dim {stored.projection_dim}, "
                 f"this model is a {self.architecture.name} with {self.projection_dim}; "
                 "CLIPModel.from_checkpoint(path) builds the right one"
             )
@@ -284,6 +299,24 @@ class CLIPModel(nn.Module):
             )
 
 
+def add_probe(state: dict[str, Any]) -> dict[str, Any]:
+    """Complete a checkpoint's state with what its reader checks it by, see `probe.compute_probe`.
+
+    The model is built once more on the CPU, around the state's own tensors: a copy only of those on another device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
+        probe = compute_probe(model)
+    preprocessing = {"version": PREPROCESSING_VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+    return {
+        **state,
+        "activation": model.architecture.activation,
+        "preprocessing": {**preprocessing, "resolution": model.image_resolution},
+        "temperature": math.exp(-model.logit_scale.item()),
+        "probe": probe,
+    }
+
+
 def build_optimizer(
     model: CLIPModel, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
 ) -> torch.optim.AdamW:
@@ -314,7 +347,7 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_share: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over a share of the steps, then a cosine to zero; stepped once a step."""
-    warmup_steps = min(round(total_steps * warmup_share), total_steps - 1)
+    warmup_steps = num_warmup_steps(total_steps, warmup_share)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -323,6 +356,11 @@ def build_scheduler(
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def num_warmup_steps(total_steps: int, warmup_share: float) -> int:
+    """Return over how many of the steps the rates rise."""
+    return min(round(total_steps * warmup_share), total_steps - 1)
 
 
 class EpochResult(NamedTuple):
@@ -346,7 +384,8 @@ class EpochTotals:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)  # loss and accuracy times pairs; loss since the last look at it
+        # of finite losses: loss and accuracy times pairs, pairs; since the last look: loss, steps
+        self.sums = torch.zeros(5, device=device)
         self.num_pairs = self.num_steps = self.num_batches = 0
 
     def add(self, result: StepResult | None) -> None:
@@ -354,20 +393,31 @@ class EpochTotals:
         self.num_batches += 1
         if result is None:
             return
-        self.sums[:2] += result.num_pairs * torch.stack([result.loss, result.accuracy])
-        self.sums[2] += result.loss
+        one = torch.ones_like(result.loss)
+        of_pairs = result.num_pairs * torch.stack([result.loss, result.accuracy, one])
+        added = torch.cat([of_pairs, torch.stack([result.loss, one])])
+        self.sums += torch.where(result.loss.isfinite(), added, 0.0)
         self.num_pairs, self.num_steps = self.num_pairs + result.num_pairs, self.num_steps + 1
 
     def mean(self) -> EpochResult:
-        """Return the means over all pairs; waits for the device.
+        """Return the means over all pairs, without those whose loss is not finite; waits for the device.
 
         Raises:
             ValueError: there was no pair.
+            FloatingPointError: no loss was finite.
         """
         if not self.num_pairs:
             raise ValueError("no batch of pairs to train on")
-        loss, accuracy = (self.sums[:2] / self.num_pairs).tolist()
-        return EpochResult(loss, 100 * accuracy, self.num_pairs)
+        loss, accuracy, num_pairs = self.sums[:3].tolist()
+        if not num_pairs:
+            raise FloatingPointError("no loss of the epoch is finite; lower --learning_rate, or use --precision fp32")
+        return EpochResult(loss / num_pairs, 100 * accuracy / num_pairs, self.num_pairs)
+
+    def mean_since_last(self) -> float:
+        """Return the mean loss of the steps since the last call; waits for the device."""
+        loss, num_steps = self.sums[3:].tolist()
+        self.sums[3:] = 0
+        return float(loss / max(num_steps, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -391,6 +441,10 @@ class MultimodalTrainer:
         micro_batch_size: pairs that are in memory at once, in each process; None: the whole batch. The gradient is the
             same. It is halved when memory runs out.
         parallel: what runs the model in several processes, see `parallel.parallel_model`.
+
+    Attributes:
+        global_step: steps so far, with those that were left out.
+        numbers: of the last step.
     """
 
     def __init__(
@@ -414,9 +468,10 @@ class MultimodalTrainer:
             model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
         )
         self.global_step = 0
+        self.numbers: StepNumbers | None = None
 
     def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
-        """Take one optimiser step.
+        """Take one optimiser step; none if the loss or the gradient is not finite, which `numbers` tell afterwards.
 
         Args:
             images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them; with several
@@ -425,19 +480,25 @@ class MultimodalTrainer:
             image_ids: `[B]`, or None when every image of the batch is another.
 
         Returns:
-            Loss, accuracy and size of the batch; None if it was empty, and no step was taken.
+            Loss, accuracy and size of the batch; None if it was empty.
 
         Raises:
             MemoryError: one pair does not fit into memory.
         """
+        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(self.model)]
         result = self.micro_batches.backward(images, tokens, image_ids)
         if result is None:
             return None
         self.scaler.unscale_(self.optimizer)
-        if self.gradient_clip_norm:
-            trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-            clip_gradient(trained, self.gradient_clip_norm)
-        self.scaler.step(self.optimizer)
+        groups = self.optimizer.param_groups
+        norm = clip_gradient((each for group in groups for each in group["params"]), self.gradient_clip_norm)
+        values = torch.stack([result.loss, norm, self.model.logit_scale.detach().exp()])
+        rates = {str(group.get("name", number)): group["lr"] for number, group in enumerate(groups)}
+        self.numbers = StepNumbers(self.global_step + 1, rates, values)
+        is_bad = ~values[:2].isfinite().all()
+        self._step_unless(is_bad)
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(is_bad, before, buffer))
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -451,6 +512,7 @@ class MultimodalTrainer:
         batches: Iterable[Any],
         *,
         totals: EpochTotals | None = None,
+        watch: StepWatch | None = None,
         check_interval: int = 10,
         on_check: Callable[[int, float], None] | None = None,
     ) -> EpochResult:
@@ -459,39 +521,43 @@ class MultimodalTrainer:
         Args:
             batches: one epoch, or the rest of one.
             totals: of the batches before these; None: there are none. Each is added before the next is asked for.
-            check_interval: steps between two looks at the loss; each look waits for the device.
+            watch: looks at the numbers of every step; None: one that ends at the first that are not finite.
+            check_interval: steps between two calls of `on_check`; each waits for the device.
             on_check: called there with the step and the mean loss since the last one.
 
         Raises:
-            FloatingPointError: the loss is not finite; says step, loss and rate.
+            FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
             ValueError: there was no batch.
         """
         self.model.train()
         totals = EpochTotals(self.model.device) if totals is None else totals
+        watch = StepWatch() if watch is None else watch
         for images, tokens, image_ids, *_ in batches:
             result = self.train_step(images, tokens, image_ids)
             totals.add(result)
-            if result is not None and totals.num_steps % check_interval == 0:
-                self.check(totals.sums[2].item() / check_interval, on_check)
-                totals.sums[2] = 0
-        mean = totals.mean()
-        self.check(mean.loss)
-        return mean
+            if result is None:
+                continue
+            assert self.numbers is not None
+            watch.add(self.numbers, image_ids)
+            if totals.num_steps % check_interval == 0:
+                mean_since = totals.mean_since_last()
+                if on_check is not None:
+                    on_check(self.global_step, mean_since)
+        watch.look()
+        return totals.mean()
 
-    def check(self, mean_loss: float, on_check: Callable[[int, float], None] | None = None) -> None:
-        """Refuse to go on with a loss that is not finite.
+    def _step_unless(self, is_bad: Tensor) -> None:
+        """Take the optimiser's step or, with a gradient that is not finite, leave weights and moments as they are.
 
-        Raises:
-            FloatingPointError: says step, loss and rate.
+        Fused optimisers take the answer as a tensor, so that no device is waited for (`GradScaler` does the same).
         """
-        if not math.isfinite(mean_loss):
-            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in self.optimizer.param_groups)
-            raise FloatingPointError(
-                f"the loss is {mean_loss} at step {self.global_step} (rates: {rates}); "
-                "lower --learning_rate, or train with --precision fp32; the last checkpoint is untouched"
-            )
-        if on_check is not None:
-            on_check(self.global_step, mean_loss)
+        if not self.optimizer.defaults.get("fused"):
+            if not is_bad:
+                self.optimizer.step()
+            return
+        self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:

@@ -134,6 +134,10 @@ class TrainingSettings(Settings):
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
     gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm a step; 0: no clipping")
+    skip_nonfinite: NonNegativeInt = Field(
+        0,
+        description="steps in a row that may be left out since loss or gradient is not finite; 0: stop at the first",
+    )
     warmup_share: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.1, description="share of the steps over which the rates rise, before the cosine"
     )

@@ -85,18 +85,24 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict({**state, "state": states})
 
 
-def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """Scale all gradients so that their common norm is at most `max_norm`."""
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm`; 0: leave them as they are.
+
+    Returns:
+        The norm as it was, a scalar, the same in every process.
+    """
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     own = [each.to_local() for each in gradients if _is_shard(each)]
     rest = [each for each in gradients if not _is_shard(each)]
     norm = _norm(rest)
     if own:
         norm = (norm.square() + all_sum(_norm(own).square())).sqrt()
-    if norm.device.type == "cpu" and norm <= max_norm:  # to look is free here, and saves a pass over all gradients
-        return
+    # to look is free on the CPU, and saves a pass over all gradients
+    if max_norm == 0 or (norm.device.type == "cpu" and norm <= max_norm):
+        return norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(own + rest, factor)
+    return norm
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

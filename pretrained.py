@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import zipfile
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from architectures import ARCHITECTURES, GELU, QUICK_GELU, Architecture, describe_architecture
-from checkpoint import load_tensors
+from checkpoint import check_format, is_checkpoint, load_tensors
 from downloads import Patience, UnavailableError, cached_hub_model, download, download_hub_model, file_sha256
 from runtime import import_clip
 
@@ -47,6 +48,10 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
     projections: dict[str, Tensor]
     """`image_projection.weight`, `text_projection.weight` of a checkpoint of this toolkit; else empty."""
+    probe: Any = None
+    """What a checkpoint of this toolkit is checked by."""
+    source: str = ""
+    """Where they come from."""
 
 
 def published_url(name: str) -> str | None:
@@ -133,8 +138,11 @@ def read_weights(path: Path, *, activation: str | None = None) -> Weights:
         tensors, told = _read_torchscript(path), QUICK_GELU
     else:
         content = _read_safetensors(path) if _is_safetensors(path) else load_tensors(path)
-        if isinstance(content, dict) and {"model_state_dict", "architecture"} <= content.keys():
-            return _from_own_checkpoint(content)
+        if is_checkpoint(content):
+            check_format(content, path)
+            weights = own_weights(content, path)
+            _agree_activation(path, asked=activation, told=weights.architecture.activation)
+            return weights
         tensors = _unwrap(content, path)
         # the three entries that only OpenAI's archives have survive in the state dict of a loaded archive
         told = QUICK_GELU if "input_resolution" in tensors else None
@@ -143,15 +151,39 @@ def read_weights(path: Path, *, activation: str | None = None) -> Weights:
     activation = _agree_activation(path, asked=activation, told=told)
     tensors = _to_openai_names(tensors, path)
     architecture = _architecture_of(tensors, path, activation=activation, vision_heads=_vision_heads(settings))
-    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {})
+    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {}, source=str(path))
 
 
-def _from_own_checkpoint(content: dict[str, Any]) -> Weights:
-    state: dict[str, Tensor] = content["model_state_dict"]
-    tensors = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    tensors["logit_scale"] = state["logit_scale"]
-    projections = {name: value for name, value in state.items() if name.endswith("_projection.weight")}
-    return Weights(Architecture.from_dict(content["architecture"]), tensors, projections)
+def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
+    """Take the weights out of a checkpoint of this toolkit, without a copy.
+
+    Args:
+        content: of the checkpoint; its tensors may be on any device.
+        source: where it comes from.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+    try:
+        architecture = Architecture.from_dict(content["architecture"])
+        state = {name: value.detach().cpu() for name, value in content["model_state_dict"].items()}
+        uses_quick_gelu = bool(state.pop("_extra_state"))
+        tensors = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        tensors["logit_scale"] = state["logit_scale"].reshape(())
+        projections = {name: state[name] for name in ("image_projection.weight", "text_projection.weight")}
+        sizes = {tuple(weight.shape) for weight in projections.values()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{source}: damaged checkpoint ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: damaged checkpoint: {error}") from None
+    found = _architecture_of(
+        tensors, Path(source), activation=architecture.activation, vision_heads=architecture.vision_heads
+    )
+    fits = len(sizes) == 1 and {size[1:] for size in sizes} == {(architecture.embed_dim,)}
+    found = replace(found, transformer_heads=architecture.transformer_heads)  # which no tensor tells
+    if not (fits and found.same_tensors(architecture)) or uses_quick_gelu != (architecture.activation == QUICK_GELU):
+        raise ValueError(f"{source}: damaged checkpoint: its tensors are not those of its architecture")
+    return Weights(architecture, tensors, projections, content.get("probe"), str(source))
 
 
 def _weights_file(path: Path) -> Path:
@@ -173,12 +205,12 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError  # noqa: PLC0415  (only where such a file is read)
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415  (only where such a file is read)
 
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
+        # copies: what was read is a view of the file, which may change
+        tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path}: damaged safetensors file: {error}") from None
     return tensors
 
@@ -316,6 +348,8 @@ def _architecture_of(
         )
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP; no {error}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP: {error}") from None
     if vision_heads is not None and found.is_vit:
         found = replace(found, vision_heads=vision_heads)
     same = [name for name, known in ARCHITECTURES.items() if known.same_tensors(found)]
@@ -366,10 +400,11 @@ _DTYPES = {
 
 def _is_torchscript(path: Path) -> bool:
     """Tell a TorchScript archive from other files by its content."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
+    except Exception:  # no zip file, or one damaged in one of many ways
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -387,9 +422,10 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
             with archive.open(f"{root}data.pkl") as file:
                 tree = _TensorUnpickler(file, archive, root).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, StopIteration, RuntimeError) as error:
+                tensors = dict(_tensors_of(tree, ""))
+    except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path}: damaged or unsafe TorchScript archive: {error or type(error).__name__}") from None
-    return dict(_tensors_of(tree, ""))
+    return tensors
 
 
 class _Container:
@@ -407,6 +443,8 @@ class _Storage:
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     if not isinstance(storage, Tensor):
         raise pickle.UnpicklingError("a tensor without storage")
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError("a tensor of more numbers than are stored")
     return storage.as_strided(size, stride, offset).clone()
 
 
@@ -440,7 +478,10 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, storage, key, _, numel = pid
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        entry = self.archive.getinfo(f"{self.root}data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes it; a few bytes cannot unfold into any number
+            raise pickle.UnpicklingError("compressed tensors")
+        data = bytearray(self.archive.read(entry))
         return (
             torch.frombuffer(data, dtype=storage.dtype, count=numel) if numel else torch.empty(0, dtype=storage.dtype)
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed import all_sum, num_processes, rank
+from runtime import exact_products
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
@@ -45,7 +45,8 @@ def compute_retrieval_metrics(
 
     Returns:
         Recalls `i2t_r1 ... t2i_r10` in percent of the queries, `rsum` (their sum, at most 600), mean and median ranks
-        (1 is best), mean cosines of matched and unmatched pairs and their difference. An image's rank is that of its
+        (1 is best), mean cosines of matched and unmatched pairs and their difference, of two images and of two texts.
+        An image's rank is that of its
         best caption, and its other captions do not count (Faghri et al. 2018, VSE++).
 
     Raises:
@@ -101,7 +102,7 @@ def retrieval_ranks(
         text_block=text_block,
         device=text_features.device if device is None else device,
     )
-    with _exact_products():
+    with exact_products():
         own = products.own_scores(owners, num_texts_of)
         best = torch.zeros(len(image_features)).scatter_reduce_(0, owners, own, "amax", include_self=False)
         ahead_of_image, ahead_of_text = products.count_halves(best, own)
@@ -219,17 +220,6 @@ def _padded(values: Tensor, multiple: int) -> Tensor:
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
 
 
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
-
-
 def _check_features(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> Tensor:
     """Return `text_to_image` in main memory, if all fits together."""
     largest_product = 1.0
@@ -285,14 +275,23 @@ def chance_level(num_images: int, text_to_image: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def similarity_means(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> dict[str, float]:
-    """Return the mean cosine of matched and of unmatched image-text pairs and their gap; no matrix is built."""
+    """Return the mean cosines of matched and unmatched pairs and their gap, of two images, of two texts.
+
+    The last two near 1 when the features collapse. No matrix is built.
+    """
     owners = _check_features(image_features, text_features, text_to_image)
     matched = _matched_cosines(image_features, text_features, owners).double()
-    total = (_sum_of_rows(image_features) @ _sum_of_rows(text_features)).item()
+    sums = _sum_of_rows(image_features), _sum_of_rows(text_features)
+    total = (sums[0] @ sums[1]).item()
     positive = matched.mean().item()
     unmatched = len(image_features) * len(text_features) - len(text_features)
     negative = (total - matched.sum().item()) / unmatched if unmatched else 0.0
-    return {"positive_similarity": positive, "negative_similarity": negative, "similarity_gap": positive - negative}
+    of_two = {
+        f"{name}_cosine": (each.square().sum().item() - len(rows)) / max(len(rows) * (len(rows) - 1), 1)
+        for name, each, rows in zip(("image", "text"), sums, (image_features, text_features), strict=True)
+    }
+    gap = positive - negative
+    return {"positive_similarity": positive, "negative_similarity": negative, "similarity_gap": gap, **of_two}
 
 
 def _matched_cosines(image_features: Tensor, text_features: Tensor, owners: Tensor) -> Tensor:

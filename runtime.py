@@ -109,6 +109,17 @@ def tf32(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the most memory held so far, in GB (10^9 bytes): `process`, and `gpu` on a CUDA device.
 

@@ -68,6 +68,11 @@ class Shards:
     def __len__(self) -> int:
         return self._num_samples
 
+    def describe(self, number: int) -> str:
+        """Say where the sample with a number of the data set is."""
+        shard = next(shard for shard in reversed(self.shards) if shard.first <= number)
+        return f"{shard.name} (sample {number - shard.first})"
+
 
 class TarSample(NamedTuple):
     """The files of one sample that matter here."""

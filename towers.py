@@ -193,12 +193,15 @@ class _QuickGELU(torch.autograd.Function):
         return cast(Tensor, torch.ops.aten.silu_backward(gradients[0], *ctx.saved_tensors))
 
 
-def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | None = None) -> Any:
+def build_backbone(
+    architecture: Architecture, tensors: Mapping[str, Tensor] | None = None, *, source: str = "given tensors"
+) -> Any:
     """Build OpenAI's `CLIP`, float32, without its `logit_scale`, which is `CLIPModel`'s.
 
     Args:
         architecture: its sizes and activation.
-        tensors: weights in OpenAI's names; None: random ones.
+        tensors: weights in OpenAI's names, which become the backbone's without a copy; None: random ones.
+        source: where they come from.
 
     Raises:
         ValueError: weights that do not fit.
@@ -207,8 +210,15 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
     sizes = {
         key: value for key, value in vars(architecture).items() if key not in {"name", "activation", "vision_heads"}
     }
-    backbone = clip_class(**sizes)
+    with torch.device("cpu" if tensors is None else "meta"):  # no random weights where they are given
+        backbone = clip_class(**sizes)
     del backbone.logit_scale
+    if tensors is not None:
+        try:
+            _take_in(backbone, tensors)
+        except RuntimeError as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise ValueError(f"{source}: weights that do not fit a {architecture.name}: {reason[:300]}") from None
     if architecture.is_vit:
         for block in backbone.visual.transformer.resblocks:
             block.attn.num_heads = architecture.vision_heads
@@ -216,13 +226,15 @@ def build_backbone(architecture: Architecture, tensors: Mapping[str, Tensor] | N
     else:
         backbone.visual.to(memory_format=torch.channels_last)  # what convolutions are fastest in
     set_activation(backbone, architecture.activation)
-    if tensors is not None:
-        try:
-            backbone.load_state_dict({name: value for name, value in tensors.items() if name != "logit_scale"})
-        except RuntimeError as error:
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-            raise ValueError(f"weights that do not fit a {architecture.name}: {reason[:300]}") from None
     return backbone.float()
+
+
+def _take_in(backbone: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Make tensors the weights of a backbone that has none."""
+    backbone.load_state_dict({name: value for name, value in tensors.items() if name != "logit_scale"}, assign=True)
+    mask = backbone.build_attention_mask()  # no weight, but left without numbers, too
+    for block in backbone.transformer.resblocks:
+        block.attn_mask = mask
 
 
 def set_activation(backbone: nn.Module, activation: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import CheckpointWriter, RunFiles, load_checkpoint, load_newest_state
@@ -36,8 +37,10 @@ from clip_model import (
     EpochTotals,
     ModelName,
     MultimodalTrainer,
+    add_probe,
     build_optimizer,
     build_scheduler,
+    num_warmup_steps,
 )
 from data_loader import (
     SAMPLE_SIZE,
@@ -50,6 +53,7 @@ from data_loader import (
     holds_only_placeholders,
     training_pairs,
 )
+from diagnosis import chance_loss, collapse, long_warmup, small_validation, stuck_loss
 from distributed import (
     average,
     barrier,
@@ -84,6 +88,7 @@ from runtime import (
 )
 from shard_loader import ShardLoader, training_shards
 from shards import Shards, is_shards
+from step_watch import StepWatch
 from stopping import Stopped, StopSignals
 from towers import running_statistics
 from visualization import draw_figures
@@ -92,7 +97,7 @@ logger = logging.getLogger("train")
 
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
-    "micro_batch_size", "gradient_checkpointing", "parallel", "resume", "checkpoint_every",
+    "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
@@ -222,6 +227,8 @@ class Run:
         )
         steps = settings.num_epochs * len(self.loader)
         scheduler = build_scheduler(optimizer, total_steps=steps, warmup_share=settings.warmup_share)
+        self.warmup_steps = num_warmup_steps(steps, settings.warmup_share)
+        self.found: set[str] = set()
         self.trainer = MultimodalTrainer(
             model,
             ContrastiveLoss(),
@@ -232,6 +239,12 @@ class Run:
             micro_batch_size=micro_batch_size,
             parallel=parallel,
         )
+        self.watch = StepWatch(
+            settings.skip_nonfinite,
+            scaled=precision.scaled,
+            interval=config.run.log_interval,
+            name_samples=self._name_samples,
+        )
         frozen = set(TOWERS) == set(model.frozen_towers)
         towers = [name for name in model.state_dict() if name.startswith("backbone.")]
         self.checkpoints = CheckpointWriter(
@@ -239,6 +252,7 @@ class Run:
             fixed=towers if frozen else [],
             keep=config.run.keep_checkpoints,
             every=config.run.checkpoint_every,
+            complete=add_probe,
         )
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.totals: EpochTotals | None = None
@@ -300,7 +314,11 @@ class Run:
         """Train and evaluate the rest of an epoch, which is all of it if `totals` are empty."""
         self.epoch_start, self.skipped = time.monotonic(), totals.num_pairs
         result = self.trainer.train_epoch(
-            self._batches(totals), totals=totals, check_interval=self.config.run.log_interval, on_check=self._log_step
+            self._batches(totals),
+            totals=totals,
+            watch=self.watch,
+            check_interval=self.config.run.log_interval,
+            on_check=self._log_step,
         )
         values = {"train_loss": result.loss, "train_accuracy": result.accuracy}
         self._finish_epoch(values, seconds=time.monotonic() - self.epoch_start)
@@ -409,6 +427,15 @@ class Run:
         tower_rate = settings.learning_rate * self.backbone_lr_scale
         held = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
         logger.info("peak rates: projection layers %.3g, towers %.3g%s", settings.learning_rate, tower_rate, held)
+        steps = len(self.loader)
+        self._diagnose(
+            small_validation=small_validation(len(val)),
+            long_warmup=long_warmup(
+                warmup_steps=self.warmup_steps,
+                total_steps=settings.num_epochs * steps,
+                patience_steps=settings.early_stopping_patience * steps,
+            ),
+        )
         if model.starts_random or set(model.frozen_towers) == set(TOWERS):
             return
         if not LOWEST_TOWER_RATE <= tower_rate <= HIGHEST_TOWER_RATE:
@@ -416,6 +443,29 @@ class Run:
                 "pretrained towers rarely gain at a rate of %.3g; %g to %g is usual: change --backbone_lr_scale",
                 tower_rate, LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE,
             )  # fmt: skip
+
+    def _diagnose(self, **findings: str | None) -> None:
+        """Say what was found, each kind once in a run."""
+        for kind, finding in findings.items():
+            if finding is not None and kind not in self.found and is_main():
+                self.found.add(kind)
+                logger.warning(finding)
+
+    def _diagnose_epoch(self, outcome: Outcome) -> None:
+        history = self.progress.history
+        losses = [entry["train_loss"] for before, entry in pairwise(history) if before["step"] >= self.warmup_steps]
+        metrics = outcome.metrics
+        self._diagnose(
+            stuck_loss=stuck_loss(losses, chance_loss(len(self.loader.dataset), self.config.training.batch_size)),
+            collapse=collapse(
+                image_cosine=metrics["image_cosine"],
+                text_cosine=metrics["text_cosine"],
+                rsum=metrics["rsum"],
+                chance=outcome.chance["rsum"],
+            )
+            if len(history) > 1
+            else None,
+        )
 
     def _batches(self, totals: EpochTotals) -> Iterator[Batch]:
         """Yield an epoch's batches from the first that is not in `totals`; measure how long they are waited for."""
@@ -470,6 +520,11 @@ class Run:
         bits = draw_bits(self.config.training.seed, step, np.array([rank()]), stream=STEP_STREAM)
         torch.manual_seed(int(bits[0] >> np.uint64(1)))
 
+    def _name_samples(self, image_ids: Tensor) -> list[str]:
+        if self.shards is not None:
+            return [self.shards.describe(number) for number in image_ids.tolist()]
+        return [self.pairs["train"].paths[number] for number in image_ids.tolist()]
+
     def _note_errors(self, errors: list[str]) -> None:
         for error in errors:
             if error not in self.bad_images:
@@ -518,6 +573,7 @@ class Run:
             self.checkpoints.save(states)
             self._write_results(finished=False)
         self._log_epoch(entry, improved=improved, seconds=seconds)
+        self._diagnose_epoch(outcome)
 
     def _evaluate(self) -> Outcome:
         return evaluate(

@@ -24,7 +24,7 @@ from checkpoint import (
     save_checkpoint,
 )
 
-STATE = {"model_state_dict": {"w": torch.arange(4.0)}, "architecture": {}, "epoch": 1, "global_step": 2}
+STATE = {"model_state_dict": {"w": torch.arange(4.0)}, "architecture": {}, "probe": {}, "epoch": 1, "global_step": 2}
 DISKS = ("no room", "full while writing", "full at the end")
 
 

@@ -180,6 +180,21 @@ def test_a_pickle_bomb_is_refused_and_does_not_run(tmp_path: Path, monkeypatch: 
     assert not Path("bomb-went-off").exists()
 
 
+def test_an_archive_cannot_unfold(archives: dict[str, Path], tmp_path: Path) -> None:
+    """Neither compressed zeros nor one number told many times over may become more memory than the file has bytes."""
+    with zipfile.ZipFile(archives["vit"]) as archive, zipfile.ZipFile(tmp_path / "small.pt", "w") as packed:
+        for name in archive.namelist():
+            kind = zipfile.ZIP_DEFLATED if "/data/" in name else zipfile.ZIP_STORED
+            packed.writestr(name, archive.read(name), compress_type=kind)
+    with pytest.raises(ValueError, match=r"small\.pt: .*compressed tensors"):
+        read_weights(tmp_path / "small.pt")
+    module = nn.Module()
+    module.register_buffer("x", torch.zeros(1).expand(10**6, 10**6))
+    torch.jit.save(torch.jit.script(module), tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match=r"wide\.pt: .*more numbers than are stored"):
+        read_weights(tmp_path / "wide.pt")
+
+
 @pytest.mark.parametrize("keep", [0, 100, 5000, 0.5, 0.99])
 def test_a_cut_archive_is_refused(keep: float, archives: dict[str, Path], tmp_path: Path) -> None:
     data = archives["vit"].read_bytes()

@@ -16,7 +16,7 @@ import data_loader
 from data_loader import ImageTextDataset, load_pairs
 from image_cache import ImageCache
 from preprocessing import clip_transform, file_stamp, load_image, part_path, read_bytes
-from shards import INDEX_NAME, is_shards, open_shards, read_samples, write_shards
+from shards import INDEX_NAME, Shards, is_shards, open_shards, read_samples, write_shards
 from tests.test_pairs import make_images
 
 
@@ -208,3 +208,10 @@ def test_a_picture_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path:
     assert torch.equal(sample, torch.tensor(cached).permute(2, 0, 1))
     with pytest.raises(ValueError, match=r"00000.tar@1\+5/x.png: cannot be read as a picture"):
         clip_transform(8).load(part_path(f"{tmp_path}/00000.tar", 1, 5, "x.png"))
+
+
+def test_a_sample_is_found_by_its_number() -> None:
+    shards = Shards(["a/0.tar", "a/1.tar", "a/2.tar"], [3, 0, 2])
+    assert [shards.describe(number) for number in (0, 2, 3, 4)] == [
+        "0.tar (sample 0)", "0.tar (sample 2)", "2.tar (sample 0)", "2.tar (sample 1)",
+    ]  # fmt: skip

@@ -18,6 +18,7 @@ from checkpoint import RunFiles, load_checkpoint
 from clip_model import CLIPModel, MultimodalTrainer
 from data_loader import ImageTextDataset
 from evaluation import Outcome, evaluate
+from probe import TEXTS
 from retrieval import RECALL_KEYS
 from tests.test_micro_batches import SMALL_VIT
 from train import main
@@ -323,11 +324,14 @@ def test_a_later_run_with_frozen_towers_runs_no_tower(
     assert not (tmp_path / "plain" / "cache").exists()
     assert main(flags_for(sample_dir, tmp_path / "first", *flags, *shared)) == 0
 
-    def no_tower(*_: object) -> torch.Tensor:
-        raise AssertionError("a tower ran")
+    for name in ("run_image_tower", "run_text_tower"):
+        run_tower = getattr(CLIPModel, name)
 
-    monkeypatch.setattr(CLIPModel, "run_image_tower", no_tower)
-    monkeypatch.setattr(CLIPModel, "run_text_tower", no_tower)
+        def for_the_proof_alone(self: CLIPModel, inputs: torch.Tensor, run_tower: Any = run_tower) -> Any:
+            assert len(inputs) == len(TEXTS), "a tower ran"
+            return run_tower(self, inputs)
+
+        monkeypatch.setattr(CLIPModel, name, for_the_proof_alone)
     assert main(flags_for(sample_dir, tmp_path / "second", *flags, *shared)) == 0
     plain, first, second = (
         [json.loads(line) for line in (tmp_path / name / "logs/history.jsonl").read_text().splitlines()]
@@ -505,3 +509,28 @@ def test_a_batch_that_does_not_fit_is_trained_in_micro_batches(
     assert re.search(r"micro-batches of [1-8] of 18 pairs: a pair takes up to \d+\.\d MB", log)
     state = load_checkpoint(tmp_path / "parts" / "model-checkpoint" / "last_model.pth")
     assert state["micro_batch_size"] in {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("skip", ["0", "1"])
+def test_a_picture_without_numbers_stops_the_run_or_is_left_out(
+    skip: str, sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_step = MultimodalTrainer.train_step
+
+    def spoil_step_5(self: MultimodalTrainer, images: torch.Tensor, *batch: Any) -> Any:
+        images = images.float() * torch.nan if self.global_step == 4 else images
+        return train_step(self, images, *batch)
+
+    monkeypatch.setattr(MultimodalTrainer, "train_step", spoil_step_5)
+    code = main(flags_for(sample_dir, tmp_path, "--num_epochs", "2", "--skip_nonfinite", skip))
+    error = capsys.readouterr().err
+    assert "step 5 has a loss of nan" in error
+    assert re.search(r"samples: .*/images/scene_000\d\d\.png, .* and 15 more\) and changed no weight", error)
+    last = load_checkpoint(tmp_path / "model-checkpoint" / "last_model.pth")
+    assert all(value.isfinite().all() for value in last["model_state_dict"].values())
+    if skip == "0":
+        assert (code, last["epoch"]) == (1, 1)
+        assert len(error.splitlines()[-1]) > 100  # one line that holds all of it
+    else:
+        assert (code, last["epoch"]) == (0, 2)
+        assert "left out (1 in a row)" in error
