@@ -111,7 +111,6 @@ def test_processes_stop_after_the_same_step(sample_dir: Path, tmp_path: Path) ->
     more = ["--num_workers", "0", "--micro_batch_size", "2"]
     stopped = run([*flags_for(sample_dir, broken, 1), *more], "signal:1:4:SIGTERM", num_processes=2)
     assert "exitcode  : 143" in stopped.stderr, stopped.stderr  # torchrun may end the other while Python shuts down
-    assert "Traceback (most" not in stopped.stderr.split("torch.distributed.elastic")[0]
     assert "stopped by SIGTERM at epoch 1, step 4" in stopped.stderr
     assert load_checkpoint(RunFiles(broken).last)["global_step"] == 4
     if not IS_LONG:
