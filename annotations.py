@@ -338,7 +338,7 @@ def _read_token_lines(found: Entries, text: TextFile) -> str:
 def _header(line: str, caption_key: str | None) -> tuple[str, list[str]] | None:
     """Return the delimiter that gives most known names in the first line, and the names; None for no table."""
     best: tuple[int, str, list[str]] = (0, "", [])
-    for delimiter in ",\t;" if len(line) < _MAX_HEADER else "":
+    for delimiter in ",\t;" if len(line) < _MAX_HEADER and "\r" not in line.rstrip() else "":
         cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
         names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
         num_known = len({*IMAGE_COLUMNS, *CAPTION_COLUMNS, caption_key}.intersection(names))

@@ -35,6 +35,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
+_MAX_LINES = 10
+_MAX_MESSAGE = 200
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
 
@@ -303,7 +307,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, endless nesting
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -398,13 +402,18 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
     except ValidationError as error:
         by_key = {key: f"--{name}" for name, (key, _) in flags.items() if name in given}
         lines = [_describe(settings, problem, by_key, source) for problem in error.errors()]
-        raise ValueError("; ".join(lines)) from None
+        more = f"; and {len(lines) - _MAX_LINES} more" if len(lines) > _MAX_LINES else ""
+        raise ValueError("; ".join(lines[:_MAX_LINES]) + more) from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
 
 
 def _describe(settings: type[Settings], problem: Any, by_key: dict[tuple[str, ...], str], source: Path | None) -> str:
     loc = tuple(str(part) for part in problem["loc"])
     flag_name = next((flag for key, flag in by_key.items() if loc[: len(key)] == key), None)
-    place = flag_name or f"{source or 'settings'}: {'.'.join(loc)}".rstrip(": ")
+    place = flag_name or f"{source or 'settings'}: {_short('.'.join(loc))}".rstrip(": ")
     if problem["type"] == "extra_forbidden":
         group: type[Settings] = settings
         for part in loc[:-1]:
@@ -415,6 +424,6 @@ def _describe(settings: type[Settings], problem: Any, by_key: dict[tuple[str, ..
     if problem["type"] == "value_error":
         return f"{place}: {problem['ctx']['error']}"
     if problem["type"] == "model_type":
-        return f"{place}: expected an object, got {problem['input']!r}"
+        return f"{place}: expected an object, got {_short(repr(problem['input']))}"
     message = problem["msg"].removeprefix("Input should be ")
-    return f"{place}: expected {message}, got {problem['input']!r}"
+    return f"{place}: expected {message}, got {_short(repr(problem['input']))}"

@@ -187,6 +187,11 @@ def test_problems_stand_in_the_order_of_the_rows_and_are_bounded(tmp_path: Path)
     assert (index.problems.count, len(index.problems.first)) == (4 + 600, 100)
 
 
+def test_a_header_that_holds_a_carriage_return_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 1: of no known form"):
+        read_index(write(tmp_path, "im\rage,caption\na.jpg,x\n"))
+
+
 def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "captions").mkdir()
