@@ -95,7 +95,7 @@ def read_directory(folder: Path) -> Index:
     for stem, image in images.items():
         text = texts.get(stem)
         if image is not None and stem not in texts:
-            found.problem(image, f"no captions (no captions/{short(stem)}.txt)")
+            found.problem(image, f"no captions (no captions/{short(stem)}.txt)", image=image)
         elif image is not None and text is not None:
             found.add(image, image, _caption_lines(found, folder, text))
     for stem, text in texts.items():

@@ -32,6 +32,7 @@ class RunFiles:
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.results = output_dir / "results" / "training_results.json"
+        self.bad_images = output_dir / "results" / "bad_images.json"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
@@ -41,7 +42,7 @@ class RunFiles:
     def set_aside_earlier_run(self) -> Path | None:
         """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any."""
         figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
-        own = [self.best, self.last, self.results, self.log, self.history, self.events, self.trace]
+        own = [self.best, self.last, self.results, self.bad_images, self.log, self.history, self.events, self.trace]
         left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
         if not left:
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ CONFIG_PATH = Path("config.json")
 DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
 SAMPLE_SIZE = 1000
+MAX_BAD_SHARE = 0.01
 DATA_DIR_HELP = "folder with the data set, its index file, or shards (path/{00000..00099}.tar)"
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -31,6 +33,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+BadShare = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -93,6 +96,12 @@ class DataSettings(Settings):
         "random", description="random: one caption an image each epoch; all: every pair each epoch"
     )
     val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
+    on_bad_image: Literal["skip", "stop"] = Field(
+        "skip", description="skip: leave a bad picture or entry out and list it; stop: the first one ends the run"
+    )
+    max_bad_share: BadShare = Field(
+        MAX_BAD_SHARE, description="share of the pictures and entries that may be bad; more of them end the run"
+    )
     augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
     fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
     cache_images: bool = Field(False, description="decode pictures once and keep them small, see cache_dir")
@@ -101,6 +110,11 @@ class DataSettings(Settings):
         description="views of a picture that a frozen tower keeps; none: 1, augmented 4; 0: keep no features",
     )
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+
+    @property
+    def allowed_bad_share(self) -> float:
+        """Share of the pictures and entries that may be bad before the run ends."""
+        return self.max_bad_share if self.on_bad_image == "skip" else 0.0
 
 
 class TrainingSettings(Settings):
@@ -178,6 +192,9 @@ class InspectSettings(Settings):
     image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
     val_split: Share = Field(0.1, description="share of the groups kept for validation")
+    max_bad_share: BadShare = Field(MAX_BAD_SHARE, description="share of the index's entries that may be bad")
+    check: bool = Field(False, description="decode every picture, look at every caption, print all that is wrong")
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes of check; none: one a core")
     seed: NonNegativeInt = Field(42, description="seed of the split; of the sample data as well")
     num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
     to_shards: str | None = Field(None, description="write the data set as shards into this folder")
@@ -195,6 +212,9 @@ class EvaluationSettings(Settings):
     )
     image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    max_bad_share: BadShare | None = Field(
+        None, description="share of the index's entries that may be bad; none: as the checkpoint's run"
+    )
     batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
     precision: Precision | None = Field(None, description="auto, fp32, bf16, fp16; none: as the checkpoint's run")
@@ -327,6 +347,9 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
         The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a loss that is not finite or
         too little memory, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     rank = os.environ.get("RANK", "0")
     name += "" if rank == "0" else f" (process {rank})"
     try:

@@ -49,12 +49,10 @@ from preprocessing import (
     PixelTransform,
     Transform,
     clip_transform,
-    count_tokens,
-    file_stamp,
     load_image,
-    read_bytes,
     tokenize,
 )
+from rows import Problem, picture_problem
 from runtime import setup_logging
 from sample_data import create_sample_dataset
 from shards import write_shards
@@ -84,7 +82,7 @@ class Sample(NamedTuple):
     """Number of the image in the data set."""
     caption_id: int
     """Number of the caption in the data set."""
-    error: str | None = None
+    error: Problem | None = None
     """Why there is no image."""
 
 
@@ -97,7 +95,7 @@ class Batch(NamedTuple):
     """`[B, 77]` int64."""
     image_ids: Tensor
     """`[B]` int64."""
-    errors: list[str]
+    errors: list[Problem]
     caption_ids: Tensor
     """`[B]` int64."""
 
@@ -181,7 +179,7 @@ class ImageTextDataset(Dataset[Sample]):
         try:
             finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
-            return Sample(None, tokens, image, caption, str(error))
+            return Sample(None, tokens, image, caption, picture_problem(self.pairs.paths[image], error))
         with seeded(self._transform_seed(image, index)):
             return Sample(finish(), tokens, image, caption)
 

@@ -250,7 +250,8 @@ def setup_logging(level: str, log_path: Path | None = None) -> None:
         level = "warning"
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        file_handler = logging.FileHandler(log_path, encoding="utf-8")
+        # names of files may be no UTF-8
+        file_handler = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(file_handler)
     logging.basicConfig(level=level.upper(), handlers=handlers, force=True)

@@ -30,7 +30,7 @@ from config import read_json_object
 from distributed import progress_bar
 from entries import check_text
 from preprocessing import file_stamp, part_path, read_bytes
-from rows import Problems, RowBuffer, Rows
+from rows import Problem, Problems, RowBuffer, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, P
             try:
                 rows.append(str(sample.picture()), sample.captions(caption_key), split=None, group=None, number=0)
             except ValueError as error:
-                problems.add(f"{place}: {error}")
+                problems.add(Problem(str(error), image=place))
     return rows.rows(""), problems
 
 

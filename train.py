@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from bad_data import BadData
 from checkpoint import CheckpointWriter, RunFiles, load_checkpoint
 from clip_model import (
     TOWERS,
@@ -51,7 +52,6 @@ from data_loader import (
 from distributed import (
     average,
     broadcast,
-    gather_values,
     is_main,
     main_first,
     num_processes,
@@ -88,6 +88,7 @@ logger = logging.getLogger("train")
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "resume", "profile", "log_interval", "log_level",
+    "on_bad_image", "max_bad_share",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
 STEP_STREAM = 2
@@ -229,7 +230,13 @@ class Run:
         towers = [name for name in model.state_dict() if name.startswith("backbone.")]
         self.checkpoints = CheckpointWriter(towers if frozen else [])
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
-        self.bad_images: set[str] = set()
+        num_images = sum(map(len, pairs.values())) + (0 if shards is None else len(shards))
+        self.bad_data = BadData(
+            list(pairs.values()),
+            num_images=num_images,
+            max_share=config.data.allowed_bad_share,
+            path=files.bad_images,
+        )
         num_profiled = config.run.profile if is_main() else 0
         self.profiler = StepProfiler(num_profiled, files.trace, model.device) if num_profiled else None
 
@@ -249,8 +256,8 @@ class Run:
         if is_main():
             self._write_results(finished=True)
             self.writer.close()
-        if self.bad_images:
-            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
+            if len(self.bad_data):
+                logger.warning(self.bad_data.summary())
 
     def _train_epochs(self) -> None:
         progress, settings = self.progress, self.config.training
@@ -387,7 +394,8 @@ class Run:
             start = time.perf_counter()
             for batch in self.loader.epoch(epoch):
                 self.waited += time.perf_counter() - start
-                self._note_errors(batch.errors)
+                for problem in batch.errors:
+                    self.bad_data.note(problem)
                 if self.profiler is not None:
                     self.profiler.step()
                 self._seed_step()
@@ -400,12 +408,6 @@ class Run:
         step = self.trainer.global_step
         bits = draw_bits(self.config.training.seed, step, np.array([rank()]), stream=STEP_STREAM)
         torch.manual_seed(int(bits[0] >> np.uint64(1)))
-
-    def _note_errors(self, errors: list[str]) -> None:
-        for error in errors:
-            if error not in self.bad_images:
-                self.bad_images.add(error)
-                logger.warning("left out: %s", error)
 
     def _log_step(self, step: int, loss: float) -> None:
         logger.debug("step %d: loss %.4f", step, loss)
@@ -424,10 +426,6 @@ class Run:
     def _finish_epoch(self, values: dict[str, Any], *, seconds: float) -> None:
         progress = self.progress
         average(running_statistics(self.model))
-        of_all = gather_values(sorted(self.bad_images))
-        if is_main():
-            for errors in of_all:
-                self._note_errors(errors)
         outcome = evaluate(
             self.model,
             self.pairs["val"],
@@ -437,7 +435,9 @@ class Run:
             loss_batch_size=self.config.training.batch_size,
             cache_dir=self.image_cache_dir,
             kept=self.val_features,
+            on_bad_image=self.bad_data.note,
         )
+        self.bad_data.agree()
         outcome = broadcast(outcome)  # so that all decide the same
         entry = {
             "epoch": progress.epoch,
