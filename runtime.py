@@ -233,11 +233,16 @@ def default_num_workers(device: torch.device) -> int:
     There every core computes, and a process loads pictures many times as fast as a ViT-B/32 trains on them: with none
     at all, a step on two cores waits for about a hundredth of its time.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
+    cores = num_cores()
     return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+
+
+def num_cores() -> int:
+    """Count the processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
 
 
 def setup_logging(level: str, log_path: Path | None = None) -> None:
