@@ -112,7 +112,10 @@ def _is_blank(caption: Any) -> bool:
 def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
     if content is None:
         return []
-    values = json.loads(content)
+    try:
+        values = json.loads(content)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     found = [values[key] for key in keys if values.get(key)] if isinstance(values, dict) else []
     captions = found[0] if found else []
     return captions if isinstance(captions, list) else [captions]

@@ -128,18 +128,20 @@ def test_a_bad_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None:
     members[members.index(good[3])] = (good[3][0], b"no picture")
     members[members.index(captions[4])] = (captions[4][0], b"\xff")
     members[members.index(captions[5])] = ("0005.json", b'{"caption": 5}')
+    members[members.index(captions[7])] = ("0007.json", b"[" * 100_000)
     members.insert(members.index(captions[6]), ("0006.jpg", good[6][1]))
     make_tar(tmp_path / "x.tar", members)
     (batch,) = loader_of(f"{tmp_path}/x.tar").epoch(1)
-    assert sorted(numbers_in(batch)) == [0, 7]
+    assert sorted(numbers_in(batch)) == [0]
     reasons = {problem.image.removeprefix("x.tar/"): problem.reason for problem in batch.errors}
-    assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006"]
+    assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
     assert reasons["0001"] == "no caption"
     assert reasons["0002"] == "no picture"
     assert "cannot be read as a picture" in reasons["0003"]
     assert "utf-8" in reasons["0004"]
     assert reasons["0005"] == "caption is a number, not text"
     assert reasons["0006"] == "2 pictures"
+    assert reasons["0007"] == "its JSON is nested too deeply"
 
 
 def promise(folder: Path, count: int) -> None:

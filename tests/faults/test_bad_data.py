@@ -119,6 +119,19 @@ def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> No
     assert one_line(done.stderr).startswith(str(zoo)), done.stderr
 
 
+def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [*GOOD, *BAD, *ABSENT]
+    index = write_index(zoo, [{"image": name, "caption": f"picture {n}"} for n, name in enumerate(names)])
+    output = tmp_path / "output"
+    flags = ["--data_dir", str(index), "--output_dir", str(output), *TINY, "--augment", "color", "--fast_decode"]
+    assert train.main(flags) == 2
+    assert one_line(capsys.readouterr().err).startswith(f"train.py: error: {index}: {len(ABSENT)} bad entries beside ")
+    assert not output.exists()
+    assert train.main([*flags, "--max_bad_share", "1"]) == 0
+    listed = json.loads((output / "results" / "bad_images.json").read_text())
+    assert sorted(Path(each["image"]).name[:200] for each in listed) == sorted(name[:200] for name in (*BAD, *ABSENT))
+
+
 def test_check_of_good_data_and_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path / "data", 12)
     assert data_loader.main(["--data_dir", str(tmp_path / "data"), "--check", "--num_workers", "0"]) == 0

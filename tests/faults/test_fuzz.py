@@ -1,4 +1,4 @@
-"""Mutations of valid index files and of `config.json`: they are read, or refused with a message that names the file.
+"""Mutations of valid index files, `config.json`, pictures, shards: read, or refused with a message that names the file.
 
 `CLIP_TOOLKIT_LONG_TESTS=1` tries 10,000 of each instead of 200.
 """
@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 
 from config import Config, load_config
 from data_loader import load_pairs
+from preprocessing import CropTransform, load_image
+from shards import open_shards, write_shards
 from tests.faults.zoo import corners
 from tests.launch import ROOT
 
@@ -52,6 +55,10 @@ TEXTS = [
     "filepath\ttitle\na.jpg\ta cat\nb.jpg\ta dog\n",
     "a.jpg#0\ta cat .\na.jpg#1\tanother\nb.jpg#0\ta dog\n",
 ]
+PICTURES: list[tuple[str, dict[str, Any]]] = [
+    ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {"save_all": True}), ("WEBP", {}),
+    ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {}), ("PPM", {}),
+]  # fmt: skip
 CONFIG = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
 
 PIECES = [
@@ -180,7 +187,7 @@ def read_or_refuse(path: Path, read: Callable[[], Any]) -> Any:
     with bounded():
         try:
             return read()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             assert path.name in str(error), repr(error)
             assert len(str(error)) < 20_000
             return None
@@ -233,3 +240,47 @@ def test_a_spoiled_config(folder: Path, content: bytes) -> None:
 @given(content=swapped_types([CONFIG]))
 def test_a_config_of_swapped_types(folder: Path, content: bytes) -> None:
     check_config(folder, content)
+
+
+def picture_bytes() -> list[bytes]:
+    contents = []
+    for form, options in PICTURES:
+        buffer = BytesIO()
+        corners().save(buffer, form, **options)
+        contents.append(buffer.getvalue())
+    return contents
+
+
+@MANY
+@given(content=spoiled_bytes(picture_bytes()))
+def test_a_spoiled_picture(folder: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    path = folder / "picture.fuzz"
+    path.write_bytes(content)
+    transform = CropTransform(32, fast_decode=True)
+    with bounded():
+        read_or_refuse(path, lambda: transform(transform.load(path)))
+        image = read_or_refuse(path, lambda: load_image(path))
+    assert image is None or image.mode == "RGB"
+    if not content.startswith((b"II", b"MM")):  # libtiff writes there itself
+        assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def shard(folder: Path) -> bytes:
+    images = [(str(folder / f"{name}.jpg"), ["a cat", f"picture {name}"]) for name in ("a", "b", "c")]
+    write_shards(images, folder / "shards", shard_size=3)
+    return (folder / "shards" / "00000.tar").read_bytes()
+
+
+@MANY
+@given(data=st.data())
+def test_a_spoiled_shard(folder: Path, shard: bytes, data: st.DataObject) -> None:
+    """Mutations fall on the heads and the captions, too, although most of a tar file is padding."""
+    content = data.draw(spoiled_bytes([shard]))
+    path = folder / "fuzz.tar"
+    path.write_bytes(content)
+    pairs = read_or_refuse(path, lambda: load_pairs(path, max_bad_share=1.0))
+    assert pairs is None or all(caption.strip() for caption in pairs.captions)
+    counted = read_or_refuse(path, lambda: open_shards(str(path)))
+    assert counted is None or pairs is None or len(counted) >= len(pairs)
