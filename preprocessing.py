@@ -175,7 +175,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey keeps its range (divided by 257); float images are taken as [0, 1] if they stay within it.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation) in _UPRIGHT:  # without one exif_transpose would copy
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
