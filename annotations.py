@@ -95,7 +95,7 @@ def read_directory(folder: Path) -> Index:
     for stem, image in images.items():
         text = texts.get(stem)
         if image is not None and stem not in texts:
-            found.problem(image, f"no captions (no captions/{short(stem)}.txt)")
+            found.problem(image, f"no captions (no captions/{short(stem)}.txt)", image=image)
         elif image is not None and text is not None:
             found.add(image, image, _caption_lines(found, folder, text))
     for stem, text in texts.items():
@@ -338,7 +338,7 @@ def _read_token_lines(found: Entries, text: TextFile) -> str:
 def _header(line: str, caption_key: str | None) -> tuple[str, list[str]] | None:
     """Return the delimiter that gives most known names in the first line, and the names; None for no table."""
     best: tuple[int, str, list[str]] = (0, "", [])
-    for delimiter in ",\t;" if len(line) < _MAX_HEADER else "":
+    for delimiter in ",\t;" if len(line) < _MAX_HEADER and "\r" not in line.rstrip() else "":
         cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
         names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
         num_known = len({*IMAGE_COLUMNS, *CAPTION_COLUMNS, caption_key}.intersection(names))

@@ -3,8 +3,8 @@
 A checkpoint is one `torch.save` file that holds tensors and plain values only, so `torch.load` opens it with
 `weights_only=True`. Behind it, where a reader of zip files does not look, stands the SHA-256 of all bytes before it:
 `torch.load` compares no checksum, and a flipped bit would become a weight. Keys that every checkpoint has:
-`format_version`, `model_state_dict`, `architecture` (what `CLIPModel` needs to be built again), `probe` (see `probe.py`),
-`epoch`, `global_step`.
+`format_version`, `model_state_dict`, `architecture` (what `CLIPModel` needs to be built again), `probe` (see
+`probe.py`), `epoch`, `global_step`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class RunFiles:
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.results = output_dir / "results" / "training_results.json"
+        self.bad_images = output_dir / "results" / "bad_images.json"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
@@ -91,7 +92,16 @@ class RunFiles:
     def set_aside_earlier_run(self) -> Path | None:
         """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any."""
         figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
-        own = [self.best, *self.states(), self.results, self.log, self.history, self.events, self.trace]
+        own = [
+            self.best,
+            *self.states(),
+            self.results,
+            self.bad_images,
+            self.log,
+            self.history,
+            self.events,
+            self.trace,
+        ]
         left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
         if not left:
             return None

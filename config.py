@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ CONFIG_PATH = Path("config.json")
 DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
 SAMPLE_SIZE = 1000
+MAX_BAD_SHARE = 0.01
 DATA_DIR_HELP = "folder with the data set, its index file, or shards (path/{00000..00099}.tar)"
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -31,6 +33,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+BadShare = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
@@ -48,6 +51,10 @@ def _check_interval(value: int | str | None) -> int | str | None:
 
 Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
 """Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
+
+
+_MAX_LINES = 10
+_MAX_MESSAGE = 200
 
 
 class Settings(BaseModel):
@@ -104,6 +111,12 @@ class DataSettings(Settings):
         "random", description="random: one caption an image each epoch; all: every pair each epoch"
     )
     val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
+    on_bad_image: Literal["skip", "stop"] = Field(
+        "skip", description="skip: leave a bad picture or entry out and list it; stop: the first one ends the run"
+    )
+    max_bad_share: BadShare = Field(
+        MAX_BAD_SHARE, description="share of the pictures and entries that may be bad; more of them end the run"
+    )
     augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
     fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
     cache_images: bool = Field(False, description="decode pictures once and keep them small, see cache_dir")
@@ -112,6 +125,11 @@ class DataSettings(Settings):
         description="views of a picture that a frozen tower keeps; none: 1, augmented 4; 0: keep no features",
     )
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+
+    @property
+    def allowed_bad_share(self) -> float:
+        """Share of the pictures and entries that may be bad before the run ends."""
+        return self.max_bad_share if self.on_bad_image == "skip" else 0.0
 
 
 class TrainingSettings(Settings):
@@ -200,6 +218,9 @@ class InspectSettings(Settings):
     image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
     val_split: Share = Field(0.1, description="share of the groups kept for validation")
+    max_bad_share: BadShare = Field(MAX_BAD_SHARE, description="share of the index's entries that may be bad")
+    check: bool = Field(False, description="decode every picture, look at every caption, print all that is wrong")
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes of check; none: one a core")
     seed: NonNegativeInt = Field(42, description="seed of the split; of the sample data as well")
     num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
     to_shards: str | None = Field(None, description="write the data set as shards into this folder")
@@ -217,6 +238,9 @@ class EvaluationSettings(Settings):
     )
     image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
     caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    max_bad_share: BadShare | None = Field(
+        None, description="share of the index's entries that may be bad; none: as the checkpoint's run"
+    )
     batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
     precision: Precision | None = Field(None, description="auto, fp32, bf16, fp16; none: as the checkpoint's run")
@@ -334,7 +358,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, endless nesting
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -354,6 +378,9 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
         The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a loss that is not finite or
         too little memory, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     rank = os.environ.get("RANK", "0")
     name += "" if rank == "0" else f" (process {rank})"
     try:
@@ -429,13 +456,18 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
     except ValidationError as error:
         by_key = {key: f"--{name}" for name, (key, _) in flags.items() if name in given}
         lines = [_describe(settings, problem, by_key, source) for problem in error.errors()]
-        raise ValueError("; ".join(lines)) from None
+        more = f"; and {len(lines) - _MAX_LINES} more" if len(lines) > _MAX_LINES else ""
+        raise ValueError("; ".join(lines[:_MAX_LINES]) + more) from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
 
 
 def _describe(settings: type[Settings], problem: Any, by_key: dict[tuple[str, ...], str], source: Path | None) -> str:
     loc = tuple(str(part) for part in problem["loc"])
     flag_name = next((flag for key, flag in by_key.items() if loc[: len(key)] == key), None)
-    place = flag_name or f"{source or 'settings'}: {'.'.join(loc)}".rstrip(": ")
+    place = flag_name or f"{source or 'settings'}: {_short('.'.join(loc))}".rstrip(": ")
     if problem["type"] == "extra_forbidden":
         group: type[Settings] = settings
         for part in loc[:-1]:
@@ -446,6 +478,6 @@ def _describe(settings: type[Settings], problem: Any, by_key: dict[tuple[str, ..
     if problem["type"] == "value_error":
         return f"{place}: {problem['ctx']['error']}"
     if problem["type"] == "model_type":
-        return f"{place}: expected an object, got {problem['input']!r}"
+        return f"{place}: expected an object, got {_short(repr(problem['input']))}"
     message = problem["msg"].removeprefix("Input should be ")
-    return f"{place}: expected {message}, got {problem['input']!r}"
+    return f"{place}: expected {message}, got {_short(repr(problem['input']))}"

@@ -1,16 +1,15 @@
-"""Image-text pairs from disk to batches. As a stage it makes sample data, describes a data set, or writes it as shards:
+"""Image-text pairs from disk to batches. As a stage it makes sample data, describes, checks or writes a data set:
 
 python data_loader.py --data_dir ./data
+python data_loader.py --data_dir ./data --check
 python data_loader.py --data_dir ./data --to_shards ./shards
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from data_check import check_data, describe_data
 from distributed import share
 from image_cache import ImageCache
 from pairs import (
@@ -49,12 +49,10 @@ from preprocessing import (
     PixelTransform,
     Transform,
     clip_transform,
-    count_tokens,
-    file_stamp,
     load_image,
-    read_bytes,
     tokenize,
 )
+from rows import Problem, picture_problem
 from runtime import leave_signals_to_main, setup_logging
 from sample_data import create_sample_dataset
 from shards import write_shards
@@ -84,7 +82,7 @@ class Sample(NamedTuple):
     """Number of the image in the data set."""
     caption_id: int
     """Number of the caption in the data set."""
-    error: str | None = None
+    error: Problem | None = None
     """Why there is no image."""
 
 
@@ -97,7 +95,7 @@ class Batch(NamedTuple):
     """`[B, 77]` int64."""
     image_ids: Tensor
     """`[B]` int64."""
-    errors: list[str]
+    errors: list[Problem]
     caption_ids: Tensor
     """`[B]` int64."""
 
@@ -181,7 +179,7 @@ class ImageTextDataset(Dataset[Sample]):
         try:
             finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
-            return Sample(None, tokens, image, caption, str(error))
+            return Sample(None, tokens, image, caption, picture_problem(self.pairs.paths[image], error))
         with seeded(self._transform_seed(image, index)):
             return Sample(finish(), tokens, image, caption)
 
@@ -364,46 +362,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(images, torch.stack([sample.tokens for sample in good]), ids, errors, captions)
 
 
-def describe_data(pairs: Pairs, splits: dict[str, Pairs]) -> list[str]:
-    """Say what a data set holds, a line a fact."""
-    lengths = np.array([count_tokens(caption) for caption in tqdm(pairs.captions, desc="tokens", disable=None)])
-    same = np.bincount(pairs.captions.find(pairs.captions))
-    repeated = int(same[same > 1].sum())
-    declared = "as declared" if pairs.declared() else "by group"
-    per_image = np.diff(pairs.starts)
-    parts = ", ".join(f"{name} {len(part)}" for name, part in splits.items())
-    twins = _identical_across(splits)
-    return [
-        f"images      {len(pairs)}, {pairs.num_pairs} pairs, {per_image.min()} to {per_image.max()} captions an image",
-        f"split       {parts} images ({declared})",
-        f"captions    {lengths.mean():.1f} tokens on average, longest {lengths.max()}",
-        f"truncated   {int((lengths > CONTEXT_LENGTH).sum())} captions longer than {CONTEXT_LENGTH} tokens",
-        f"repeated    {100 * repeated / pairs.num_pairs:.1f}% of the captions occur more than once",
-        f"identical   {len(twins)} byte-identical pictures on both sides of the split",
-        *(f"            {first} = {second}" for first, second in twins[:5]),
-    ]
-
-
-def _identical_across(splits: dict[str, Pairs]) -> list[tuple[str, str]]:
-    """Find byte-identical files in different splits; only files of the same size are read."""
-    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for split, pairs in splits.items():
-        for path in pairs.paths:
-            by_size[file_stamp(path)[0]].append((split, path))
-    suspects = [same for same in by_size.values() if len({split for split, _ in same}) > 1]
-    first_of: dict[tuple[int, bytes], tuple[str, str]] = {}
-    twins = []
-    for number, same in enumerate(tqdm(suspects, desc="identical pictures", disable=None)):
-        for split, path in same:
-            digest = hashlib.sha256(read_bytes(path)).digest()
-            other_split, other = first_of.setdefault((number, digest), (split, path))
-            if other_split != split:
-                twins.append((other, path))
-    return twins
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Make sample data, print what a data set holds, or write it as shards; returns the exit code."""
+    """Make sample data, print what a data set holds or what is wrong with it, or write it as shards.
+
+    Returns:
+        The exit code: 1 if `--check` found anything wrong.
+    """
     return run_stage(lambda: _inspect(argv), name="data_loader.py")
 
 
@@ -415,7 +379,16 @@ def _inspect(argv: list[str] | None) -> int:
     if settings.num_samples is not None or (wants_sample and holds_only_placeholders(folder)):
         index = create_sample_dataset(folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed)
         print(f"made sample data: {index}")
-    pairs = load_pairs(folder, image_dir=settings.image_dir, caption_key=settings.caption_key)
+    pairs = load_pairs(
+        folder,
+        image_dir=settings.image_dir,
+        caption_key=settings.caption_key,
+        max_bad_share=1.0 if settings.check else settings.max_bad_share,
+    )
+    if settings.check:
+        check = check_data(pairs, num_workers=settings.num_workers)
+        print("\n".join(check.lines()))
+        return 1 if check.problems.count else 0
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.to_shards is None:
         print("\n".join(describe_data(pairs, splits)))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import nearest
-from rows import MAX_PROBLEMS, NO_SPLIT, IntArray, Problems, RowBuffer, Rows, each, first_given
+from rows import MAX_PROBLEMS, NO_SPLIT, IntArray, Problem, Problems, RowBuffer, Rows, each, first_given
 
 IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "title")
@@ -29,7 +29,7 @@ class Index(NamedTuple):
     """What an index file holds.
 
     `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
-    objects each unused key stood; `problems` has one line for each problem, with its place, up to a hundred.
+    objects each unused key stood; `problems` are those of single entries, with their places.
     """
 
     rows: Rows
@@ -52,40 +52,41 @@ class Entries:
     def restart(self) -> None:
         """Forget all entries and problems."""
         self.entries = RowBuffer()
-        self.problems: list[tuple[int, str]] = []  # the first ones, with the number of entries before each
+        self.problems: list[tuple[int, Problem]] = []  # the first ones, with the number of entries before each
         self.num_problems = 0
 
     def place(self, number: int, unit: str | None = None) -> str:
         """Tell where an entry stands."""
         return f"{self.name}: {unit or self.unit} {number}"
 
-    def problem(self, place: int | str, message: str, *, num_before: int | None = None) -> None:
+    def problem(self, place: int | str, message: str, *, image: Any = "", num_before: int | None = None) -> None:
         """Note a problem at its place, which may be the number of its entry, behind all entries or the first few."""
         self.num_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
             where = place if isinstance(place, str) else self.place(place)
             position = len(self.entries) if num_before is None else num_before
-            self.problems.append((position, f"{short(where)}: {short(message)}"))
+            name = short(image) if isinstance(image, str) else ""
+            self.problems.append((position, Problem(short(message), image=name, place=short(where))))
 
-    def captions(self, place: int | str, values: Any) -> list[str]:
+    def captions(self, place: int | str, values: Any, *, image: Any = "") -> list[str]:
         """Return the usable captions of one entry; the others become problems."""
         usable = []
         for value in values if isinstance(values, list) else [values]:
             try:
                 usable.append(check_text("caption", value))
             except ValueError as error:
-                self.problem(place, str(error))
+                self.problem(place, str(error), image=image)
         if values == []:
-            self.problem(place, "no caption")
+            self.problem(place, "no caption", image=image)
         return usable
 
     def add(self, place: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
         """Take one entry; what is wrong with it becomes a problem."""
-        usable = self.captions(place, captions)
+        usable = self.captions(place, captions, image=image)
         try:
             image, split, group = check_text("image", image), check_split(split), check_group(group)
         except ValueError as error:
-            self.problem(place, str(error))
+            self.problem(place, str(error), image=image)
             return
         if usable:
             number = place if isinstance(place, int) else 0
@@ -94,13 +95,13 @@ class Entries:
     def index(self, form: str) -> Index:
         """Join the entries of each image; no entry at all is a ValueError that quotes the first problems."""
         if not len(self.entries):
-            reasons = "; ".join(text for _, text in self.problems[:3]) or "it has no entries"
+            reasons = "; ".join(str(problem) for _, problem in self.problems[:3]) or "it has no entries"
             more = f"; and {self.num_problems - 3} more problems" if self.num_problems > 3 else ""
             raise ValueError(f"{self.path}: no image with a caption: {reasons}{more}")
         rows = self.entries.rows(f"{self.name}: {self.unit}" if self.unit else "")
         first = rows.images.find(rows.images)
         self.note_conflicts(rows, first)
-        problems = Problems([text for _, text in self.problems], self.num_problems)
+        problems = Problems([problem for _, problem in self.problems], self.num_problems)
         return Index(rows.joined(first), form, dict(self.ignored), problems)
 
     def note_conflicts(self, rows: Rows, first: IntArray) -> None:
@@ -115,7 +116,8 @@ class Entries:
             for name, value, before in (("split", rows.split_name(row), split), ("group", rows.groups[row], group)):
                 if value and value != before:
                     said = f"{name} {quote(value)}, but {quote(before)} at {rows.place(first[row])}"
-                    self.problem(rows.place(row), f"{quote(rows.images[row])}: {said}", num_before=row)
+                    image = rows.images[row]
+                    self.problem(rows.place(row), f"{quote(image)}: {said}", image=image, num_before=row)
         self.problems = sorted([*earlier, *self.problems], key=itemgetter(0))[:MAX_PROBLEMS]
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import EvaluationSettings, check_command_line, parse_settings, run_stage
+from config import DataSettings, EvaluationSettings, check_command_line, parse_settings, run_stage
 
 if __name__ == "__main__":
     check_command_line(EvaluationSettings, str(__doc__))
@@ -37,6 +37,7 @@ from retrieval import (
     similarity_histograms,
     validation_loss,
 )
+from rows import Problem
 from runtime import Precision, autocast, default_num_workers, leave_signals_to_main, resolve_precision, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -54,15 +55,21 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     device = own_device(settings.device)
     content = load_checkpoint(settings.checkpoint)
     precision = resolve_precision(settings.precision or content["config"]["training"]["precision"], device)
+    run_data = DataSettings.model_validate(content["config"]["data"])
+    max_bad_share = run_data.allowed_bad_share if settings.max_bad_share is None else settings.max_bad_share
     if settings.data_dir is None:
         if settings.split not in {None, "val"}:
             raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
-        data, split = str(content["config"]["data"]["val_data"] or content["config"]["data"]["data_dir"]), "val"
-        pairs = _own_validation_pairs(content, image_dir=settings.image_dir)
+        data, split = run_data.val_data or run_data.data_dir, "val"
+        pairs = _own_validation_pairs(content, image_dir=settings.image_dir, max_bad_share=max_bad_share)
     else:
         data, split = settings.data_dir, settings.split or "default"
         pairs = evaluation_pairs(
-            settings.data_dir, split=settings.split, image_dir=settings.image_dir, caption_key=settings.caption_key
+            settings.data_dir,
+            split=settings.split,
+            image_dir=settings.image_dir,
+            caption_key=settings.caption_key,
+            max_bad_share=max_bad_share,
         )
     with process_group(device):
         model = CLIPModel.from_checkpoint(settings.checkpoint, device=device)
@@ -83,6 +90,11 @@ def _report(settings: EvaluationSettings, outcome: Outcome, *, data: str, split:
     print(f"written: {path}")
 
 
+def log_problem(problem: Problem) -> None:
+    """Warn of a picture that is left out."""
+    logger.warning("left out: %s", problem)
+
+
 class Outcome(NamedTuple):
     """What an evaluation gave."""
 
@@ -99,7 +111,7 @@ class Outcome(NamedTuple):
         return self._asdict()
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  (what training and the stage choose differently)
     model: CLIPModel,
     pairs: Pairs,
     *,
@@ -109,6 +121,7 @@ def evaluate(
     loss_batch_size: int | None = None,
     cache_dir: Path | None = None,
     kept: PairFeatures | None = None,
+    on_bad_image: Callable[[Problem], None] = log_problem,
 ) -> Outcome:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -121,6 +134,7 @@ def evaluate(
         loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size.
         cache_dir: keep the decoded pictures in this folder; the features are the same.
         kept: what the model's frozen towers give for `pairs`, which is then only projected.
+        on_bad_image: called with each picture that cannot be read, in the process that met it.
 
     Raises:
         ValueError: features that are not finite, or no picture could be read.
@@ -133,6 +147,7 @@ def evaluate(
         precision=precision,
         cache_dir=cache_dir,
         kept=kept,
+        on_bad_image=on_bad_image,
     )
     images, texts, owners = encoded[:3]
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
@@ -167,12 +182,13 @@ def encode_pairs(
     precision: Precision,
     cache_dir: Path | None = None,
     kept: PairFeatures | None = None,
+    on_bad_image: Callable[[Problem], None] = log_problem,
 ) -> Encoded:
     """Encode every image and every caption, without the pictures that cannot be read and their captions.
 
     What is `kept` of frozen towers is only projected.
 
-    Each of these pictures is named in a warning. Features leave the device batch by batch: however large the data set,
+    Each of these pictures goes to `on_bad_image`. Features leave the device batch by batch: however large the data set,
     a GPU holds one batch.
 
     Raises:
@@ -184,13 +200,19 @@ def encode_pairs(
     kept_images, kept_texts = kept or PairFeatures(None, None)
     with torch.no_grad():  # FSDP's buffers would be unfit for training after inference_mode
         if kept_images is not None:
-            readable = _readable(kept_images)
+            readable = _readable(kept_images, on_bad_image)
             image_features = _project(
                 model, model.project_image, kept_images, readable, batch_size=batch_size, precision=precision
             )
         else:
             image_features, readable = _encode_images(
-                model, pairs, batch_size=batch_size, num_workers=num_workers, precision=precision, cache_dir=cache_dir
+                model,
+                pairs,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                precision=precision,
+                cache_dir=cache_dir,
+                on_bad_image=on_bad_image,
             )
         rows = torch.full((len(pairs),), -1)
         rows[readable] = torch.arange(len(readable))
@@ -210,9 +232,9 @@ def encode_pairs(
     return Encoded(image_features, text_features, owners[owners >= 0], *speeds)
 
 
-def _readable(images: Features) -> Tensor:
-    for error in images.errors.values():
-        logger.warning("left out: %s", error)
+def _readable(images: Features, on_bad_image: Callable[[Problem], None]) -> Tensor:
+    for problem in images.errors.values():
+        on_bad_image(problem)
     readable = torch.from_numpy(images.rows >= 0).nonzero().squeeze(1)
     if not len(readable):
         raise ValueError("none of the pictures could be read")
@@ -245,6 +267,7 @@ def _encode_images(
     num_workers: int | None,
     precision: Precision,
     cache_dir: Path | None,
+    on_bad_image: Callable[[Problem], None],
 ) -> tuple[Tensor, Tensor]:
     dataset = ImageTextDataset(pairs, transform=clip_transform(model.image_resolution))
     if cache_dir is not None:
@@ -266,8 +289,8 @@ def _encode_images(
     loaded = iter(loader)
     for _ in progress_bar(range(num_rounds), desc="encode images"):
         batch = next(loaded, None)
-        for error in batch.errors if batch else []:
-            logger.warning("left out: %s", error)
+        for problem in batch.errors if batch else []:
+            on_bad_image(problem)
         if batch is None or not len(batch.image_ids):
             with autocast(model.device, precision):
                 model.encode_image(blank)  # the others may need this process's part of a sharded model
@@ -347,13 +370,14 @@ def metrics_table(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _own_validation_pairs(content: dict[str, Any], *, image_dir: str | None) -> Pairs:
+def _own_validation_pairs(content: dict[str, Any], *, image_dir: str | None, max_bad_share: float) -> Pairs:
     """Find the images that the checkpoint's run validated on."""
     data = content["config"]["data"]
     pairs = load_pairs(
         data["val_data"] or data["data_dir"],
         image_dir=image_dir or data["image_dir"],
         caption_key=data["caption_key"],
+        max_bad_share=max_bad_share,
     )
     wanted = content["val_images"]
     rows = pairs.find(wanted)

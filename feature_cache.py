@@ -27,6 +27,7 @@ from clip_model import CLIPModel
 from data_loader import Batch, ImageTextDataset, IntArray, Pairs, TrainLoader, collate
 from distributed import any_process, barrier, gather_values, progress_bar, share
 from preprocessing import file_stamp, tokenize, train_transform
+from rows import Problem, picture_problem
 from runtime import Precision, autocast, leave_signals_to_main
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class Features:
         errors: why there is none, by number.
     """
 
-    def __init__(self, store: FeatureStore, rows: IntArray, errors: dict[int, str]) -> None:
+    def __init__(self, store: FeatureStore, rows: IntArray, errors: dict[int, Problem]) -> None:
         self.store = store
         self.rows = rows
         self.errors = errors
@@ -281,7 +282,7 @@ class FeatureCache:
 
     def _encode_images(
         self, pairs: Pairs, view: View, missing: IntArray, *, keys: Keys, store: FeatureStore
-    ) -> dict[int, str]:
+    ) -> dict[int, Problem]:
         """Add the pictures `missing` to the store; return why some of them have no output."""
         if not len(missing):
             return {}
@@ -298,7 +299,7 @@ class FeatureCache:
             pin_memory=model.device.type == "cuda",
             worker_init_fn=leave_signals_to_main,
         )
-        errors: dict[int, str] = {}
+        errors: dict[int, Problem] = {}
         bar = progress_bar(total=len(missing), unit="picture", desc="frozen image tower")
         with store.writing(len(missing)) as write, bar, torch.no_grad():
             for number, batch in enumerate(loader):
@@ -421,14 +422,15 @@ def tower_key(model: CLIPModel, tower: str, precision: Precision) -> str:
     return digest.hexdigest()[: 2 * KEY_BYTES]
 
 
-def _picture_keys(pairs: Pairs, view: View) -> tuple[Keys, dict[int, str]]:
+def _picture_keys(pairs: Pairs, view: View) -> tuple[Keys, dict[int, Problem]]:
     """Return a key for each picture file as it is now, `[N, 2]`, and why some cannot be read."""
-    digests, errors = [], {}
+    digests: list[bytes] = []
+    errors: dict[int, Problem] = {}
     for number, path in enumerate(pairs.paths):
         try:
             stamp: tuple[Any, ...] = (path, *file_stamp(path))
         except (OSError, ValueError) as error:
-            errors[number] = str(error)
+            errors[number] = picture_problem(path, error)
             digests.append(bytes(KEY_BYTES))
             continue
         digests.append(_digest(*stamp) if view.augment == "none" else _digest(*stamp, *view, number))

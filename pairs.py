@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from annotations import find_index, read_directory, read_index
-from config import DEFAULT_DATA_DIR, DataSettings
+from config import DEFAULT_DATA_DIR, MAX_BAD_SHARE, DataSettings
 from entries import Index
-from rows import MAX_PROBLEMS, NO_SPLIT, SPLITS, CodeArray, IntArray, Problems, Rows, Strings, take_runs
+from rows import MAX_PROBLEMS, NO_SPLIT, SPLITS, CodeArray, IntArray, Problem, Problems, Rows, Strings, take_runs
 from sample_data import UNFINISHED
 from shards import is_shards, read_rows
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 MAX_VAL_IMAGES = 5000
 MIN_PAIRS = 50
-MAX_BAD_SHARE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +37,7 @@ class Pairs:
         starts: int64 `[N + 1]`: image i has captions `starts[i]` to `starts[i + 1]`.
         groups: unit of the split of each image; its path where the index names none.
         splits: int8 `[N]`: position in `SPLITS` of the split that the index declares for each image, or -1.
+        problems: the entries of the index that were left out, the same for every selection.
     """
 
     paths: Strings
@@ -45,6 +45,7 @@ class Pairs:
     starts: IntArray
     groups: Strings
     splits: CodeArray
+    problems: Problems = field(default_factory=Problems)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -75,6 +76,7 @@ class Pairs:
             starts=starts,
             groups=paths if self.groups is self.paths else self.groups.take(images),
             splits=self.splits[images],
+            problems=self.problems,
         )
 
     def find(self, paths: Sequence[str]) -> IntArray:
@@ -93,30 +95,38 @@ def holds_only_placeholders(folder: Path) -> bool:
     return not any(not path.name.startswith(".") and not path.is_dir() for path in folder.rglob("*"))
 
 
-def load_pairs(data_dir: str | Path, *, image_dir: str | Path | None = None, caption_key: str | None = None) -> Pairs:
+def load_pairs(
+    data_dir: str | Path,
+    *,
+    image_dir: str | Path | None = None,
+    caption_key: str | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Pairs:
     """Read a data set: its index, the identity of its images, and which of them are there.
 
     Args:
         data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose pictures stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions.
+        max_bad_share: share of the entries that may be bad; they are left out.
 
     Raises:
         FileNotFoundError: nothing there; mentions the stage that makes sample data.
-        ValueError: an index that cannot be read, or more than 1% of its entries are bad; lists them.
+        ValueError: an index that cannot be read, or too many of its entries are bad; lists the first.
     """
     path = Path(data_dir)
     if is_shards(data_dir):
         rows, problems = read_rows(str(data_dir), caption_key=caption_key)
     else:
         rows, problems = _read_files(path, image_dir=image_dir, caption_key=caption_key)
-    _judge(problems, num_good=len(rows), path=path)
+    _judge(problems, num_good=len(rows), max_bad_share=max_bad_share, path=path)
     return Pairs(
         paths=rows.images,
         captions=rows.captions,
         starts=rows.starts,
         groups=rows.groups.filled(rows.images),
         splits=rows.splits,
+        problems=problems,
     )
 
 
@@ -156,13 +166,17 @@ def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
     Raises:
         ValueError: fewer than 2 training images or 1 validation image.
     """
-    options = {"image_dir": settings.image_dir, "caption_key": settings.caption_key}
-    pairs = load_pairs(settings.data_dir, **options)
+    pairs = load_pairs(
+        settings.data_dir,
+        image_dir=settings.image_dir,
+        caption_key=settings.caption_key,
+        max_bad_share=settings.allowed_bad_share,
+    )
     if settings.val_data is None:
         splits = split_pairs(pairs, val_split=settings.val_split, seed=seed)
     else:
         own = pairs.select(np.flatnonzero((pairs.splits == NO_SPLIT) | (pairs.splits == SPLITS.index("train"))))
-        splits = {"train": own, "val": evaluation_pairs(settings.val_data, split=None, **options)}
+        splits = {"train": own, "val": separate_validation(settings)}
     train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
     if len(train) < 2 or len(val) < 1:
         found = f"{len(train)} training and {len(val)} validation image(s)"
@@ -173,19 +187,36 @@ def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
     return {"train": train, "val": val}
 
 
+def separate_validation(settings: DataSettings) -> Pairs:
+    """Return the pairs of a run's `val_data`.
+
+    Raises:
+        ValueError: too many of its entries are bad, or it cannot be read.
+    """
+    assert settings.val_data is not None
+    return evaluation_pairs(
+        settings.val_data,
+        split=None,
+        image_dir=settings.image_dir,
+        caption_key=settings.caption_key,
+        max_bad_share=settings.allowed_bad_share,
+    )
+
+
 def evaluation_pairs(
     data_dir: str | Path,
     *,
     split: str | None,
     image_dir: str | Path | None = None,
     caption_key: str | None = None,
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> Pairs:
     """Return the pairs to evaluate on: a declared split, `all`, or (None) `val` if declared, else everything.
 
     Raises:
         ValueError: the data set declares no such split.
     """
-    pairs = load_pairs(data_dir, image_dir=image_dir, caption_key=caption_key)
+    pairs = load_pairs(data_dir, image_dir=image_dir, caption_key=caption_key, max_bad_share=max_bad_share)
     declared = pairs.declared()
     if split is None:
         split = "val" if "val" in declared else "all"
@@ -237,7 +268,7 @@ def _resolve_images(rows: Rows, root: Path) -> tuple[Rows, Problems]:
                 path = _resolve(os.path.join(root, image), real_folder)  # noqa: PTH118  (see _resolve)
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                problems.add(f"{rows.place(number)}: image {image}: {reason}")
+                problems.add(Problem(f"image {image}: {reason}", image=image, place=rows.place(number)))
             else:
                 found[number] = True
                 yield path
@@ -273,20 +304,26 @@ def _merge(rows: Rows) -> tuple[Rows, Problems]:
         conflicts = np.flatnonzero(~agrees)
         for row in conflicts[:MAX_PROBLEMS].tolist():
             here, there = rows.split_name(row), rows.split_name(first[row])
-            place, first_place = rows.place(row), rows.place(first[row])
-            problems.add(f"{place}: {rows.images[row]} is in {here} here and in {there} at {first_place}")
+            image, first_place = rows.images[row], rows.place(first[row])
+            reason = f"{image} is in {here} here and in {there} at {first_place}"
+            problems.add(Problem(reason, image=image, place=rows.place(row)))
         problems.count = len(conflicts)
         rows, first = rows.take(np.flatnonzero(agrees)), (np.cumsum(agrees) - 1)[first[agrees]]
     return rows.joined(first), problems
 
 
-def _judge(problems: Problems, *, num_good: int, path: Path) -> None:
+def _judge(problems: Problems, *, num_good: int, max_bad_share: float, path: Path) -> None:
     """Say which entries are left out; too many of them are an error."""
     if not problems.count:
         return
-    shown = "; ".join(problems.first[:10]) + (f"; and {problems.count - 10} more" if problems.count > 10 else "")
-    if problems.count > MAX_BAD_SHARE * (num_good + problems.count):
-        raise ValueError(f"{path}: {problems.count} bad entries beside {num_good} good images: {shown}")
+    shown = "; ".join(map(str, problems.first[:10])) + (
+        f"; and {problems.count - 10} more" if problems.count > 10 else ""
+    )
+    if problems.count > max_bad_share * (num_good + problems.count):
+        raise ValueError(
+            f"{path}: {problems.count} bad entries beside {num_good} good images: {shown} "
+            f"(allowed is a share of {max_bad_share:g}: --max_bad_share; data_loader.py --check lists all)"
+        )
     logger.warning("%s: %d bad entries are left out: %s", path, problems.count, shown)
 
 

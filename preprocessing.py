@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -22,14 +23,20 @@ from torchvision import transforms
 from resampling import Pixels, Span, resize
 from runtime import import_clip
 
+# Pillow says of a picture that it will read that something in it is odd; what cannot be read is an error all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT_LENGTH = 77
 VERSION = 1
 """Raised whenever the same picture gives other pixels or the same text other tokens: kept features go by it."""
+MAX_PIXELS = 178_956_970
+"""A picture of more pixels is bad: where Pillow's own limit lies, beyond which a small file could fill the memory."""
 CROP_AREA = (0.6, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
+_LONG_WORD = re.compile(r"(\S{4096})\S+")
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
 
 Transform = Callable[[Image.Image], Tensor]
@@ -88,11 +95,12 @@ def load_image(source: str | Path | BinaryIO) -> Image.Image:
     try:
         is_part = isinstance(source, str | Path) and _part(source) is not None
         with Image.open(BytesIO(read_bytes(str(source))) if is_part else source) as image:
+            _check_size(image)
             return to_rgb(image)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
-    except _UNREADABLE as error:
-        raise ValueError(f"{source}: cannot be read as a picture: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{source}: cannot be read as a picture: {_reason(error)}") from None
 
 
 def load_picture(source: str | Path | bytes, *, shortest_side: int | None = None) -> Picture:
@@ -110,12 +118,28 @@ def load_picture(source: str | Path | bytes, *, shortest_side: int | None = None
     data, place = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
     try:
         with Image.open(BytesIO(data)) as image:
+            _check_size(image)
             pixels = _decode_jpeg(data, image, shortest_side)
             return to_rgb(image) if pixels is None else pixels
-    except UnidentifiedImageError:
-        raise ValueError(f"{place}cannot be read as a picture: of no known format") from None
-    except _UNREADABLE as error:
-        raise ValueError(f"{place}cannot be read as a picture: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{place}cannot be read as a picture: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Say why Pillow gave up; a damaged file may end in any exception of its decoders."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS} pixels"
+    return str(error) if isinstance(error, OSError | ValueError) and str(error) else f"damaged ({error!r})"
+
+
+def _check_size(image: Image.Image) -> None:
+    """Refuse a picture before it is decoded; Pillow's own check depends on a setting of the process."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS} pixels")
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, shortest_side: int | None) -> Pixels | None:
@@ -134,7 +158,6 @@ def _decode_jpeg(data: bytes, image: Image.Image, shortest_side: int | None) -> 
     return upright[..., None].view(np.uint8)
 
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
 _UPRIGHT: dict[int, Callable[[Any], Any]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -152,7 +175,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey keeps its range (divided by 257); float images are taken as [0, 1] if they stay within it.
     """
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation) in _UPRIGHT:  # without one exif_transpose would copy
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
@@ -228,6 +252,8 @@ class CenterTransform(PixelTransform):
         short = min(width, height)
         new_width, new_height = int(side * width / short), int(side * height / short)
         left, top = round((new_width - side) / 2), round((new_height - side) / 2)
+        if new_width * new_height > MAX_PIXELS:
+            return _resize_center(picture, (new_width, new_height), (left, top), side)
         if not isinstance(picture, Image.Image):
             if height < 2 * width:
                 return resize(picture, Span(0, width, new_width, left, side), Span(0, height, new_height, top, side))
@@ -364,6 +390,16 @@ def _resize_part(picture: Picture, box: tuple[float, float, float, float], side:
     return resize(picture, Span(left, right, side, 0, side), Span(top, bottom, side, 0, side))
 
 
+def _resize_center(picture: Picture, new_size: tuple[int, int], start: tuple[int, int], side: int) -> Pixels:
+    """Resize only the square that is kept of a picture so long that the whole would fill the memory: 1 x 5000, say."""
+    width, height = size_of(picture)
+    across, down = width / new_size[0], height / new_size[1]
+    left, top = start[0] * across, start[1] * down
+    box = (left, top, min(left + side * across, width), min(top + side * down, height))
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture[..., :3])
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
+
+
 def _channels_first(pixels: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
@@ -394,6 +430,8 @@ def count_tokens(text: str) -> int:
 def _encode(text: str) -> list[int]:
     tokenizer = _tokenizer()
     encoder: dict[str, int] = tokenizer.encoder
+    # the time for a word grows with the square of its length, and no tokens that count are so far behind
+    text = _LONG_WORD.sub(r"\1", text)
     return [encoder["<|startoftext|>"], *tokenizer.encode(text), encoder["<|endoftext|>"]]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 SPLITS = ("train", "val", "test")
 NO_SPLIT = -1
-MAX_PROBLEMS = 100
+MAX_PROBLEMS = 100_000
 _BLOCK = 1 << 16
 _BATCH = 1 << 12
 _PIVOTS_PER_BUCKET = 16
@@ -342,14 +342,39 @@ class RowBuffer:
         )
 
 
+class Problem(NamedTuple):
+    """What is wrong with one entry of an index, or with one picture."""
+
+    reason: str
+    image: str = ""
+    """Path or name, where it is known."""
+    place: str = ""
+    """Where the entry stands ("data.json: row 17"), for an entry."""
+
+    def __str__(self) -> str:
+        text = f"{self.place or self.image}: {self.reason}"
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return image, reason and, for an entry, place."""
+        values = {"image": self.image or None, "reason": self.reason}
+        return {**values, "place": self.place} if self.place else values
+
+
+def picture_problem(path: str, error: OSError | ValueError) -> Problem:
+    """Return why a picture cannot be used, without its path, which the error may name."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return Problem(reason or str(error).removeprefix(f"{path}: "), image=path)
+
+
 @dataclass
 class Problems:
-    """What is wrong with single entries: the first hundred in words, and how many there are."""
+    """What is wrong with single entries: the first 100,000, and how many there are."""
 
-    first: list[str] = field(default_factory=list)
+    first: list[Problem] = field(default_factory=list)
     count: int = 0
 
-    def add(self, problem: str) -> None:
+    def add(self, problem: Problem) -> None:
         """Note one more."""
         self.extend(Problems([problem], 1))
 

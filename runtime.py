@@ -248,10 +248,7 @@ def default_num_workers(device: torch.device) -> int:
     There every core computes, and a process loads pictures many times as fast as a ViT-B/32 trains on them: with none
     at all, a step on two cores waits for about a hundredth of its time.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
+    cores = num_cores()
     return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
 
 
@@ -270,6 +267,14 @@ def _end_later(*_: object) -> None:
     timer.start()
 
 
+def num_cores() -> int:
+    """Count the processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
 def setup_logging(level: str, log_path: Path | None = None) -> None:
     """Send log lines to stderr and, if given, to a text file; of several processes all but the first only warn."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -280,7 +285,8 @@ def setup_logging(level: str, log_path: Path | None = None) -> None:
         level = "warning"
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        file_handler = logging.FileHandler(log_path, encoding="utf-8")
+        # names of files may be no UTF-8
+        file_handler = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(file_handler)
     logging.basicConfig(level=level.upper(), handlers=handlers, force=True)

@@ -17,8 +17,9 @@ from webdataset.filters import shuffle
 import distributed
 from config import DataSettings
 from data_loader import PIECE_SIZE, Batch, EpochBatches, Sample, collate, draw_bits, join_pieces, seeded
-from pairs import Pairs, evaluation_pairs
+from pairs import Pairs, separate_validation
 from preprocessing import PixelTransform, tokenize
+from rows import Problem
 from runtime import leave_signals_to_main
 from shards import Shard, Shards, TarSample, open_shards, read_samples
 
@@ -44,10 +45,7 @@ def training_shards(settings: DataSettings) -> tuple[Shards, Pairs]:
     if len(shards) < 2:
         raise ValueError(f"{settings.data_dir}: {len(shards)} sample(s), at least 2 are needed")
     _check_first_samples(shards, settings.caption_key)
-    val = evaluation_pairs(
-        settings.val_data, split=None, image_dir=settings.image_dir, caption_key=settings.caption_key
-    )
-    return shards, val
+    return shards, separate_validation(settings)
 
 
 def _check_first_samples(shards: Shards, caption_key: str | None) -> None:
@@ -225,14 +223,14 @@ class _Stream(IterableDataset[list[Sample]]):
 
     def _load(self, drawn: _Drawn, epoch: int) -> Sample:
         number, shard, sample, error = drawn
-        name = shard if sample is None else f"{shard}/{sample.key}"
+        name = f"{shard}: sample {number}" if sample is None else f"{shard}/{sample.key}"
         try:
             if sample is None:
                 raise ValueError(error)
             captions = sample.captions(self.caption_key)
             picture = self.transform.load(sample.picture())
         except (ValueError, OSError) as problem:
-            return Sample(None, torch.empty(0, dtype=torch.long), number, number, f"{name}: {problem}")
+            return Sample(None, torch.empty(0, dtype=torch.long), number, number, Problem(str(problem), image=name))
         identity = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         item = np.frombuffer(identity, dtype="<i8")
         caption = captions[int(draw_bits(self.seed, epoch, item)[0] % np.uint64(len(captions)))]

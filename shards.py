@@ -30,7 +30,7 @@ from config import read_json_object
 from distributed import progress_bar
 from entries import check_text
 from preprocessing import file_stamp, part_path, read_bytes
-from rows import Problems, RowBuffer, Rows
+from rows import Problem, Problems, RowBuffer, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,10 @@ def _is_blank(caption: Any) -> bool:
 def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
     if content is None:
         return []
-    values = json.loads(content)
+    try:
+        values = json.loads(content)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     found = [values[key] for key in keys if values.get(key)] if isinstance(values, dict) else []
     captions = found[0] if found else []
     return captions if isinstance(captions, list) else [captions]
@@ -187,7 +190,7 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, P
             try:
                 rows.append(str(sample.picture()), sample.captions(caption_key), split=None, group=None, number=0)
             except ValueError as error:
-                problems.add(f"{place}: {error}")
+                problems.add(Problem(str(error), image=place))
     return rows.rows(""), problems
 
 

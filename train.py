@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from bad_data import BadData
 from checkpoint import CheckpointWriter, RunFiles, load_checkpoint, load_newest_state
 from clip_model import (
     TOWERS,
@@ -58,7 +59,6 @@ from distributed import (
     average,
     barrier,
     broadcast,
-    gather_values,
     is_main,
     main_first,
     num_processes,
@@ -98,7 +98,7 @@ logger = logging.getLogger("train")
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "log_interval", "log_level",
+    "keep_checkpoints", "profile", "log_interval", "log_level", "on_bad_image", "max_bad_share",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
 STEP_STREAM = 2
@@ -257,7 +257,13 @@ class Run:
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.totals: EpochTotals | None = None
         self.stop = StopSignals()
-        self.bad_images: set[str] = set()
+        num_images = sum(map(len, pairs.values())) + (0 if shards is None else len(shards))
+        self.bad_data = BadData(
+            list(pairs.values()),
+            num_images=num_images,
+            max_share=config.data.allowed_bad_share,
+            path=files.bad_images,
+        )
         num_profiled = config.run.profile if is_main() else 0
         self.profiler = StepProfiler(num_profiled, files.trace, model.device) if num_profiled else None
 
@@ -280,6 +286,7 @@ class Run:
                 code = stop.exit_code
                 self._save_place()
                 self._log_stop(stop)
+                self.bad_data.agree()
             finally:
                 self.checkpoints.flush()
                 if self.profiler is not None:
@@ -288,8 +295,8 @@ class Run:
             if code == 0:
                 self._write_results(finished=True)
             self.writer.close()
-        if self.bad_images:
-            logger.warning("%d picture(s) could not be read and were left out", len(self.bad_images))
+            if len(self.bad_data):
+                logger.warning(self.bad_data.summary())
         return code
 
     def _train_epochs(self) -> None:
@@ -482,7 +489,8 @@ class Run:
                 if batch is None:
                     return
                 self.waited += time.perf_counter() - start
-                self._note_errors(batch.errors)
+                for problem in batch.errors:
+                    self.bad_data.note(problem)
                 if self.profiler is not None:
                     self.profiler.step()
                 self._seed_step()
@@ -501,7 +509,7 @@ class Run:
         if self.totals is None:
             return
         if self.totals.num_pairs:
-            self.trainer.check(self.totals.mean().loss)
+            self.watch.look()
         average(running_statistics(self.model))
         state = self._state(with_optimizer=True)
         if is_main():
@@ -525,12 +533,6 @@ class Run:
             return [self.shards.describe(number) for number in image_ids.tolist()]
         return [self.pairs["train"].paths[number] for number in image_ids.tolist()]
 
-    def _note_errors(self, errors: list[str]) -> None:
-        for error in errors:
-            if error not in self.bad_images:
-                self.bad_images.add(error)
-                logger.warning("left out: %s", error)
-
     def _log_step(self, step: int, loss: float) -> None:
         logger.debug("step %d: loss %.4f", step, loss)
         if is_main():
@@ -548,12 +550,9 @@ class Run:
     def _finish_epoch(self, values: dict[str, Any], *, seconds: float) -> None:
         progress = self.progress
         average(running_statistics(self.model))
-        of_all = gather_values(sorted(self.bad_images))
-        if is_main():
-            for errors in of_all:
-                self._note_errors(errors)
         with self.stop.interruptible():
             outcome = self._evaluate()
+        self.bad_data.agree()
         outcome = broadcast(outcome)  # so that all decide the same
         self.totals = None
         entry = {
@@ -585,6 +584,7 @@ class Run:
             loss_batch_size=self.config.training.batch_size,
             cache_dir=self.image_cache_dir,
             kept=self.val_features,
+            on_bad_image=self.bad_data.note,
         )
 
     def _rates(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import entries
 from annotations import find_index, read_directory, read_index
 
 EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
@@ -93,14 +94,14 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
     ]
     rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
-    assert [problem.split(":")[1] for problem in index.problems.first] == [
+    assert [problem.place.split(":")[1] for problem in index.problems.first] == [
         " row 2",
         " row 3",
         " row 4",
         " row 5",
         " row 6",
     ]
-    assert "unknown split 'tset'" in index.problems.first[3]
+    assert "unknown split 'tset'" in index.problems.first[3].reason
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_bad_entry_costs_itself_alone(case: str, tmp_path: Path) -> None:
     index = read_index(write(tmp_path, text))
     assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]
     assert index.problems.count == 1
-    assert problem in index.problems.first[0]
+    assert problem in str(index.problems.first[0])
 
 
 def test_entries_of_one_image_are_joined(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_entries_of_one_image_are_joined(tmp_path: Path) -> None:
     )
     index = read_index(write(tmp_path, half_said))
     assert [(row.captions, row.split) for row in index.rows] == [(("x", "y", "z"), "val")]
-    assert "split 'test', but 'val'" in index.problems.first[0]
+    assert "split 'test', but 'val'" in str(index.problems.first[0])
 
 
 def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
     rows += [{"image_path": "a.jpg", "title": "t", "caption": "y"}, {"image": "c.jpg", "n": 2}]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
     assert [(row.image, row.captions, row.place) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
-    assert [problem[8:] for problem in index.problems.first] == [
+    assert [str(problem)[8:] for problem in index.problems.first] == [
         "row 1: no image_path",
         "row 2: expected an object, found a number",
         "row 3: no image_path",
@@ -173,11 +174,14 @@ def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
     assert index.ignored_columns == {"image": 3, "title": 2, "n": 2}
 
 
-def test_problems_stand_in_the_order_of_the_rows_and_are_bounded(tmp_path: Path) -> None:
+def test_problems_stand_in_the_order_of_the_rows_and_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "MAX_PROBLEMS", 100)
     rows = [{"image": "a.jpg", "caption": "x", "split": "val", "group": "g"}, {"image": "b.jpg", "caption": ""}]
     rows += [{"image": "a.jpg", "caption": "y", "split": "test", "group": "h"}, {"image": "c.jpg", "caption": ""}]
     index = read_index(write(tmp_path, json.dumps(rows + 200 * rows[1:3]), "i.json"))
-    assert index.problems.first[:5] == [
+    assert [str(problem) for problem in index.problems.first[:5]] == [
         "i.json: row 2: empty caption",
         "i.json: row 3: 'a.jpg': split 'test', but 'val' at i.json: row 1",
         "i.json: row 3: 'a.jpg': group 'h', but 'g' at i.json: row 1",
@@ -185,6 +189,11 @@ def test_problems_stand_in_the_order_of_the_rows_and_are_bounded(tmp_path: Path)
         "i.json: row 5: empty caption",
     ]
     assert (index.problems.count, len(index.problems.first)) == (4 + 600, 100)
+
+
+def test_a_header_that_holds_a_carriage_return_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 1: of no known form"):
+        read_index(write(tmp_path, "im\rage,caption\na.jpg,x\n"))
 
 
 def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:

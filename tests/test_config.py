@@ -132,3 +132,13 @@ def test_errors_become_one_line_and_an_exit_code(
 
     assert run_stage(stage, name="stage.py") == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_message_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({**{f"key{number}": 1 for number in range(1000)}, "k" * 10_000: 1, "data": "x" * 10_000})
+    )
+    with pytest.raises(ValueError, match=r"and 992 more") as error:
+        load_config(["--config", str(path)], description="")
+    assert len(str(error.value)) < 5000

@@ -122,7 +122,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_batch(tmp_path: Path) -> None:
     batch = next(TrainLoader(ImageTextDataset(tmp_path), batch_size=4, num_workers=0, device=CPU).epoch(1))
     assert sorted(batch.image_ids.tolist()) == [0, 1, 3]
     assert len(batch.errors) == 1
-    assert "2.png: cannot be read" in batch.errors[0]
+    assert "2.png: cannot be read" in str(batch.errors[0])
 
 
 def test_the_stage_makes_sample_data_then_describes_it(

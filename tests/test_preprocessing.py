@@ -291,3 +291,20 @@ def test_a_picture_may_be_bytes_or_a_part_of_a_tar_file(tmp_path: Path) -> None:
         load_picture(content[:20])
     with pytest.raises(ValueError, match=r"x\.tar@0\+9/y: cannot be read as a picture"):
         load_picture(part_path(f"{tmp_path}/x.tar", 0, 9, "y"))
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (5001, 10), (10, 5001)])
+def test_a_picture_too_long_to_be_resized_whole_gives_the_same_pixels(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = smooth(*size)
+    whole = clip_transform(56)(picture).int()
+    monkeypatch.setattr("preprocessing.MAX_PIXELS", 56 * 56 + 1)
+    assert (clip_transform(56)(picture).int() - whole).abs().max() <= 3
+
+
+def test_a_word_without_end_has_the_first_tokens_of_clip() -> None:
+    word = "".join(chr(97 + letter % 26) for letter in noise(5000).tolist())
+    tokens, num_truncated = tokenize([word, "猫" * 5000])
+    assert torch.equal(tokens, clip.tokenize([word, "猫" * 5000], truncate=True).long())
+    assert num_truncated == 2

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import rows
-from rows import MAX_PROBLEMS, Problems, RowBuffer, Rows, Strings
+from rows import MAX_PROBLEMS, Problem, Problems, RowBuffer, Rows, Strings
 
 TEXTS = ["b", "a", "", "四 猫", "b", "x" * 1000, "bad \udcff byte", "", "\ue000", "a"]
 
@@ -94,6 +94,6 @@ def test_parts_keep_their_places() -> None:
 def test_problems_are_counted_and_the_first_kept() -> None:
     problems = Problems()
     for number in range(MAX_PROBLEMS - 1):
-        problems.add(f"{number}")
-    problems.extend(Problems(["x", "y"], 7))
-    assert (problems.count, len(problems.first), problems.first[-1]) == (MAX_PROBLEMS + 6, MAX_PROBLEMS, "x")
+        problems.add(Problem(f"{number}"))
+    problems.extend(Problems([Problem("x"), Problem("y")], 7))
+    assert (problems.count, len(problems.first), problems.first[-1].reason) == (MAX_PROBLEMS + 6, MAX_PROBLEMS, "x")

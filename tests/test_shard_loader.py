@@ -138,18 +138,20 @@ def test_a_bad_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None:
     members[members.index(good[3])] = (good[3][0], b"no picture")
     members[members.index(captions[4])] = (captions[4][0], b"\xff")
     members[members.index(captions[5])] = ("0005.json", b'{"caption": 5}')
+    members[members.index(captions[7])] = ("0007.json", b"[" * 100_000)
     members.insert(members.index(captions[6]), ("0006.jpg", good[6][1]))
     make_tar(tmp_path / "x.tar", members)
     (batch,) = loader_of(f"{tmp_path}/x.tar").epoch(1)
-    assert sorted(numbers_in(batch)) == [0, 7]
-    reasons = dict(error.removeprefix("x.tar/").split(": ", 1) for error in batch.errors)
-    assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006"]
+    assert sorted(numbers_in(batch)) == [0]
+    reasons = {problem.image.removeprefix("x.tar/"): problem.reason for problem in batch.errors}
+    assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
     assert reasons["0001"] == "no caption"
     assert reasons["0002"] == "no picture"
     assert "cannot be read as a picture" in reasons["0003"]
     assert "utf-8" in reasons["0004"]
     assert reasons["0005"] == "caption is a number, not text"
     assert reasons["0006"] == "2 pictures"
+    assert reasons["0007"] == "its JSON is nested too deeply"
 
 
 def promise(folder: Path, count: int) -> None:
@@ -165,9 +167,9 @@ def test_an_index_that_promises_too_much_or_too_little_is_told(tmp_path: Path) -
     promise(tmp_path, 14)
     batches = list(loader_of(data_dir).epoch(1))
     assert sorted(n for batch in batches for n in numbers_in(batch)) == list(range(12))
-    assert [error for batch in batches for error in batch.errors] == [
-        "00.tar: fewer than the 14 samples that its index tells"
-    ] * 2
+    assert [str(error) for batch in batches for error in batch.errors] == [
+        f"00.tar: sample {number}: fewer than the 14 samples that its index tells" for number in (12, 13)
+    ]
     promise(tmp_path, 11)
     with pytest.raises(ValueError, match="holds more samples than the 11"):
         list(loader_of(data_dir).epoch(1))
@@ -184,7 +186,7 @@ def test_a_shard_that_breaks_off_in_an_epoch_costs_only_what_it_lost(tmp_path: P
     assert set(found) >= set(range(20))
     assert len(found) + len(errors) == 40
     assert 0 < len(errors) < 20
-    assert all(error.startswith("01.tar") for error in errors)
+    assert all(error.image.startswith("01.tar") for error in errors)
 
 
 def test_shards_elsewhere_are_streamed(tmp_path: Path) -> None:
