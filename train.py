@@ -113,7 +113,9 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     config, given = load_config(argv, description=str(__doc__))
     setup_logging(config.run.log_level)
-    with process_group(own_device(config.run.device)), ExitStack() as held:
+    device = own_device(config.run.device)
+    resolve_precision(config.training.precision, device)  # what is wrong is told before the processes meet
+    with process_group(device), ExitStack() as held:
         config, files, state = _open_run(config, given, held)
         device = own_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
@@ -508,8 +510,7 @@ class Run:
         """Save the state within an epoch; between two epochs it is saved already."""
         if self.totals is None:
             return
-        if self.totals.num_pairs:
-            self.watch.look()
+        self.watch.look()
         average(running_statistics(self.model))
         state = self._state(with_optimizer=True)
         if is_main():

@@ -45,10 +45,11 @@ def test_other_readers_do_not_mind_the_checksum(tmp_path: Path) -> None:
     assert zipfile.ZipFile(path).testzip() is None
 
 
-def test_a_file_without_checksum_is_read_if_it_never_had_one(tmp_path: Path) -> None:
+def test_a_file_without_checksum_is_read_only_if_it_never_had_one(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({**STATE, "format_version": 1}, path)
-    assert load_checkpoint(path)["global_step"] == 2
+    with pytest.raises(ValueError, match="checkpoint format 1, this version reads 2"):
+        load_checkpoint(path)
     torch.save(STATE, path)
     assert load_tensors(path)["global_step"] == 2
     torch.save({**STATE, "format_version": FORMAT_VERSION}, path)

@@ -311,7 +311,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
 
     monkeypatch.setattr(MultimodalTrainer, "train_step", diverging)
     assert main(flags_for(sample_dir, tmp_path, *small, "--num_epochs", "1", "--checkpoint_every", "1")) == 1
-    assert "the loss is nan at step 3" in capsys.readouterr().err
+    assert "step 3 has a loss of nan" in capsys.readouterr().err
     assert load_checkpoint(RunFiles(tmp_path).last)["global_step"] == 2
 
 
