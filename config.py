@@ -143,7 +143,7 @@ class TrainingSettings(Settings):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="compute each layer again in the backward pass instead of keeping it: less memory, a third slower",
+        description="compute each layer again in the backward pass instead of keeping it: less memory, more time",
     )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
