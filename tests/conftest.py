@@ -1,9 +1,11 @@
 """Data and models that several tests share; made once, without a download."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sample_data import create_sample_dataset
 
@@ -32,6 +34,15 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("CLIP_TOOLKIT_TEST_DATA names no folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute as the processes that a test starts do: sums of two threads have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from checkpoint import load_checkpoint
 from tests.launch import environment, torchrun, torchrun_command
 from train import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = [
     "--model_name", "ViT-Ti/32", "--batch_size", "25", "--learning_rate", "1e-3", "--precision", "fp32",
     "--num_epochs", "2", "--augment", "crop", "--num_workers", "0",

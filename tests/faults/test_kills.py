@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from architectures import ARCHITECTURES
 from checkpoint import RunFiles, load_checkpoint, load_newest_state
@@ -22,20 +20,13 @@ from tests.test_micro_batches import SMALL_VIT
 from tests.test_train import assert_same_runs
 from train import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = "tests/faults/run.py"
 IS_LONG = bool(os.environ.get("CLIP_TOOLKIT_LONG_TESTS"))
 NUM_KILLS = 50 if IS_LONG else 2
 FLAGS = ["--model_name", SMALL_VIT.name, "--batch_size", "10", "--augment", "crop", "--num_workers", "2"]
 FLAGS += ["--precision", "fp32", "--checkpoint_every", "1", "--keep_checkpoints", "2", "--learning_rate", "1e-3"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Compute as the processes do: sums of two threads have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
