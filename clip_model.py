@@ -11,26 +11,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from architectures import ARCHITECTURES, QUICK_GELU, known_architecture
-from checkpoint import load_checkpoint
-from config import DEFAULT_MODEL_NAME
-from contrastive import ContrastiveLoss
-from micro_batches import MicroBatches, StepResult
-from parallel import clip_gradient, is_sharded
-from preprocessing import CLIP_MEAN, CLIP_STD, clip_transform, normalize, to_rgb, tokenize
-from preprocessing import VERSION as PREPROCESSING_VERSION
-from pretrained import Weights, own_weights, published_url, published_weights, read_weights
-from probe import check_probe, compute_probe
-from runtime import Precision
-from step_watch import StepNumbers, StepWatch
-from towers import (
+from cliptune.model.architectures import ARCHITECTURES, QUICK_GELU, known_architecture
+from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.model.parallel import clip_gradient, is_sharded
+from cliptune.model.self_test import check_self_test, compute_self_test
+from cliptune.model.towers import (
     RunLayer,
     build_backbone,
     checkpointed_layers,
@@ -41,6 +33,16 @@ from towers import (
     set_activation,
     text_tower,
 )
+from cliptune.model.weights import Weights, own_weights, published_url, published_weights, read_weights
+from cliptune.preprocess.decode import to_rgb
+from cliptune.preprocess.tokens import tokenize
+from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, clip_transform, normalize
+from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
+from cliptune.runtime.device import Precision
+from cliptune.settings import DEFAULT_MODEL_NAME
+from cliptune.training.gradcache import GradCache, StepResult
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.meters import EpochResult, EpochTotals, StepNumbers, StepWatch
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +110,9 @@ class CLIPModel(nn.Module):
         if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
         self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
-        if weights is not None and weights.probe is not None:
+        if weights is not None and weights.self_test is not None:
             self._make_projections(None, weights)
-            check_probe(self, weights.probe, source=weights.source)
+            check_self_test(self, weights.self_test, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
@@ -299,133 +301,22 @@ class CLIPModel(nn.Module):
             )
 
 
-def add_probe(state: dict[str, Any]) -> dict[str, Any]:
-    """Complete a checkpoint's state with what its reader checks it by, see `probe.compute_probe`.
+def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
+    """Complete a checkpoint's state with what its reader checks it by, see `self_test.compute_self_test`.
 
     The model is built once more on the CPU, around the state's own tensors: a copy only of those on another device.
     """
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
-        probe = compute_probe(model)
+        self_test = compute_self_test(model)
     preprocessing = {"version": PREPROCESSING_VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
     return {
         **state,
         "activation": model.architecture.activation,
         "preprocessing": {**preprocessing, "resolution": model.image_resolution},
         "temperature": math.exp(-model.logit_scale.item()),
-        "probe": probe,
+        "self_test": self_test,
     }
-
-
-def build_optimizer(
-    model: CLIPModel, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with the towers at `backbone_lr_scale` times the rate; no decay on biases, norms, the temperature.
-
-    The groups are named `projection` and `backbone` (their `name` entry), each with and without decay.
-    """
-    groups: dict[tuple[str, float, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "backbone" if name.startswith("backbone.") else "projection"
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
-            # apart, since it stays whole where the others are sharded
-            groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
-    rates = {"projection": learning_rate, "backbone": learning_rate * backbone_lr_scale}
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
-            for (part, decay, _), parameters in groups.items()
-        ],
-        betas=(0.9, 0.98),
-        eps=1e-6,
-        fused=model.device.type in {"cpu", "cuda"},
-    )
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_share: float
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a share of the steps, then a cosine to zero; stepped once a step."""
-    warmup_steps = num_warmup_steps(total_steps, warmup_share)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def num_warmup_steps(total_steps: int, warmup_share: float) -> int:
-    """Return over how many of the steps the rates rise."""
-    return min(round(total_steps * warmup_share), total_steps - 1)
-
-
-class EpochResult(NamedTuple):
-    """What one epoch of training gave, averaged over its pairs."""
-
-    loss: float
-    """In nats; ln(batch size) is chance."""
-    accuracy: float
-    """In-batch R@1, both directions averaged, in percent. It depends on the batch size: never a result."""
-    num_pairs: int
-
-
-class EpochTotals:
-    """What the batches of an epoch have given so far.
-
-    Args:
-        device: the model's.
-
-    Attributes:
-        num_batches: batches that are done, with those that held no pair.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        # of finite losses: loss and accuracy times pairs, pairs; since the last look: loss, steps
-        self.sums = torch.zeros(5, device=device)
-        self.num_pairs = self.num_steps = self.num_batches = 0
-
-    def add(self, result: StepResult | None) -> None:
-        """Add a batch; None: it held no pair."""
-        self.num_batches += 1
-        if result is None:
-            return
-        one = torch.ones_like(result.loss)
-        of_pairs = result.num_pairs * torch.stack([result.loss, result.accuracy, one])
-        added = torch.cat([of_pairs, torch.stack([result.loss, one])])
-        self.sums += torch.where(result.loss.isfinite(), added, 0.0)
-        self.num_pairs, self.num_steps = self.num_pairs + result.num_pairs, self.num_steps + 1
-
-    def mean(self) -> EpochResult:
-        """Return the means over all pairs, without those whose loss is not finite; waits for the device.
-
-        Raises:
-            ValueError: there was no pair.
-            FloatingPointError: no loss was finite.
-        """
-        if not self.num_pairs:
-            raise ValueError("no batch of pairs to train on")
-        loss, accuracy, num_pairs = self.sums[:3].tolist()
-        if not num_pairs:
-            raise FloatingPointError("no loss of the epoch is finite; lower --learning_rate, or use --precision fp32")
-        return EpochResult(loss / num_pairs, 100 * accuracy / num_pairs, self.num_pairs)
-
-    def mean_since_last(self) -> float:
-        """Return the mean loss of the steps since the last call; waits for the device."""
-        loss, num_steps = self.sums[3:].tolist()
-        self.sums[3:] = 0
-        return float(loss / max(num_steps, 1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
-        return {**vars(self), "sums": self.sums.tolist()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        vars(self).update(state, sums=torch.tensor(state["sums"], device=self.sums.device))
 
 
 class MultimodalTrainer:
@@ -464,7 +355,7 @@ class MultimodalTrainer:
         self.scheduler = scheduler
         self.gradient_clip_norm = gradient_clip_norm
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision.scaled)
-        self.micro_batches = MicroBatches(
+        self.micro_batches = GradCache(
             model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
         )
         self.global_step = 0

@@ -10,18 +10,12 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from config import (
-    SAMPLE_SIZE,
-    InspectSettings,
-    check_command_line,
-    parse_settings,
-    run_stage,
-)
+from cliptune.cli import check_command_line, parse_settings, run_stage
+from cliptune.settings import SAMPLE_SIZE, InspectSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))
@@ -29,75 +23,31 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data_check import check_data, describe_data
-from distributed import share
-from image_cache import ImageCache
-from pairs import (
-    SPLITS,
-    Pairs,
-    evaluation_pairs,
-    holds_only_placeholders,
-    load_pairs,
-    split_pairs,
-    training_pairs,
-)
-from preprocessing import (
-    CONTEXT_LENGTH,
-    PixelTransform,
-    Transform,
-    clip_transform,
-    load_image,
-    tokenize,
-)
-from rows import Problem, picture_problem
-from runtime import leave_signals_to_main, setup_logging
-from sample_data import create_sample_dataset
-from shards import write_shards
+from cliptune.data.doctor import check_data, describe_data
+from cliptune.data.issues import image_issue
+from cliptune.data.loaders import Sample
+from cliptune.data.pairs import Pairs, holds_only_placeholders, load_pairs
+from cliptune.data.row_store import ImageCache
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.shards import write_shards
+from cliptune.data.splits import evaluation_pairs, split_pairs, training_pairs
+from cliptune.data.table import SPLITS
+from cliptune.preprocess.decode import load_image
+from cliptune.preprocess.tokens import tokenize
+from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
+from cliptune.runtime.logs import setup_logging
+from cliptune.runtime.rng import IntArray, draw_bits, seeded
 
 logger = logging.getLogger(__name__)
 
-PIECE_SIZE = 64
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
-BitArray = np.ndarray[Any, np.dtype[np.uint64]]
 
 __all__ = [
-    "ImageTextDataset", "Pairs", "TrainLoader", "collate", "create_sample_dataset", "evaluation_pairs",
+    "ImageTextDataset", "Pairs", "create_sample_dataset", "evaluation_pairs",
     "holds_only_placeholders", "load_pairs", "split_pairs", "training_pairs",
 ]  # fmt: skip
-
-
-class Sample(NamedTuple):
-    """One image with one of its captions."""
-
-    image: Tensor | None
-    """`[3, R, R]`, uint8, or what the user's transform gives; None if the picture cannot be read."""
-    tokens: Tensor
-    """`[77]` int64."""
-    image_id: int
-    """Number of the image in the data set."""
-    caption_id: int
-    """Number of the caption in the data set."""
-    error: Problem | None = None
-    """Why there is no image."""
-
-
-class Batch(NamedTuple):
-    """Samples whose picture could be read, and the reasons for those that could not."""
-
-    images: Tensor
-    """`[B, 3, R, R]`, uint8, or what the user's transform gives: float pixels are taken as normalised."""
-    tokens: Tensor
-    """`[B, 77]` int64."""
-    image_ids: Tensor
-    """`[B]` int64."""
-    errors: list[Problem]
-    caption_ids: Tensor
-    """`[B]` int64."""
 
 
 class ImageTextDataset(Dataset[Sample]):
@@ -179,7 +129,7 @@ class ImageTextDataset(Dataset[Sample]):
         try:
             finish = self._open(self.pairs.paths[image])
         except (ValueError, OSError) as error:
-            return Sample(None, tokens, image, caption, picture_problem(self.pairs.paths[image], error))
+            return Sample(None, tokens, image, caption, image_issue(self.pairs.paths[image], error))
         with seeded(self._transform_seed(image, index)):
             return Sample(finish(), tokens, image, caption)
 
@@ -210,158 +160,6 @@ class ImageTextDataset(Dataset[Sample]):
         return int(draw_bits(self.seed, self.view, item, stream=1)[0] >> np.uint64(1))
 
 
-def draw_bits(seed: int, round_number: int, items: IntArray, *, stream: int = 0) -> BitArray:
-    """Draw 64 random bits for each item that depend on the four arguments alone, for any number of items at once.
-
-    SplitMix64 (Steele, Lea, Flood 2014) over seed, stream and round gives a start, and over start and item the bits.
-    """
-    state = np.zeros(1, dtype=np.uint64)
-    for number in (seed, stream, round_number):
-        state = _split_mix(state + np.uint64(number % 2**64))
-    return _split_mix(state + items.astype(np.uint64) * _GOLDEN_GAMMA)
-
-
-def _split_mix(state: BitArray) -> BitArray:
-    z = state + _GOLDEN_GAMMA
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: BitArray = z ^ (z >> np.uint64(31))
-    return mixed
-
-
-class seeded:  # noqa: N801  (used as a function)
-    """Seed `torch` and `random` for one sample's transform, and put their states back."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.states = torch.get_rng_state(), random.getstate()
-        torch.manual_seed(self.seed)
-        random.seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.states[0])
-        random.setstate(self.states[1])
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Every item once an epoch, in an order drawn from seed and epoch.
-
-    A single item left over joins the batch before it: alone it would have nothing to be contrasted with.
-
-    Attributes:
-        epoch: decides the order.
-        start: number of the batch that comes first; those before it are left out.
-    """
-
-    def __init__(self, num_items: int, batch_size: int, *, seed: int) -> None:
-        self.num_items = num_items
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def __len__(self) -> int:
-        batches, rest = divmod(self.num_items, self.batch_size)
-        return max(batches + (rest > 1), 1)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
-        order = torch.randperm(self.num_items, generator=generator)
-        for number in range(self.start, len(self)):
-            end = None if number == len(self) - 1 else (number + 1) * self.batch_size
-            yield order[number * self.batch_size : end].tolist()  # a list of all would be several times as large
-
-
-class _Pieces(Sampler[list[int]]):
-    """This process's share of each batch in pieces, so that all loading processes work on the batch that comes next."""
-
-    def __init__(self, batches: EpochBatches) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for items in self.batches:
-            own = items[share(len(items))]
-            yield from (own[start : start + PIECE_SIZE] for start in range(0, len(own), PIECE_SIZE))
-
-
-class TrainLoader:
-    """Batches of a data set, epoch after epoch; with several processes each gets its share of every batch.
-
-    Args:
-        dataset: what is loaded.
-        batch_size: pairs of a batch, over all processes.
-        num_workers: loading processes of each process; 0: none.
-        device: where the batches will be used.
-    """
-
-    def __init__(self, dataset: ImageTextDataset, *, batch_size: int, num_workers: int, device: torch.device) -> None:
-        self.dataset = dataset
-        self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
-        self.pin_memory = device.type == "cuda"
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=_Pieces(self.batches),
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=leave_signals_to_main,
-        )
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch from number `start` on; the same for the same seed, whatever came before."""
-        self.batches.epoch, self.batches.start = epoch, start
-        self.dataset.set_epoch(epoch)
-        pieces = iter(self.loader)
-        for items in self.batches:
-            num_items = len(items[share(len(items))])
-            num_pieces = -(-num_items // PIECE_SIZE)
-            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
-
-
-def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
-    """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
-    if num_pieces <= 1:
-        return next(pieces) if num_pieces else collate([])
-    images: Tensor | None = None
-    parts = []
-    end = 0
-    for _ in range(num_pieces):
-        piece = next(pieces)
-        if len(piece.images):
-            if images is None:
-                shape = (num_items, *piece.images.shape[1:])
-                images = torch.empty(shape, dtype=piece.images.dtype, pin_memory=pin_memory)
-            images[end : end + len(piece.images)] = piece.images
-            end += len(piece.images)
-        parts.append(piece._replace(images=torch.empty(0)))
-    return Batch(
-        torch.empty(0) if images is None else images[:end],
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.image_ids for part in parts]),
-        [error for part in parts for error in part.errors],
-        torch.cat([part.caption_ids for part in parts]),
-    )
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples into a batch; those without a picture leave it, and their reasons are kept."""
-    good = [sample for sample in samples if sample.image is not None]
-    errors = [sample.error for sample in samples if sample.error is not None]
-    if not good:
-        no_ids = torch.empty(0, dtype=torch.long)
-        return Batch(torch.empty(0), torch.empty(0, CONTEXT_LENGTH, dtype=torch.long), no_ids, errors, no_ids)
-    images = torch.stack([sample.image for sample in good if sample.image is not None])
-    ids = torch.tensor([sample.image_id for sample in good])
-    captions = torch.tensor([sample.caption_id for sample in good])
-    return Batch(images, torch.stack([sample.tokens for sample in good]), ids, errors, captions)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Make sample data, print what a data set holds or what is wrong with it, or write it as shards.
 
@@ -383,12 +181,12 @@ def _inspect(argv: list[str] | None) -> int:
         folder,
         image_dir=settings.image_dir,
         caption_key=settings.caption_key,
-        max_bad_share=1.0 if settings.check else settings.max_bad_share,
+        max_skipped_fraction=1.0 if settings.check else settings.max_skipped_fraction,
     )
     if settings.check:
         check = check_data(pairs, num_workers=settings.num_workers)
         print("\n".join(check.lines()))
-        return 1 if check.problems.count else 0
+        return 1 if check.issues.count else 0
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.to_shards is None:
         print("\n".join(describe_data(pairs, splits)))
@@ -405,9 +203,9 @@ def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> 
     order = list(range(len(pairs)))
     random.Random(seed).shuffle(order)
     images = ((pairs.paths[number], pairs.captions_of(number)) for number in tqdm(order, desc="shards", disable=None))
-    shards, problems = write_shards(images, folder, shard_size=shard_size)
-    for problem in problems:
-        logger.warning("left out: %s", problem)
+    shards, issues = write_shards(images, folder, shard_size=shard_size)
+    for issue in issues:
+        logger.warning("left out: %s", issue)
     first, last = shards.shards[0], shards.shards[-1]
     print(f"written: {len(shards)} images in {len(shards.shards)} shards, {first.url} to {last.name}")
 

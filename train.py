@@ -19,7 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from config import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config, check_command_line, load_config, override, run_stage
+from cliptune.cli import check_command_line, load_config, override, run_stage
+from cliptune.settings import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config
 
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
@@ -29,68 +30,54 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from bad_data import BadData
-from checkpoint import CheckpointWriter, RunFiles, load_checkpoint, load_newest_state
-from clip_model import (
-    TOWERS,
-    CLIPModel,
-    ContrastiveLoss,
-    EpochTotals,
-    ModelName,
-    MultimodalTrainer,
-    add_probe,
-    build_optimizer,
-    build_scheduler,
-    num_warmup_steps,
-)
-from data_loader import (
-    SAMPLE_SIZE,
-    Batch,
-    ImageTextDataset,
-    Pairs,
-    TrainLoader,
-    create_sample_dataset,
-    draw_bits,
-    holds_only_placeholders,
-    training_pairs,
-)
-from diagnosis import chance_loss, collapse, long_warmup, small_validation, stuck_loss
-from distributed import (
-    average,
-    barrier,
-    broadcast,
-    is_main,
-    main_first,
-    num_processes,
-    own_device,
-    process_group,
-    progress_bar,
-    rank,
-)
-from evaluation import Outcome, evaluate
-from feature_cache import FeatureCache, FeatureLoader, PairFeatures
-from memory import fitting_size
-from micro_batches import WAYS_OUT
-from parallel import is_sharded, load_optimizer_state, parallel_model, whole
-from preprocessing import train_transform
-from retrieval import RECALL_KEYS
-from runtime import (
+from clip_model import TOWERS, CLIPModel, ModelName, MultimodalTrainer, add_self_test
+from cliptune.data.loaders import Batch, TrainLoader
+from cliptune.data.pairs import Pairs, holds_only_placeholders
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.shard_loader import ShardLoader, training_shards
+from cliptune.data.shards import Shards, is_shards
+from cliptune.data.skipped import SkippedData
+from cliptune.data.splits import training_pairs
+from cliptune.features.cache import FeatureCache, FeatureLoader, PairFeatures
+from cliptune.features.metrics import RECALL_KEYS
+from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.model.parallel import is_sharded, load_optimizer_state, parallel_model, whole
+from cliptune.model.towers import running_statistics
+from cliptune.preprocess.transforms import train_transform
+from cliptune.runtime.device import (
     Precision,
-    StepProfiler,
     can_compile,
     default_num_workers,
     is_out_of_memory,
     keep_freed_memory,
     peak_memory,
     resolve_precision,
-    seed_everything,
-    setup_logging,
 )
-from shard_loader import ShardLoader, training_shards
-from shards import Shards, is_shards
-from step_watch import StepWatch
-from stopping import Stopped, StopSignals
-from towers import running_statistics
+from cliptune.runtime.distributed import (
+    average,
+    barrier,
+    broadcast,
+    is_main,
+    main_first,
+    process_group,
+    rank,
+    rank_device,
+    world_size,
+)
+from cliptune.runtime.logs import progress_bar, setup_logging
+from cliptune.runtime.rng import draw_bits, seed_everything
+from cliptune.runtime.signals import Stopped, StopSignals
+from cliptune.settings import SAMPLE_SIZE
+from cliptune.training.advice import chance_loss, collapse, long_warmup, small_validation, stuck_loss
+from cliptune.training.checkpoint import CheckpointWriter, RunFiles, load_newest_state
+from cliptune.training.gradcache import WAYS_OUT
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.memory import fitting_size
+from cliptune.training.meters import EpochTotals, StepWatch
+from cliptune.training.optim import build_optimizer, build_scheduler, num_warmup_steps
+from cliptune.training.profile import StepProfiler
+from data_loader import ImageTextDataset
+from evaluation import Evaluation, evaluate
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
@@ -98,7 +85,7 @@ logger = logging.getLogger("train")
 MAY_CHANGE_ON_RESUME = {
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "log_interval", "log_level", "on_bad_image", "max_bad_share",
+    "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
 }  # fmt: skip
 AUGMENTED_VIEWS = 4
 STEP_STREAM = 2
@@ -113,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str] | None) -> int:
     config, given = load_config(argv, description=str(__doc__))
     setup_logging(config.run.log_level)
-    device = own_device(config.run.device)
+    device = rank_device(config.run.device)
     resolve_precision(config.training.precision, device)  # what is wrong is told before the processes meet
     with process_group(device), ExitStack() as held:
         config, files, state = _open_run(config, given, held)
-        device = own_device(config.run.device)
+        device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
         seed_everything(config.training.seed)
         keep_freed_memory()
@@ -154,7 +141,7 @@ def _train_model(
             model.compile_towers()
         if config.training.gradient_checkpointing:
             model.checkpoint_gradients()
-        sharded = config.run.parallel == "fsdp" and num_processes() > 1
+        sharded = config.run.parallel == "fsdp" and world_size() > 1
         if not sharded:
             model.to(device)
         size = _micro_batch_size(config, model, precision, device)
@@ -228,8 +215,8 @@ class Run:
             weight_decay=settings.weight_decay,
         )
         steps = settings.num_epochs * len(self.loader)
-        scheduler = build_scheduler(optimizer, total_steps=steps, warmup_share=settings.warmup_share)
-        self.warmup_steps = num_warmup_steps(steps, settings.warmup_share)
+        scheduler = build_scheduler(optimizer, total_steps=steps, warmup_fraction=settings.warmup_fraction)
+        self.warmup_steps = num_warmup_steps(steps, settings.warmup_fraction)
         self.found: set[str] = set()
         self.trainer = MultimodalTrainer(
             model,
@@ -254,16 +241,16 @@ class Run:
             fixed=towers if frozen else [],
             keep=config.run.keep_checkpoints,
             every=config.run.checkpoint_every,
-            complete=add_probe,
+            complete=add_self_test,
         )
         self.progress = Progress(datetime.now().isoformat(timespec="seconds"))
         self.totals: EpochTotals | None = None
         self.stop = StopSignals()
         num_images = sum(map(len, pairs.values())) + (0 if shards is None else len(shards))
-        self.bad_data = BadData(
+        self.skipped_data = SkippedData(
             list(pairs.values()),
             num_images=num_images,
-            max_share=config.data.allowed_bad_share,
+            max_share=config.data.allowed_skipped_fraction,
             path=files.bad_images,
         )
         num_profiled = config.run.profile if is_main() else 0
@@ -288,7 +275,7 @@ class Run:
                 code = stop.exit_code
                 self._save_place()
                 self._log_stop(stop)
-                self.bad_data.agree()
+                self.skipped_data.agree()
             finally:
                 self.checkpoints.flush()
                 if self.profiler is not None:
@@ -297,8 +284,8 @@ class Run:
             if code == 0:
                 self._write_results(finished=True)
             self.writer.close()
-            if len(self.bad_data):
-                logger.warning(self.bad_data.summary())
+            if len(self.skipped_data):
+                logger.warning(self.skipped_data.summary())
         return code
 
     def _train_epochs(self) -> None:
@@ -431,8 +418,8 @@ class Run:
         logger.info(
             "device %s, precision %s, %d loading processes", model.device, self.precision.name, self.num_workers
         )
-        if num_processes() > 1:
-            logger.info("%d processes (%s), each with its part of a batch", num_processes(), self.config.run.parallel)
+        if world_size() > 1:
+            logger.info("%d processes (%s), each with its part of a batch", world_size(), self.config.run.parallel)
         tower_rate = settings.learning_rate * self.backbone_lr_scale
         held = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
         logger.info("peak rates: projection layers %.3g, towers %.3g%s", settings.learning_rate, tower_rate, held)
@@ -460,7 +447,7 @@ class Run:
                 self.found.add(kind)
                 logger.warning(finding)
 
-    def _diagnose_epoch(self, outcome: Outcome) -> None:
+    def _diagnose_epoch(self, outcome: Evaluation) -> None:
         history = self.progress.history
         losses = [entry["train_loss"] for before, entry in pairwise(history) if before["step"] >= self.warmup_steps]
         metrics = outcome.metrics
@@ -491,13 +478,13 @@ class Run:
                 if batch is None:
                     return
                 self.waited += time.perf_counter() - start
-                for problem in batch.errors:
-                    self.bad_data.note(problem)
+                for issue in batch.errors:
+                    self.skipped_data.note(issue)
                 if self.profiler is not None:
                     self.profiler.step()
                 self._seed_step()
                 yield batch
-                self.bar.update(len(batch.tokens) * num_processes())
+                self.bar.update(len(batch.tokens) * world_size())
                 self._after_step(totals)
 
     def _after_step(self, totals: EpochTotals) -> None:
@@ -553,7 +540,7 @@ class Run:
         average(running_statistics(self.model))
         with self.stop.interruptible():
             outcome = self._evaluate()
-        self.bad_data.agree()
+        self.skipped_data.agree()
         outcome = broadcast(outcome)  # so that all decide the same
         self.totals = None
         entry = {
@@ -575,7 +562,7 @@ class Run:
         self._log_epoch(entry, improved=improved, seconds=seconds)
         self._diagnose_epoch(outcome)
 
-    def _evaluate(self) -> Outcome:
+    def _evaluate(self) -> Evaluation:
         return evaluate(
             self.model,
             self.pairs["val"],
@@ -585,14 +572,14 @@ class Run:
             loss_batch_size=self.config.training.batch_size,
             cache_dir=self.image_cache_dir,
             kept=self.val_features,
-            on_bad_image=self.bad_data.note,
+            on_unreadable_image=self.skipped_data.note,
         )
 
     def _rates(self) -> dict[str, float]:
         rates = {group["name"]: group["lr"] for group in self.trainer.optimizer.param_groups}
         return {"learning_rate": rates["projection"], "backbone_learning_rate": rates.get("backbone", 0.0)}
 
-    def _keep_if_best(self, outcome: Outcome) -> bool:
+    def _keep_if_best(self, outcome: Evaluation) -> bool:
         progress = self.progress
         if not progress.baseline:
             progress.baseline = outcome.to_dict()
@@ -686,7 +673,7 @@ def _micro_batch_size(config: Config, model: CLIPModel, precision: Precision, de
         return wanted
     if set(model.frozen_towers) == set(TOWERS) and _num_views(config):
         return None  # their outputs are kept, and no tower runs
-    own = -(-config.training.batch_size // num_processes())
+    own = -(-config.training.batch_size // world_size())
     return fitting_size(model, precision=precision, most=own, device=device)
 
 

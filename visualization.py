@@ -12,7 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import VisualizationSettings, check_command_line, parse_settings, read_json_object, run_stage
+from cliptune.cli import check_command_line, parse_settings, run_stage
+from cliptune.runtime.files import read_json_object
+from cliptune.settings import VisualizationSettings
 
 if __name__ == "__main__":
     check_command_line(VisualizationSettings, str(__doc__))

@@ -24,10 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
 from clip_model import CLIPModel
-from config import DEFAULT_MODEL_NAME, PositiveInt, Settings, parse_settings, run_stage
-from image_cache import ImageCache
-from preprocessing import CLIP_MEAN, CLIP_STD, PixelTransform, clip_transform, normalize, train_transform
-from runtime import resolve_device
+from cliptune.cli import parse_settings, run_stage
+from cliptune.data.row_store import ImageCache
+from cliptune.preprocess.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PixelTransform,
+    clip_transform,
+    normalize,
+    train_transform,
+)
+from cliptune.runtime.device import resolve_device
+from cliptune.settings import DEFAULT_MODEL_NAME, PositiveInt, Settings
 
 BASE = "torchvision"
 EXACT = "ours"

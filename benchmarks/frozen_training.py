@@ -20,15 +20,20 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config
 from benchmarks.timing import Timing, machine, print_table, write_json
-from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer, build_scheduler
-from config import PositiveInt, Settings, parse_settings, run_stage
-from data_loader import ImageTextDataset, Pairs, TrainLoader, load_pairs
-from feature_cache import FeatureCache, FeatureLoader
-from preprocessing import clip_transform
-from runtime import Precision, default_num_workers, resolve_device, resolve_precision
-from sample_data import create_sample_dataset
+from clip_model import CLIPModel, MultimodalTrainer
+from cliptune import settings as config
+from cliptune.cli import parse_settings, run_stage
+from cliptune.data.loaders import TrainLoader
+from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.features.cache import FeatureCache, FeatureLoader
+from cliptune.preprocess.transforms import clip_transform
+from cliptune.runtime.device import Precision, default_num_workers, resolve_device, resolve_precision
+from cliptune.settings import PositiveInt, Settings
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.optim import build_optimizer, build_scheduler
+from data_loader import ImageTextDataset
 
 ROWS = ("plain epoch", "first epoch, kept", "later epoch, kept", "first epoch of a later run")
 
@@ -73,7 +78,7 @@ class Bench:
                     value.copy_(self.start[name])
             self.model.logit_scale.fill_(2.6593)
         optimizer = build_optimizer(self.model, learning_rate=1e-4, backbone_lr_scale=0.01, weight_decay=0.01)
-        scheduler = build_scheduler(optimizer, total_steps=10_000, warmup_share=0.1)
+        scheduler = build_scheduler(optimizer, total_steps=10_000, warmup_fraction=0.1)
         return MultimodalTrainer(self.model, ContrastiveLoss(), optimizer, scheduler, precision=self.precision)
 
     def plain_loader(self) -> TrainLoader:

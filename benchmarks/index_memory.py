@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from annotations import read_index
 from benchmarks.timing import in_new_process, machine, print_table, write_json
-from pairs import Pairs, load_pairs, split_pairs
+from cliptune.data.formats import read_index
+from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.splits import split_pairs
 
 WORDS = (
     "a", "photo", "of", "two", "brown", "dogs", "that", "run", "along", "the", "beach", "near", "some", "old", "boats",

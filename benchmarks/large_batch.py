@@ -23,17 +23,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import ARCHITECTURES
 from benchmarks.timing import Timing, in_new_process, machine, print_table, take_turns, write_json
 from benchmarks.train_step import step_flops
-from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
-from contrastive import SLICE_LOGITS
-from distributed import is_main, num_processes, process_group, share
-from memory import LiveTensors
-from parallel import parallel_model
-from preprocessing import tokenize
-from runtime import keep_freed_memory, resolve_precision
-from sample_data import distinct_scenes
+from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.data.sample_data import distinct_scenes
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.parallel import parallel_model
+from cliptune.preprocess.tokens import tokenize
+from cliptune.runtime.device import keep_freed_memory, resolve_precision
+from cliptune.runtime.distributed import is_main, process_group, share, world_size
+from cliptune.training.loss import SLICE_LOGITS, ContrastiveLoss
+from cliptune.training.memory import LiveTensors
+from cliptune.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 GB = 1e9
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         print_predictions(options)
         return 0
     with process_group(CPU):
-        if num_processes() > 1:
+        if world_size() > 1:
             measure_processes(options)
             return 0
     results: dict[str, Any] = {"machine": machine(), "options": vars(options), "models": {}}
@@ -239,7 +240,7 @@ def measure_processes(options: Namespace) -> None:
         {"step": lambda: trainer.train_step(images[own], tokens[own], ids[own])}, repeats=options.repeats
     )
     if is_main():
-        seconds, number = timing["step"].median, num_processes()
+        seconds, number = timing["step"].median, world_size()
         print(f"{name}, batch {batches[0]}, {number} processes ({options.parallel}): {seconds:.2f} s a step")
 
 

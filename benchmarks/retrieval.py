@@ -24,8 +24,9 @@ from torch.nn.functional import normalize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
-from retrieval import Ranks, rank_metrics, retrieval_ranks
-from runtime import resolve_device
+from cliptune.features.metrics import rank_metrics
+from cliptune.features.ranks import Ranks, retrieval_ranks
+from cliptune.runtime.device import resolve_device
 
 FLOOR_BLOCK = 1024
 RECALLS = (1, 5, 10)

@@ -24,10 +24,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import machine, print_table, write_json
-from clip_model import MAX_LOGIT_SCALE, CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
-from data_loader import Batch, ImageTextDataset, TrainLoader
-from preprocessing import clip_transform, normalize
-from runtime import import_clip, resolve_device, resolve_precision
+from clip_model import MAX_LOGIT_SCALE, CLIPModel, MultimodalTrainer
+from cliptune.data.loaders import Batch, TrainLoader
+from cliptune.preprocess.transforms import clip_transform, normalize
+from cliptune.runtime.device import resolve_device, resolve_precision
+from cliptune.runtime.openai_clip import import_clip
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.optim import build_optimizer
+from data_loader import ImageTextDataset
 
 DECAY = 0.01
 CLIP_NORM = 1.0

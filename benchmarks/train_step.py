@@ -22,13 +22,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from annotations import read_index
-from architectures import ARCHITECTURES, Architecture
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
-from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, build_optimizer
-from preprocessing import tokenize
-from runtime import import_clip, keep_freed_memory, resolve_device, resolve_precision
-from sample_data import distinct_scenes
+from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.data.formats import read_index
+from cliptune.data.sample_data import distinct_scenes
+from cliptune.model.architectures import ARCHITECTURES, Architecture
+from cliptune.preprocess.tokens import tokenize
+from cliptune.runtime.device import keep_freed_memory, resolve_device, resolve_precision
+from cliptune.runtime.openai_clip import import_clip
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.optim import build_optimizer
 
 RATE, DECAY = 1e-5, 0.01
 Step = Callable[[], object]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sample_data import create_sample_dataset
+from cliptune.data.sample_data import create_sample_dataset
 
 
 @pytest.fixture(scope="session")

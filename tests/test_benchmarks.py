@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures import ARCHITECTURES
 from benchmarks import (
     data_pipeline,
     frozen_training,
@@ -19,7 +18,9 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.timing import Timing, print_table, ratio, take_turns
-from retrieval import rank_metrics, retrieval_ranks
+from cliptune.features.metrics import rank_metrics
+from cliptune.features.ranks import retrieval_ranks
+from cliptune.model.architectures import ARCHITECTURES
 
 
 def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

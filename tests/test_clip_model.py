@@ -7,19 +7,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clip_model import (
-    MAX_LOGIT_SCALE,
-    CLIPModel,
-    ContrastiveLoss,
-    EpochTotals,
-    MultimodalTrainer,
-    build_optimizer,
-    build_scheduler,
-)
-from micro_batches import StepResult
-from preprocessing import tokenize
-from runtime import resolve_precision
-from towers import image_tower, text_tower
+from clip_model import MAX_LOGIT_SCALE, CLIPModel, MultimodalTrainer
+from cliptune.model.towers import image_tower, text_tower
+from cliptune.preprocess.tokens import tokenize
+from cliptune.runtime.device import resolve_precision
+from cliptune.training.gradcache import StepResult
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.meters import EpochTotals
+from cliptune.training.optim import build_optimizer, build_scheduler
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -151,7 +146,7 @@ def test_optimizer_groups(model: CLIPModel) -> None:
 
 def test_schedule_rises_then_falls() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, total_steps=100, warmup_share=0.1)
+    scheduler = build_scheduler(optimizer, total_steps=100, warmup_fraction=0.1)
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])

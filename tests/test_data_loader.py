@@ -9,21 +9,15 @@ import pytest
 import torch
 from torchvision import transforms
 
-import data_loader
-import distributed
-from data_loader import (
-    Batch,
-    EpochBatches,
-    ImageTextDataset,
-    TrainLoader,
-    _split_mix,
-    create_sample_dataset,
-    draw_bits,
-    main,
-)
-from preprocessing import CLIP_MEAN, CLIP_STD, train_transform
-from rows import Strings
-from tests.test_pairs import make_images, make_index
+from cliptune.data import loaders
+from cliptune.data.loaders import Batch, EpochBatches, TrainLoader
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.table import Strings
+from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, train_transform
+from cliptune.runtime import distributed
+from cliptune.runtime.rng import _split_mix, draw_bits
+from data_loader import ImageTextDataset, main
+from tests.data.test_pairs import make_images, make_index
 
 CPU = torch.device("cpu")
 
@@ -175,24 +169,24 @@ def test_a_batch_in_pieces_is_the_same_batch(
     pairs = replace(pairs, paths=Strings.of(paths))
     loader = TrainLoader(ImageTextDataset(pairs), batch_size=24, num_workers=num_workers, device=CPU)
     whole = list(loader.epoch(1))
-    monkeypatch.setattr(data_loader, "PIECE_SIZE", 5)
+    monkeypatch.setattr(loaders, "PIECE_SIZE", 5)
     assert same_batches(list(loader.epoch(1)), whole)
     assert [len(batch.tokens) + len(batch.errors) for batch in whole] == [24, 16]
     assert sum(len(batch.errors) for batch in whole) == 2
-    monkeypatch.setattr(data_loader, "PIECE_SIZE", 1)  # a piece of nothing but an error
+    monkeypatch.setattr(loaders, "PIECE_SIZE", 1)  # a piece of nothing but an error
     assert same_batches(list(loader.epoch(1)), whole)
 
 
-@pytest.mark.parametrize("num_processes", [2, 3, 7])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_processes_share_every_batch_in_its_order(
-    sample_dir: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
+    sample_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(26))
     loader = TrainLoader(ImageTextDataset(pairs), batch_size=20, num_workers=0, device=CPU)
     whole = list(loader.epoch(2))
-    monkeypatch.setattr(distributed, "num_processes", lambda: num_processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
     shares = []
-    for rank in range(num_processes):
+    for rank in range(world_size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares.append(list(loader.epoch(2)))
     for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
@@ -201,7 +195,7 @@ def test_processes_share_every_batch_in_its_order(
         assert torch.equal(torch.cat([part.caption_ids for part in parts]), batch.caption_ids)
         sizes = [len(part.tokens) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-    assert num_processes < 7 or 0 in [len(part[-1].tokens) for part in shares]
+    assert world_size < 7 or 0 in [len(part[-1].tokens) for part in shares]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -10,8 +10,9 @@ import data_loader
 import evaluation
 import train
 import visualization
-from config import Config, flags_of, load_config
-from sample_data import create_sample_dataset
+from cliptune.cli import flags_of, load_config
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.settings import Config
 
 ROOT = Path(__file__).parent.parent
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,10 +5,8 @@ from typing import Any
 import pytest
 
 import evaluation
-from checkpoint import load_checkpoint, save_checkpoint
-from evaluation import (
-    main,
-)
+from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from evaluation import main
 
 
 def test_the_stage_repeats_the_runs_own_numbers(

@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-import memory
-import pretrained
-from architectures import ARCHITECTURES
-from checkpoint import RunFiles, load_checkpoint
 from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.features.metrics import RECALL_KEYS
+from cliptune.model import weights as pretrained
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.model.self_test import TEXTS
+from cliptune.training import memory
+from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
-from evaluation import Outcome, evaluate
-from probe import TEXTS
-from retrieval import RECALL_KEYS
-from tests.test_micro_batches import SMALL_VIT
+from evaluation import Evaluation, evaluate
+from tests.training.test_gradcache import SMALL_VIT
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
@@ -220,7 +221,7 @@ def test_a_signal_during_validation_keeps_the_epoch(
     assert main(flags_for(sample_dir, tmp_path / "whole", *flags)) == 0
     calls = iter(range(9))
 
-    def interrupted(*arguments: Any, **options: Any) -> Outcome:
+    def interrupted(*arguments: Any, **options: Any) -> Evaluation:
         if next(calls) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("went on")
@@ -271,7 +272,9 @@ def test_a_full_disk_ends_a_run_that_can_go_on(
     broken = tmp_path / "broken"
     room = iter([2**40] * 4)  # best and last of epoch 0, steps 2 and 4
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000)))
+        patch.setattr(
+            "cliptune.model.checkpoint_file.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000))
+        )
         capsys.readouterr()
         assert main(flags_for(sample_dir, broken, *flags)) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]
@@ -430,7 +433,7 @@ def test_a_worse_fine_tuning_is_seen_and_not_kept(
 ) -> None:
     drop = iter((0.0, 50.0))
 
-    def worse_each_time(*args: Any, **kwargs: Any) -> Outcome:
+    def worse_each_time(*args: Any, **kwargs: Any) -> Evaluation:
         outcome = evaluate(*args, **kwargs)
         return outcome._replace(metrics={**outcome.metrics, "rsum": 300 - next(drop)})
 

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bad_data
 import data_loader
 import train
-from bad_data import BadData
-from data_loader import ImageTextDataset, load_pairs
-from preprocessing import load_image, load_picture, size_of
-from rows import Problem, Problems
-from sample_data import create_sample_dataset
-from shards import write_shards
-from tests.faults.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
-from tests.launch import ROOT, environment, torchrun
+from cliptune.data import skipped as skipped_data
+from cliptune.data.issues import Issue, Issues
+from cliptune.data.pairs import load_pairs
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.shards import write_shards
+from cliptune.data.skipped import SkippedData
+from cliptune.preprocess.decode import load_image, load_picture, size_of
+from data_loader import ImageTextDataset
+from tests.helpers.launch import ROOT, environment, torchrun
+from tests.helpers.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
 
 TINY = ["--model_name", "ViT-Ti/32", "--batch_size", "16", "--num_epochs", "1", "--num_workers", "0"]
 
@@ -74,11 +75,11 @@ def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) -> None:
     BAD[name](tmp_path / name)
-    (problem,) = [sample.error for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
-    assert problem is not None
-    assert problem.image == str(tmp_path.resolve() / name)
-    assert problem.reason.startswith("cannot be read as a picture: ")
-    assert len(str(problem).splitlines()) == 1
+    (issue,) = [sample.error for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
+    assert issue is not None
+    assert issue.image == str(tmp_path.resolve() / name)
+    assert issue.reason.startswith("cannot be read as a picture: ")
+    assert len(str(issue).splitlines()) == 1
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         load_image(tmp_path / name)
 
@@ -95,7 +96,7 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(monkeypatch: pytes
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", no_decoding)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_decoding)
-    monkeypatch.setattr("preprocessing.MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr("cliptune.preprocess.decode.MAX_PIXELS", 64 * 48 - 1)
     for read in (load_image, load_picture):
         with pytest.raises(ValueError, match=r"x.jpg: cannot be read as a picture: more than 3071 pixels"):
             read(tmp_path / "x.jpg")
@@ -110,11 +111,11 @@ def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> No
     )
     assert done.returncode == 1, done.stderr
     *lines, last = done.stdout.splitlines()
-    problems = [line for line in lines if "cannot be read as a picture" in line or ": image " in line]
-    assert len(problems) == len(BAD) + len(ABSENT)
+    issues = [line for line in lines if "cannot be read as a picture" in line or ": image " in line]
+    assert len(issues) == len(BAD) + len(ABSENT)
     for name in [*BAD, *(name[:60] for name in ABSENT)]:
-        assert sum(f"/{name}: " in line or f"image {name}" in line for line in problems) == 1, name
-    assert last == f"{len(BAD) + len(ABSENT)} problems; {len(GOOD)} pictures can be read"
+        assert sum(f"/{name}: " in line or f"image {name}" in line for line in issues) == 1, name
+    assert last == f"{len(BAD) + len(ABSENT)} issues; {len(GOOD)} pictures can be read"
     # the log names what the index lacks; nothing comes from Pillow, libjpeg or Python's warnings
     assert one_line(done.stderr).startswith(str(zoo)), done.stderr
 
@@ -132,7 +133,7 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
     assert train.main(flags) == 2
     assert one_line(capsys.readouterr().err).startswith(f"train.py: error: {index}: {len(ABSENT)} bad entries beside ")
     assert untouched(output)
-    assert train.main([*flags, "--max_bad_share", "1"]) == 0
+    assert train.main([*flags, "--max_skipped_fraction", "1"]) == 0
     listed = json.loads((output / "results" / "bad_images.json").read_text())
     assert sorted(Path(each["image"]).name[:200] for each in listed) == sorted(name[:200] for name in (*BAD, *ABSENT))
 
@@ -161,7 +162,7 @@ def test_a_caption_is_used_or_told(kind: str, tmp_path: Path, capsys: pytest.Cap
     corners().save(tmp_path / "plain.jpg")
     corners().save(tmp_path / "other.jpg", quality=50)
     write_index(tmp_path, [{"image": "other.jpg", "caption": "x"}, {"image": "plain.jpg", "caption": caption}])
-    assert data_loader.main(["--data_dir", str(tmp_path), "--max_bad_share", "0.1"]) == (0 if usable else 2)
+    assert data_loader.main(["--data_dir", str(tmp_path), "--max_skipped_fraction", "0.1"]) == (0 if usable else 2)
     if not usable:
         assert "data.json: row 2: " in one_line(capsys.readouterr().err)
         return
@@ -195,14 +196,14 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
         corners().save(data / "images" / f"{stem}.png")
         (data / "captions" / f"{stem}.txt").write_text(f"a picture of {len(stem)}")
     flags = ["--data_dir", str(data), "--num_workers", "0"]
-    assert data_loader.main([*flags, "--max_bad_share", "0.9"]) == 0
+    assert data_loader.main([*flags, "--max_skipped_fraction", "0.9"]) == 0
     assert data_loader.main([*flags, "--check"]) == 1
     out = capsys.readouterr().out
     assert "images/Clash.png: clashes with images/clash.png" in out
     assert "images/latin-\\udce9.png: " in out
     assert out.splitlines()[-1].endswith("3 pictures can be read")
     output = tmp_path / "output"
-    assert train.main([*flags[:2], "--output_dir", str(output), *TINY, "--max_bad_share", "0.9"]) == 0
+    assert train.main([*flags[:2], "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.9"]) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert len(json.loads((output / "results" / "bad_images.json").read_text())) == 3
 
@@ -240,7 +241,9 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
     rows = [*json.loads(index.read_text()), {"image_path": "gone.png", "caption": "x"}]
     write_index(tmp_path, rows)
     output = tmp_path / "output"
-    assert train.main(["--data_dir", str(index), "--output_dir", str(output), *TINY, "--max_bad_share", "0.1"]) == 0
+    assert (
+        train.main(["--data_dir", str(index), "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.1"]) == 0
+    )
     listed = json.loads((output / "results" / "bad_images.json").read_text())
     assert listed[0] == {
         "image": "gone.png", "reason": "image gone.png: No such file or directory",
@@ -253,7 +256,7 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
     assert "3 bad picture(s) and 1 bad entries were left out; they are listed in " in log
 
 
-@pytest.mark.parametrize("flags", [["--max_bad_share", "0.03"], ["--on_bad_image", "stop"]])
+@pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "stop"]])
 def test_a_run_stops_at_too_many_bad_pictures(
     flags: list[str], spoiled: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,7 +270,12 @@ def test_a_run_stops_at_too_many_bad_pictures(
     assert len(listed) == (2 if "stop" not in flags else 1)
     assert f"{listed[0]['image']}: {listed[0]['reason']}" in error
     # the last checkpoint is there to go on from, once the data is mended or more is allowed
-    assert train.main(["--output_dir", str(output), "--resume", "--on_bad_image", "skip", "--max_bad_share", "1"]) == 0
+    assert (
+        train.main(
+            ["--output_dir", str(output), "--resume", "--on_unreadable_image", "skip", "--max_skipped_fraction", "1"]
+        )
+        == 0
+    )
     assert len(json.loads(path.read_text())) == 3
 
 
@@ -278,14 +286,14 @@ def test_stop_and_the_share_hold_for_the_index(
     rows = [{**row, "image_path": str(sample_dir / row["image_path"])} for row in index] * 3
     path = write_index(tmp_path, [*rows, {"image_path": "gone.png", "caption": "x"}])
     flags = ["--data_dir", str(path), "--output_dir", str(tmp_path / "output"), *TINY]
-    for more in (["--on_bad_image", "stop", "--max_bad_share", "1"], ["--max_bad_share", "0.001"]):
+    for more in (["--on_unreadable_image", "stop", "--max_skipped_fraction", "1"], ["--max_skipped_fraction", "0.001"]):
         assert train.main([*flags, *more]) == 2
         assert "data.json: row 181: image gone.png: No such file" in one_line(capsys.readouterr().err)
 
 
 def test_one_process_that_finds_too_many_stops_all(spoiled: Callable[[int], Path], tmp_path: Path) -> None:
     output = tmp_path / "output"
-    flags = ["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, "--max_bad_share", "0.01"]
+    flags = ["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.01"]
     done = torchrun(2, "train.py", *flags)
     assert done.returncode != 0
     assert "of 60 pictures and entries are bad: " in done.stderr
@@ -295,19 +303,19 @@ def test_one_process_that_finds_too_many_stops_all(spoiled: Callable[[int], Path
 def test_what_is_left_out_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_sample_dataset(tmp_path / "data", 8)
     pairs = load_pairs(tmp_path / "data")
-    pairs.problems.extend(Problems([Problem("empty caption", place="data.json: row 9")], 1))
+    pairs.issues.extend(Issues([Issue("empty caption", place="data.json: row 9")], 1))
     path = tmp_path / "bad.json"
-    monkeypatch.setattr(bad_data, "MAX_LOGGED", 2)
-    found = BadData([pairs.select([0, 1]), pairs.select([2])], num_images=9, max_share=0.3, path=path)
+    monkeypatch.setattr(skipped_data, "MAX_LOGGED", 2)
+    found = SkippedData([pairs.select([0, 1]), pairs.select([2])], num_images=9, max_share=0.3, path=path)
     for name in ("a.jpg", "a.jpg", "b.jpg"):
-        found.note(Problem("broken", image=name))
+        found.note(Issue("broken", image=name))
     found.agree()
     assert len(found) == 3
     assert [entry.get("image") for entry in json.loads(path.read_text())] == [None, "a.jpg", "b.jpg"]
     with pytest.raises(ValueError, match=r"4 of 10 pictures and entries are bad: a.jpg: broken; b.jpg: broken"):
-        found.note(Problem("broken", image="c.jpg"))
+        found.note(Issue("broken", image="c.jpg"))
     assert len(json.loads(path.read_text())) == 4
-    BadData([], num_images=9, max_share=0.3, path=path).agree()
+    SkippedData([], num_images=9, max_share=0.3, path=path).agree()
     assert not path.exists()
 
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 import evaluation
-from checkpoint import load_checkpoint, load_tensors
 from clip_model import CLIPModel
-from config import load_config
-from feature_cache import FeatureStore
-from image_cache import ImageCache
-from preprocessing import clip_transform
-from pretrained import read_weights
+from cliptune.cli import load_config
+from cliptune.data.row_store import ImageCache
+from cliptune.features.cache import FeatureStore
+from cliptune.model.checkpoint_file import load_checkpoint, load_tensors
+from cliptune.model.weights import read_weights
+from cliptune.preprocess.transforms import clip_transform
 from train import main
 
 MARK = "bomb-went-off"

@@ -21,12 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import Config, load_config
-from data_loader import load_pairs
-from preprocessing import CropTransform, load_image
-from shards import open_shards, write_shards
-from tests.faults.zoo import corners
-from tests.launch import ROOT
+from cliptune.cli import load_config
+from cliptune.data.pairs import load_pairs
+from cliptune.data.shards import open_shards, write_shards
+from cliptune.preprocess.decode import load_image
+from cliptune.preprocess.transforms import CropTransform
+from cliptune.settings import Config
+from tests.helpers.launch import ROOT
+from tests.helpers.zoo import corners
 
 LONG = os.environ.get("CLIP_TOOLKIT_LONG_TESTS") == "1"
 MANY = settings(
@@ -205,14 +207,14 @@ def read_or_refuse(path: Path, read: Callable[[], Any]) -> Any:
 def check_index(folder: Path, content: bytes, *, caption_key: str | None) -> None:
     path = folder / "index.fuzz"
     path.write_bytes(content)
-    pairs = read_or_refuse(path, lambda: load_pairs(path, caption_key=caption_key, max_bad_share=1.0))
+    pairs = read_or_refuse(path, lambda: load_pairs(path, caption_key=caption_key, max_skipped_fraction=1.0))
     if pairs is not None:
         assert {Path(image).name for image in pairs.paths} <= {"a.jpg", "b.jpg", "c.jpg", "index.fuzz"}
         assert len(set(pairs.paths)) == len(pairs)
         assert all(caption.strip() for caption in pairs.captions)
         assert pairs.num_pairs >= len(pairs)
-        assert pairs.problems.count == len(pairs.problems.first)
-        assert all(str(problem).isprintable() for problem in pairs.problems.first)
+        assert pairs.issues.count == len(pairs.issues.first)
+        assert all(str(issue).isprintable() for issue in pairs.issues.first)
 
 
 @MANY
@@ -289,7 +291,7 @@ def test_a_spoiled_shard(folder: Path, shard: bytes, data: st.DataObject) -> Non
     content = data.draw(spoiled_bytes([shard]))
     path = folder / "fuzz.tar"
     path.write_bytes(content)
-    pairs = read_or_refuse(path, lambda: load_pairs(path, max_bad_share=1.0))
+    pairs = read_or_refuse(path, lambda: load_pairs(path, max_skipped_fraction=1.0))
     assert pairs is None or all(caption.strip() for caption in pairs.captions)
     counted = read_or_refuse(path, lambda: open_shards(str(path)))
     assert counted is None or pairs is None or len(counted) >= len(pairs)

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
-from architectures import ARCHITECTURES
-from checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
-from clip_model import CLIPModel, add_probe
-from pretrained import read_weights
-from tests.test_micro_batches import SMALL_VIT
+from clip_model import CLIPModel, add_self_test
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.checkpoint_file import FORMAT_VERSION, load_checkpoint, save_checkpoint
+from cliptune.model.weights import read_weights
+from tests.training.test_gradcache import SMALL_VIT
 
 NUM_EXAMPLES = 10_000 if os.environ.get("CLIP_TOOLKIT_LONG_TESTS") else 200
 TINY_VIT = replace(
@@ -38,7 +38,7 @@ def state() -> dict[str, Any]:
         patch.setitem(ARCHITECTURES, "ViT-Tiny", TINY_VIT)
         model = CLIPModel("ViT-Tiny")
     content = {"model_state_dict": model.state_dict(), "architecture": model.architecture.to_dict()}
-    return add_probe({**content, "epoch": 3, "global_step": 9, "config": {"training": {"precision": "fp32"}}})
+    return add_self_test({**content, "epoch": 3, "global_step": 9, "config": {"training": {"precision": "fp32"}}})
 
 
 @cache

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from architectures import ARCHITECTURES
-from checkpoint import RunFiles, load_checkpoint, load_newest_state
-from tests.launch import ROOT, environment, torchrun_command
-from tests.test_micro_batches import SMALL_VIT
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.training.checkpoint import RunFiles, load_newest_state
+from tests.helpers.launch import ROOT, environment, torchrun_command
 from tests.test_train import assert_same_runs
+from tests.training.test_gradcache import SMALL_VIT
 from train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCRIPT = "tests/faults/run.py"
+SCRIPT = "tests/helpers/fault_run.py"
 IS_LONG = bool(os.environ.get("CLIP_TOOLKIT_LONG_TESTS"))
 NUM_KILLS = 50 if IS_LONG else 2
 FLAGS = ["--model_name", SMALL_VIT.name, "--batch_size", "10", "--augment", "crop", "--num_workers", "2"]
@@ -39,9 +40,9 @@ def flags_for(data_dir: Path, output_dir: Path, num_epochs: int) -> list[str]:
     return [*FLAGS, "--data_dir", str(data_dir), "--output_dir", str(output_dir), "--num_epochs", str(num_epochs)]
 
 
-def run(flags: list[str], fault: str, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+def run(flags: list[str], fault: str, world_size: int = 1) -> subprocess.CompletedProcess[str]:
     alone = [sys.executable, str(ROOT / SCRIPT), *flags]
-    command = alone if num_processes == 1 else torchrun_command(num_processes, SCRIPT, *flags)
+    command = alone if world_size == 1 else torchrun_command(world_size, SCRIPT, *flags)
     variables = {**environment(), "FAULT": fault} if fault else environment()
     return subprocess.run(
         command, env=variables, capture_output=True, text=True, check=False, timeout=300, start_new_session=True
@@ -111,14 +112,14 @@ def test_processes_stop_after_the_same_step(sample_dir: Path, tmp_path: Path) ->
     """Only one of them gets the signal."""
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     more = ["--num_workers", "0", "--micro_batch_size", "2"]
-    stopped = run([*flags_for(sample_dir, broken, 1), *more], "signal:1:4:SIGTERM", num_processes=2)
+    stopped = run([*flags_for(sample_dir, broken, 1), *more], "signal:1:4:SIGTERM", world_size=2)
     assert "exitcode  : 143" in stopped.stderr, stopped.stderr  # torchrun may end the other while Python shuts down
     assert "stopped by SIGTERM at epoch 1, step 4" in stopped.stderr
     assert load_checkpoint(RunFiles(broken).last)["global_step"] == 4
     if not IS_LONG:
         return
-    resumed = run(["--output_dir", str(broken), "--resume"], "", num_processes=2)
+    resumed = run(["--output_dir", str(broken), "--resume"], "", world_size=2)
     assert "resuming at epoch 1, step 4 from" in resumed.stderr
-    done = run([*flags_for(sample_dir, unbroken, 1), *more], "", num_processes=2)
+    done = run([*flags_for(sample_dir, unbroken, 1), *more], "", world_size=2)
     assert (resumed.returncode, done.returncode) == (0, 0), done.stderr
     assert_same_runs(broken, unbroken)

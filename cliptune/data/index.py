@@ -1,0 +1,264 @@
+"""The entries of one index while it is read: checked, and joined by image at the end."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, each, first_given
+from cliptune.runtime.messages import nearest
+
+IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
+CAPTION_COLUMNS = ("caption", "captions", "title")
+SPLITS = {
+    "train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
+    "dev": "val", "test": "test", "testing": "test",
+}  # fmt: skip
+_MAX_MESSAGE = 200
+
+
+class Index(NamedTuple):
+    """What an index file holds.
+
+    `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
+    objects each unused key stood; `issues` are those of single entries, with their places.
+    """
+
+    rows: Rows
+    form: str
+    ignored_columns: dict[str, int]
+    issues: Issues
+
+
+class Entries:
+    """What has been read so far of one index: an entry for each row, and issues."""
+
+    def __init__(self, path: Path, caption_key: str | None) -> None:
+        self.path = path
+        self.name = path.name
+        self.caption_key = caption_key
+        self.unit = ""
+        self.ignored: Counter[str] = Counter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all entries and issues."""
+        self.entries = RowBuffer()
+        self.issues: list[tuple[int, Issue]] = []  # the first ones, with the number of entries before each
+        self.num_problems = 0
+
+    def place(self, number: int, unit: str | None = None) -> str:
+        """Tell where an entry stands."""
+        return f"{self.name}: {unit or self.unit} {number}"
+
+    def issue(self, place: int | str, message: str, *, image: Any = "", num_before: int | None = None) -> None:
+        """Note a issue at its place, which may be the number of its entry, behind all entries or the first few."""
+        self.num_problems += 1
+        if len(self.issues) < MAX_ISSUES:
+            where = place if isinstance(place, str) else self.place(place)
+            position = len(self.entries) if num_before is None else num_before
+            name = short(image) if isinstance(image, str) else ""
+            self.issues.append((position, Issue(short(message), image=name, place=short(where))))
+
+    def captions(self, place: int | str, values: Any, *, image: Any = "") -> list[str]:
+        """Return the usable captions of one entry; the others become issues."""
+        usable = []
+        for value in values if isinstance(values, list) else [values]:
+            try:
+                usable.append(check_text("caption", value))
+            except ValueError as error:
+                self.issue(place, str(error), image=image)
+        if values == []:
+            self.issue(place, "no caption", image=image)
+        return usable
+
+    def add(self, place: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
+        """Take one entry; what is wrong with it becomes a issue."""
+        usable = self.captions(place, captions, image=image)
+        try:
+            image, split, group = check_text("image", image), check_split(split), check_group(group)
+        except ValueError as error:
+            self.issue(place, str(error), image=image)
+            return
+        if usable:
+            number = place if isinstance(place, int) else 0
+            self.entries.append(image, usable, split=split, group=group, number=number)
+
+    def index(self, form: str) -> Index:
+        """Join the entries of each image; no entry at all is a ValueError that quotes the first issues."""
+        if not len(self.entries):
+            reasons = "; ".join(str(issue) for _, issue in self.issues[:3]) or "it has no entries"
+            more = f"; and {self.num_problems - 3} more issues" if self.num_problems > 3 else ""
+            raise ValueError(f"{self.path}: no image with a caption: {reasons}{more}")
+        rows = self.entries.rows(f"{self.name}: {self.unit}" if self.unit else "")
+        first = rows.images.find(rows.images)
+        self.note_conflicts(rows, first)
+        issues = Issues([issue for _, issue in self.issues], self.num_problems)
+        return Index(rows.joined(first), form, dict(self.ignored), issues)
+
+    def note_conflicts(self, rows: Rows, first: IntArray) -> None:
+        """Note the entries whose split or group is another than an earlier entry of their image gave."""
+        split_given, group_given = rows.splits != NO_SPLIT, ~rows.groups.empty
+        split_of, group_of = first_given(split_given, first), first_given(group_given, first)
+        differs = split_given & (rows.splits != rows.splits[split_of])
+        repeats = group_given & (group_of != np.arange(len(rows)))
+        earlier, self.issues = self.issues, []
+        for row in each(np.flatnonzero(differs | repeats)):
+            split, group = rows.split_name(split_of[row]), rows.groups[group_of[row]]
+            for name, value, before in (("split", rows.split_name(row), split), ("group", rows.groups[row], group)):
+                if value and value != before:
+                    said = f"{name} {quote(value)}, but {quote(before)} at {rows.place(first[row])}"
+                    image = rows.images[row]
+                    self.issue(rows.place(row), f"{quote(image)}: {said}", image=image, num_before=row)
+        self.issues = sorted([*earlier, *self.issues], key=itemgetter(0))[:MAX_ISSUES]
+
+    @property
+    def image_columns(self) -> list[str]:
+        """Names of the image column, the preferred one first."""
+        return [name for name in IMAGE_COLUMNS if name != self.caption_key]
+
+    @property
+    def caption_columns(self) -> Sequence[str]:
+        """Names of the caption column, the preferred one first."""
+        return CAPTION_COLUMNS if self.caption_key is None else (self.caption_key,)
+
+    def preferred(self, names: Container[str]) -> tuple[str | None, str | None]:
+        """Return the image column and the caption column to read among `names`; None for one that is not there."""
+        image_column = next((name for name in self.image_columns if name in names), None)
+        return image_column, next((name for name in self.caption_columns if name in names), None)
+
+    def choose(self, columns: Counter[str], known: Sequence[str], what: str) -> str:
+        """Return the first of the known names that is among `columns`; raise if there is none."""
+        for name in known:
+            if name in columns:
+                return name
+        present = [short(name) for name, _ in columns.most_common(20)]
+        if what == "caption" and self.caption_key is not None:
+            hint = nearest(self.caption_key, present)
+            raise ValueError(f"{self.path}: no row has caption_key {quote(self.caption_key)}{hint}")
+        way_out = "; name it with --caption_key" if what == "caption" else ""
+        listed = ", ".join(present) or "no keys"
+        raise ValueError(f"{self.path}: no {what} column: found {listed}; known: {', '.join(known)}{way_out}")
+
+    def choose_caption(self, columns: Counter[str], known: Sequence[str] = CAPTION_COLUMNS) -> str:
+        """Return the caption column: `caption_key`, or the first known one."""
+        return self.choose(columns, known if self.caption_key is None else (self.caption_key,), "caption")
+
+    def ignore(self, columns: Counter[str], used: Iterable[str]) -> None:
+        """Count the columns that are not used."""
+        self.ignored.update({name: count for name, count in columns.items() if name not in set(used)})
+
+    def refuse_caption_key(self, form: str) -> None:
+        """Raise if a column is asked for in a form that has none."""
+        if self.caption_key is not None:
+            raise ValueError(f"{self.path}: caption_key {quote(self.caption_key)}: the {form} form has no columns")
+
+    def objects(self, values: Any, unit: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the objects of a JSON list with their numbers; other values become issues."""
+        for number, value in enumerate(values, 1):
+            if isinstance(value, dict):
+                yield number, value
+            else:
+                self.issue(self.place(number, unit), f"expected an object, found {kind(value)}")
+
+    def uncaptioned(self, numbers: list[int]) -> None:
+        """Note the images that no caption belongs to; many of them in one line."""
+        if len(numbers) > 5:
+            first = ", ".join(f"{self.unit} {number}" for number in numbers[:3])
+            self.issue(self.name, f"{len(numbers)} images have no caption ({first}, ...)")
+        else:
+            for number in numbers:
+                self.issue(number, "no caption")
+
+
+class ColumnCounts:
+    """In how many rows each column stands; most rows have the columns of the row before."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._latest: tuple[str, ...] = ()
+        self._run = 0
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Count one row; tells whether it has a column that no row before it had."""
+        names = tuple(row)
+        if names == self._latest:
+            self._run += 1
+            return False
+        self.counts()
+        self._latest, self._run = names, 1
+        return not self._counts.keys() >= row.keys()
+
+    def counts(self) -> Counter[str]:
+        """Return the number of rows of each column, in order of appearance."""
+        self._counts.update(dict.fromkeys(self._latest, self._run))
+        self._latest, self._run = (), 0
+        return self._counts
+
+
+def count_columns(rows: Iterable[Any]) -> Counter[str]:
+    """Return in how many of the objects each key stands."""
+    return Counter(chain.from_iterable(row for row in rows if isinstance(row, dict)))
+
+
+def check_text(what: str, value: Any) -> str:
+    """Return a stripped text; one that is empty, or no text that can be stored, is a ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {kind(value)}, not text")
+    text: str = value.strip()
+    if not text:
+        raise ValueError(f"empty {what}")
+    if "\0" in text or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
+        raise ValueError(f"{what} holds a NUL byte or half a character")
+    return text
+
+
+def check_split(value: Any) -> str | None:
+    """Return train, val, test or None; an unknown split is a ValueError."""
+    if value is None or value == "":
+        return None
+    split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
+    if split is None:
+        raise ValueError(f"unknown split {quote(value)}; known: train, val, test")
+    return split
+
+
+def check_group(value: Any) -> str | None:
+    """Return a group as text, or None; what is no name or number is a ValueError."""
+    if value is None or value == "":
+        return None
+    return str(value) if is_id(value) and not isinstance(value, str) else check_text("group", value)
+
+
+def is_id(value: Any) -> bool:
+    """Tell whether a value can identify an image."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def kind(value: Any) -> str:
+    """Name the JSON type of a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float | str):
+        number = "NaN" if isinstance(value, float) and math.isnan(value) else "a number"
+        return {bool: "a boolean", str: "text"}.get(type(value), number)
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def quote(value: Any) -> str:
+    """Show a value in a message: a text or number itself, the kind of anything else."""
+    return repr(short(value, 60)) if isinstance(value, str) else str(value) if is_id(value) else kind(value)
+
+
+def short(text: str, limit: int = _MAX_MESSAGE) -> str:
+    """Cut a text for a message."""
+    return text if len(text) <= limit else f"{text[:limit]}..."

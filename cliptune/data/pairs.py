@@ -1,0 +1,241 @@
+"""A data set in memory: images with their captions, split and group, in columns."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cliptune.data.formats import find_index, read_directory, read_index
+from cliptune.data.index import Index
+from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.sample_data import UNFINISHED
+from cliptune.data.shards import is_shards, read_rows
+from cliptune.data.table import SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
+from cliptune.settings import DEFAULT_DATA_DIR, MAX_SKIPPED_FRACTION
+
+logger = logging.getLogger(__name__)
+
+
+MIN_PAIRS = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Images with their captions, fixed and compact.
+
+    Attributes:
+        paths: resolved path of each image, which is its identity.
+        captions: every caption, image by image.
+        starts: int64 `[N + 1]`: image i has captions `starts[i]` to `starts[i + 1]`.
+        groups: unit of the split of each image; its path where the index names none.
+        splits: int8 `[N]`: position in `SPLITS` of the split that the index declares for each image, or -1.
+        issues: the entries of the index that were left out, the same for every selection.
+    """
+
+    paths: Strings
+    captions: Strings
+    starts: IntArray
+    groups: Strings
+    splits: CodeArray
+    issues: Issues = field(default_factory=Issues)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of captions, each with its image."""
+        return len(self.captions)
+
+    @property
+    def text_to_image(self) -> Tensor:
+        """Image row of each caption, int64 `[num_pairs]`."""
+        return torch.from_numpy(np.repeat(np.arange(len(self)), np.diff(self.starts)))
+
+    def captions_of(self, image: int) -> list[str]:
+        """Return one image's captions."""
+        captions: list[str] = self.captions[int(self.starts[image]) : int(self.starts[image + 1])]
+        return captions
+
+    def select(self, images: IntArray | Sequence[int]) -> Pairs:
+        """Return some of the images, by their numbers `[M]` and in their order; the text is shared."""
+        images = np.asarray(images, dtype=np.int64)
+        captions, starts = take_runs(self.starts, images)
+        paths = self.paths.take(images)
+        return Pairs(
+            paths=paths,
+            captions=self.captions.take(captions),
+            starts=starts,
+            groups=paths if self.groups is self.paths else self.groups.take(images),
+            splits=self.splits[images],
+            issues=self.issues,
+        )
+
+    def find(self, paths: Sequence[str]) -> IntArray:
+        """Return the numbers of images, `[len(paths)]`; -1 for a path that is not here."""
+        return self.paths.find(Strings.of(paths))
+
+    def declared(self) -> set[str]:
+        """Return the splits that the index declares."""
+        return {split for code, split in enumerate(SPLITS) if (self.splits == code).any()}
+
+
+def holds_only_placeholders(folder: Path) -> bool:
+    """Tell whether a folder is missing, holds nothing but hidden files and empty folders, or unfinished sample data."""
+    if (folder / UNFINISHED).is_dir():
+        return True
+    return not any(not path.name.startswith(".") and not path.is_dir() for path in folder.rglob("*"))
+
+
+def load_pairs(
+    data_dir: str | Path,
+    *,
+    image_dir: str | Path | None = None,
+    caption_key: str | None = None,
+    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
+) -> Pairs:
+    """Read a data set: its index, the identity of its images, and which of them are there.
+
+    Args:
+        data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose pictures stay where they are.
+        image_dir: folder that image paths are relative to; None: the index file's.
+        caption_key: column that holds the captions.
+        max_skipped_fraction: share of the entries that may be bad; they are left out.
+
+    Raises:
+        FileNotFoundError: nothing there; mentions the stage that makes sample data.
+        ValueError: an index that cannot be read, or too many of its entries are bad; lists the first.
+    """
+    path = Path(data_dir)
+    if is_shards(data_dir):
+        rows, issues = read_rows(str(data_dir), caption_key=caption_key)
+    else:
+        rows, issues = _read_files(path, image_dir=image_dir, caption_key=caption_key)
+    _judge(issues, num_good=len(rows), max_skipped_fraction=max_skipped_fraction, path=path)
+    return Pairs(
+        paths=rows.images,
+        captions=rows.captions,
+        starts=rows.starts,
+        groups=rows.groups.filled(rows.images),
+        splits=rows.splits,
+        issues=issues,
+    )
+
+
+def _read_files(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Issues]:
+    """Read the images of a folder or an index file, each once, and what is wrong with some."""
+    if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
+        what = "holds no data" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in {DEFAULT_DATA_DIR}")
+    if image_dir is not None and not Path(image_dir).is_dir():
+        raise FileNotFoundError(f"--image_dir: no such folder: {image_dir}")
+    rows, issues = _read_rows(path, image_dir=image_dir, caption_key=caption_key)
+    rows, repeated = _merge(rows)
+    issues.extend(repeated)
+    return rows, issues
+
+
+def _index_paths(path: Path) -> list[tuple[Path, str | None]]:
+    found = find_index(path) if path.is_dir() else path
+    if isinstance(found, dict):
+        return [(index_path, split) for split, index_path in found.items()]
+    return [(found, None)]
+
+
+def _report_columns(index: Index, path: Path) -> None:
+    if index.ignored_columns:
+        columns = ", ".join(f"{name} ({count})" for name, count in index.ignored_columns.items())
+        logger.info("%s: columns ignored (rows): %s", path, columns)
+
+
+def _read_rows(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Issues]:
+    """Read the indexes of a data set, with the images resolved and the splits that the files are."""
+    parts: list[Rows] = []
+    issues = Issues()
+    for index_path, declared in _index_paths(path):
+        is_folder = index_path.is_dir()
+        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=caption_key)
+        _report_columns(index, index_path)
+        root = Path(image_dir) if image_dir is not None else index_path if is_folder else index_path.parent
+        rows, missing = _resolve_images(index.rows, root)
+        parts.append(replace(rows, splits=np.full_like(rows.splits, SPLITS.index(declared))) if declared else rows)
+        issues.extend(index.issues)
+        issues.extend(missing)
+    return Rows.concatenate(parts), issues
+
+
+def _resolve_images(rows: Rows, root: Path) -> tuple[Rows, Issues]:
+    """Give each row its image's resolved path; those that are not files become issues."""
+    real_folder = lru_cache(maxsize=1 << 16)(os.path.realpath)
+    found, issues = np.zeros(len(rows), dtype=bool), Issues()
+
+    def resolved() -> Iterator[str]:
+        for number, image in enumerate(rows.images):
+            try:
+                path = _resolve(os.path.join(root, image), real_folder)  # noqa: PTH118  (see _resolve)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                issues.add(Issue(f"image {image}: {reason}", image=image, place=rows.place(number)))
+            else:
+                found[number] = True
+                yield path
+
+    paths = Strings.of(resolved())
+    kept = rows if found.all() else rows.take(np.flatnonzero(found))
+    return replace(kept, images=paths), issues
+
+
+def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
+    """Return the real path of an image's file; os.path, because pathlib is several times as slow.
+
+    Raises:
+        OSError, ValueError: there is no such file.
+    """
+    folder, name = os.path.split(image)
+    path = os.path.join(real_folder(folder), name)  # noqa: PTH118
+    mode = os.lstat(path).st_mode
+    if stat.S_ISLNK(mode):
+        path = os.path.realpath(path, strict=True)
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    if not stat.S_ISREG(mode):
+        raise ValueError("not a file")
+    return path
+
+
+def _merge(rows: Rows) -> tuple[Rows, Issues]:
+    """Join rows that turn out to be the same file; those of another split than its first row are left out."""
+    first = rows.images.find(rows.images)
+    agrees = rows.splits == rows.splits[first]
+    issues = Issues()
+    if not agrees.all():
+        conflicts = np.flatnonzero(~agrees)
+        for row in conflicts[:MAX_ISSUES].tolist():
+            here, there = rows.split_name(row), rows.split_name(first[row])
+            image, first_place = rows.images[row], rows.place(first[row])
+            reason = f"{image} is in {here} here and in {there} at {first_place}"
+            issues.add(Issue(reason, image=image, place=rows.place(row)))
+        issues.count = len(conflicts)
+        rows, first = rows.take(np.flatnonzero(agrees)), (np.cumsum(agrees) - 1)[first[agrees]]
+    return rows.joined(first), issues
+
+
+def _judge(issues: Issues, *, num_good: int, max_skipped_fraction: float, path: Path) -> None:
+    """Say which entries are left out; too many of them are an error."""
+    if not issues.count:
+        return
+    shown = "; ".join(map(str, issues.first[:10])) + (f"; and {issues.count - 10} more" if issues.count > 10 else "")
+    if issues.count > max_skipped_fraction * (num_good + issues.count):
+        raise ValueError(
+            f"{path}: {issues.count} bad entries beside {num_good} good images: {shown} "
+            f"(allowed is a share of {max_skipped_fraction:g}: --max_skipped_fraction; data_loader.py --check lists all)"
+        )
+    logger.warning("%s: %d bad entries are left out: %s", path, issues.count, shown)

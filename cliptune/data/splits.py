@@ -1,0 +1,139 @@
+"""An index's images with their captions: found, identified, split."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from cliptune.data.pairs import MIN_PAIRS, Pairs, load_pairs
+from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
+from cliptune.settings import MAX_SKIPPED_FRACTION, DataSettings
+
+logger = logging.getLogger(__name__)
+
+MAX_VAL_IMAGES = 5000
+
+
+def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict[str, Pairs]:
+    """Split by group: no group is on both sides, and the same seed gives the same split on every machine.
+
+    Splits that the index declares are honoured. If it declares no `val`, groups are drawn from what is left until they
+    hold `val_split` of its images, at most 5,000.
+
+    Returns:
+        `train`, `val` and `test`; those that there are not hold no image.
+    """
+    train, val = SPLITS.index("train"), SPLITS.index("val")
+    splits = np.where(pairs.splits == NO_SPLIT, train, pairs.splits)
+    if not (splits == val).any():
+        pool = np.flatnonzero(splits == train)
+        splits[_choose_validation(pairs, pool, val_split=val_split, seed=seed)] = val
+    return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
+
+
+def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
+    """Return a run's `train` and `val` pairs, checked to be enough.
+
+    Raises:
+        ValueError: fewer than 2 training images or 1 validation image.
+    """
+    pairs = load_pairs(
+        settings.data_dir,
+        image_dir=settings.image_dir,
+        caption_key=settings.caption_key,
+        max_skipped_fraction=settings.allowed_skipped_fraction,
+    )
+    if settings.val_data is None:
+        splits = split_pairs(pairs, val_split=settings.val_split, seed=seed)
+    else:
+        own = pairs.select(np.flatnonzero((pairs.splits == NO_SPLIT) | (pairs.splits == SPLITS.index("train"))))
+        splits = {"train": own, "val": separate_validation(settings)}
+    train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
+    if len(train) < 2 or len(val) < 1:
+        found = f"{len(train)} training and {len(val)} validation image(s)"
+        raise ValueError(f"{settings.data_dir}: {found}; at least 2 and 1 are needed")
+    num_pairs = train.num_pairs + val.num_pairs
+    if num_pairs < MIN_PAIRS:
+        logger.warning("only %d pairs: at least %d are needed for more than a try-out", num_pairs, MIN_PAIRS)
+    return {"train": train, "val": val}
+
+
+def separate_validation(settings: DataSettings) -> Pairs:
+    """Return the pairs of a run's `val_data`.
+
+    Raises:
+        ValueError: too many of its entries are bad, or it cannot be read.
+    """
+    assert settings.val_data is not None
+    return evaluation_pairs(
+        settings.val_data,
+        split=None,
+        image_dir=settings.image_dir,
+        caption_key=settings.caption_key,
+        max_skipped_fraction=settings.allowed_skipped_fraction,
+    )
+
+
+def evaluation_pairs(
+    data_dir: str | Path,
+    *,
+    split: str | None,
+    image_dir: str | Path | None = None,
+    caption_key: str | None = None,
+    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
+) -> Pairs:
+    """Return the pairs to evaluate on: a declared split, `all`, or (None) `val` if declared, else everything.
+
+    Raises:
+        ValueError: the data set declares no such split.
+    """
+    pairs = load_pairs(
+        data_dir, image_dir=image_dir, caption_key=caption_key, max_skipped_fraction=max_skipped_fraction
+    )
+    declared = pairs.declared()
+    if split is None:
+        split = "val" if "val" in declared else "all"
+    if split == "all":
+        return pairs
+    if split not in declared:
+        known = ", ".join(sorted(declared)) or "none"
+        raise ValueError(f"{data_dir} has no split {split!r} (declared: {known}); use --split all for everything")
+    return pairs.select(np.flatnonzero(pairs.splits == SPLITS.index(split)))
+
+
+def _choose_validation(pairs: Pairs, pool: IntArray, *, val_split: float, seed: int) -> IntArray:
+    """Draw whole groups from the pool of images; returns their images' numbers."""
+    ranks = _ranks(pairs.groups.take(pool))
+    sizes = np.bincount(ranks)
+    # RandomState's stream is frozen for good, the newer generators' is not
+    order = np.random.RandomState(seed % 2**32).permutation(len(sizes))
+    target = min(max(round(val_split * len(pool)), 1), MAX_VAL_IMAGES)
+    chosen: list[int] = []
+    num_images = 0
+    for group in order[:-1]:  # one group at least stays for training
+        if not chosen or num_images + sizes[group] <= target:
+            chosen.append(group)
+            num_images += sizes[group]
+        if num_images >= target:
+            break
+    return pool[np.isin(ranks, chosen)]
+
+
+def _ranks(groups: Strings) -> IntArray:
+    """Return the position of each group among the different ones in sorted order, int64 `[N]`."""
+    first = groups.find(groups)
+    heads = np.flatnonzero(first == np.arange(len(first)))
+    heads = heads[groups.take(heads).sorted_order()]
+    ranks = np.empty_like(first)
+    ranks[heads] = np.arange(len(heads))
+    return ranks[first]
+
+
+def _without_shared_images(train: Pairs, val: Pairs) -> Pairs:
+    kept = np.flatnonzero(val.paths.find(train.paths) < 0)
+    if len(kept) == len(train):
+        return train
+    logger.warning("%d image(s) of the validation set were left out of training", len(train) - len(kept))
+    return train.select(kept)

@@ -1,0 +1,1 @@
+"""CLIP's towers, the weights that others published, checkpoint files, the model over several ranks."""

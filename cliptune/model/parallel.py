@@ -1,0 +1,151 @@
+"""One model in several processes, whole in each (DDP) or shared out (FSDP2); its state on disk is the same.
+
+`model` is a `CLIPModel` throughout. Sharding takes a third of a second to import, so that comes where it is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from cliptune.model.towers import add_run_methods, layers_of
+from cliptune.runtime.distributed import all_sum, copy_weights, world_size
+
+ENTRIES = ("encode_image", "encode_text", "run_image_tower", "run_text_tower", "project_image", "project_text")
+"""Methods of a model that use its weights, beside `forward`."""
+
+
+def parallel_model(model: Any, how: str, device: torch.device) -> nn.Module | None:
+    """Prepare a model for training in several processes, before its optimiser is made.
+
+    Args:
+        model: on any device; it comes to `device`, or its shards do.
+        how: `ddp`: every process holds the whole model, and gradients are added up while they are computed.
+            `fsdp`: each holds a share of every parameter, gradient and optimiser state, and gathers a layer's weights
+            when it runs.
+        device: this process's.
+
+    Returns:
+        What runs the model in training; None for a single process.
+
+    Raises:
+        ValueError: a PyTorch that cannot shard the model.
+    """
+    if world_size() == 1:
+        model.to(device)
+        return None
+    copy_weights(model)
+    if how == "fsdp":
+        _shard(model, device)
+        return model  # type: ignore[no-any-return]
+    model.to(device)
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    # DDP takes what has a gradient now; the temperature's comes from the loss, which is that of all processes
+    model.logit_scale.requires_grad_(False)
+    wrapper = DistributedDataParallel(model, gradient_as_bucket_view=True, **own_buffers)
+    model.logit_scale.requires_grad_(True)
+    return wrapper
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether running the model is an exchange, which every process must take part in."""
+    return hasattr(model, "unshard")
+
+
+def whole(state: Any) -> Any:
+    """Put the shards in a state dict together, in every process; an exchange if there are any."""
+    return tree_map(lambda value: value.full_tensor() if _is_shard(value) else value, state)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole optimiser state; of a sharded parameter's, each process takes its share."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def share_out(parameter: Any, value: Any) -> Any:
+        if _is_shard(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
+            from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return value
+
+    states = {
+        number: {name: share_out(parameters[number], value) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": states})
+
+
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most `max_norm`; 0: leave them as they are.
+
+    Returns:
+        The norm as it was, a scalar, the same in every process.
+    """
+    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    own = [each.to_local() for each in gradients if _is_shard(each)]
+    rest = [each for each in gradients if not _is_shard(each)]
+    norm = _norm(rest)
+    if own:
+        norm = (norm.square() + all_sum(_norm(own).square())).sqrt()
+    # to look is free on the CPU, and saves a pass over all gradients
+    if max_norm == 0 or (norm.device.type == "cpu" and norm <= max_norm):
+        return norm
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(own + rest, factor)
+    return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    if gradients and gradients[0].device.type == "cpu":  # the norms of rows run on all cores, and sum more exactly
+        gradients = [torch.linalg.vector_norm(each, dim=-1) if each.ndim > 1 else each for each in gradients]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _is_shard(value: Any) -> bool:
+    """Tell a DTensor from a tensor."""
+    return hasattr(value, "full_tensor")
+
+
+def _shard(model: Any, device: torch.device) -> None:
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(f"--parallel fsdp needs PyTorch 2.7 or later, this is {torch.__version__}; use --parallel ddp")
+    model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = layers_of(model.backbone)
+    add_run_methods(layers)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+        register_fsdp_forward_method(layer, "run")
+    # a scalar cannot be shared out
+    fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
+    model.logit_scale.data = model.logit_scale.data.to(device)
+    for name in ENTRIES:
+        _gather_around(model, name)
+
+
+def _gather_around(model: Any, name: str) -> None:
+    """Let a method gather the weights it uses, unless it is called by one that has."""
+    from torch.distributed.fsdp import register_fsdp_forward_method  # noqa: PLC0415
+
+    plain: Callable[..., Any] = getattr(model, name)
+    register_fsdp_forward_method(model, name)
+    gathering: Callable[..., Any] = getattr(model, name)
+
+    @wraps(plain)
+    def method(*arguments: Any, **options: Any) -> Any:
+        inside = model._get_fsdp_state()._training_state.name == "FORWARD"
+        return (plain if inside else gathering)(*arguments, **options)
+
+    setattr(model, name, method)

@@ -1,0 +1,99 @@
+"""What a checkpoint proves itself by: pictures and texts with the features that its model gave for them.
+
+Tensors tell neither their activation nor their preprocessing, and the wrong ones change results silently. So a
+checkpoint holds pictures as they are before preprocessing, texts, and the features of both, and whoever loads it
+computes them again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cliptune.preprocess.transforms import clip_transform
+from cliptune.runtime.device import exact_products
+
+TOLERANCE = 1e-4
+"""Largest distance of two unit vectors; other instruction sets and numbers of threads make about a hundredth of it."""
+HEIGHT, WIDTH = 40, 56
+TEXTS = ["a photo of a dog", "Two small red boats, 3 people & a café by the river"]
+
+
+def compute_self_test(model: Any) -> dict[str, Any]:
+    """Compute a model's proof, for its checkpoint.
+
+    Args:
+        model: a `CLIPModel` on the CPU, float32; comes back in the mode it came in.
+
+    Returns:
+        `pixels` uint8 `[2, 3, 40, 56]` (RGB, not preprocessed), `texts`, and the unit-norm `image_features` and
+        `text_features`, float32 `[2, D]`.
+
+    Raises:
+        FloatingPointError: features that are not finite.
+    """
+    self_test = {"pixels": _patterns(), "texts": TEXTS}
+    image_features, text_features = _encode(model, self_test)
+    if not (image_features.isfinite().all() and text_features.isfinite().all()):
+        raise FloatingPointError("the weights give features that are not finite: they are not saved")
+    return {**self_test, "image_features": image_features, "text_features": text_features}
+
+
+def check_self_test(model: Any, self_test: Any, *, source: str) -> None:
+    """Compute the features of a checkpoint's proof again.
+
+    Args:
+        model: as the checkpoint says, on the CPU, float32; comes back in the mode it came in.
+        self_test: what `compute_self_test` returned.
+        source: where both come from.
+
+    Raises:
+        ValueError: other features, or no proof; says what the reason may be.
+    """
+    try:
+        expected = self_test["image_features"], self_test["text_features"]
+        # features of another shape, or of no number, are refused as well
+        image, text = (_distance(*pair) for pair in zip(_encode(model, self_test), expected, strict=True))
+    except (KeyError, TypeError, AttributeError, RuntimeError, IndexError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source}: damaged: no self_test that its model can be checked by ({reason})") from None
+    if not (image <= TOLERANCE and text <= TOLERANCE):
+        raise ValueError(
+            f"{source}: its model does not give the features that it was saved with (distance of images {image:.2g}, "
+            f"of texts {text:.2g}, at most {TOLERANCE:g}): damaged weights, another activation, or other "
+            "preprocessing than this version's; take an earlier one, or the version of this toolkit that wrote it"
+        )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape or not len(found):
+        return math.nan
+    return float((found - expected).norm(dim=1).max())
+
+
+def _patterns() -> Tensor:
+    """Draw black and white curves that differ by colour; neither square nor of a model's size, so every step counts."""
+    y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    pictures = []
+    for across, down in ((1, 2), (2, 1)):
+        curves = [
+            (across * x * (x + 5 * c) + down * y * (y + 3 * c) + 7 * c * x * y) // (9 + c) % 2 * 255 for c in range(3)
+        ]
+        pictures.append(torch.stack(curves))
+    return torch.stack(pictures).to(torch.uint8)
+
+
+def _encode(model: Any, self_test: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    transform = clip_transform(model.image_resolution)
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self_test["pixels"]]
+    training = model.training
+    model.eval()
+    with torch.no_grad(), exact_products(), torch.autocast("cpu", enabled=False):
+        features = model.encode_image(torch.stack([transform(each) for each in pictures]))
+        result = features, model.encode_text(self_test["texts"])
+    model.train(training)
+    return result

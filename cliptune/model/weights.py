@@ -1,0 +1,502 @@
+"""Published CLIP weights: find or fetch them, convert them to the names of OpenAI's classes.
+
+No file is trusted to run code: TorchScript archives are read as plain tensors, `.pt` files with `weights_only=True`,
+the rest through safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cliptune.model.architectures import ARCHITECTURES, GELU, QUICK_GELU, Architecture, describe_architecture
+from cliptune.model.checkpoint_file import check_format, is_checkpoint, load_tensors
+from cliptune.model.published import (
+    Patience,
+    UnavailableError,
+    cached_hub_model,
+    download,
+    download_hub_model,
+    file_sha256,
+)
+from cliptune.runtime.openai_clip import import_clip
+
+logger = logging.getLogger(__name__)
+
+# for all sources together; leaves room for the imports that they need, within ten
+ANSWER_SECONDS = 7.0
+# the same models as OpenAI's, by the names of transformers; the ResNets are not there
+HUB_REPOS = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+# open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
+_UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
+
+
+class Weights(NamedTuple):
+    """Weights as read from a file: tensors by the names of OpenAI's `CLIP`, float32."""
+
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+    projections: dict[str, Tensor]
+    """`image_projection.weight`, `text_projection.weight` of a checkpoint of this toolkit; else empty."""
+    self_test: Any = None
+    """What a checkpoint of this toolkit is checked by."""
+    source: str = ""
+    """Where they come from."""
+
+
+def published_url(name: str) -> str | None:
+    """Return the address of OpenAI's weights for a model name, or None if none were published."""
+    url: str | None = import_clip().clip._MODELS.get(name)
+    return url
+
+
+def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
+    """Find a model's weights on this machine, or download them; either way their SHA-256 is checked.
+
+    Looked for without any network: OpenAI's archive in `cache_dir`, the same model in the cache of `huggingface_hub`.
+    Asked in turn: `CLIP_MIRROR` (a base address with OpenAI's files at `<SHA-256>/<file>`), OpenAI, Hugging Face's hub.
+
+    Args:
+        name: of a model with published weights.
+        cache_dir: where OpenAI's archives lie; None: `~/.cache/clip`, as in OpenAI's own code.
+
+    Raises:
+        ValueError: nothing was published under that name.
+        OSError: they cannot be had; says why, what to fetch from where and where to put it.
+    """
+    url = published_url(name)
+    if url is None:
+        raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
+    sha256, file = url.split("/")[-2:]
+    path = (cache_dir or Path.home() / ".cache" / "clip") / file
+    if path.is_file():
+        if file_sha256(path) == sha256:
+            return path
+        logger.warning("%s is damaged or another file (SHA-256 differs)", path)
+    repo = HUB_REPOS.get(name)
+    cached = cached_hub_model(repo) if repo else None
+    if cached is not None:
+        logger.info("%s: weights from %s", name, cached)
+        return cached
+    mirror = os.environ.get("CLIP_MIRROR")
+    urls = ([f"{mirror.rstrip('/')}/{sha256}/{file}"] if mirror else []) + [url]
+    return _fetch(name, urls, path, repo=repo)
+
+
+def _fetch(name: str, urls: list[str], path: Path, *, repo: str | None) -> Path:
+    """Ask one source after the other; where none answers, all of them together take no longer than `ANSWER_SECONDS`."""
+    sha256 = urls[0].split("/")[-2]
+    patience = Patience(answer=ANSWER_SECONDS / (len(urls) + (repo is not None)))
+    reasons = []
+    for url in urls:
+        logger.info("%s: asking %s for the weights", name, url)
+        try:
+            download(url, path, sha256=sha256, patience=patience)
+            return path
+        except UnavailableError as error:
+            reasons.append(f"{url} cannot be had ({error})")
+    if repo is not None:
+        logger.info("%s: asking the Hugging Face Hub for %s", name, repo)
+        try:
+            return download_hub_model(repo, patience=patience)
+        except UnavailableError as error:
+            reasons.append(f"{repo} on the Hugging Face Hub cannot be had ({error})")
+    raise OSError(
+        f"no weights for {name}: {'; '.join(reasons)}. Put {path.name} (SHA-256 {sha256}) at {path}, or name a mirror "
+        "with CLIP_MIRROR or HF_ENDPOINT, or a local file with --pretrained FILE, or start from random weights with "
+        "--pretrained none"
+    )
+
+
+def read_weights(path: Path, *, activation: str | None = None) -> Weights:
+    """Read CLIP weights from a file, or a folder as published on a model hub; its content tells the format.
+
+    Formats: OpenAI's TorchScript archive; a state dict in OpenAI's names, bare or inside a training checkpoint
+    (open_clip's `.pt`); open_clip's and Hugging Face's safetensors; a checkpoint of this toolkit.
+
+    Args:
+        path: the file; in a folder, its weights file is looked for.
+        activation: `quick_gelu` or `gelu`, for files that do not tell.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: damaged, of another kind of model, or its activation is not known.
+    """
+    path = _weights_file(path)
+    told: str | None = None
+    if _is_torchscript(path):
+        tensors, told = _read_torchscript(path), QUICK_GELU
+    else:
+        content = _read_safetensors(path) if _is_safetensors(path) else load_tensors(path)
+        if is_checkpoint(content):
+            check_format(content, path)
+            weights = own_weights(content, path)
+            _agree_activation(path, asked=activation, told=weights.architecture.activation)
+            return weights
+        tensors = _unwrap(content, path)
+        # the three entries that only OpenAI's archives have survive in the state dict of a loaded archive
+        told = QUICK_GELU if "input_resolution" in tensors else None
+    settings = _settings_beside(path)
+    told = told or _activation_from_settings(settings)
+    activation = _agree_activation(path, asked=activation, told=told)
+    tensors = _to_openai_names(tensors, path)
+    architecture = _architecture_of(tensors, path, activation=activation, vision_heads=_vision_heads(settings))
+    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {}, source=str(path))
+
+
+def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
+    """Take the weights out of a checkpoint of this toolkit, without a copy.
+
+    Args:
+        content: of the checkpoint; its tensors may be on any device.
+        source: where it comes from.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
+    try:
+        architecture = Architecture.from_dict(content["architecture"])
+        state = {name: value.detach().cpu() for name, value in content["model_state_dict"].items()}
+        uses_quick_gelu = bool(state.pop("_extra_state"))
+        tensors = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        tensors["logit_scale"] = state["logit_scale"].reshape(())
+        projections = {name: state[name] for name in ("image_projection.weight", "text_projection.weight")}
+        sizes = {tuple(weight.shape) for weight in projections.values()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{source}: damaged checkpoint ({type(error).__name__}: {error})") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: damaged checkpoint: {error}") from None
+    found = _architecture_of(
+        tensors, Path(source), activation=architecture.activation, vision_heads=architecture.vision_heads
+    )
+    fits = len(sizes) == 1 and {size[1:] for size in sizes} == {(architecture.embed_dim,)}
+    found = replace(found, transformer_heads=architecture.transformer_heads)  # which no tensor tells
+    if not (fits and found.same_tensors(architecture)) or uses_quick_gelu != (architecture.activation == QUICK_GELU):
+        raise ValueError(f"{source}: damaged checkpoint: its tensors are not those of its architecture")
+    return Weights(architecture, tensors, projections, content.get("self_test"), str(source))
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        names = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no weights file in this folder; looked for {', '.join(names)}")
+        return found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of auto, openai, none")
+    return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file  # noqa: PLC0415  (only where such a file is read)
+
+    try:
+        # copies: what was read is a view of the file, which may change
+        tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path}: damaged safetensors file: {error}") from None
+    return tensors
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors by name")
+    for prefix in ("module.", "_orig_mod.", "text."):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """Read the settings file that hubs keep beside weights, if there is one: open_clip's or Hugging Face's."""
+    for name in ("open_clip_config.json", "config.json"):
+        try:
+            settings = json.loads((path.parent / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(settings, dict) and ("model_cfg" in settings or "text_config" in settings):
+            return settings
+    return {}
+
+
+def _activation_from_settings(settings: dict[str, Any]) -> str | None:
+    if isinstance(settings.get("model_cfg"), dict):
+        return QUICK_GELU if settings["model_cfg"].get("quick_gelu", False) else GELU
+    # Hugging Face writes only what differs from its defaults, and its default is quick_gelu
+    parts = [settings.get(key) for key in ("text_config", "vision_config")]
+    told = {str(part.get("hidden_act", QUICK_GELU)) for part in parts if isinstance(part, dict)}
+    return told.pop() if len(told) == 1 else None
+
+
+def _vision_heads(settings: dict[str, Any]) -> int | None:
+    try:
+        if "model_cfg" in settings:
+            vision = settings["model_cfg"]["vision_cfg"]
+            return int(vision["width"]) // int(vision.get("head_width", 64))
+        heads = settings["vision_config"].get("num_attention_heads")
+        return None if heads is None else int(heads)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _agree_activation(path: Path, *, asked: str | None, told: str | None) -> str:
+    if told is not None and told not in {QUICK_GELU, GELU}:
+        raise ValueError(f"{path}: activation {told!r} is not supported; known: {QUICK_GELU}, {GELU}")
+    if asked is not None and told is not None and asked != told:
+        raise ValueError(f"{path}: made for activation {told}, not {asked}")
+    activation = asked or told
+    if activation is None:
+        raise ValueError(
+            f"{path} does not tell its activation, and the wrong one changes results silently; "
+            f"pass --activation {QUICK_GELU} (OpenAI's weights and those trained from them) or "
+            f"--activation {GELU} (most of open_clip's others)"
+        )
+    return activation
+
+
+def _to_openai_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    if "vision_model.embeddings.patch_embedding.weight" in tensors:
+        tensors = _from_hugging_face(tensors)
+    dropped = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+    tensors = {name: value for name, value in tensors.items() if name not in dropped}
+    needed = {"visual.conv1.weight", "text_projection", "positional_embedding", "token_embedding.weight", "logit_scale"}
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        raise ValueError(f"{path}: not the weights of a CLIP that OpenAI's classes can hold; no {', '.join(missing)}")
+    return tensors
+
+
+_HUGGING_FACE_NAMES = (
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+
+
+def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename transformers' `CLIPModel`; its separate query, key and value maps become one."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
+            continue
+        new = name
+        for old, openai in _HUGGING_FACE_NAMES:
+            new = new.replace(old, openai)
+        if ".q_proj." in name:
+            parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            converted[new] = torch.cat(parts)
+        elif name == "visual_projection.weight":
+            converted["visual.proj"] = tensor.T.contiguous()
+        elif name == "text_projection.weight":
+            converted["text_projection"] = tensor.T.contiguous()
+        else:
+            converted[new] = tensor
+    return converted
+
+
+def _architecture_of(
+    tensors: dict[str, Tensor], path: Path, *, activation: str, vision_heads: int | None
+) -> Architecture:
+    """Derive the architecture from the tensors' shapes (as OpenAI's `build_model` does) and name it if known."""
+    try:
+        vision = _vit_shape(tensors) if "visual.proj" in tensors else _resnet_shape(tensors)
+        text_width = tensors["ln_final.weight"].shape[0]
+        found = Architecture(
+            name="",
+            embed_dim=tensors["text_projection"].shape[1],
+            **vision,
+            context_length=tensors["positional_embedding"].shape[0],
+            vocab_size=tensors["token_embedding.weight"].shape[0],
+            transformer_width=text_width,
+            transformer_heads=text_width // 64,
+            transformer_layers=_count(tensors, "transformer.resblocks."),
+            activation=activation,
+        )
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP; no {error}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP: {error}") from None
+    if vision_heads is not None and found.is_vit:
+        found = replace(found, vision_heads=vision_heads)
+    same = [name for name, known in ARCHITECTURES.items() if known.same_tensors(found)]
+    return replace(found, name=same[0] if same else describe_architecture(found))
+
+
+def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    width, _, _, patch = tensors["visual.conv1.weight"].shape
+    grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    return {
+        "image_resolution": patch * grid,
+        "vision_layers": _count(tensors, "visual.transformer.resblocks."),
+        "vision_width": width,
+        "vision_patch_size": patch,
+        "vision_heads": _UNUSUAL_VISION_HEADS.get(width, width // 64),
+    }
+
+
+def _resnet_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    width = tensors["visual.layer1.0.conv1.weight"].shape[0]
+    grid = round((tensors["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+    return {
+        "image_resolution": grid * 32,
+        "vision_layers": tuple(_count(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
+        "vision_width": width,
+        "vision_patch_size": None,
+        "vision_heads": width * 32 // 64,
+    }
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
+
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Tell a TorchScript archive from other files by its content."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
+    except Exception:  # no zip file, or one damaged in one of many ways
+        return False
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a TorchScript archive, by its dotted attribute path, without running its code.
+
+    Such an archive is a zip file: `data.pkl` describes a tree of objects whose attributes are tensors, `data/<key>`
+    holds the bytes of each tensor's storage, `code/` the program. Only the first two are read, and the pickle may name
+    nothing but tensor rebuilding; its `__torch__` classes become plain containers.
+
+    Raises:
+        ValueError: damaged, or its description names something other than tensors and containers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
+            with archive.open(f"{root}data.pkl") as file:
+                tree = _TensorUnpickler(file, archive, root).load()
+                tensors = dict(_tensors_of(tree, ""))
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path}: damaged or unsafe TorchScript archive: {error or type(error).__name__}") from None
+    return tensors
+
+
+class _Container:
+    """Stands for an object of the archived program; keeps its attributes and none of its behaviour."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes: dict[str, Any] = state if isinstance(state, dict) else {}
+
+
+class _Storage:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    if not isinstance(storage, Tensor):
+        raise pickle.UnpicklingError("a tensor without storage")
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError("a tensor of more numbers than are stored")
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def _keep_first(value: Any, *_: Any) -> Any:
+    return value
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self.archive = archive
+        self.root = root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Container
+        if module == "torch" and name in _DTYPES:
+            return _Storage(_DTYPES[name])
+        allowed = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+            ("torch._utils", "_rebuild_parameter"): _keep_first,
+        }
+        if (module, name) in allowed:
+            return allowed[module, name]
+        if module == "torch.jit._pickle":
+            return _keep_first
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, storage, key, _, numel = pid
+        if kind != "storage" or not isinstance(storage, _Storage):
+            raise pickle.UnpicklingError(f"unknown reference {kind!r}")
+        entry = self.archive.getinfo(f"{self.root}data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes it; a few bytes cannot unfold into any number
+            raise pickle.UnpicklingError("compressed tensors")
+        data = bytearray(self.archive.read(entry))
+        return (
+            torch.frombuffer(data, dtype=storage.dtype, count=numel) if numel else torch.empty(0, dtype=storage.dtype)
+        )
+
+
+def _tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    attributes = value.attributes if isinstance(value, _Container) else {}
+    for key, child in attributes.items():
+        yield from _tensors_of(child, f"{name}.{key}" if name else str(key))

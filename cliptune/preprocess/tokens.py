@@ -1,0 +1,54 @@
+"""Captions to tokens with CLIP's byte-pair encoding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliptune.runtime.openai_clip import import_clip
+
+CONTEXT_LENGTH = 77
+
+
+_LONG_WORD = re.compile(r"(\S{4096})\S+")
+
+
+def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tuple[Tensor, int]:
+    """Tokenise with CLIP's byte-pair encoding.
+
+    Returns:
+        Tokens, int64 `[len(texts), context_length]`, padded with 0 after the end-of-text token, which a text that is
+        too long keeps as its last; and how many texts were too long.
+    """
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
+    num_truncated = 0
+    for row, text in enumerate(texts):
+        ids = _encode(text)
+        if len(ids) > context_length:
+            ids = [*ids[: context_length - 1], ids[-1]]
+            num_truncated += 1
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    return tokens, num_truncated
+
+
+def count_tokens(text: str) -> int:
+    """Count a text's tokens, start and end included; more than 77 are truncated in training."""
+    return len(_encode(text))
+
+
+def _encode(text: str) -> list[int]:
+    tokenizer = _tokenizer()
+    encoder: dict[str, int] = tokenizer.encoder
+    # the time for a word grows with the square of its length, and no tokens that count are so far behind
+    text = _LONG_WORD.sub(r"\1", text)
+    return [encoder["<|startoftext|>"], *tokenizer.encode(text), encoder["<|endoftext|>"]]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    return import_clip().simple_tokenizer.SimpleTokenizer()

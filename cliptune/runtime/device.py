@@ -1,0 +1,198 @@
+"""Where a run happens: device, precision, seeds, loading processes, logging."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Precision(NamedTuple):
+    """How a forward pass computes: the autocast dtype (None: plain float32) and whether losses are scaled."""
+
+    name: str
+    dtype: torch.dtype | None
+    scaled: bool
+
+
+_PRECISIONS = {
+    "fp32": Precision("fp32", None, scaled=False),
+    "bf16": Precision("bf16", torch.bfloat16, scaled=False),
+    "fp16": Precision("fp16", torch.float16, scaled=True),
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: no such device: {name}; known: auto, cpu, cuda, cuda:1, mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"--device {name}: PyTorch sees {found} CUDA device(s); use --device cpu or --device auto")
+    if device.type == "mps" and not _has_mps():
+        raise ValueError("--device mps: not available here; use --device cpu or --device auto")
+    if device.type not in {"cpu", "cuda", "mps"}:
+        raise ValueError(f"--device: {name} is not supported; known: auto, cpu, cuda, cuda:1, mps")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """Turn `auto` into the fastest precision that the device has in hardware; check the others.
+
+    Raises:
+        ValueError: float16 on a device that cannot train with it.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return _PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+        return _PRECISIONS["bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"]
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"--precision fp16 needs a CUDA device, not {device.type}; use bf16 or fp32")
+    return _PRECISIONS[name]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Run the enclosed forward pass in `precision`; parameters stay float32."""
+    if precision.dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision.dtype)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Tell whether `torch.compile` works here (it needs a C++ compiler, or Triton on a GPU); warn if not."""
+    try:
+        torch.compile(_double)(torch.ones(2, device=device))
+    except Exception as error:  # compilers fail in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("--compile: no compiler works here (%s); going on without", reason)
+        return False
+    return True
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Let float32 products on an NVIDIA GPU round their factors to TF32, of 10 bits, which is several times as fast."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory held so far, in GB (10^9 bytes): `process`, and `gpu` on a CUDA device.
+
+    The process's is its resident memory, without that of loading processes; it is not known on Windows.
+    """
+    peak: dict[str, float] = {}
+    if sys.platform != "win32":
+        import resource  # noqa: PLC0415  (not on Windows)
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_reserved(device) / 1e9
+    return peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device or the main memory is full."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch on a CPU
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes a device, or for `cpu` the machine or its control group, has free for this process."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil  # noqa: PLC0415  (reads /proc when it is imported)
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, limit - int((group / "memory.current").read_text()) + int(reclaimable))
+    except (OSError, ValueError, KeyError):  # no control group, or one without a limit
+        pass
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed tensors of up to 32 MiB for the next step; without glibc nothing happens.
+
+    Each step allocates the same tensors. Handed back in between, the system has to clear their pages every time.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def default_num_workers(device: torch.device) -> int:
+    """Choose the number of loading processes: on a GPU machine its cores up to 8, beside CPU training few or none.
+
+    There every core computes, and a process loads pictures many times as fast as a ViT-B/32 trains on them: with none
+    at all, a step on two cores waits for about a hundredth of its time.
+    """
+    cores = num_cores()
+    return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+
+
+def num_cores() -> int:
+    """Count the processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def _cpu_has_bf16() -> bool:
+    """Tell whether the processor multiplies bfloat16 in hardware; emulation is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,251 @@
+"""What a run is: typed settings, read from defaults, then `config.json`, then command-line flags.
+
+Every stage describes its settings as one frozen pydantic class. Its flags, its JSON keys, its `--help` and its
+checks all come from that class, so that there is one place to add a setting. The classes stand here because nothing
+here is slow to import: a stage answers `--help` and a wrong setting before it loads PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_MODEL_NAME = "ViT-B/32"
+DEFAULT_DATA_DIR = "./data"
+SAMPLE_SIZE = 1000
+MAX_SKIPPED_FRACTION = 0.01
+DATA_DIR_HELP = "folder with the data set, its index file, or shards (path/{00000..00099}.tar)"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+SkippedFraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
+
+
+def _check_interval(value: int | str | None) -> int | str | None:
+    if value is None:
+        return None
+    text = str(value)
+    number = text[:-1] if text[-1:] in SECONDS_OF_UNIT else text
+    if not (number.isdecimal() and int(number)):
+        raise ValueError(f"expected a number of steps, or a time such as 90s, 10m or 2h, got {value!r}")
+    return int(number) if number == text else text
+
+
+Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
+"""Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key, value in values.items():
+                field = cls.model_fields.get(key)
+                if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                    raise ValueError(f"{key}: {json.dumps(value)} is not a value for this setting")
+        return values
+
+
+class ModelSettings(Settings):
+    """Which network is trained and from which weights."""
+
+    name: str = Field(
+        DEFAULT_MODEL_NAME,
+        description="backbone: ViT-B/32, ViT-B/16, ViT-L/14, RN50, RN101, ..., or ViT-Ti/32",
+        json_schema_extra={"flag": "model_name"},
+    )
+    projection_dim: PositiveInt | None = Field(None, description="size of the shared space; none: the backbone's own")
+    freeze_backbone: bool = Field(False, description="train only the projection layers and the temperature")
+    freeze_tower: Literal["image", "text"] | None = Field(
+        None, description="image or text: train everything but that tower; none: as freeze_backbone says"
+    )
+    pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
+    activation: Literal["quick_gelu", "gelu"] | None = Field(
+        None, description="activation of a weights file that does not tell it; none: found from the file"
+    )
+
+    @model_validator(mode="after")
+    def _freeze_once(self) -> ModelSettings:
+        if self.freeze_backbone and self.freeze_tower is not None:
+            raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {self.freeze_tower} one: choose one")
+        return self
+
+
+class DataSettings(Settings):
+    """Where the pairs come from and how they are split."""
+
+    data_dir: str = Field(DEFAULT_DATA_DIR, description=DATA_DIR_HELP)
+    val_data: str | None = Field(
+        None, description="separate validation set, which shards need; none: split off from the data"
+    )
+    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
+    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    captions: Literal["random", "all"] = Field(
+        "random", description="random: one caption an image each epoch; all: every pair each epoch"
+    )
+    val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
+    on_unreadable_image: Literal["skip", "stop"] = Field(
+        "skip", description="skip: leave a bad picture or entry out and list it; stop: the first one ends the run"
+    )
+    max_skipped_fraction: SkippedFraction = Field(
+        MAX_SKIPPED_FRACTION, description="share of the pictures and entries that may be bad; more of them end the run"
+    )
+    augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
+    fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
+    cache_images: bool = Field(False, description="decode pictures once and keep them small, see cache_dir")
+    feature_views: NonNegativeInt | None = Field(
+        None,
+        description="views of a picture that a frozen tower keeps; none: 1, augmented 4; 0: keep no features",
+    )
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+
+    @property
+    def allowed_skipped_fraction(self) -> float:
+        """Share of the pictures and entries that may be bad before the run ends."""
+        return self.max_skipped_fraction if self.on_unreadable_image == "skip" else 0.0
+
+
+class TrainingSettings(Settings):
+    """How the weights are moved."""
+
+    batch_size: PositiveInt = Field(
+        32, description="pairs a step, over all processes: each is contrasted with all others of its batch"
+    )
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="pairs in memory at once, in each process; the gradient is the same; auto: as many as fit"
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute each layer again in the backward pass instead of keeping it: less memory, more time",
+    )
+    num_epochs: PositiveInt = Field(50, description="passes over the training images")
+    learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
+    backbone_lr_scale: NonNegativeFloat | None = Field(
+        None, description="rate of the towers over learning_rate; none: 0.01, or 1 for a random start"
+    )
+    weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
+    gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm a step; 0: no clipping")
+    skip_nonfinite: NonNegativeInt = Field(
+        0,
+        description="steps in a row that may be left out since loss or gradient is not finite; 0: stop at the first",
+    )
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.1, description="share of the steps over which the rates rise, before the cosine"
+    )
+    early_stopping_patience: NonNegativeInt = Field(
+        10, description="epochs without a better validation RSum before the run stops; 0: never"
+    )
+    precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
+    compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
+    seed: NonNegativeInt = Field(42, description="seed of the split, the order, the captions, the augmentation")
+
+
+class RunSettings(Settings):
+    """Where the run happens and what it leaves."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun: the whole model in each process, or (fsdp) a share of it"
+    )
+    output_dir: str = Field(".", description="holds model-checkpoint/, results/ and logs/")
+    cache_dir: str | None = Field(None, description="folder for kept pictures and features; none: cache in output_dir")
+    resume: str | None = Field(
+        None,
+        description="continue a run: alone, the one in output_dir; or a checkpoint file",
+        json_schema_extra={"bare": "latest"},
+    )
+    checkpoint_every: Interval = Field(
+        "10m",
+        description="steps (500) or time (90s, 10m, 2h) between states saved within an epoch; none: only at its end",
+    )
+    keep_checkpoints: PositiveInt = Field(
+        2, description="states kept: last_model.pth and the ones before it, in case it is damaged"
+    )
+    profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
+    log_interval: PositiveInt = Field(10, description="steps between two log lines")
+    log_level: LogLevel = Field("info", description="debug, info, warning, error")
+
+
+class Config(Settings):
+    """One training run, as stored in its checkpoint and its results."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _keep_only_views_that_there_are(self) -> Config:
+        views = self.data.feature_views
+        if views and not (self.model.freeze_backbone or self.model.freeze_tower == "image"):
+            raise ValueError(f"feature_views {views} needs a frozen image tower: freeze_backbone, freeze_tower image")
+        if views is not None and views > 1 and self.data.augment == "none":
+            raise ValueError(f"feature_views {views}: without augment all views of a picture are the same one")
+        return self
+
+
+class InspectSettings(Settings):
+    """Settings of the data stage."""
+
+    data_dir: str = Field(DEFAULT_DATA_DIR, description=DATA_DIR_HELP)
+    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
+    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    val_split: Share = Field(0.1, description="share of the groups kept for validation")
+    max_skipped_fraction: SkippedFraction = Field(
+        MAX_SKIPPED_FRACTION, description="share of the index's entries that may be bad"
+    )
+    check: bool = Field(False, description="decode every picture, look at every caption, print all that is wrong")
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes of check; none: one a core")
+    seed: NonNegativeInt = Field(42, description="seed of the split; of the sample data as well")
+    num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
+    to_shards: str | None = Field(None, description="write the data set as shards into this folder")
+    shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
+    split: Literal["train", "val", "test", "all"] = Field("train", description="which images to_shards takes")
+
+
+class EvaluationSettings(Settings):
+    """Settings of the evaluation stage."""
+
+    checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
+    data_dir: str | None = Field(None, description="data set; none: the checkpoint's own validation images")
+    split: Literal["train", "val", "test", "all"] | None = Field(
+        None, description="split of data_dir; none: val if it declares one, else everything"
+    )
+    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
+    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    max_skipped_fraction: SkippedFraction | None = Field(
+        None, description="share of the index's entries that may be bad; none: as the checkpoint's run"
+    )
+    batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+    precision: Precision | None = Field(None, description="auto, fp32, bf16, fp16; none: as the checkpoint's run")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    output_dir: str = Field(".", description="evaluation_results.json goes to its results/")
+    log_level: LogLevel = Field("info", description="debug, info, warning, error")
+
+
+class VisualizationSettings(Settings):
+    """Settings of the figure stage."""
+
+    results: str = Field(
+        "results/training_results.json", description="training_results.json or evaluation_results.json"
+    )
+    output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
+
+
+def seconds_of(interval: str) -> int:
+    """Return how long a time such as `90s`, `10m` or `2h` is."""
+    return int(interval[:-1]) * SECONDS_OF_UNIT[interval[-1]]

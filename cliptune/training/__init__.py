@@ -1,0 +1,1 @@
+"""One step and what surrounds it: loss, GradCache, optimiser, checkpoints of a run, what is told of it."""

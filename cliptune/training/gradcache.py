@@ -1,0 +1,247 @@
+"""The gradient of a batch's loss with only some of its pairs in memory at once (GradCache, Gao et al. 2021).
+
+The towers first run without a graph, a micro-batch at a time. The loss of the whole batch gives a gradient for each
+feature. Then each micro-batch runs again, with the same random numbers, and takes its features' gradient back to the
+parameters: the sum over the micro-batches is the whole batch's gradient. The last one keeps its graph the first time
+and is not run again, so a batch that is one micro-batch is a plain step.
+
+With several processes each does this for its own pairs, and the last backward pass of a step adds up the gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cliptune.model.towers import held_statistics, running_statistics
+from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
+from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
+from cliptune.training.loss import ContrastiveLoss
+
+logger = logging.getLogger(__name__)
+
+WAYS_OUT = "--gradient_checkpointing, --precision bf16, --freeze_backbone, a smaller --model_name"
+
+T = TypeVar("T")
+
+
+class StepResult(NamedTuple):
+    """What a batch gave, over all processes."""
+
+    loss: Tensor
+    """In nats, a scalar on the device, not yet waited for."""
+    accuracy: Tensor
+    """In-batch R@1, both directions averaged, in [0, 1]; a scalar on the device."""
+    num_pairs: int
+
+
+class GradCache:
+    """Computes the gradient of a batch, a micro-batch at a time; halves the micro-batch when memory runs out.
+
+    Args:
+        model: a `CLIPModel` on its device.
+        loss: over the features of the whole batch.
+        precision: of the towers; the loss is computed in float32.
+        size: pairs of a micro-batch in each process; None: all there are.
+        parallel: what runs the model in several processes: DDP's wrapper of it, or the model itself once it is sharded.
+        scaler: scales the loss.
+
+    Attributes:
+        size: as given, or as memory allowed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: ContrastiveLoss,
+        *,
+        precision: Precision,
+        size: int | None,
+        parallel: nn.Module | None,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self.model, self.loss, self.precision, self.size, self.scaler = model, loss, precision, size, scaler
+        self.parallel = model if parallel is None else parallel
+        # the towers of a sharded model exchange weights: there no process can tell the others that its memory is full
+        self.towers_exchange = world_size() > 1 and not isinstance(self.parallel, DistributedDataParallel)
+
+    def backward(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None) -> StepResult | None:
+        """Set every parameter's gradient to that of the batch's loss, times the scaler's scale.
+
+        Args:
+            images: `[B, 3, R, R]`, or the image tower's output: this process's part of the batch, which may be empty.
+            tokens: `[B, 77]`, or the text tower's output.
+            image_ids: `[B]`, or None when every image of the batch is another.
+
+        Returns:
+            None if no process has a pair.
+
+        Raises:
+            MemoryError: one pair does not fit, or memory ran out where the processes could not agree to go on.
+        """
+        sizes = gather_sizes(len(tokens))
+        if not sum(sizes):
+            return None
+        ids = None if image_ids is None else image_ids.to(self.model.device, non_blocking=True)
+        batch = _Batch(images, tokens, ids)
+        before = _State(self.model)
+        while True:
+            self.model.zero_grad(set_to_none=True)
+            size = min(self.size or max(sizes), max(sizes))
+            chunks = [slice(start, min(start + size, len(tokens))) for start in range(0, max(sizes), size)]
+            try:
+                return StepResult(*self._backward(batch, chunks), sum(sizes))
+            except _MemoryFull:
+                if size == 1:
+                    raise MemoryError(f"one pair does not fit into memory: {WAYS_OUT} need less") from None
+            self.size = size // 2
+            logger.warning("out of memory with micro-batches of %d pairs: going on with %d", size, self.size)
+            before.restore()
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:
+        """Attempt a step in these micro-batches; returns loss and accuracy."""
+        *early, last = chunks
+        encoded = self._attempt(lambda: self._encode_all(batch, early, last), exchanges=self.towers_exchange)
+        after = _State(self.model)
+        loss, accuracy, gradients = self._attempt(lambda: self._loss(batch, encoded), exchanges=True)
+
+        def take_back(chunk: slice, features: _Features) -> None:
+            if chunk.start < chunk.stop:
+                own = [gradient[chunk] for gradient in gradients]
+            else:
+                own = [torch.zeros_like(each) for each in features]
+            with tf32(self.model.device):
+                torch.autograd.backward(features, own)
+
+        def replay(number: int, *, synchronised: bool) -> None:
+            encoded[number].state.restore()
+            take_back(early[number], self._encode(batch, early[number], synchronised=synchronised))
+
+        def replay_all_but_one() -> None:
+            take_back(last, encoded.pop().features)
+            for number in range(len(early) - 1):
+                replay(number, synchronised=False)
+
+        if early:
+            self._attempt(replay_all_but_one, exchanges=self.towers_exchange)
+            self._attempt(lambda: replay(len(early) - 1, synchronised=True), exchanges=True)
+        else:
+            self._attempt(lambda: take_back(last, encoded.pop().features), exchanges=True)
+        after.restore()
+        return loss, accuracy
+
+    def _encode_all(self, batch: _Batch, early: list[slice], last: slice) -> list[_Encoded]:
+        """Run the towers on every micro-batch, on all but the last without a graph."""
+        encoded = []
+        # one autocast around all, so that they use the same copies of the weights
+        with torch.no_grad(), autocast(self.model.device, self.precision):
+            for chunk in early:
+                state = _State(self.model)
+                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False), state))
+        return [*encoded, _Encoded(self._encode(batch, last, synchronised=not early), _State(self.model))]
+
+    def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool) -> _Features:
+        """Run the towers on a micro-batch; `synchronised`: its backward pass is the one that adds up all processes'."""
+        images, tokens = batch.inputs(chunk, self.model.image_resolution)
+        run, device = self.parallel if synchronised else self.model, self.model.device
+        is_blank = chunk.start >= chunk.stop
+        with tf32(device), autocast(device, self.precision), held_statistics(self.model) if is_blank else nullcontext():
+            features: _Features = run(images.to(device, non_blocking=True), tokens)
+        return features
+
+    def _loss(self, batch: _Batch, encoded: list[_Encoded]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return loss and accuracy of the whole batch, and the gradients of this process's features."""
+        num_pairs = len(batch.tokens)
+        leaves = [
+            torch.cat(parts).detach()[:num_pairs] for parts in zip(*(each.features for each in encoded), strict=True)
+        ]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        images, texts = leaves
+        loss, accuracy = self.loss.with_accuracy(images, texts, self.model.logit_scale, image_ids=batch.image_ids)
+        self.scaler.scale(loss).backward()
+        # DDP and FSDP divide the sum over the processes by their number
+        return loss.detach(), accuracy, [world_size() * leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def _attempt(self, work: Callable[[], T], *, exchanges: bool) -> T:
+        """Do work. If memory runs out in one process, all repeat the step, unless the work has exchanges in it.
+
+        There the others wait for something that will not come, and only the end of the run frees them.
+        """
+        full = False
+        try:
+            result = work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        # below the handler, which holds on to the tensors of what failed
+        if exchanges and world_size() > 1:
+            if full:
+                raise MemoryError(
+                    f"out of memory in an exchange of processes: lower --micro_batch_size; {WAYS_OUT} need less"
+                )
+            return result
+        if any_rank(full):
+            raise _MemoryFull
+        return result
+
+
+class _MemoryFull(Exception):  # noqa: N818  (an outcome, not an error)
+    pass
+
+
+_Features = tuple[Tensor, Tensor]
+
+
+class _Encoded(NamedTuple):
+    """Features of a micro-batch's images and texts, and the state before they were computed."""
+
+    features: _Features
+    state: _State
+
+
+class _Batch(NamedTuple):
+    images: Tensor
+    tokens: Tensor
+    image_ids: Tensor | None
+
+    def inputs(self, chunk: slice, resolution: int) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch; where others have a pair and this process has none, a blank one."""
+        if chunk.start < chunk.stop:
+            return self.images[chunk], self.tokens[chunk]
+        images = self.images.new_zeros(1, *self.images.shape[1:]) if self.images.ndim > 1 else None
+        blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8) if images is None else images
+        return blank, self.tokens.new_zeros(1, *self.tokens.shape[1:])
+
+
+class _State:
+    """What running a model changes or draws from: random numbers and running statistics."""
+
+    def __init__(self, model: Any) -> None:
+        self.statistics = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
+        self.random = torch.get_rng_state()
+        self.device = model.device
+        self.random_of_device: Tensor | None = None
+        if self.device.type == "cuda":
+            self.random_of_device = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            self.random_of_device = torch.mps.get_rng_state()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.random)
+        if self.random_of_device is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random_of_device, self.device)
+        elif self.random_of_device is not None:
+            torch.mps.set_rng_state(self.random_of_device)
+        with torch.no_grad():
+            for buffer, value in self.statistics:
+                buffer.copy_(value)

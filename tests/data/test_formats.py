@@ -1,0 +1,276 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cliptune.data import index as entries
+from cliptune.data.formats import find_index, read_directory, read_index
+
+EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
+
+
+def write(folder: Path, text: str, name: str = "index.bin") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+FORMS = {
+    "json": json.dumps(
+        [
+            {"image_path": "a b.jpg", "caption": "one"},
+            {"image_path": "c.png", "caption": ["四"]},
+            {"image_path": "a b.jpg", "caption": "two, three"},
+        ]
+    ),
+    "jsonl": '{"filename": "a b.jpg", "title": ["one", "two, three"]}\n{"filename": "c.png", "title": "四"}\n',
+    "csv": '\ufeffimage,caption\na b.jpg,one\na b.jpg,"two, three"\nc.png,四\n',
+    "tsv": "filepath\ttitle\na b.jpg\tone\na b.jpg\ttwo, three\nc.png\t四\n",
+    "coco": json.dumps(
+        {
+            "images": [{"id": 1, "file_name": "a b.jpg"}, {"id": 2, "file_name": "c.png"}],
+            "annotations": [
+                {"image_id": 1, "caption": "one"},
+                {"image_id": 1, "caption": "two, three"},
+                {"image_id": 2, "caption": "四"},
+            ],
+        }
+    ),
+    "karpathy": json.dumps(
+        {
+            "images": [
+                {"filename": "a b.jpg", "split": "restval", "sentences": [{"raw": "one"}, {"raw": "two, three"}]},
+                {"filename": "c.png", "split": "test", "sentences": [{"raw": "四"}]},
+            ]
+        }
+    ),
+    "mapping": json.dumps({"a b.jpg": ["one", "two, three"], "c.png": "四"}),
+    "token": "a b.jpg#0\tone\na b.jpg#1\ttwo, three\nc.png#zhm#0 四\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_found_by_its_content(form: str, tmp_path: Path) -> None:
+    index = read_index(write(tmp_path, FORMS[form]))
+    assert index.form == form
+    assert [(row.image, row.captions) for row in index.rows] == EXPECTED
+    assert index.issues.count == 0
+
+
+def test_splits_and_groups_are_read(tmp_path: Path) -> None:
+    assert [row.split for row in read_index(write(tmp_path, FORMS["karpathy"])).rows] == ["train", "test"]
+    text = '{"image": "a.jpg", "caption": "x", "split": "dev", "group": "g"}\n{"image": "b.jpg", "caption": "y"}'
+    assert [row[2:4] for row in read_index(write(tmp_path, text)).rows] == [("val", "g"), (None, None)]
+
+
+def test_the_directory_form(tmp_path: Path) -> None:
+    for name in ("images/a/x.JPG", "images/y.png", "images/z.png", "images/z.jpg", "captions/q.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("q")
+    (tmp_path / "captions/a").mkdir()
+    (tmp_path / "captions/a/x.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "captions/z.txt").write_text("clash\n")
+    index = read_directory(tmp_path)
+    assert [(row.image, row.captions) for row in index.rows] == [("images/a/x.JPG", ("one", "two"))]
+    assert index.issues.count == 3  # clashing z, y without captions, q without image
+
+
+def test_further_columns_are_counted_and_caption_key_picks_one(tmp_path: Path) -> None:
+    path = write(tmp_path, '[{"image": "a.jpg", "caption": "x", "caption_zh": "好", "width": 3}]')
+    assert read_index(path).ignored_columns == {"caption_zh": 1, "width": 1}
+    assert read_index(path, caption_key="caption_zh").rows[0].captions == ("好",)
+    with pytest.raises(ValueError, match="did you mean caption_zh"):
+        read_index(path, caption_key="captionzh")
+
+
+def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
+    rows = [
+        {"image": "ok.jpg", "caption": "fine"},
+        {"image": "a.jpg", "caption": " "},
+        {"image": "b.jpg", "caption": 3},
+    ]
+    rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
+    index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
+    assert [issue.place.split(":")[1] for issue in index.issues.first] == [
+        " row 2",
+        " row 3",
+        " row 4",
+        " row 5",
+        " row 6",
+    ]
+    assert "unknown split 'tset'" in index.issues.first[3].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("[]", "it has no entries"),
+        ('[{"image": "a.jpg", "caption": ""}]', "row 1: empty caption"),
+        ('[{"image": "a.jpg",\n "capt', "line 2, column 2"),
+        ('[{"file": "a.jpg", "caption": "x"}]', "no image column: found file, caption"),
+        ("a.jpg\nb.jpg\n", "of no known form"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_cannot_be_read_is_said(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_index(write(tmp_path, text))
+
+
+HALF_GOOD = {
+    "a line that is no JSON": ('{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg",\n', "line 2: not valid JSON"),
+    "a quote that never closes": ('image,caption\na.jpg,x\nb.jpg,"y\nc.jpg,z\n', "line 3: not a valid row"),
+    "a comma without quotes": ("image,caption\nb.jpg,one, two\na.jpg,x\n", "line 2: 3 cells, the header has 2"),
+    "a NUL byte": ("image,caption\nb.jpg,o\0ne\na.jpg,x\n", "line 2: caption holds a NUL byte"),
+    "half a character": (r'[{"image": "b.jpg", "caption": "\ud800"}, {"image": "a.jpg", "caption": "x"}]', "row 1"),
+    "not a number": (
+        '[{"image": "b.jpg", "caption": NaN}, {"image": "a.jpg", "caption": "x"}]',
+        "row 1: caption is NaN",
+    ),
+    "a group that is a list": (
+        '[{"image": "b.jpg", "caption": "y", "group": []}, {"image": "a.jpg", "caption": "x"}]',
+        "row 1: group is a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HALF_GOOD)
+def test_a_bad_entry_costs_itself_alone(case: str, tmp_path: Path) -> None:
+    text, issue = HALF_GOOD[case]
+    index = read_index(write(tmp_path, text))
+    assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]
+    assert index.issues.count == 1
+    assert issue in str(index.issues.first[0])
+
+
+def test_entries_of_one_image_are_joined(tmp_path: Path) -> None:
+    twice = '{"a.jpg": ["x"], "a.jpg": ["y"]}'
+    assert read_index(write(tmp_path, twice)).rows[0].captions == ("x", "y")
+    half_said = (
+        '[{"image": "a.jpg", "caption": "x"}, {"image": "a.jpg", "caption": "y", "split": "val"},'
+        ' {"image": "a.jpg", "caption": "z", "split": "test"}]'
+    )
+    index = read_index(write(tmp_path, half_said))
+    assert [(row.captions, row.split) for row in index.rows] == [(("x", "y", "z"), "val")]
+    assert "split 'test', but 'val'" in str(index.issues.first[0])
+
+
+def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
+    rows: list[object] = [{}, 3, {"image": "old.jpg", "title": "t"}, {"image": "b.jpg", "caption": "x", "n": 1}]
+    rows += [{"image_path": "a.jpg", "title": "t", "caption": "y"}, {"image": "c.jpg", "n": 2}]
+    index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
+    assert [(row.image, row.captions, row.place) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
+    assert [str(issue)[8:] for issue in index.issues.first] == [
+        "row 1: no image_path",
+        "row 2: expected an object, found a number",
+        "row 3: no image_path",
+        "row 4: no image_path",
+        "row 6: no image_path",
+    ]
+    assert index.ignored_columns == {"image": 3, "title": 2, "n": 2}
+
+
+def test_problems_stand_in_the_order_of_the_rows_and_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "MAX_ISSUES", 100)
+    rows = [{"image": "a.jpg", "caption": "x", "split": "val", "group": "g"}, {"image": "b.jpg", "caption": ""}]
+    rows += [{"image": "a.jpg", "caption": "y", "split": "test", "group": "h"}, {"image": "c.jpg", "caption": ""}]
+    index = read_index(write(tmp_path, json.dumps(rows + 200 * rows[1:3]), "i.json"))
+    assert [str(issue) for issue in index.issues.first[:5]] == [
+        "i.json: row 2: empty caption",
+        "i.json: row 3: 'a.jpg': split 'test', but 'val' at i.json: row 1",
+        "i.json: row 3: 'a.jpg': group 'h', but 'g' at i.json: row 1",
+        "i.json: row 4: empty caption",
+        "i.json: row 5: empty caption",
+    ]
+    assert (index.issues.count, len(index.issues.first)) == (4 + 600, 100)
+
+
+def test_a_header_that_holds_a_carriage_return_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 1: of no known form"):
+        read_index(write(tmp_path, "im\rage,caption\na.jpg,x\n"))
+
+
+def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "images/a.png").touch()
+    (tmp_path / "captions/a.txt").write_text("one\u2028still one\r\ntwo\n", encoding="utf-8", newline="")
+    assert read_directory(tmp_path).rows[0].captions == ("one\u2028still one", "two")
+    assert len(read_index(write(tmp_path, "image,caption\ra.jpg,x\rb.jpg,y\r")).rows) == 2
+
+
+def test_a_lone_object_is_a_row(tmp_path: Path) -> None:
+    index = read_index(write(tmp_path, '{\n "image": "a.jpg",\n "caption": "x"\n}'))
+    assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]
+
+
+def test_invalid_utf8_names_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b'[{"image": "\xff"}]')
+    with pytest.raises(ValueError, match="not UTF-8 at byte 12"):
+        read_index(path)
+
+
+CAPTIONS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda text: text.strip())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CAPTIONS, min_size=1, max_size=4))
+def test_captions_survive_json_and_csv(tmp_path_factory: pytest.TempPathFactory, captions: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("round")
+    expected = tuple(caption.strip() for caption in captions)
+    rows = [{"image": "a.jpg", "caption": caption} for caption in captions]
+    assert read_index(write(folder, json.dumps(rows))).rows[0].captions == expected
+    with (folder / "x").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "caption"], quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_index(folder / "x").rows[0].captions == expected
+
+
+def test_find_index(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"python data_loader\.py"):
+        find_index(tmp_path)
+    write(tmp_path, "notes", "notes.txt")
+    one = write(tmp_path, FORMS["json"], "pairs.json")
+    assert find_index(tmp_path) == one
+    write(tmp_path, FORMS["token"], "tokens.txt")
+    with pytest.raises(ValueError, match=r"pairs.json, tokens.txt; name one with --data_dir FILE"):
+        find_index(tmp_path)
+    data = write(tmp_path, FORMS["json"], "data.json")
+    assert find_index(tmp_path) == data
+    splits = {split: write(tmp_path, FORMS["json"], f"{split}.json") for split in ("train", "val")}
+    assert find_index(tmp_path) == splits
+    write(tmp_path, FORMS["csv"], "train.csv")
+    with pytest.raises(ValueError, match=r"several train files: train.csv, train.json"):
+        find_index(tmp_path)
+
+
+REAL = {
+    "annotations/coco_captions_val2017.json": ("coco", 5000, 25014),
+    "annotations/ucm_karpathy.json": ("karpathy", 2100, 10500),
+    "annotations/sydney_karpathy.json": ("karpathy", 613, 3065),
+    "annotations/Flickr8k.token.txt": ("token", 8093, 40460),
+    "annotations/captions.kaggle.txt": ("csv", 8091, 40455),
+    "annotations/flickr8k_zh_test.captions.txt": ("token", 1000, 5000),
+    "flickr8k/train.json": ("json", 6000, 30000),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files(name: str, real_data: Path) -> None:
+    index = read_index(real_data / name)
+    assert (index.form, len(index.rows), sum(len(row.captions) for row in index.rows)) == REAL[name]
+
+
+def test_two_forms_of_flickr8k_agree(real_data: Path) -> None:
+    tokens = {row.image: row.captions for row in read_index(real_data / "annotations/Flickr8k.token.txt").rows}
+    table = {row.image: row.captions for row in read_index(real_data / "annotations/captions.kaggle.txt").rows}
+    assert set(tokens) - set(table) == {"2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg"} - set(table)
+    assert all(sorted(tokens[image]) == sorted(table[image]) for image in table)

@@ -1,0 +1,143 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cliptune.data import sample_data
+from cliptune.data.formats import find_index
+from cliptune.data.pairs import holds_only_placeholders
+from cliptune.data.sample_data import COLOURS, create_sample_dataset, describe, distinct_scenes, render
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_thousand_samples_have_distinct_captions() -> None:
+    captions = [caption for _, both in distinct_scenes(1000) for caption in both]
+    assert len(set(captions)) == 2000
+
+
+def test_same_seed_same_bytes_and_more_samples_change_none(tmp_path: Path) -> None:
+    for name, number, seed in (("a", 6, 0), ("b", 6, 0), ("c", 3, 0), ("d", 6, 1)):
+        create_sample_dataset(tmp_path / name, number, seed=seed)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b") != files_of(tmp_path / "d")
+    first = files_of(tmp_path / "c")
+    assert all(files_of(tmp_path / "a")[name] == first[name] for name in first if name != "data.json")
+
+
+def test_index_and_caption_files_agree(sample_dir: Path) -> None:
+    rows = json.loads((sample_dir / "data.json").read_text())
+    assert len(rows) == 60
+    for row in rows:
+        text = (sample_dir / "captions" / Path(row["image_path"]).name).with_suffix(".txt")
+        assert text.read_text().splitlines() == row["caption"]
+
+
+def count_regions(mask: np.ndarray) -> list[tuple[float, float]]:
+    """Return the middle (x, y) of each connected region of a mask."""
+    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
+    middles = []
+    while left:
+        region, todo = [], [left.pop()]
+        while todo:
+            y, x = todo.pop()
+            region.append((x, y))
+            near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
+            left -= near
+            todo += near
+        if len(region) < 20:  # specks of smoothed edges
+            continue
+        middles.append((float(np.mean([x for x, _ in region])), float(np.mean([y for _, y in region]))))
+    return middles
+
+
+def test_captions_are_true_of_the_pixels() -> None:
+    for scene, captions in distinct_scenes(40, seed=3):
+        pixels = np.asarray(render(scene)).astype(int)
+        assert tuple(pixels[1, 1]) == COLOURS[scene.background]
+        assert all(f"{scene.background} " in caption for caption in captions)
+        for group in scene.groups:
+            middles = count_regions(np.abs(pixels - COLOURS[group.colour]).sum(-1) < 12)
+            assert len(middles) == group.count
+            x, y = np.mean([middle[0] for middle in middles]), np.mean([middle[1] for middle in middles])
+            words = {"left": x < 90, "right": x > 134, "top": y < 90, "bottom": y > 134}
+            assert all(words[word] for word in group.place.split() if word in words), (group, x, y)
+            number = {1: "a ", 2: "two ", 3: "three ", 4: "four "}[group.count]
+            assert all(f"{number}{group.size} {group.colour} {group.shape}" in caption for caption in captions)
+
+
+def test_relations_are_true_of_the_pixels() -> None:
+    said = set()
+    for scene, (_, caption) in distinct_scenes(60):
+        assert describe(scene)[1] == caption
+        if len(scene.groups) == 1:
+            continue
+        pixels = np.asarray(render(scene)).astype(int)
+        (ys, xs), (ys2, xs2) = (np.nonzero((pixels == COLOURS[g.colour]).all(-1)) for g in scene.groups[:2])
+        holds = {
+            " to the left of ": xs.max() < xs2.min(),
+            " to the right of ": xs.min() > xs2.max(),
+            " above ": ys.max() < ys2.min(),
+            " below ": ys.min() > ys2.max(),
+        }
+        [relation] = [words for words in holds if words in caption]
+        assert holds[relation], caption
+        said.add(relation)
+    assert len(said) == 4
+
+
+def test_it_refuses_to_overwrite(tmp_path: Path) -> None:
+    create_sample_dataset(tmp_path / "a", 2)
+    with pytest.raises(FileExistsError, match="is there already"):
+        create_sample_dataset(tmp_path / "a", 2)
+    (tmp_path / "a" / "data.json").unlink()  # what is left is a data set of the directory form: perhaps someone's own
+    with pytest.raises(FileExistsError, match="not ours to replace"):
+        create_sample_dataset(tmp_path / "a", 2)
+    (tmp_path / "b" / "images").mkdir(parents=True)
+    (tmp_path / "b" / "images" / "holiday.jpg").touch()
+    with pytest.raises(FileExistsError, match=r"holiday\.jpg is not ours"):
+        create_sample_dataset(tmp_path / "b", 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        create_sample_dataset(tmp_path / "c", 0)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, folder: Path, *, killed: bool) -> None:
+    """Begin 8 samples and stop at the fifth: by Ctrl-C, or killed, with no chance to clean up."""
+    scenes: list[object] = []
+
+    def draw(scene: sample_data.Scene) -> object:
+        if len(scenes) == 4:
+            raise KeyboardInterrupt
+        scenes.append(scene)
+        return render(scene)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_data, "render", draw)
+        if killed:
+            patch.setattr(sample_data, "_undo", lambda folder: None)
+        with pytest.raises(KeyboardInterrupt):
+            create_sample_dataset(folder, 8)
+
+
+def test_a_killed_creation_is_no_data_set_and_is_begun_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch, tmp_path / "a", killed=True)
+    assert len(list((tmp_path / "a" / "images").iterdir())) == 4
+    with pytest.raises(FileNotFoundError, match="no data set"):
+        find_index(tmp_path / "a")
+    assert holds_only_placeholders(tmp_path / "a")  # so that the stages begin it afresh by themselves
+    create_sample_dataset(tmp_path / "a", 2)
+    create_sample_dataset(tmp_path / "b", 2)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_ctrl_c_leaves_nothing_but_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("images", "captions"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".gitkeep").touch()
+    before = files_of(tmp_path)
+    interrupt(monkeypatch, tmp_path, killed=False)
+    assert files_of(tmp_path) == before
+    create_sample_dataset(tmp_path, 2)
+    assert len(files_of(tmp_path)) == len(before) + 5

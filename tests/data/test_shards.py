@@ -1,0 +1,219 @@
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from webdataset.tariterators import tarfile_samples
+
+import data_loader
+from cliptune.data.pairs import load_pairs
+from cliptune.data.row_store import ImageCache
+from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, read_samples, write_shards
+from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
+from cliptune.preprocess.transforms import clip_transform
+from data_loader import ImageTextDataset
+from tests.data.test_pairs import make_images
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def make_shards(folder: Path, *counts: int) -> str:
+    """Shards of so many samples; the picture and the only caption of each say which sample it is."""
+    first = 0
+    for shard, count in enumerate(counts):
+        members = []
+        for number in range(first, first + count):
+            members += [(f"{number:04}.png", picture(number)), (f"{number:04}.txt", f"number {number}".encode())]
+        make_tar(folder / f"{shard:02}.tar", members)
+        first += count
+    return f"{folder}/{{00..{len(counts) - 1:02}}}.tar"
+
+
+def assert_read_as_by_webdataset(url: str) -> None:
+    samples = list(tarfile_samples([{"url": url}]))
+    assert len(samples) == open_shards(url).shards[0].num_samples
+    for own, sample in zip(read_samples(url), samples, strict=True):
+        assert own.key == sample["__key__"]
+        assert [own.picture()] == [sample[ending] for ending in ("png", "jpg") if ending in sample]
+        assert own.texts == {ending: sample[ending] for ending in ("json", "txt")}
+
+
+def test_what_is_written_is_what_there_was(
+    sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", str(sample_dir), "--shard_size", "25", "--split", "all"]
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "a")]) == 0
+    assert "written: 60 images in 3 shards" in capsys.readouterr().out
+    data_dir = f"{tmp_path}/a/{{00000..00002}}.tar"
+    assert [shard.num_samples for shard in open_shards(data_dir).shards] == [25, 25, 10]
+    pairs, again = load_pairs(sample_dir), load_pairs(data_dir)
+    content = {read_bytes(path): pairs.captions_of(number) for number, path in enumerate(pairs.paths)}
+    assert {read_bytes(path): again.captions_of(number) for number, path in enumerate(again.paths)} == content
+    order = [list(content).index(read_bytes(path)) for path in again.paths]
+    assert sorted(order) == list(range(60)) != order
+    assert_read_as_by_webdataset(f"{tmp_path}/a/00002.tar")
+    # a caption a line, for other tools
+    sample = next(read_samples(f"{tmp_path}/a/00000.tar"))
+    assert isinstance(sample.picture(), bytes)
+    assert tuple(sample.texts["txt"].decode().split("\n")) == sample.captions()
+
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "b")]) == 0
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "c"), "--seed", "3"]) == 0
+    a, b, c = ((tmp_path / name / "00001.tar").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+    # shards are a data set like any other: to describe, or to write anew
+    assert data_loader.main(["--data_dir", data_dir]) == 0
+    assert "images      60, 120 pairs" in capsys.readouterr().out
+    assert data_loader.main(["--data_dir", data_dir, "--to_shards", str(tmp_path / "d"), "--split", "all"]) == 0
+    assert set(map(read_bytes, load_pairs(tmp_path / "d" / "00000.tar").paths)) == set(content)
+
+
+def test_only_the_chosen_split_is_written(sample_dir: Path, tmp_path: Path) -> None:
+    for split, expected in (("train", 54), ("val", 6)):
+        folder = tmp_path / split
+        assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(folder), "--split", split]) == 0
+        assert len(open_shards(f"{folder}/00000.tar")) == expected
+
+
+def test_a_bad_picture_is_not_written_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_images(tmp_path, *(f"{n}.png" for n in range(3)))
+    (tmp_path / "1.png").write_text("no picture")
+    (tmp_path / "2.png").rename(tmp_path / "two")  # no ending to go by
+    images = [(str(tmp_path / name), ["one\ntwo", "three"]) for name in ("0.png", "1.png", "two", "gone.png")]
+    shards, issues = write_shards(images, tmp_path / "out", shard_size=9)
+    assert len(shards) == 2
+    assert [issue.split(":")[0] for issue in issues] == [str(tmp_path / "1.png"), str(tmp_path / "gone.png")]
+    first, second = read_samples(shards.shards[0].url)
+    assert first.captions() == ("one\ntwo", "three")
+    assert first.texts["txt"] == b"one two\nthree"
+    assert second.picture() == (tmp_path / "two").read_bytes()
+    with pytest.raises(ValueError, match="holds tar files already"):
+        write_shards(images, tmp_path / "out", shard_size=9)
+    with pytest.raises(ValueError, match="none of 1 pictures"):
+        write_shards(images[1:2], tmp_path / "none", shard_size=9)
+
+
+def test_the_form_of_img2dataset_is_read(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes]] = [("__index__/x.json", b"{}")]
+    for number in range(3):
+        facts = {"caption": f"number {number}" if number else None, "alt": [f"alt {number}", " "], "key": number}
+        key = f"00000{number:04}"
+        texts = [(f"{key}.json", json.dumps(facts).encode()), (f"{key}.txt", f"text {number}".encode())]
+        members += [(f"{key}.JPG", picture(number)), *texts, (f"{key}.seg.png", b"")]
+    make_tar(tmp_path / "00000.tar", members)
+    data_dir = f"{tmp_path}/00000.tar"
+    assert_read_as_by_webdataset(data_dir)
+    assert [sample.captions() for sample in read_samples(data_dir)] == [("text 0",), ("number 1",), ("number 2",)]
+    assert [sample.captions("alt") for sample in read_samples(data_dir, 1, 2)] == [("alt 1",)]
+    assert list(load_pairs(data_dir, caption_key="alt").captions) == ["alt 0", "alt 1", "alt 2"]
+    with pytest.raises(ValueError, match="no caption under 'prompt'"):
+        load_pairs(data_dir, caption_key="prompt")
+
+
+def test_samples_are_counted_once_and_again_when_a_shard_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    data_dir = make_shards(tmp_path, 3, 4)
+    counts = [[shard.num_samples for shard in open_shards(data_dir).shards] for _ in range(2)]
+    assert counts == [[3, 4], [3, 4]]
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: counted the samples of 2 shard(s)"]
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    assert [(entry["url"], entry["nsamples"]) for entry in index["shardlist"]] == [("00.tar", 3), ("01.tar", 4)]
+
+    size = (tmp_path / "01.tar").stat().st_size
+    make_shards(tmp_path / "other", 0, 2)
+    (tmp_path / "other" / "01.tar").replace(tmp_path / "01.tar")
+    assert (tmp_path / "01.tar").stat().st_size == size  # the time of change tells
+    os.utime(tmp_path / "01.tar", ns=(0, 0))
+    assert [shard.num_samples for shard in open_shards(data_dir).shards] == [3, 2]
+    assert caplog.messages[-1] == f"{tmp_path}: counted the samples of 1 shard(s)"
+    make_shards(tmp_path, 3, 5, 2)
+    (tmp_path / INDEX_NAME).write_text('{"shards": 3}')
+    with pytest.raises(ValueError, match="delete it, and the samples are counted"):
+        open_shards(data_dir)
+
+
+def test_a_damaged_shard_is_told_before_the_run(tmp_path: Path) -> None:
+    data_dir = make_shards(tmp_path, 5, 5)
+    content = (tmp_path / "01.tar").read_bytes()
+    (tmp_path / "01.tar").write_bytes(content[:700])
+    with pytest.raises(OSError, match=r"01\.tar: cannot be read as a tar file"):
+        open_shards(data_dir)
+    (tmp_path / "01.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards are not there \(first: .*01.tar\)"):
+        open_shards(data_dir)
+
+
+def test_shards_elsewhere_go_by_the_index_beside_them(tmp_path: Path) -> None:
+    make_shards(tmp_path, 9, 8)
+    data_dir = f"pipe:cat {tmp_path}/{{00..01}}.tar"
+    with pytest.raises(ValueError, match=f"read from {INDEX_NAME} beside them"):
+        open_shards(data_dir)
+    open_shards(f"{tmp_path}/00.tar")
+    with pytest.raises(ValueError, match="tells of 1 of 2 shards"):
+        open_shards(data_dir)
+    open_shards(f"{tmp_path}/{{00..01}}.tar")
+    assert [shard.num_samples for shard in open_shards(data_dir).shards] == [9, 8]
+    assert [sample.key for sample in read_samples(f"pipe:cat {tmp_path}/01.tar", 6, 8)] == ["0015", "0016"]
+    with pytest.raises(ValueError, match="only for training"):
+        load_pairs(data_dir)
+    with pytest.raises(ValueError, match="webdataset opens no s3: addresses"):
+        open_shards("s3://bucket/00.tar")
+
+
+def test_what_names_shards(tmp_path: Path) -> None:
+    (tmp_path / "folder.tar").mkdir()
+    assert [
+        is_shards(text)
+        for text in ("a/{0..3}.tar", "a b/x y.tar", "http://h/{a,b}.tar", "pipe:get 'x/0.tar' -", "{a.tar,b.tar}")
+    ] == [True] * 5
+    assert [is_shards(text) for text in ("data", "a.tar.json", "{a", "a.target", tmp_path / "folder.tar")] == [
+        False
+    ] * 5
+    with pytest.raises(ValueError, match=r"a\.tar is named twice"):
+        open_shards("{a,a}.tar")
+
+
+def test_a_picture_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path: Path) -> None:
+    assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(tmp_path), "--split", "all"]) == 0
+    pairs = load_pairs(tmp_path / "00000.tar")
+    path = pairs.paths[0]
+    size, changed = file_stamp(path)
+    assert (size, changed) == (len(read_bytes(path)), (tmp_path / "00000.tar").stat().st_mtime_ns)
+    expected = np.asarray(Image.open(io.BytesIO(read_bytes(path))).convert("RGB"))
+    assert np.array_equal(np.asarray(load_image(path)), expected)
+    sample = ImageTextDataset(pairs)[0].image
+    assert sample is not None
+    cached, _ = ImageCache(tmp_path / "cache", pairs.paths, clip_transform(224)).load(path)
+    assert torch.equal(sample, torch.tensor(cached).permute(2, 0, 1))
+    with pytest.raises(ValueError, match=r"00000.tar@1\+5/x.png: cannot be read as a picture"):
+        clip_transform(8).load(part_path(f"{tmp_path}/00000.tar", 1, 5, "x.png"))
+
+
+def test_a_sample_is_found_by_its_number() -> None:
+    shards = Shards(["a/0.tar", "a/1.tar", "a/2.tar"], [3, 0, 2])
+    assert [shards.describe(number) for number in (0, 2, 3, 4)] == [
+        "0.tar (sample 0)", "0.tar (sample 2)", "2.tar (sample 0)", "2.tar (sample 1)",
+    ]  # fmt: skip

@@ -1,0 +1,346 @@
+import os
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.data.loaders import TrainLoader
+from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.features import cache as feature_cache
+from cliptune.features.cache import FeatureCache, FeatureLoader, Features, FeatureStore, View, tower_key
+from cliptune.features.encode import encode_pairs
+from cliptune.preprocess.transforms import train_transform
+from cliptune.runtime.device import resolve_precision
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.optim import build_optimizer
+from data_loader import ImageTextDataset
+from evaluation import evaluate
+
+CPU = torch.device("cpu")
+FP32, BF16 = resolve_precision("fp32", CPU), resolve_precision("bf16", CPU)
+
+
+def small_model(**frozen: object) -> CLIPModel:
+    torch.manual_seed(0)
+    return CLIPModel("ViT-Ti/32", **frozen)  # type: ignore[arg-type]
+
+
+def cache_of(model: CLIPModel, folder: Path) -> FeatureCache:
+    return FeatureCache(model, folder, precision=FP32, batch_size=16, num_workers=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small: beside other work, threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Counted:
+    """Counts what a model's towers are given."""
+
+    def __init__(self, model: CLIPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images = self.texts = 0
+        run_image_tower, run_text_tower = model.run_image_tower, model.run_text_tower
+
+        def image_tower(images: torch.Tensor) -> torch.Tensor:
+            self.images += len(images)
+            return run_image_tower(images)
+
+        def text_tower(tokens: torch.Tensor) -> torch.Tensor:
+            self.texts += len(tokens)
+            return run_text_tower(tokens)
+
+        monkeypatch.setattr(model, "run_image_tower", image_tower)
+        monkeypatch.setattr(model, "run_text_tower", text_tower)
+
+    def since(self) -> tuple[int, int]:
+        counts = self.images, self.texts
+        self.images = self.texts = 0
+        return counts
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Pairs:
+    create_sample_dataset(tmp_path / "data", 30)
+    return load_pairs(tmp_path / "data")
+
+
+def keys_of(*numbers: int) -> np.ndarray:
+    return np.array([(number // 10, number) for number in numbers], dtype=np.uint64)
+
+
+def rows_of(*numbers: int) -> np.ndarray:
+    return np.array([[number, number + 0.5, -number] for number in numbers], dtype=np.float32)
+
+
+def add(store: FeatureStore, *numbers: int) -> None:
+    with store.writing(len(numbers)) as write:
+        for number in numbers:
+            write(keys_of(number), rows_of(number))
+
+
+def test_a_store_finds_what_it_was_given(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "s", 3)
+    assert store.find(keys_of(1, 2)).tolist() == [-1, -1]
+    add(store, 31, 12, 19, 11)  # the last three keys have the same first half
+    add(store, 5, 39)
+    for opened in (store, FeatureStore(tmp_path / "s", 3)):
+        rows = opened.find(keys_of(19, 5, 13, 31, 12, 40, 39, 11, 0))
+        assert (rows < 0).tolist() == [False, False, True, False, False, True, False, False, True]
+        assert np.array_equal(opened.gather(rows[rows >= 0]), rows_of(19, 5, 31, 12, 39, 11))
+
+
+def test_rows_keep_their_numbers_whatever_the_names_of_later_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = iter("mzab")
+    named = namedtuple("named", "hex")
+    monkeypatch.setattr(feature_cache.uuid, "uuid4", lambda: named(next(names)))
+    store = FeatureStore(tmp_path, 3)
+    add(store, 1, 2)
+    features = Features(store, store.find(keys_of(1, 2)), {})
+    for numbers in ((3, 4), (5, 6), (7, 8)):
+        add(store, *numbers)
+    assert torch.equal(features[np.array([1, 0])], torch.from_numpy(rows_of(2, 1)))
+
+
+def test_only_whole_rows_are_trusted(tmp_path: Path) -> None:
+    add(FeatureStore(tmp_path, 3), 1, 2, 3)
+    (keys,), (rows,) = tmp_path.glob("*.keys"), tmp_path.glob("*.rows")
+    os.truncate(keys, 40)  # the writer was killed within its third key
+    assert (FeatureStore(tmp_path, 3).find(keys_of(1, 2, 3)) >= 0).tolist() == [True, True, False]
+    os.truncate(rows, 20)  # or a copy of the folder was cut off within a row
+    store = FeatureStore(tmp_path, 3)
+    assert (store.find(keys_of(1, 2, 3)) >= 0).tolist() == [True, False, False]
+    add(store, 2, 3)
+    assert np.array_equal(store.gather(store.find(keys_of(1, 2, 3))), rows_of(1, 2, 3))
+
+
+def test_what_was_written_before_a_failure_is_kept(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt), store.writing(2) as write:
+        write(keys_of(1), rows_of(1))
+        raise KeyboardInterrupt
+    assert FeatureStore(tmp_path, 3).find(keys_of(1, 2)).tolist() == [0, -1]
+
+
+def test_a_full_disk_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9))
+    store = FeatureStore(tmp_path, 512)
+    message = r"need 2\.06 GB, but .* has 1\.00 GB left: name another --cache_dir"
+    with pytest.raises(OSError, match=message), store.writing(1_000_000):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+LOADER_CASES = [
+    ({"freeze_backbone": True}, "none", 1, "random"),
+    ({"freeze_backbone": True}, "none", 1, "all"),
+    ({"freeze_backbone": True}, "color", 2, "random"),
+    ({"freeze_backbone": True}, "crop", 2, "all"),
+    ({"freeze_tower": "image"}, "none", 1, "random"),
+    ({"freeze_tower": "image"}, "crop", 1, "random"),
+    ({"freeze_tower": "text"}, "none", 0, "random"),
+    ({"freeze_tower": "text"}, "crop", 0, "random"),
+]
+
+
+@pytest.mark.parametrize(("frozen", "augment", "num_views", "captions"), LOADER_CASES)
+def test_training_goes_the_same_way_with_and_without_kept_features(
+    pairs: Pairs, tmp_path: Path, frozen: dict[str, object], augment: str, num_views: int, captions: str
+) -> None:
+    def run(cached: bool) -> tuple[list[torch.Tensor], CLIPModel]:
+        model = small_model(**frozen)
+        dataset = ImageTextDataset(pairs, transform=train_transform(224, augment), captions=captions, seed=3)
+        dataset.num_views = num_views
+        loader = plain = TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU)
+        if cached:
+            cache = cache_of(model, tmp_path / "cache")
+            loader = FeatureLoader(plain, cache, augment=augment, num_epochs=3)  # type: ignore[assignment]
+        optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=0.01, weight_decay=0.01)
+        trainer = MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32)
+        model.train()
+        losses = []
+        assert len(loader) == len(plain)
+        for epoch in (1, 2, 3):
+            for images, tokens, ids, *_ in loader.epoch(epoch):
+                assert not (cached and images.ndim == 4 and "image" in model.frozen_towers)
+                result = trainer.train_step(images, tokens, ids)
+                assert result is not None
+                losses.append(result.loss)
+        return losses, model
+
+    plain_losses, plain_model = run(False)
+    losses, model = run(True)
+    assert torch.allclose(torch.stack(losses), torch.stack(plain_losses), rtol=1e-5, atol=0)
+    start = small_model(**frozen).state_dict()
+    for name in ("image_projection.weight", "text_projection.weight", "logit_scale"):
+        value, expected = model.state_dict()[name], plain_model.state_dict()[name]
+        moved = (expected - start[name]).norm()
+        assert moved > 0
+        assert (value - expected).norm() <= 1e-5 * expected.norm(), name
+        assert (value - expected).norm() <= 1e-3 * moved, name
+    for tower in model.frozen_towers:
+        assert all(parameter.grad is None for parameter in model.tower_state(tower).values())
+
+
+def test_views_repeat_and_differ(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(freeze_backbone=True)
+    counted = Counted(model, monkeypatch)
+    dataset = ImageTextDataset(pairs, transform=train_transform(224, "crop"), seed=3)
+    dataset.num_views = 2
+    loader = FeatureLoader(
+        TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU),
+        cache_of(model, tmp_path), augment="crop", num_epochs=4,
+    )  # fmt: skip
+    seen = []
+    for epoch, num_computed in ((1, 30), (2, 30), (3, 0), (4, 0)):
+        batches = list(loader.epoch(epoch))
+        order = torch.cat([batch.image_ids for batch in batches]).argsort()
+        seen.append(torch.cat([batch.images for batch in batches])[order])
+        assert counted.since()[0] == num_computed
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.isclose(seen[0], seen[1]).all(1).any()
+
+
+def test_what_is_computed_again_is_what_changed(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(freeze_backbone=True)
+    counted = Counted(model, monkeypatch)
+    first = cache_of(model, tmp_path / "c").of_pairs(pairs)
+    assert counted.since() == (30, len(set(pairs.captions)))
+    again = cache_of(model, tmp_path / "c").of_pairs(pairs)
+    assert counted.since() == (0, 0)
+    everything = np.arange(30)
+    assert first.images is not None
+    assert again.images is not None
+    assert torch.equal(first.images[everything], again.images[everything])
+    Image.new("RGB", (50, 40), (200, 10, 10)).save(pairs.paths[7])
+    changed = cache_of(model, tmp_path / "c").images(pairs, View())
+    assert counted.since() == (1, 0)
+    assert changed is not None
+    same = torch.isclose(changed[everything], first.images[everything], rtol=1e-4).all(1)
+    assert torch.equal(same, torch.arange(30) != 7)
+    cache = cache_of(model, tmp_path / "c")
+    for view in (View("crop"), View("crop", 1), View("crop", 1, 1), View("color", 1, 1)):
+        cache.images(pairs, view)
+        assert counted.since() == (30, 0), view
+    cache.images(pairs, View("crop", 1))
+    assert counted.since() == (0, 0)
+    with torch.no_grad():
+        model.backbone.visual.ln_post.bias[0] += 1
+    cache_of(model, tmp_path / "c").of_pairs(pairs)
+    assert counted.since() == (30, 0)
+
+
+def test_a_towers_key_is_what_its_output_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(freeze_backbone=True)
+    image, text = (tower_key(model, tower, FP32) for tower in ("image", "text"))
+    with torch.no_grad():
+        model.backbone.transformer.resblocks[0].ln_1.bias[0] += 1
+        model.image_projection.weight[0, 0] += 1
+    assert tower_key(model, "image", FP32) == image
+    assert tower_key(model, "text", FP32) != text
+    assert tower_key(model, "image", BF16) != image
+    model.set_extra_state(torch.tensor(False))  # another activation
+    assert tower_key(model, "image", FP32) != image
+    model.set_extra_state(torch.tensor(True))
+    monkeypatch.setattr(feature_cache, "PREPROCESSING_VERSION", feature_cache.PREPROCESSING_VERSION + 1)
+    assert tower_key(model, "image", FP32) != image
+
+
+def test_a_killed_run_goes_on_where_it_was(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(freeze_tower="image")
+    tower, batches = model.run_image_tower, iter(range(100))
+
+    def dies_in_its_second_batch(images: torch.Tensor) -> torch.Tensor:
+        if next(batches) == 1:
+            raise OSError("the power is out")
+        return tower(images)
+
+    monkeypatch.setattr(model, "run_image_tower", dies_in_its_second_batch)
+    with pytest.raises(OSError, match="the power is out"):
+        cache_of(model, tmp_path / "c").images(pairs, View())
+    monkeypatch.undo()
+    counted = Counted(model, monkeypatch)
+    kept = cache_of(model, tmp_path / "c").images(pairs, View())
+    assert counted.since() == (14, 0)
+    assert kept is not None
+    expected, *_ = encode_pairs(model, pairs, batch_size=16, num_workers=0, precision=FP32)
+    with torch.no_grad():
+        assert torch.allclose(model.project_image(kept[np.arange(30)]), expected, atol=1e-6)
+
+
+def test_pictures_that_cannot_be_read_leave_their_batches_as_without_a_cache(pairs: Pairs, tmp_path: Path) -> None:
+    Path(pairs.paths[3]).write_text("broken")
+    Path(pairs.paths[8]).unlink()
+    model = small_model(freeze_backbone=True)
+    plain = TrainLoader(ImageTextDataset(pairs), batch_size=4, num_workers=0, device=CPU)
+    kept = FeatureLoader(plain, cache_of(model, tmp_path / "c"), augment="none", num_epochs=2)
+    for epoch in (1, 2):
+        expected = list(plain.epoch(epoch))
+        for got, want in zip(list(kept.epoch(epoch)), expected, strict=True):
+            assert got.image_ids.tolist() == want.image_ids.tolist()
+            assert got.caption_ids.tolist() == want.caption_ids.tolist()
+            assert got.errors == want.errors
+            assert got.images.shape == got.tokens.shape == (len(want.images), 256)
+        assert sum(len(batch.errors) for batch in expected) == 2
+
+
+@pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
+def test_an_epoch_goes_on_from_a_batch(pairs: Pairs, tmp_path: Path, frozen: dict[str, object]) -> None:
+    plain = TrainLoader(ImageTextDataset(pairs), batch_size=8, num_workers=0, device=CPU)
+    loader = FeatureLoader(plain, cache_of(small_model(**frozen), tmp_path / "c"), augment="none", num_epochs=1)
+    whole, rest = list(loader.epoch(1)), list(loader.epoch(1, start=1))
+    assert len(whole) == len(rest) + 1 == 4
+    for got, want in zip(rest, whole[1:], strict=True):
+        assert torch.equal(got.images, want.images)
+        assert torch.equal(got.tokens, want.tokens)
+
+
+def test_only_captions_that_the_run_uses_are_computed(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(freeze_tower="text")
+    counted = Counted(model, monkeypatch)
+    cache = cache_of(model, tmp_path / "c")
+    texts = cache.texts(pairs, np.array([0, 5]))
+    assert counted.since() == (0, 2)
+    assert texts is not None
+    assert texts[np.array([5, 0, 5])].shape == (3, 256)
+    with pytest.raises(IndexError, match="nothing is kept for number 4"):
+        texts[np.array([5, 4])]
+    dataset = ImageTextDataset(pairs)
+    loader = FeatureLoader(
+        TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU), cache, augment="none", num_epochs=1
+    )
+    list(loader.epoch(1))
+    used = {pairs.captions[number] for number in dataset.choose(np.arange(30))[1].tolist()}
+    assert counted.since() == (0, len(used - {pairs.captions[0], pairs.captions[5]}))
+
+
+@pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
+def test_evaluation_gives_the_same_with_kept_features(
+    pairs: Pairs, tmp_path: Path, frozen: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(pairs.paths[3]).write_text("broken")
+    model = small_model(**frozen)
+    options = {"batch_size": 16, "num_workers": 0, "precision": FP32, "loss_batch_size": 8}
+    expected = evaluate(model, pairs, **options)  # type: ignore[arg-type]
+    kept = cache_of(model, tmp_path / "c").of_pairs(pairs)
+    counted = Counted(model, monkeypatch)
+    got = evaluate(model, pairs, kept=kept, **options)  # type: ignore[arg-type]
+    assert counted.since() == (0 if kept.images else 29, 0 if kept.texts else 58)
+    assert got.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
+    assert (got.num_images, got.num_texts, got.chance) == (29, 58, expected.chance)
+    assert model.training

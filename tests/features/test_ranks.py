@@ -1,0 +1,231 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cliptune.features import ranks as retrieval
+from cliptune.features.metrics import chance_level, compute_retrieval_metrics, rank_metrics
+from cliptune.features.ranks import retrieval_ranks, validation_loss
+from cliptune.features.similarity import similarity_histograms, similarity_means
+
+
+def oracle_ranks(scores: torch.Tensor, owners: list[int]) -> tuple[list[float], list[float]]:
+    """Ranks straight from the definition, score by score."""
+    i2t, t2i = [], []
+    for image in range(scores.shape[0]):
+        own = [text for text, owner in enumerate(owners) if owner == image]
+        if own:
+            best = max(float(scores[image, text]) for text in own)
+            others = [float(scores[image, text]) for text in range(len(owners)) if owners[text] != image]
+            i2t.append(1 + sum(s > best for s in others) + sum(s == best for s in others) / 2)
+    for text, owner in enumerate(owners):
+        own_score = float(scores[owner, text])
+        others = [float(scores[image, text]) for image in range(scores.shape[0]) if image != owner]
+        t2i.append(1 + sum(s > own_score for s in others) + sum(s == own_score for s in others) / 2)
+    return i2t, t2i
+
+
+def assert_matches_oracle(images: torch.Tensor, texts: torch.Tensor, owners: list[int], **blocks: Any) -> None:
+    ranks = retrieval_ranks(images, texts, torch.tensor(owners), **blocks)
+    i2t, t2i = oracle_ranks(images @ texts.T, owners)
+    assert ranks.i2t.tolist() == i2t
+    assert ranks.t2i.tolist() == t2i
+
+
+@pytest.mark.parametrize("blocks", [{}, {"image_block": 64, "text_block": 64}, {"image_block": 64, "text_block": 128}])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_against_brute_force_with_exact_ties(seed: int, blocks: dict[str, int]) -> None:
+    """Small integers as features: every product is exact, and ties abound."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(-2, 3, (130, 6), generator=generator).float()
+    owners = torch.randint(0, 120, (300,), generator=generator).tolist()  # several captions, some images without
+    texts = (images[owners] + torch.randint(-1, 2, (300, 6), generator=generator)).float()
+    assert_matches_oracle(images, texts, owners, **blocks)
+
+
+@pytest.mark.parametrize("size", [2, 16, 512])
+def test_ranks_of_real_numbers_against_brute_force(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    images = normalize(torch.randn(90, size, generator=generator), dim=-1)
+    owners = [text // 3 for text in range(270)]
+    texts = normalize(images[owners] + 0.5 * torch.randn(270, size, generator=generator), dim=-1)
+    assert_matches_oracle(images, texts, owners)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**27])
+@pytest.mark.parametrize("cached_scores", [64, 64 * 24, 2**17])
+def test_ranks_do_not_depend_on_strips_or_kept_products(
+    cached_scores: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "CACHED_SCORES", cached_scores)
+    monkeypatch.setattr(retrieval, "MAX_KEPT_BYTES", kept_bytes)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(-2, 3, (150, 6), generator=generator).float()
+    owners = torch.randint(0, 140, (200,), generator=generator).tolist()
+    texts = (images[owners] + torch.randint(-1, 2, (200, 6), generator=generator)).float()
+    assert_matches_oracle(images, texts, owners, image_block=96, text_block=64)
+
+
+def test_ranks_of_half_precision_features_are_those_of_their_values() -> None:
+    generator = torch.Generator().manual_seed(5)
+    images, texts = (torch.randn(40, 16, generator=generator).bfloat16() for _ in range(2))
+    half, full = (
+        retrieval_ranks(i, t, torch.arange(40)) for i, t in ((images, texts), (images.float(), texts.float()))
+    )
+    assert torch.equal(half.i2t, full.i2t)
+    assert torch.equal(half.t2i, full.t2i)
+
+
+def test_what_training_allows_does_not_change_the_products() -> None:
+    generator = torch.Generator().manual_seed(7)
+    images, texts = (normalize(torch.randn(300, 512, generator=generator), dim=-1) for _ in range(2))
+    expected = retrieval_ranks(images, texts, torch.arange(300))
+    allowed = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = retrieval_ranks(images, texts, torch.arange(300))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    assert torch.equal(found.i2t, expected.i2t)
+    assert torch.equal(found.t2i, expected.t2i)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches the size of everything that is computed."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return found
+
+
+def test_memory_is_bounded_by_the_block() -> None:
+    owners = torch.arange(5000).repeat_interleave(2)
+    images, texts = torch.randn(5000, 8), torch.randn(10000, 8)
+    with LargestTensor() as largest:
+        retrieval_ranks(images, texts, owners)
+    assert largest.numel <= 1024 * 1024
+    with LargestTensor() as largest:
+        similarity_means(images, texts, owners)
+    assert largest.numel <= texts.numel()
+    with LargestTensor() as largest:
+        similarity_histograms(images, texts, owners)
+    assert largest.numel <= 4096 * 1024
+
+
+@pytest.mark.parametrize(("num_images", "per_image"), [(1, 1), (3, 1), (101, 5), (1500, 3), (2100, 1)])
+def test_a_collapsed_model_is_in_the_middle(num_images: int, per_image: int) -> None:
+    feature = normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
+    owners = torch.arange(num_images).repeat_interleave(per_image)
+    images, texts = feature.repeat(num_images, 1), feature.repeat(len(owners), 1)
+    shapes: list[dict[str, Any]] = [{}, {"image_block": 256, "text_block": 512}]
+    for blocks in shapes:
+        ranks = retrieval_ranks(images, texts, owners, **blocks)
+        assert (ranks.i2t == 1 + (len(owners) - per_image) / 2).all()
+        assert (ranks.t2i == 1 + (num_images - 1) / 2).all()
+
+
+def test_perfect_and_reversed_models() -> None:
+    rows = torch.eye(20)
+    metrics = compute_retrieval_metrics(rows, rows, torch.arange(20))
+    assert metrics["rsum"] == 600
+    assert metrics["i2t_mean_rank"] == metrics["t2i_median_rank"] == 1
+    assert compute_retrieval_metrics(-rows, rows, torch.arange(20))["i2t_r10"] == 0
+
+
+def test_order_of_texts_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(1)
+    images, texts = torch.randn(30, 8, generator=generator), torch.randn(90, 8, generator=generator)
+    owners, order = torch.arange(90) % 30, torch.randperm(90, generator=generator)
+    first = retrieval_ranks(images, texts, owners)
+    second = retrieval_ranks(images, texts[order], owners[order])
+    assert torch.equal(first.i2t, second.i2t)
+    assert torch.equal(first.t2i[order], second.t2i)
+
+
+def test_recalls_and_medians() -> None:
+    ranks = type("R", (), {"i2t": torch.tensor([1.0, 5, 6, 20]).double(), "t2i": torch.tensor([1.5, 2]).double()})
+    metrics = rank_metrics(ranks)  # type: ignore[arg-type]
+    assert [metrics[f"i2t_r{k}"] for k in (1, 5, 10)] == [25, 50, 75]
+    assert [metrics[f"t2i_r{k}"] for k in (1, 5, 10)] == [0, 100, 100]
+    assert metrics["rsum"] == 350
+    assert (metrics["i2t_mean_rank"], metrics["i2t_median_rank"], metrics["t2i_median_rank"]) == (8, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "owners", "message"),
+    [
+        (torch.ones(2, 4), torch.ones(3, 4), [0, 1, 2], "image row 2, but there are 2 images"),
+        (torch.ones(2, 4), torch.ones(3, 4), [0, 1, -1], "image row -1"),
+        (torch.ones(2, 4), torch.ones(3, 5), [0, 1, 1], "do not fit"),
+        (torch.ones(2, 4), torch.ones(3, 4), [0, 1], "do not fit"),
+        (torch.full((2, 4), math.nan), torch.ones(2, 4), [0, 1], "image_features are not finite"),
+        (torch.ones(2, 4), torch.full((2, 4), math.inf), [0, 1], "text_features are not finite"),
+        (torch.ones(0, 4), torch.ones(0, 4), [], "N > 0"),
+        (torch.full((2, 4), 1e30), torch.full((2, 4), 1e30), [0, 1], "overflow float32"),
+    ],
+)
+def test_what_does_not_fit_is_said(images: torch.Tensor, texts: torch.Tensor, owners: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compute_retrieval_metrics(images, texts, torch.tensor(owners))
+
+
+def test_chance_is_what_random_ranks_give() -> None:
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.tensor([0] * 5 + [1] * 2 + list(range(2, 25)))
+    chance = chance_level(26, owners)  # the last image has no text
+    sums = dict.fromkeys(chance, 0.0)
+    for _ in range(300):
+        images, texts = torch.randn(26, 64, generator=generator), torch.randn(len(owners), 64, generator=generator)
+        metrics = compute_retrieval_metrics(images, texts, owners)
+        for key in sums:
+            sums[key] += metrics[key] / 300
+    assert all(abs(sums[key] - chance[key]) < (8 if key == "rsum" else 2.5) for key in chance), (sums, chance)
+
+
+def test_similarities_against_the_whole_matrix() -> None:
+    images, texts = normalize(torch.randn(30, 8), dim=-1), normalize(torch.randn(50, 8), dim=-1)
+    owners = torch.randint(0, 30, (50,))
+    scores, matched = images @ texts.T, torch.zeros(30, 50, dtype=torch.bool)
+    matched[owners, torch.arange(50)] = True
+    means = similarity_means(images, texts, owners)
+    assert means["positive_similarity"] == pytest.approx(scores[matched].mean().item(), abs=1e-6)
+    assert means["negative_similarity"] == pytest.approx(scores[~matched].mean().item(), abs=1e-6)
+    histograms = similarity_histograms(images, texts, owners)
+    assert sum(histograms["positive"]) == 50
+    assert sum(histograms["negative"]) == 30 * 50 - 50
+    assert len(histograms["bin_edges"]) == len(histograms["positive"]) + 1
+    for key, mask in (("positive", matched), ("negative", ~matched)):
+        expected = torch.histogram(scores[mask], torch.tensor(histograms["bin_edges"])).hist
+        assert (torch.tensor(histograms[key]) - expected).abs().sum() <= 2, key  # one on a border may fall either way
+
+
+def test_the_histogram_of_a_large_gallery_is_of_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "MAX_HISTOGRAM_IMAGES", 10)
+    monkeypatch.setattr(retrieval, "MAX_HISTOGRAM_PAIRS", 250)
+    images, texts = normalize(torch.randn(30, 8), dim=-1), normalize(torch.randn(50, 8), dim=-1)
+    owners = torch.arange(50) % 30
+    histograms = similarity_histograms(images, texts, owners)
+    rows, columns = torch.arange(0, 30, 3), torch.arange(0, 50, 2)
+    unmatched = (owners[columns] != rows[:, None]).sum()
+    assert (sum(histograms["positive"]), sum(histograms["negative"])) == (50, unmatched)
+
+
+def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
+    images, texts = normalize(torch.randn(7, 8), dim=-1), normalize(torch.randn(14, 8), dim=-1)
+    owners = torch.arange(7).repeat_interleave(2)
+    expected = []
+    for start in (0, 3):
+        logits = 5 * images[start : start + 3] @ texts[::2][start : start + 3].T
+        rows = [logits.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
+        expected.append(-(rows[0] + rows[1]) / 2)
+    got = validation_loss(images, texts, owners, scale=5.0, batch_size=3)
+    assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)

@@ -1,0 +1,166 @@
+"""What tests run in several processes, and the one they are compared with.
+
+torchrun --nproc_per_node 2 tests/helpers/worker.py TASK FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_model import MultimodalTrainer
+from cliptune.cli import run_stage
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.parallel import load_optimizer_state, parallel_model, whole
+from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.distributed import (
+    all_sum,
+    any_rank,
+    broadcast,
+    gather_rows,
+    gather_sizes,
+    gather_values,
+    is_main,
+    main_first,
+    process_group,
+    rank,
+    share,
+    world_size,
+)
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.optim import build_optimizer
+from tests.training.test_gradcache import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
+
+CPU = torch.device("cpu")
+STEPS = 20
+SIZES = (21, 21, 2)
+"""Pairs of the batches, in turn: none of them divides among 2 and 3, and the last leaves some with nothing."""
+
+
+def train(name: str, how: str, micro_batch_size: int | None, *, resume_at: int = -1) -> dict[str, Any]:
+    """Train a small model; with `resume_at` another one takes over from the first's whole state before that step."""
+    trainer = make_trainer(name, how, micro_batch_size)
+    trainer.micro_batches.backward(*own_batch(trainer, SIZES[0]))
+    gradients = whole({key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None})
+    losses: list[float] = []
+    for step in range(STEPS):
+        if step == resume_at:
+            state = whole(trainer.model.state_dict()), whole(trainer.optimizer.state_dict())
+            trainer = make_trainer(name, how, micro_batch_size, weights=state[0])
+            load_optimizer_state(trainer.optimizer, state[1])
+        losses.append(train_step(trainer, SIZES[step % len(SIZES)]))
+    model, optimizer = trainer.model, trainer.optimizer
+    with torch.no_grad():
+        features = model.eval()(*make_batch(model, 3)[:2])
+    state_dict = {key: value.clone() for key, value in whole(model.state_dict()).items()}
+    return {
+        "gradients": gradients,
+        "losses": losses,
+        "weights": state_dict,
+        "optimizer": whole(optimizer.state_dict()),
+        "features": features,
+    }
+
+
+def make_trainer(
+    name: str, how: str, micro_batch_size: int | None, *, weights: dict[str, Tensor] | None = None
+) -> MultimodalTrainer:
+    model = make_model(name)
+    if weights is not None:
+        model.load_state_dict(weights)
+    parallel = parallel_model(model, how, CPU)
+    optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=0.3, weight_decay=0.1)
+    return MultimodalTrainer(
+        model,
+        ContrastiveLoss(),
+        optimizer,
+        precision=resolve_precision("fp32", CPU),
+        micro_batch_size=micro_batch_size,
+        parallel=parallel,
+    )
+
+
+def own_batch(trainer: MultimodalTrainer, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    images, tokens, ids = make_batch(trainer.model, size)
+    own = share(size)
+    return images[own], tokens[own], ids[own]
+
+
+def train_step(trainer: MultimodalTrainer, size: int) -> float:
+    result = trainer.train_step(*own_batch(trainer, size))
+    assert result is not None
+    assert result.num_pairs == size
+    return result.loss.item()
+
+
+def train_every_way(folder: Path) -> None:
+    for how, size in product(("ddp", "fsdp"), (None, 3)):
+        for name in ("ViT-Mini", "RN-Ti") if size else ("ViT-Mini",):
+            result = train(name, how, size, resume_at=STEPS // 2 if size else -1)
+            if is_main():
+                torch.save(result, folder / f"{world_size()}-{name}-{how}-{size}.pt")
+
+
+def fill_the_memory_of_one(folder: Path) -> None:
+    """All processes go on with the smaller micro-batch, as if they had from that step on."""
+    weights = []
+    for fails in (True, False):
+        trainer = make_trainer("ViT-Mini", "ddp", 4)
+        if fails and rank() == 1:
+            FullMemory(trainer.model, pairs=2, at=7)
+        for step in range(4):
+            if not fails and step == 1:
+                trainer.micro_batches.size = 2
+            train_step(trainer, 21)
+        assert trainer.micro_batches.size == 2
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
+
+
+def exchange(folder: Path) -> None:
+    me, number = rank(), world_size()
+    rows = torch.full((me, 2), float(me), requires_grad=True)
+    gathered = gather_rows(rows)
+    assert gathered[:, 0].tolist() == [float(each) for each in range(number) for _ in range(each)]
+    assert not gathered.requires_grad
+    assert gather_rows(torch.arange(2 - min(me, 2))).tolist() == [0, 1, 0]
+    assert gather_sizes(10 + me) == list(range(10, 10 + number))
+    assert any_rank(me == 1)
+    assert not any_rank(False)
+    assert broadcast({"from": me}) == {"from": 0}
+    assert gather_values(f"process {me}") == [f"process {each}" for each in range(number)]
+    assert all_sum(torch.tensor(me + 1.0)).item() == number * (number + 1) / 2
+    assert sum(len(range(10)[share(10)]) for _ in [0]) in {10 // number, 10 // number + 1}
+    with main_first():
+        if is_main():
+            (folder / "made").touch()
+        assert (folder / "made").exists()
+
+
+def fail(folder: Path) -> None:
+    if rank() == 1:
+        raise ValueError("process one has no data")
+    any_rank(False)
+
+
+TASKS = {"train": train_every_way, "memory": fill_the_memory_of_one, "exchange": exchange, "fail": fail}
+
+
+def main(task: str, folder: Path) -> int:
+    torch.set_num_threads(1)
+    for shape in (SMALL_RESNET, SMALL_VIT):
+        ARCHITECTURES[shape.name] = shape
+    with process_group(CPU):
+        assert world_size() > 1
+        TASKS[task](folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(lambda: main(sys.argv[1], Path(sys.argv[2])), name="worker.py"))

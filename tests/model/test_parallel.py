@@ -1,0 +1,72 @@
+"""Real processes over gloo against one: losses, weights, optimiser state, features."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.parallel import clip_gradient
+from tests.helpers.launch import torchrun
+from tests.helpers.worker import train
+from tests.training.test_gradcache import SMALL_RESNET, SMALL_VIT, assert_same_gradients
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        for shape in (SMALL_RESNET, SMALL_VIT):
+            patch.setitem(ARCHITECTURES, shape.name, shape)
+        yield {name: train(name, "ddp", None) for name in ("ViT-Mini", "RN-Ti")}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_train_as_one_does(world_size: int, one_process: dict[str, Any], tmp_path: Path) -> None:
+    """DDP and FSDP2, in micro-batches (and there with a whole state taken over half-way) and without."""
+    done = torchrun(world_size, "tests/helpers/worker.py", "train", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted(tmp_path.glob("*.pt"))
+    assert len(files) == 6
+    for file in files:
+        got, expected = torch.load(file), one_process[file.stem.split("-", 1)[1].rsplit("-", 2)[0]]
+        tolerance = 1e-5 if "ViT" in file.stem else 1e-4
+        assert_same_gradients(got["gradients"], expected["gradients"], tolerance)
+        assert got["losses"] == pytest.approx(expected["losses"], abs=1e-5), file.name
+        assert got["weights"].keys() == expected["weights"].keys()
+        for name, want in expected["weights"].items():
+            if want.is_floating_point() and not is_key_bias(name):
+                assert (got["weights"][name] - want).norm() <= 2e-4 * want.norm(), (file.name, name)
+        moments, wanted = (result["optimizer"]["state"] for result in (got, expected))
+        assert [value["exp_avg"].shape for value in moments.values()] == [
+            value["exp_avg"].shape for value in wanted.values()
+        ]
+        for ours, theirs in zip(got["features"], expected["features"], strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+def is_key_bias(name: str) -> bool:
+    """Tell biases whose true gradient is zero, and which AdamW moves all the same, by rounding."""
+    return name.endswith(("in_proj_bias", "k_proj.bias"))
+
+
+@pytest.mark.parametrize("device_norm", [0.5, 5.0])
+def test_clipping_is_pytorchs(device_norm: float) -> None:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), ())]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad *= device_norm / norm
+    before = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    clip_gradient(parameters, 1.0)
+    ours = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for got, parameter in zip(ours, parameters, strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(got, parameter.grad, rtol=1e-5)

@@ -1,0 +1,148 @@
+"""The towers against OpenAI's own forward: values and gradients, over all text positions and every layer."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from clip_model import CLIPModel
+from cliptune.model.architectures import ARCHITECTURES, Architecture
+from cliptune.model.towers import QuickGELU, build_backbone, image_tower, text_tower
+from cliptune.preprocess.tokens import tokenize
+from cliptune.runtime.device import can_compile
+
+TEXTS = ["a dog", "a much longer text about a dog and a cat, on a mat", "word " * 90, "a", "two red circles"]
+
+
+def shallow(name: str, *, vision_layers: int = 2) -> Architecture:
+    """The widths and sizes of a known model, with two layers a tower: the arithmetic of one layer is that of all."""
+    shape = ARCHITECTURES[name]
+    layers = vision_layers if shape.is_vit else (1, 1, 1, 1)
+    return replace(shape, transformer_layers=2, vision_layers=layers, vocab_size=49408)
+
+
+def build(shape: Architecture, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    backbone = build_backbone(shape)
+    with torch.no_grad():  # biases and norms start as 0 and 1, which would hide a mistake
+        for parameter in backbone.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone.eval()
+
+
+def own_text_forward(backbone: Any, tokens: Tensor) -> Tensor:
+    for block in backbone.transformer.resblocks:
+        block.attn_mask = backbone.build_attention_mask()
+    x = (backbone.token_embedding(tokens) + backbone.positional_embedding).permute(1, 0, 2)
+    x = backbone.ln_final(backbone.transformer(x).permute(1, 0, 2))
+    result: Tensor = x[torch.arange(len(tokens)), tokens.argmax(-1)] @ backbone.text_projection
+    return result
+
+
+def assert_same(got: Tensor, expected: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Values within rounding; each gradient within 1e-5 of its norm, or 1e-6 of the whole gradient's."""
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    target = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad((expected * target).sum(), parameters)
+    found = torch.autograd.grad((got * target).sum(), parameters)
+    whole = torch.stack([gradient.norm() for gradient in wanted]).norm()
+    for have, want in zip(found, wanted, strict=True):
+        assert (have - want).norm() <= max(1e-5 * want.norm(), 1e-6 * whole)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
+    shape = ARCHITECTURES[name]
+    # the image tower has no part in it
+    backbone = build(replace(shallow("ViT-Ti/32"), embed_dim=shape.embed_dim, transformer_width=shape.transformer_width,
+                             transformer_heads=shape.transformer_heads))  # fmt: skip
+    parameters = [p for key, p in backbone.named_parameters() if not key.startswith("visual")]
+    tokens, _ = tokenize(TEXTS)
+    for rows in (tokens, tokens[[0, 3]], tokens[2:3], tokens[[4, 4]]):
+        assert_same(text_tower(backbone, rows), own_text_forward(backbone, rows), parameters)
+
+
+@pytest.mark.parametrize("name", ["ViT-Ti/32", "ViT-Ti/16@112px", "ViT-B/32", "ViT-B/16", "ViT-L/14", "RN50", "RN101"])
+def test_pictures_equal_the_module(name: str) -> None:
+    backbone = build(shallow(name))
+    pixels = torch.randn(2, 3, *[backbone.visual.input_resolution] * 2)
+    parameters = list(backbone.visual.parameters())
+    assert_same(image_tower(backbone, pixels), backbone.visual(pixels), parameters)
+
+
+def test_a_module_put_into_a_layer_takes_part() -> None:
+    backbone = build(shallow("ViT-Ti/32"))
+    before = image_tower(backbone, torch.ones(1, 3, 224, 224)), text_tower(backbone, tokenize(["a"])[0])
+    for block in (*backbone.visual.transformer.resblocks, *backbone.transformer.resblocks):
+        block.mlp.add_module("dropout", nn.Dropout(0.9))
+    backbone.train()
+    after = image_tower(backbone, torch.ones(1, 3, 224, 224)), text_tower(backbone, tokenize(["a"])[0])
+    assert not torch.allclose(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+
+
+def test_low_precision_differs_no_more_than_the_module_does() -> None:
+    backbone = build(shallow("ViT-B/32", vision_layers=4))
+    pixels, (tokens, _) = torch.randn(4, 3, 224, 224), tokenize(TEXTS)
+    for tower, own, inputs in (
+        (image_tower, lambda b, x: b.visual(x), pixels),
+        (text_tower, own_text_forward, tokens),
+    ):
+        exact = tower(backbone, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = tower(backbone, inputs), own(backbone, inputs)
+        assert ours.requires_grad
+        assert (ours - exact).norm() <= 1.3 * (theirs - exact).norm()
+
+
+def flops(run: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def test_what_nobody_reads_is_not_computed() -> None:
+    backbone = build(ARCHITECTURES["ViT-Ti/32"])
+    tokens, _ = tokenize(["a dog", "a", "a cat on the mat", "word " * 30])
+    share = (tokens != 0).float().mean().item()
+    own = flops(lambda: own_text_forward(backbone, tokens).sum().backward())
+    assert flops(lambda: text_tower(backbone, tokens).sum().backward()) < 1.05 * share * own
+    pixels = torch.randn(2, 3, 224, 224)
+    own = flops(lambda: backbone.visual(pixels).sum().backward())
+    assert flops(lambda: image_tower(backbone, pixels).sum().backward()) < 0.92 * own
+
+
+def test_quick_gelu_is_its_formula() -> None:
+    x = torch.linspace(-8, 8, 101, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(QuickGELU()(x), x * torch.sigmoid(1.702 * x))
+    assert torch.autograd.gradcheck(QuickGELU(), x)
+    assert torch.isfinite(QuickGELU()(torch.tensor([-1e4, 1e4]))).all()
+
+
+def test_compiled_layers_equal_the_others() -> None:
+    if not can_compile(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    model = CLIPModel("ViT-Ti/32")
+    pixels, (tokens, _) = torch.randn(2, 3, 224, 224), tokenize(TEXTS)
+    plain = model(pixels, tokens[:2]), model(pixels, tokens)
+    model.compile_towers()
+    parameters = [p for key, p in model.named_parameters() if key.startswith("backbone.")]
+    for rows, (images, texts) in zip((tokens[:2], tokens), plain, strict=True):
+        got = model(pixels, rows)
+        assert_same(torch.cat([*got]), torch.cat([images, texts]), parameters)
+
+
+def test_without_a_compiler_there_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: Any) -> Any:
+        raise RuntimeError("no compiler found\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not can_compile(torch.device("cpu"))
+    assert "--compile: no compiler works here (no compiler found); going on without" in caplog.text

@@ -1,0 +1,114 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cliptune.runtime.signals import SIGNALS, Stopped, StopSignals
+
+ROOT = Path(__file__).parent.parent.parent
+STUCK = """
+import ctypes, sys, stopping
+stopping.GRACE_SECONDS = 0.2
+stopping.world_size = lambda: int(sys.argv[1])
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+with stopping.StopSignals():
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)  # waits without end, and not for Python
+"""
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_until_the_processes_agree(number: signal.Signals, code: int) -> None:
+    before = handlers()
+    stop = StopSignals()
+    with pytest.raises(Stopped, match=number.name) as stopped, stop:
+        assert stop.agree(due=True)
+        assert not stop.agree()
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert stop.number == number
+        stop.agree()
+    assert stopped.value.exit_code == code
+    assert handlers() == before
+
+
+def test_the_first_signal_counts() -> None:
+    with StopSignals() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        assert stop.number == signal.SIGTERM
+
+
+def test_work_that_changes_nothing_stops_at_once() -> None:
+    reached: list[str] = []
+    with StopSignals() as stop:
+        with pytest.raises(Stopped), stop.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+            reached.append("the end of it")
+        with pytest.raises(Stopped), stop.interruptible():
+            reached.append("what comes after the signal")
+    assert not reached
+
+
+def test_in_several_processes_nothing_stops_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cliptune.runtime.signals.world_size", lambda: 2)
+    with StopSignals() as stop:
+        with stop.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        with pytest.raises(Stopped):
+            stop.agree()
+
+
+def test_another_thread_takes_no_signals() -> None:
+    seen: list[object] = []
+
+    def enter() -> None:
+        before = handlers()
+        with StopSignals() as stop:
+            seen.extend([handlers() == before, stop.agree(due=True)])
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sent", "code"),
+    [
+        (1, [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 130),
+        (2, [signal.SIGTERM], 143),
+        (1, [signal.SIGTERM, signal.SIGINT], None),
+    ],
+    ids=["second SIGINT", "no agreement", "one process"],
+)
+def test_who_leaves_at_once_though_the_main_thread_is_stuck(
+    world_size: int, sent: list[signal.Signals], code: int | None
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(world_size)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        for number in sent:
+            run.send_signal(number)
+            time.sleep(0.05)
+        if code is None:
+            with pytest.raises(subprocess.TimeoutExpired):
+                run.wait(timeout=0.5)
+            run.kill()
+        else:
+            assert run.wait(timeout=30) == code

@@ -1,0 +1,85 @@
+"""What is noticed about a run, and what is not."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cliptune.data.loaders import EpochBatches
+from cliptune.features.similarity import similarity_means
+from cliptune.training.advice import chance_loss, collapse, long_warmup, small_validation, stuck_loss
+from cliptune.training.optim import num_warmup_steps
+from train import main
+
+
+@pytest.mark.parametrize(("num_images", "half_width"), [(50, "13.9"), (200, "6.9"), (384, "5.0"), (385, None)])
+def test_a_small_validation_set_is_said_with_its_interval(num_images: int, half_width: str | None) -> None:
+    found = small_validation(num_images)
+    if half_width is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert f"to within {half_width} points" in found
+        assert "385 or more" in found
+
+
+def test_a_warm_up_that_outlasts_the_run() -> None:
+    assert long_warmup(warmup_steps=50, total_steps=500, patience_steps=100) is None
+    assert long_warmup(warmup_steps=150, total_steps=500, patience_steps=0) is None
+    assert "early_stopping_patience" in str(long_warmup(warmup_steps=150, total_steps=500, patience_steps=100))
+    steps = num_warmup_steps(10, 0.99)
+    assert "for 9 of the 10 steps" in str(long_warmup(warmup_steps=steps, total_steps=10, patience_steps=0))
+
+
+@pytest.mark.parametrize(("num_pairs", "batch_size"), [(96, 32), (100, 32), (97, 32), (20, 32), (1, 32)])
+def test_chance_is_that_of_the_batches_that_there_are(num_pairs: int, batch_size: int) -> None:
+    sizes = [len(items) for items in EpochBatches(num_pairs, batch_size, seed=0)]
+    expected = sum(size * math.log(size) for size in sizes) / num_pairs
+    assert chance_loss(num_pairs, batch_size) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [([3.45, 3.42], True), ([1.0, 3.47, 3.5], True), ([3.45], False), ([3.45, 3.35], False), ([3.3, 3.45], False)],
+)
+def test_a_loss_that_stays_at_chance_for_two_epochs(losses: list[float], said: bool) -> None:
+    assert (stuck_loss(losses, math.log(32)) is not None) == said
+
+
+def test_a_single_pair_has_no_chance() -> None:
+    assert stuck_loss([0.0, 0.0], chance_loss(1, 32)) is None
+
+
+@pytest.mark.parametrize(
+    ("image_cosine", "text_cosine", "rsum", "said"),
+    [
+        (0.999, 0.3, 20, "the image features"),
+        (0.999, 1.0, 20, "the image and text features"),
+        (0.999, 1.0, 90, ""),
+        (0.9, 0.9, 20, ""),
+    ],
+)
+def test_features_that_are_all_alike(image_cosine: float, text_cosine: float, rsum: float, said: str) -> None:
+    found = collapse(image_cosine=image_cosine, text_cosine=text_cosine, rsum=rsum, chance=20)
+    assert (found or "").startswith(said)
+    assert (found is None) == (said == "")
+
+
+def test_the_mean_cosine_of_two() -> None:
+    features = torch.nn.functional.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    means = similarity_means(features, features[:1].expand(7, 5), torch.arange(7))
+    cosines = features @ features.T
+    assert means["image_cosine"] == pytest.approx((cosines.sum().item() - 7) / 42, abs=1e-6)
+    assert means["text_cosine"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_run_that_collapses_says_so_once(
+    sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), "--model_name", "ViT-Ti/32"]
+    more = ["--batch_size", "18", "--learning_rate", "1", "--warmup_fraction", "0.6", "--early_stopping_patience", "2"]
+    assert main([*flags, *more, "--num_epochs", "4", "--precision", "fp32"]) == 0
+    error = capsys.readouterr().err
+    for message in ("6 validation images tell", "the model has collapsed", "the rates rise for 7 steps, but"):
+        assert error.count(message) == 1, message

@@ -1,0 +1,319 @@
+"""Micro-batches against the whole batch: the gradient of every parameter, and what happens when memory is full."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.towers import layers_of
+from cliptune.preprocess.tokens import tokenize
+from cliptune.runtime.device import resolve_precision
+from cliptune.training import gradcache as micro_batches
+from cliptune.training.gradcache import GradCache
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.optim import build_optimizer
+
+FP32 = resolve_precision("fp32", torch.device("cpu"))
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "big",
+    "small",
+    "round",
+    "old",
+    "new",
+    "wet",
+    "dry",
+    "fast",
+    "slow",
+    "hot",
+    "cold",
+    "a",
+    "b",
+)
+SMALL_RESNET = replace(
+    ARCHITECTURES["RN50"], name="RN-Ti", embed_dim=64, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16,
+    vision_heads=8, transformer_width=64, transformer_heads=1, transformer_layers=2,
+)  # fmt: skip
+SMALL_VIT = replace(
+    ARCHITECTURES["ViT-Ti/32"],
+    name="ViT-Mini",
+    embed_dim=64,
+    image_resolution=64,
+    vision_layers=2,
+    vision_width=64,
+    vision_heads=2,
+    transformer_width=64,
+    transformer_heads=2,
+    transformer_layers=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_architectures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for shape in (SMALL_RESNET, SMALL_VIT):
+        monkeypatch.setitem(ARCHITECTURES, shape.name, shape)
+    yield
+
+
+def make_model(name: str, *, holds_batchnorm: bool = True, dropout: bool = False) -> CLIPModel:
+    torch.manual_seed(0)
+    model = CLIPModel(name)
+    model.holds_batchnorm = holds_batchnorm
+    with torch.no_grad():  # a random start has norms of one, biases of zero and residual branches that end in zero
+        for parameter in model.backbone.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+    if dropout:
+        for layer in layers_of(model.backbone):
+            if hasattr(layer, "mlp"):
+                cast(nn.Module, layer.mlp).add_module("dropout", nn.Dropout(0.3))
+    return model.train()
+
+
+def make_batch(model: CLIPModel, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (size, 3, model.image_resolution, model.image_resolution)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    texts = [" ".join(WORDS[(number * k) % 16] for k in range(1, 2 + number % 7)) for number in range(size)]
+    return images, tokenize(texts)[0], torch.arange(size) % max(size - 2, 2)  # two images come twice
+
+
+def plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, ids: Tensor) -> Tensor:
+    same = ids[:, None] == ids[None, :]
+    logits = (logit_scale.exp() * (images @ texts.T)).masked_fill(same.fill_diagonal_(False), float("-inf"))
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def gradients_of(model: CLIPModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def micro_batched(model: CLIPModel, batch: tuple[Tensor, ...], size: int | None) -> dict[str, Tensor]:
+    steps = GradCache(
+        model,
+        ContrastiveLoss(),
+        precision=FP32,
+        size=size,
+        parallel=None,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+    assert steps.backward(*batch) is not None
+    return gradients_of(model)
+
+
+def plain(
+    model: CLIPModel, batch: tuple[Tensor, ...], chunk: int | None = None, *, wrong: str = ""
+) -> dict[str, Tensor]:
+    """PyTorch's own gradient of the whole batch, whose features come in chunks of a size if that matters (dropout)."""
+    images, tokens, ids = batch
+    model.zero_grad(set_to_none=True)
+    rows = [slice(start, start + (chunk or len(ids))) for start in range(0, len(ids), chunk or len(ids))]
+    features = [model(images[each], tokens[each]) for each in rows]
+    if wrong == "negatives of the chunk alone":
+        losses = [
+            plain_loss(pair[0], pair[1], model.logit_scale, ids[each])
+            for pair, each in zip(features, rows, strict=True)
+        ]
+        torch.stack(losses).mean().backward()
+    else:
+        images, texts = (torch.cat(side) for side in zip(*features, strict=True))
+        plain_loss(images, texts, model.logit_scale, ids).backward()
+    if wrong == "temperature k times":
+        assert model.logit_scale.grad is not None
+        model.logit_scale.grad *= len(rows)
+    return gradients_of(model)
+
+
+def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """Differences within a share of that parameter's gradient, or 1e-6 of the whole; the temperature's within 1e-5."""
+    assert found.keys() == wanted.keys()
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    for name, want in wanted.items():
+        limit = 1e-5 * want.norm() if name == "logit_scale" else max(tolerance * want.norm(), 1e-6 * whole)
+        assert (found[name] - want).norm() <= limit, name
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("ViT-Mini", 1e-5), ("RN-Ti", 1e-4)])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("size", [21, 11, 7, 3, 8])  # 1, 2, 3 and 7 micro-batches; a last one of 5 or 10 pairs
+def test_the_gradient_is_the_whole_batchs(name: str, tolerance: float, dropout: bool, size: int) -> None:
+    model = make_model(name, dropout=dropout)
+    batch = make_batch(model, 21)
+    torch.manual_seed(5)
+    wanted = plain(model, batch, size if dropout else None)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert_same_gradients(micro_batched(model, batch, size), wanted, tolerance)
+    assert torch.equal(torch.get_rng_state(), state)  # as if every micro-batch had run once
+
+
+@pytest.mark.parametrize("wrong", ["temperature k times", "negatives of the chunk alone"])
+def test_known_mistakes_would_be_seen(wrong: str) -> None:
+    model = make_model("ViT-Mini")
+    batch = make_batch(model, 21)
+    mistaken = plain(model, batch, 7, wrong=wrong)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(mistaken, plain(model, batch), 1e-5)
+
+
+def test_masks_of_dropout_that_are_not_replayed_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ViT-Mini", dropout=True)
+    batch = make_batch(model, 21)
+    torch.manual_seed(5)
+    wanted = plain(model, batch, 7)
+    monkeypatch.setattr(micro_batches._State, "restore", lambda self: None)
+    torch.manual_seed(5)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(micro_batched(model, batch, 7), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
+def test_checkpointed_gradients_are_the_same_bits(name: str) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = make_model(name, holds_batchnorm=False, dropout=True)
+        if checkpointed:
+            model.checkpoint_gradients()
+        torch.manual_seed(5)
+        statistics = [buffer.clone() for buffer in model.buffers()]
+        found.append((micro_batched(model, make_batch(model, 12), 5), [buffer.clone() for buffer in model.buffers()]))
+    for gradient_name, gradient in found[0][0].items():
+        assert torch.equal(gradient, found[1][0][gradient_name]), gradient_name
+    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+    assert (name == "RN-Ti") == any(not torch.equal(*pair) for pair in zip(statistics, found[0][1], strict=True))
+
+
+def test_checkpointing_keeps_less() -> None:
+    model = make_model("ViT-Mini")
+    kept = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.checkpoint_gradients()
+        images, tokens, _ = make_batch(model, 8)
+        sizes: list[int] = []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(images, tokens)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_batch_statistics_are_counted_once_a_micro_batch() -> None:
+    model, other = (make_model("RN-Ti", holds_batchnorm=False) for _ in range(2))
+    batch = make_batch(model, 12)
+    micro_batched(model, batch, 5)
+    with torch.no_grad():
+        for rows in (slice(0, 5), slice(5, 10), slice(10, 12)):
+            other.encode_image(batch[0][rows])
+    assert model.backbone.visual.bn1.num_batches_tracked == 3
+    for (name, buffer), expected in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(buffer, expected, rtol=1e-5), name
+
+
+def trainer_of(model: CLIPModel, size: int | None) -> MultimodalTrainer:
+    optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=1.0, weight_decay=0.1)
+    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, micro_batch_size=size)
+
+
+class FullMemory:
+    """Fails like a full memory at the nth run of a tower with more than some pairs."""
+
+    def __init__(
+        self, model: CLIPModel, *, pairs: int, at: int, kind: type[Exception] = torch.OutOfMemoryError
+    ) -> None:
+        self.run, self.pairs, self.left, self.kind = model.run_image_tower, pairs, at, kind
+        model.run_image_tower = self  # type: ignore[method-assign]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) > self.pairs:
+            self.left -= 1
+            if self.left < 0:
+                message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+                raise self.kind(message)
+        return self.run(images)
+
+
+@pytest.mark.parametrize("at", range(10, 17))
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_full_memory_halves_the_micro_batch_and_repeats_the_step(
+    at: int, kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step of 3 micro-batches runs 5 towers: the failure is in the third step's first or second pass, or after it."""
+    results = []
+    for fails in (True, False):
+        model = make_model("ViT-Mini", dropout=True)
+        batch = make_batch(model, 24)
+        trainer = trainer_of(model, 8)
+        if fails:
+            FullMemory(model, pairs=4, at=at, kind=kind)
+        torch.manual_seed(3)
+        for step in range(4):
+            if not fails and step == at // 5:
+                trainer.micro_batches.size = 4
+            trainer.train_step(*batch)
+        assert trainer.micro_batches.size == 4
+        results.append(model.state_dict())
+    assert "out of memory with micro-batches of 8 pairs: going on with 4" in caplog.text
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_the_statistics_of_a_step_that_is_repeated_are_counted_once() -> None:
+    model, other = (make_model("RN-Ti", holds_batchnorm=False) for _ in range(2))
+    FullMemory(model, pairs=4, at=2)
+    for each, size in ((model, 8), (other, 4)):
+        micro_batched(each, make_batch(each, 24), size)
+    assert all(torch.equal(*pair) for pair in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def test_one_pair_that_does_not_fit_is_an_error_with_ways_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("ViT-Mini")
+    FullMemory(model, pairs=0, at=0)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(MemoryError, match=r"one pair does not fit.*gradient_checkpointing"),
+    ):
+        trainer_of(model, None).train_step(*make_batch(model, 8))
+    assert [line.rsplit(" ", 1)[1] for line in caplog.messages] == ["4", "2", "1"]
+
+
+def test_other_errors_are_not_taken_for_full_memory() -> None:
+    model = make_model("ViT-Mini")
+
+    def broken(images: Tensor) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    model.run_image_tower = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        trainer_of(model, None).train_step(*make_batch(model, 8))
+
+
+def test_low_precision_comes_through_as_well() -> None:
+    """The copies of the weights that the pass without a graph leaves behind must not be used by the pass with one."""
+    model = make_model("ViT-Mini")
+    batch = make_batch(model, 12)
+    precision = resolve_precision("bf16", torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    found = []
+    for size in (None, 5):
+        steps = GradCache(model, ContrastiveLoss(), precision=precision, size=size, parallel=None, scaler=scaler)
+        steps.backward(*batch)
+        found.append(gradients_of(model))
+    for name, gradient in found[0].items():
+        assert (gradient - found[1][name]).norm() <= 0.1 * gradient.norm() + 1e-4, name

@@ -1,0 +1,128 @@
+"""The sliced loss against plain loops and PyTorch's own gradient."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cliptune.training import loss as contrastive
+from cliptune.training.loss import ContrastiveLoss
+
+
+def features(batch: int, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(batch, size, generator=generator), dim=-1)
+
+
+def loop_loss(images: Tensor, texts: Tensor, scale: float, ids: list[int] | None = None) -> float:
+    total, size = 0.0, len(images)
+    for i in range(size):
+        kept = [j for j in range(size) if j == i or ids is None or ids[j] != ids[i]]
+        for queries, keys in ((images, texts), (texts, images)):
+            scores = [scale * float(queries[i] @ keys[j]) for j in kept]
+            top = max(scores)
+            total += top + math.log(sum(math.exp(s - top) for s in scores)) - scale * float(queries[i] @ keys[i])
+    return total / (2 * size)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+def test_loss_equals_a_double_loop(temperature: float) -> None:
+    images, texts = features(7, 16, 1), features(7, 16, 2)
+    assert ContrastiveLoss(temperature)(images, texts).item() == pytest.approx(
+        loop_loss(images, texts, 1 / temperature), rel=1e-5
+    )
+    logit_scale = torch.tensor(1.5)
+    expected = loop_loss(images, texts, math.exp(1.5))
+    assert ContrastiveLoss()(images, texts, logit_scale).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_of_one_image_are_no_negatives() -> None:
+    images, texts, ids = features(5, 16, 1), features(5, 16, 2), [0, 1, 0, 2, 1]
+    got = ContrastiveLoss()(images, texts, torch.tensor(2.0), image_ids=torch.tensor(ids)).item()
+    assert got == pytest.approx(loop_loss(images, texts, math.exp(2.0), ids), rel=1e-5)
+    assert got < ContrastiveLoss()(images, texts, torch.tensor(2.0)).item()
+
+
+def test_loss_properties() -> None:
+    loss, images, texts = ContrastiveLoss(), features(8, 16, 1), features(8, 16, 2)
+    order = torch.randperm(8)
+    assert torch.allclose(loss(images, texts), loss(images[order], texts[order]), atol=1e-6)
+    assert torch.allclose(loss(images, texts), loss(texts, images), atol=1e-6)
+    collapsed = features(1, 16, 0).expand(8, 16)
+    assert loss(collapsed, collapsed).item() == pytest.approx(math.log(8), rel=1e-5)
+    loss(images, texts).backward()
+    assert loss.logit_scale.grad is not None
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        ContrastiveLoss(0.0)
+    with pytest.raises(ValueError, match="two equal"):
+        loss(images, texts[:3])
+
+
+def plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, ids: Tensor | None) -> Tensor:
+    logits = logit_scale.exp() * (images @ texts.T)
+    if ids is not None:
+        same = ids[:, None] == ids[None, :]
+        logits = logits.masked_fill(same.fill_diagonal_(False), -math.inf)
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+@pytest.mark.parametrize("slice_logits", [1, 37 * 17, 2**22])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_slices_give_pytorchs_own_loss_and_gradient(
+    slice_logits: int, with_ids: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(contrastive.SLICE_LOGITS, "cpu", slice_logits)
+    images, texts = features(37, 24, 1), features(37, 24, 2)
+    texts = F.normalize(images + texts, dim=-1)
+    ids = torch.arange(37) % 30 if with_ids else None
+    for value in (0.0, 2.66, math.log(100)):
+        inputs = (images.clone(), texts.clone(), torch.tensor(value))
+        for each in inputs:
+            each.requires_grad_()
+        expected = plain_loss(inputs[0].double(), inputs[1].double(), inputs[2].double(), ids)
+        wanted = torch.autograd.grad(expected, inputs)
+        got = ContrastiveLoss()(*inputs, image_ids=ids)
+        found = torch.autograd.grad(3 * got, inputs)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+        for have, want in zip(found, wanted, strict=True):
+            assert (have - 3 * want).norm() <= 1e-4 * (3 * want).norm()
+
+
+def test_no_slice_is_larger_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contrastive.SLICE_LOGITS, "cpu", 20 * 64)
+    largest = 0
+    compute = contrastive._Logits._compute
+
+    def watched(self: contrastive._Logits, rows: slice) -> Tensor:
+        nonlocal largest
+        logits = compute(self, rows)
+        largest = max(largest, logits.numel())
+        return logits
+
+    monkeypatch.setattr(contrastive._Logits, "_compute", watched)
+    images = features(64, 16, 1).requires_grad_()
+    ContrastiveLoss()(images, features(64, 16, 2)).backward()
+    assert 0 < largest <= 20 * 64
+
+
+@pytest.mark.parametrize("slice_logits", [1, 2**22])
+def test_in_batch_accuracy(slice_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contrastive.SLICE_LOGITS, "cpu", slice_logits)
+
+    def accuracy(images: Tensor, texts: Tensor) -> float:
+        return ContrastiveLoss().with_accuracy(images, texts)[1].item()
+
+    rows = features(40, 16, 0)
+    assert accuracy(rows, rows) == 1
+    assert accuracy(rows, rows.roll(1, 0)) == 0
+    half = torch.cat([rows[:20], rows[20:].roll(1, 0)])
+    assert accuracy(rows, half) == 0.5
+    collapsed = rows[:1].expand(40, 16)
+    assert accuracy(collapsed, collapsed) == pytest.approx(1 / 40)
+    noisy = F.normalize(rows + features(40, 16, 1), dim=-1)
+    scores = rows @ noisy.T
+    hits = [(scores.argmax(side) == torch.arange(40)).float().mean().item() for side in (0, 1)]
+    assert accuracy(rows, noisy) == pytest.approx(sum(hits) / 2)

@@ -1,0 +1,68 @@
+"""How many pairs fit: the estimate, and a memory that really is full."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clip_model import CLIPModel
+from cliptune.training import memory
+from cliptune.training.memory import LiveTensors, _peak_bytes, fitting_size
+from tests.helpers.launch import ROOT
+from tests.training.test_gradcache import FP32, make_model, small_architectures
+
+__all__ = ["small_architectures"]
+
+
+def test_live_tensors_are_counted_while_they_live() -> None:
+    live = LiveTensors()
+    with live:
+        first = torch.ones(1000)
+        view = first.view(10, 100)
+        assert live.peak == 4000
+        for _ in range(5):
+            first = first + 1  # the next is made while the last one lives, and `view` holds the very first
+        del view
+        second = torch.zeros(500, dtype=torch.float64)
+    assert live.peak == 12000
+    assert len(second) == 500
+
+
+def test_as_many_pairs_fit_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = make_model("ViT-Mini"), torch.device("cpu")
+    parameters = 3 * sum(parameter.nbytes for parameter in model.parameters())
+    a_pair = (_peak_bytes(model, FP32, 16) - _peak_bytes(model, FP32, 8)) / 8
+
+    def fitting(num_pairs: float, most: int = 64) -> int | None:
+        free = (parameters + num_pairs * a_pair) / memory.SHARE_OF_FREE_MEMORY
+        monkeypatch.setattr(memory, "free_memory", lambda _: int(free))
+        return fitting_size(model, precision=FP32, most=most, device=device)
+
+    state = torch.get_rng_state()
+    assert fitting(1e6) is None
+    assert [fitting(number) for number in (-1e6, 20, 44)] == [1, 16, 32]
+    assert fitting(44, most=40) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    deep = CLIPModel("ViT-Ti/32")
+    plain = _peak_bytes(deep, FP32, 4)
+    deep.checkpoint_gradients()
+    assert _peak_bytes(deep, FP32, 4) < 0.5 * plain
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
+def test_memory_that_really_is_full_is_recognised() -> None:
+    code = """
+import resource, torch
+from cliptune.runtime.device import is_out_of_memory
+resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**33, -1))
+try:
+    torch.ones(2**40)
+except Exception as error:
+    assert is_out_of_memory(error), error
+else:
+    raise SystemExit("it fits")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

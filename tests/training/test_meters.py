@@ -1,0 +1,157 @@
+"""A step whose loss or gradient is not finite changes nothing, is named, and ends the run or is left out."""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip_model import MultimodalTrainer
+from cliptune.runtime.device import resolve_precision
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, StepNumbers, StepWatch
+from cliptune.training.optim import build_optimizer, build_scheduler
+from tests.training.test_gradcache import make_batch, make_model, small_architectures
+
+FP32 = resolve_precision("fp32", torch.device("cpu"))
+FINE, NO_LOSS, NO_GRADIENT = (1.0, 2.0, 14.0), (math.nan, math.nan, 14.0), (1.0, math.inf, 14.0)
+__all__ = ["small_architectures"]
+
+
+def make_trainer(name: str = "ViT-Mini", **settings: Any) -> MultimodalTrainer:
+    model = make_model(name, holds_batchnorm=name == "ViT-Mini")
+    optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=0.3, weight_decay=0.1)
+    scheduler = build_scheduler(optimizer, total_steps=10, warmup_fraction=0)
+    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, scheduler, precision=FP32, **settings)
+
+
+def batches(trainer: MultimodalTrainer, *, bad: set[int], num_batches: int = 4) -> Iterator[tuple[Tensor, ...]]:
+    for step in range(1, num_batches + 1):
+        images, tokens, ids = make_batch(trainer.model, 6)
+        yield (images.float() * math.nan if step in bad else images), tokens, ids + 100 * step
+
+
+def everything(trainer: MultimodalTrainer) -> list[Tensor]:
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    return [value.clone() for value in (*trainer.model.parameters(), *trainer.model.buffers(), *moments)]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
+def test_a_bad_step_changes_no_weight_no_moment_no_statistic(name: str, fused: bool, clip: float) -> None:
+    trainer = make_trainer(name, gradient_clip_norm=clip)
+    if not fused:
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-3)
+    first, second, third = batches(trainer, bad={2}, num_batches=3)
+    trainer.train_step(*first)
+    before = everything(trainer)
+    trainer.train_step(*second)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
+    assert trainer.global_step == 2
+    trainer.train_step(*third)
+    assert not any(torch.equal(a, b) for a, b in zip(before[:3], everything(trainer)[:3], strict=True))
+    assert all(value.isfinite().all() for value in everything(trainer))
+
+
+def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    backward = trainer.micro_batches.backward
+
+    def overflow(*batch: Any) -> Any:
+        result = backward(*batch)
+        assert trainer.model.image_projection.weight.grad is not None
+        trainer.model.image_projection.weight.grad[0, 0] = math.inf
+        return result
+
+    monkeypatch.setattr(trainer.micro_batches, "backward", overflow)
+    before = everything(trainer)
+    with pytest.raises(FloatingPointError, match=r"a loss of \d\.\d+ and a gradient of norm inf"):
+        trainer.train_epoch(batches(trainer, bad=set()))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=False))
+
+
+def test_the_run_stops_and_says_where() -> None:
+    trainer = make_trainer()
+    watch = StepWatch(name_samples=lambda ids: [f"{number}.jpg" for number in ids.tolist()])
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train_epoch(batches(trainer, bad={2, 3}), watch=watch)
+    rates = "rates: projection 0.000976, backbone 0.000293"
+    assert str(error.value).startswith("step 2 has a loss of nan and a gradient of norm nan (" + rates)
+    for part in ("scale of the logits: 14.", "and 3 more) and changed no weight", "--skip_nonfinite", "untouched"):
+        assert part in str(error.value)
+    ids = [*batches(trainer, bad=set())][1][2][:3].tolist()
+    assert "samples: " + ", ".join(f"{number}.jpg" for number in ids) in str(error.value)
+
+
+def test_steps_in_a_row_are_left_out_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    trainer, plain = make_trainer(), make_trainer()
+    trainer.scheduler = plain.scheduler = None  # which counts every step
+    watch = StepWatch(skip=2)
+    result = trainer.train_epoch(batches(trainer, bad={2, 3}), watch=watch)
+    first, *_, last = batches(plain, bad=set())
+    expected = plain.train_epoch([first, last])
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
+    assert [record.getMessage()[:25] for record in caplog.records] == [
+        "left out (1 in a row): st", "left out (2 in a row): st",
+    ]  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"step 7 has"):
+        trainer.train_epoch(batches(trainer, bad={1, 2, 3}), watch=watch)
+    watch.bad_in_a_row = 0
+    trainer.train_epoch(batches(trainer, bad={1, 2, 4}), watch=watch)
+
+
+def test_an_epoch_without_a_finite_loss_is_no_epoch() -> None:
+    with pytest.raises(FloatingPointError, match="no loss of the epoch is finite"):
+        trainer = make_trainer()
+        trainer.train_epoch(batches(trainer, bad={1, 2}, num_batches=2), watch=StepWatch(skip=9))
+
+
+def test_the_mean_since_the_last_look_leaves_bad_steps_out() -> None:
+    seen: list[tuple[int, float]] = []
+    trainer = make_trainer()
+    trainer.train_epoch(
+        batches(trainer, bad={2}), watch=StepWatch(skip=1), check_interval=2, on_check=lambda *pair: seen.append(pair)
+    )
+    assert [step for step, _ in seen] == [2, 4]
+    assert all(math.isfinite(loss) and loss > 0.5 for _, loss in seen)
+    totals = EpochTotals(torch.device("cpu"))
+    totals.load_state_dict({**totals.state_dict(), "sums": [6.0, 3.0, 3.0, 8.0, 2.0]})
+    assert (totals.mean_since_last(), totals.mean_since_last()) == (4.0, 0.0)
+
+
+def numbers(step: int, values: tuple[float, ...], device: str = "cpu") -> StepNumbers:
+    return StepNumbers(step, {"projection": 1e-4}, torch.tensor(values, device=device))
+
+
+def test_another_device_is_looked_at_now_and_then_and_at_the_end() -> None:
+    watch = StepWatch(interval=3)
+    looks: list[int] = []
+    watch.look = lambda: looks.append(len(watch._pending))  # type: ignore[method-assign]
+    for step in (1, 2, 3):
+        watch.add(numbers(step, FINE, "meta"), None)
+    assert looks == [3]
+    watch = StepWatch()
+    watch._pending = [(numbers(1, FINE), None), (numbers(2, NO_LOSS), torch.arange(4)), (numbers(3, FINE), None)]
+    with pytest.raises(FloatingPointError, match=r"step 2 .*samples: 4\)"):
+        watch.look()
+
+
+@pytest.mark.parametrize(("scaled", "values"), [(True, NO_LOSS), (False, NO_GRADIENT), (False, NO_LOSS)])
+def test_what_is_no_overflow_of_scaling_stops_at_once(scaled: bool, values: tuple[float, ...]) -> None:
+    with pytest.raises(FloatingPointError):
+        StepWatch(scaled=scaled).add(numbers(1, values), None)
+
+
+def test_overflows_of_scaled_gradients_are_how_the_scale_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    watch = StepWatch(scaled=True)
+    with caplog.at_level(logging.INFO):
+        for step in range(OVERFLOWS_IN_A_ROW):
+            watch.add(numbers(step, NO_GRADIENT), None)
+    assert not caplog.records
+    with pytest.raises(FloatingPointError):
+        watch.add(numbers(99, NO_GRADIENT), None)
