@@ -17,7 +17,7 @@ from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, train_transform
 from cliptune.runtime import distributed
 from cliptune.runtime.rng import _split_mix, draw_bits
 from data_loader import ImageTextDataset, main
-from tests.data.test_pairs import make_images, make_index
+from tests.helpers.datasets import make_images, make_index
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from cliptune.training import memory
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
 from evaluation import Evaluation, evaluate
-from tests.training.test_gradcache import SMALL_VIT
+from tests.helpers.models import SMALL_VIT
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]

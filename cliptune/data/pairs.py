@@ -236,6 +236,6 @@ def _judge(issues: Issues, *, num_good: int, max_skipped_fraction: float, path: 
     if issues.count > max_skipped_fraction * (num_good + issues.count):
         raise ValueError(
             f"{path}: {issues.count} bad entries beside {num_good} good images: {shown} "
-            f"(allowed is a share of {max_skipped_fraction:g}: --max_skipped_fraction; data_loader.py --check lists all)"
+            f"(allowed is {max_skipped_fraction:g} of all: --max_skipped_fraction; data_loader.py --check lists all)"
         )
     logger.warning("%s: %d bad entries are left out: %s", path, issues.count, shown)

@@ -61,7 +61,7 @@ def encode_pairs(
 
     What is `kept` of frozen towers is only projected.
 
-    Each of these pictures goes to `on_unreadable_image`. Features leave the device batch by batch: however large the data set,
+    Each of these goes to `on_unreadable_image`. Features leave the device batch by batch: however large the data set,
     a GPU holds one batch.
 
     Raises:

@@ -1,14 +1,84 @@
-"""Reading and writing files so that a reader sees a whole one."""
+"""Files that a reader sees whole or not at all, and room for them on the disk."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+TEMPORARY_SUFFIX = ".cliptune.tmp"
+"""Of a file that is being written. Its name starts with a dot, so patterns such as `*.pth` do not find it."""
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Write a binary file under a temporary name; once it is whole and on the disk it takes the name `path`.
+
+    A reader sees the old file or the new one, never a part, and so does whoever looks after a crash: first the content
+    goes to the disk, then the name. If the block raises, the file that was there is untouched.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the random part keeps two writers of the same file apart, also on two machines
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file as `atomic_writer` does; what is not Unicode in it is escaped."""
+    with atomic_writer(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file as `atomic_writer` does."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def require_free_space(folder: Path, num_bytes: int, *, what: str, way_out: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        folder: on the disk in question; it must exist.
+        num_bytes: needed.
+        what: what would be written, the subject of the message.
+        way_out: what to do instead.
+
+    Raises:
+        OSError: there is less; says how much is needed, how much is free and the way out.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"no room for {what}: it needs {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {folder}. "
+            f"{way_out}"
+        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object; errors name the file, line and column."""
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        ValueError: it does not; names the file, line and column.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -18,3 +88,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new name to the disk, where the system can."""
+    if os.name == "posix":
+        with suppress(OSError):  # some network file systems cannot
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

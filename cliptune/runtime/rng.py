@@ -8,21 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+BitArray = np.ndarray[Any, np.dtype[np.uint64]]
+
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators (model initialisation draws from them)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
-
-
-BitArray = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def draw_bits(seed: int, round_number: int, items: IntArray, *, stream: int = 0) -> BitArray:
@@ -44,6 +40,35 @@ def _split_mix(state: BitArray) -> BitArray:
     return mixed
 
 
+class RandomState:
+    """The states of all generators that a model or a transform draws from: Python's, PyTorch's, the device's.
+
+    Args:
+        device: whose generator counts as well; the CPU's always does.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._python = random.getstate()
+        self._cpu = torch.get_rng_state()
+        self._of_device: torch.Tensor | None = None
+        if device is not None and device.type == "cuda":
+            self._of_device = torch.cuda.get_rng_state(device)
+        elif device is not None and device.type == "mps":
+            self._of_device = torch.mps.get_rng_state()
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        if self._device is None or self._of_device is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(self._of_device, self._device)
+        else:
+            torch.mps.set_rng_state(self._of_device)
+
+
 class seeded:  # noqa: N801  (used as a function)
     """Seed `torch` and `random` for one sample's transform, and put their states back."""
 
@@ -51,10 +76,9 @@ class seeded:  # noqa: N801  (used as a function)
         self.seed = seed
 
     def __enter__(self) -> None:
-        self.states = torch.get_rng_state(), random.getstate()
+        self._before = RandomState()
         torch.manual_seed(self.seed)
         random.seed(self.seed)
 
     def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.states[0])
-        random.setstate(self.states[1])
+        self._before.restore()

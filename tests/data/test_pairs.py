@@ -1,32 +1,18 @@
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from cliptune.data.pairs import Pairs, holds_only_placeholders, load_pairs
 from cliptune.data.splits import MAX_VAL_IMAGES, evaluation_pairs, split_pairs, training_pairs
 from cliptune.data.table import RowBuffer
 from cliptune.settings import DataSettings
 from data_loader import ImageTextDataset
-
-
-def make_images(folder: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(path)
-
-
-def make_index(folder: Path, rows: Sequence[Mapping[str, object]], name: str = "data.json") -> Path:
-    path = folder / name
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
+from tests.helpers.datasets import make_images, make_index
 
 
 def test_split_is_by_group_seeded_and_independent_of_the_order(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cliptune.data.shards import INDEX_NAME, open_shards
 from cliptune.preprocess.transforms import clip_transform, train_transform
 from cliptune.runtime import distributed
 from cliptune.settings import DataSettings
-from tests.data.test_shards import make_shards, make_tar, picture
+from tests.helpers.datasets import make_shards, make_tar, picture
 from tests.helpers.launch import torchrun
 
 CPU = torch.device("cpu")

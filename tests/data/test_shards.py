@@ -2,8 +2,6 @@ import io
 import json
 import logging
 import os
-import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +17,7 @@ from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, rea
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
 from cliptune.preprocess.transforms import clip_transform
 from data_loader import ImageTextDataset
-from tests.data.test_pairs import make_images
-
-
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def make_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def make_shards(folder: Path, *counts: int) -> str:
-    """Shards of so many samples; the picture and the only caption of each say which sample it is."""
-    first = 0
-    for shard, count in enumerate(counts):
-        members = []
-        for number in range(first, first + count):
-            members += [(f"{number:04}.png", picture(number)), (f"{number:04}.txt", f"number {number}".encode())]
-        make_tar(folder / f"{shard:02}.tar", members)
-        first += count
-    return f"{folder}/{{00..{len(counts) - 1:02}}}.tar"
+from tests.helpers.datasets import make_images, make_shards, make_tar, picture
 
 
 def assert_read_as_by_webdataset(url: str) -> None:

@@ -22,7 +22,7 @@ from clip_model import CLIPModel, add_self_test
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import FORMAT_VERSION, load_checkpoint, save_checkpoint
 from cliptune.model.weights import read_weights
-from tests.training.test_gradcache import SMALL_VIT
+from tests.helpers.models import SMALL_VIT
 
 NUM_EXAMPLES = 10_000 if os.environ.get("CLIP_TOOLKIT_LONG_TESTS") else 200
 TINY_VIT = replace(

@@ -17,8 +17,8 @@ from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.training.checkpoint import RunFiles, load_newest_state
 from tests.helpers.launch import ROOT, environment, torchrun_command
+from tests.helpers.models import SMALL_VIT
 from tests.test_train import assert_same_runs
-from tests.training.test_gradcache import SMALL_VIT
 from train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliptune.features import ranks as retrieval
+from cliptune.features import similarity
 from cliptune.features.metrics import chance_level, compute_retrieval_metrics, rank_metrics
 from cliptune.features.ranks import retrieval_ranks, validation_loss
 from cliptune.features.similarity import similarity_histograms, similarity_means
@@ -209,8 +210,8 @@ def test_similarities_against_the_whole_matrix() -> None:
 
 
 def test_the_histogram_of_a_large_gallery_is_of_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "MAX_HISTOGRAM_IMAGES", 10)
-    monkeypatch.setattr(retrieval, "MAX_HISTOGRAM_PAIRS", 250)
+    monkeypatch.setattr(similarity, "MAX_HISTOGRAM_IMAGES", 10)
+    monkeypatch.setattr(similarity, "MAX_HISTOGRAM_PAIRS", 250)
     images, texts = normalize(torch.randn(30, 8), dim=-1), normalize(torch.randn(50, 8), dim=-1)
     owners = torch.arange(50) % 30
     histograms = similarity_histograms(images, texts, owners)

@@ -19,7 +19,7 @@ import train
 from clip_model import MultimodalTrainer
 from cliptune.model import checkpoint_file as checkpoint
 from cliptune.model.architectures import ARCHITECTURES
-from tests.training.test_gradcache import SMALL_VIT
+from tests.helpers.models import SMALL_VIT
 
 
 def signal_in_step(rank: str, step: str, name: str) -> None:

@@ -34,7 +34,7 @@ from cliptune.runtime.distributed import (
 )
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
-from tests.training.test_gradcache import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
+from tests.helpers.models import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
 STEPS = 20

@@ -10,8 +10,8 @@ import torch
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import clip_gradient
 from tests.helpers.launch import torchrun
+from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients
 from tests.helpers.worker import train
-from tests.training.test_gradcache import SMALL_RESNET, SMALL_VIT, assert_same_gradients
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from cliptune.runtime.signals import SIGNALS, Stopped, StopSignals
 
 ROOT = Path(__file__).parent.parent.parent
 STUCK = """
-import ctypes, sys, stopping
-stopping.GRACE_SECONDS = 0.2
-stopping.world_size = lambda: int(sys.argv[1])
+import ctypes, sys
+from cliptune.runtime import signals
+signals.GRACE_SECONDS = 0.2
+signals.world_size = lambda: int(sys.argv[1])
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
-with stopping.StopSignals():
+with signals.StopSignals():
     print("ready", flush=True)
     libc.pthread_mutex_lock(mutex)  # waits without end, and not for Python
 """

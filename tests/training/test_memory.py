@@ -10,7 +10,7 @@ from clip_model import CLIPModel
 from cliptune.training import memory
 from cliptune.training.memory import LiveTensors, _peak_bytes, fitting_size
 from tests.helpers.launch import ROOT
-from tests.training.test_gradcache import FP32, make_model, small_architectures
+from tests.helpers.models import FP32, make_model, small_architectures
 
 __all__ = ["small_architectures"]
 

@@ -14,7 +14,7 @@ from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, StepNumbers, StepWatch
 from cliptune.training.optim import build_optimizer, build_scheduler
-from tests.training.test_gradcache import make_batch, make_model, small_architectures
+from tests.helpers.models import make_batch, make_model, small_architectures
 
 FP32 = resolve_precision("fp32", torch.device("cpu"))
 FINE, NO_LOSS, NO_GRADIENT = (1.0, 2.0, 14.0), (math.nan, math.nan, 14.0), (1.0, math.inf, 14.0)

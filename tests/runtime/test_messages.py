@@ -1,0 +1,40 @@
+import pytest
+
+from cliptune.runtime.messages import count, first_few, nearest, one_line, printable, shorten
+
+
+def test_counts_are_singular_or_plural() -> None:
+    assert [count(number, "caption") for number in (0, 1, 2)] == ["0 captions", "1 caption", "2 captions"]
+    assert count(12345, "index", "indices") == "12,345 indices"
+
+
+def test_long_texts_are_cut_and_say_so() -> None:
+    assert shorten("a" * 200) == "a" * 200
+    assert shorten("a" * 201) == "a" * 200 + "..."
+
+
+def test_control_characters_are_escaped() -> None:
+    assert printable("a\n\x1b[31m\u200eé\udc80中") == r"a\n\x1b[31m\u200eé\udc80中"
+
+
+@pytest.mark.parametrize(
+    ("items", "total", "expected"),
+    [
+        ([], None, ""),
+        (["a", "b"], None, "a; b"),
+        (list("abcde"), None, "a; b; c; and 2 more"),
+        (["a"], 5, "a; and 4 more"),
+    ],
+)
+def test_the_first_of_many(items: list[str], total: int | None, expected: str) -> None:
+    assert first_few(items, total=total) == expected
+
+
+def test_what_is_meant() -> None:
+    assert nearest("ViT-B32", ["ViT-B/32", "RN50"]) == "; did you mean ViT-B/32?"
+    assert nearest("xyz", ["ViT-B/32", "RN50"]) == "; known: ViT-B/32, RN50"
+
+
+def test_an_error_is_one_line() -> None:
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
