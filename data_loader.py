@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cliptune.data.doctor import check_data, describe_data
 from cliptune.data.issues import image_issue
-from cliptune.data.loaders import Sample
+from cliptune.data.loaders import Sample, caption_id
 from cliptune.data.pairs import Pairs, holds_only_placeholders, load_pairs
 from cliptune.data.row_store import ImageCache
 from cliptune.data.sample_data import create_sample_dataset
@@ -124,14 +124,15 @@ class ImageTextDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image, caption = (int(number[0]) for number in self.choose(np.array([index])))
-        tokens = tokenize([self.pairs.captions[caption]])[0][0]
+        image_index, caption_index = (int(found[0]) for found in self.choose(np.array([index])))
+        path, caption = self.pairs.paths[image_index], self.pairs.captions[caption_index]
+        sample = Sample(None, tokenize([caption])[0][0], image_index, caption_id(caption), caption_index)
         try:
-            finish = self._open(self.pairs.paths[image])
+            finish = self._open(path)
         except (ValueError, OSError) as error:
-            return Sample(None, tokens, image, caption, image_issue(self.pairs.paths[image], error))
-        with seeded(self._transform_seed(image, index)):
-            return Sample(finish(), tokens, image, caption)
+            return sample._replace(issue=image_issue(path, error))
+        with seeded(self._transform_seed(image_index, index)):
+            return sample._replace(image=finish())
 
     def _open(self, path: str) -> Callable[[], Tensor]:
         """Read a picture; return the rest of the work, which may be random."""

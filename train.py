@@ -478,7 +478,7 @@ class Run:
                 if batch is None:
                     return
                 self.waited += time.perf_counter() - start
-                for issue in batch.errors:
+                for issue in batch.issues:
                     self.skipped_data.note(issue)
                 if self.profiler is not None:
                     self.profiler.step()

@@ -10,7 +10,7 @@ import torch
 from torchvision import transforms
 
 from cliptune.data import loaders
-from cliptune.data.loaders import Batch, EpochBatches, TrainLoader
+from cliptune.data.loaders import Batch, EpochBatches, TrainLoader, caption_id
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.table import Strings
 from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, train_transform
@@ -30,6 +30,29 @@ def test_one_sample_has_pixels_tokens_and_identity(sample_dir: Path) -> None:
     assert (sample.image.shape, sample.image.dtype) == ((3, 224, 224), torch.uint8)
     assert (sample.tokens.shape, sample.image_id) == ((77,), 3)
     assert len(ImageTextDataset(sample_dir, captions="all")) == 120
+
+
+def test_captions_that_say_the_same_have_the_same_id() -> None:
+    same = ["A cat, a Dog", "a cat, a dog", " A\tCAT,\u00a0a  dog\n", "\uff21 cat, a dog"]
+    assert {caption_id(caption) for caption in same} == {caption_id("a cat, a dog")}
+    assert caption_id("stra\u00dfe") == caption_id("STRASSE")
+    others = ["a cat a dog", "a dog, a cat", "acat, a dog", "", "\u732b", "half \udc80"]
+    assert len({caption_id(caption) for caption in [same[0], *others]}) == 7
+
+
+def test_a_caption_id_is_the_same_in_every_run_and_fits_int64() -> None:
+    assert caption_id("A photo of a cat") == 2875975664571500342
+    assert all(0 <= caption_id(str(number)) < 2**63 for number in range(1000))
+
+
+def test_a_batch_has_the_ids_of_its_captions(sample_dir: Path) -> None:
+    dataset = ImageTextDataset(sample_dir)
+    batch = next(TrainLoader(dataset, batch_size=9, num_workers=0, device=CPU).epoch(1))
+    captions = [dataset.pairs.captions[index] for index in batch.caption_indices.tolist()]
+    assert batch.caption_ids.tolist() == [caption_id(caption) for caption in captions]
+    assert (batch.caption_ids.dtype, batch.image_ids.dtype) == (torch.int64, torch.int64)
+    owners = dataset.pairs.text_to_image[batch.caption_indices]
+    assert torch.equal(owners, batch.image_ids)
 
 
 def test_captions_vary_by_epoch_and_repeat_by_seed(sample_dir: Path) -> None:
@@ -63,7 +86,7 @@ def test_every_caption_is_chosen_at_some_time_by_its_own_image(sample_dir: Path)
         dataset.set_epoch(epoch)
         images, captions = dataset.choose(np.arange(60))
         assert dataset.pairs.text_to_image.numpy()[captions].tolist() == images.tolist() == list(range(60))
-        assert dataset[7].caption_id == captions[7]
+        assert dataset[7].caption_index == captions[7]
         chosen.append(captions)
     assert set(np.concatenate(chosen).tolist()) == set(range(dataset.pairs.num_pairs))
 
@@ -115,8 +138,8 @@ def test_a_picture_that_cannot_be_read_leaves_its_batch(tmp_path: Path) -> None:
     make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in range(4)])
     batch = next(TrainLoader(ImageTextDataset(tmp_path), batch_size=4, num_workers=0, device=CPU).epoch(1))
     assert sorted(batch.image_ids.tolist()) == [0, 1, 3]
-    assert len(batch.errors) == 1
-    assert "2.png: cannot be read" in str(batch.errors[0])
+    assert len(batch.issues) == 1
+    assert "2.png: cannot be read" in str(batch.issues[0])
 
 
 def test_the_stage_makes_sample_data_then_describes_it(
@@ -151,10 +174,8 @@ def test_the_stage_finds_identical_pictures_across_the_split(
 
 def same_batches(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        a.errors == b.errors
-        and all(
-            torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "tokens", "image_ids", "caption_ids")
-        )
+        a.issues == b.issues
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch._fields if name != "issues")
         for a, b in zip(first, second, strict=True)
     )
 
@@ -171,8 +192,8 @@ def test_a_batch_in_pieces_is_the_same_batch(
     whole = list(loader.epoch(1))
     monkeypatch.setattr(loaders, "PIECE_SIZE", 5)
     assert same_batches(list(loader.epoch(1)), whole)
-    assert [len(batch.tokens) + len(batch.errors) for batch in whole] == [24, 16]
-    assert sum(len(batch.errors) for batch in whole) == 2
+    assert [len(batch.tokens) + len(batch.issues) for batch in whole] == [24, 16]
+    assert sum(len(batch.issues) for batch in whole) == 2
     monkeypatch.setattr(loaders, "PIECE_SIZE", 1)  # a piece of nothing but an error
     assert same_batches(list(loader.epoch(1)), whole)
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cliptune.data.issues import Issue, Issues, image_issue
+from cliptune.data.loaders import make_loader
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import Strings
 from cliptune.preprocess.decode import file_stamp, read_bytes, size_of
@@ -144,7 +145,7 @@ def check_data(pairs: Pairs, *, num_workers: int | None = None) -> DataCheck:
 
 def _check_pictures(paths: Strings, check: DataCheck, *, num_workers: int | None) -> None:
     workers = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers
-    pictures = DataLoader(_Pictures(paths), batch_size=None, num_workers=workers)
+    pictures = make_loader(_Pictures(paths), num_workers=workers, collate_fn=None)
     first_of: dict[bytes, int] = {}
     for number, picture in enumerate(progress_bar(pictures, desc="pictures", unit="picture")):
         if picture.issue is not None:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from cliptune.data.issues import Issue
-from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, collate, join_pieces
+from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, join_pieces, make_loader
 from cliptune.data.pairs import Pairs
 from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
 from cliptune.data.splits import separate_validation
@@ -23,7 +23,6 @@ from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
 from cliptune.runtime.rng import draw_bits, seeded
-from cliptune.runtime.signals import leave_signals_to_main
 from cliptune.settings import DataSettings
 
 SHUFFLE_BUFFER = 1000
@@ -99,18 +98,9 @@ class ShardLoader:
         caption_key: str | None = None,
     ) -> None:
         self.dataset = shards
-        self.pin_memory = device.type == "cuda"
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
         self.stream = _Stream(shards, self.plan, transform=transform, seed=seed, caption_key=caption_key)
-        self.loader = DataLoader(
-            self.stream,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=leave_signals_to_main,
-        )
+        self.loader = make_loader(self.stream, num_workers=num_workers, device=device, persistent=True)
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -128,7 +118,7 @@ class ShardLoader:
         for step in range(start, len(self)):
             num_items = self.plan.own_before(step + 1) - self.plan.own_before(step)
             num_pieces = self.plan.num_workers * self.plan.pieces_of(step)
-            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
 
 
 class _Plan(NamedTuple):
@@ -225,21 +215,21 @@ class _Stream(IterableDataset[list[Sample]]):
         return iter(shuffle(SHUFFLE_BUFFER, rng=generator)(drawn))
 
     def _load(self, drawn: _Drawn, epoch: int) -> Sample:
-        number, shard, sample, error = drawn
-        name = f"{shard}: sample {number}" if sample is None else f"{shard}/{sample.key}"
+        index, shard, sample, missing = drawn
+        name = f"{shard}: sample {index}" if sample is None else f"{shard}/{sample.key}"
         try:
             if sample is None:
-                raise ValueError(error)
+                raise ValueError(missing)
             captions = sample.captions(self.caption_key)
             picture = self.transform.load(sample.picture())
-        except (ValueError, OSError) as issue:
-            return Sample(None, torch.empty(0, dtype=torch.long), number, number, Issue(str(issue), image=name))
+        except (ValueError, OSError) as error:
+            return Sample(None, torch.empty(0, dtype=torch.long), index, 0, index, Issue(str(error), image=name))
         identity = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         item = np.frombuffer(identity, dtype="<i8")
         caption = captions[int(draw_bits(self.seed, epoch, item)[0] % np.uint64(len(captions)))]
         with seeded(int(draw_bits(self.seed, epoch, item, stream=1)[0] >> np.uint64(1))):
             image = self.transform(picture)
-        return Sample(image, tokenize([caption])[0][0], number, number)
+        return Sample(image, tokenize([caption])[0][0], index, caption_id(caption), index)
 
 
 def _read_range(order: Sequence[Shard], start: int, end: int) -> Iterator[_Drawn]:

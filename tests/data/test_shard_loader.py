@@ -13,7 +13,7 @@ import data_loader
 import evaluation
 import train
 from cliptune.data import shard_loader
-from cliptune.data.loaders import Batch
+from cliptune.data.loaders import Batch, caption_id
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import INDEX_NAME, open_shards
 from cliptune.preprocess.transforms import clip_transform, train_transform
@@ -75,8 +75,10 @@ def test_an_epoch_has_every_sample_once_in_batches_of_the_size(
         assert sorted(n for step in steps for batch in step for n in numbers_in(batch)) == list(range(total))
         for step in steps:
             for batch in step:
-                assert batch.image_ids.tolist() == batch.caption_ids.tolist() == numbers_in(batch)
+                assert batch.image_ids.tolist() == batch.caption_indices.tolist() == numbers_in(batch)
                 assert len(batch.tokens) == len(batch.images)
+                expected_ids = [caption_id(f"number {n}") for n in numbers_in(batch)]
+                assert batch.caption_ids.tolist() == expected_ids
             shares = [len(batch.tokens) for batch in step]
             assert max(shares) - min(shares) <= 1
         sizes = [sum(len(batch.tokens) for batch in step) for step in steps]
@@ -143,7 +145,7 @@ def test_a_bad_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None:
     make_tar(tmp_path / "x.tar", members)
     (batch,) = loader_of(f"{tmp_path}/x.tar").epoch(1)
     assert sorted(numbers_in(batch)) == [0]
-    reasons = {issue.image.removeprefix("x.tar/"): issue.reason for issue in batch.errors}
+    reasons = {issue.image.removeprefix("x.tar/"): issue.reason for issue in batch.issues}
     assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
     assert reasons["0001"] == "no caption"
     assert reasons["0002"] == "no picture"
@@ -167,7 +169,7 @@ def test_an_index_that_promises_too_much_or_too_little_is_told(tmp_path: Path) -
     promise(tmp_path, 14)
     batches = list(loader_of(data_dir).epoch(1))
     assert sorted(n for batch in batches for n in numbers_in(batch)) == list(range(12))
-    assert [str(error) for batch in batches for error in batch.errors] == [
+    assert [str(error) for batch in batches for error in batch.issues] == [
         f"00.tar: sample {number}: fewer than the 14 samples that its index tells" for number in (12, 13)
     ]
     promise(tmp_path, 11)
@@ -181,7 +183,7 @@ def test_a_shard_that_breaks_off_in_an_epoch_costs_only_what_it_lost(tmp_path: P
     with (tmp_path / "01.tar").open("r+b") as file:
         file.truncate(file.seek(0, os.SEEK_END) // 2)
     batches = list(loader.epoch(1))
-    errors = [error for batch in batches for error in batch.errors]
+    errors = [error for batch in batches for error in batch.issues]
     found = [n for batch in batches for n in numbers_in(batch)]
     assert set(found) >= set(range(20))
     assert len(found) + len(errors) == 40
@@ -194,7 +196,7 @@ def test_shards_elsewhere_are_streamed(tmp_path: Path) -> None:
     open_shards(f"{tmp_path}/{{00..01}}.tar")
     batches = list(loader_of(f"pipe:cat {tmp_path}/{{00..01}}.tar", num_workers=2).epoch(1))
     assert sorted(n for batch in batches for n in numbers_in(batch)) == list(range(17))
-    assert not [error for batch in batches for error in batch.errors]
+    assert not [error for batch in batches for error in batch.issues]
 
 
 def test_a_wrong_caption_key_is_told_before_the_first_epoch(tmp_path: Path) -> None:

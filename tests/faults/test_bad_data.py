@@ -75,7 +75,7 @@ def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) -> None:
     BAD[name](tmp_path / name)
-    (issue,) = [sample.error for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
+    (issue,) = [sample.issue for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
     assert issue is not None
     assert issue.image == str(tmp_path.resolve() / name)
     assert issue.reason.startswith("cannot be read as a picture: ")
@@ -212,7 +212,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
 def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corners().save(tmp_path / "x.jpg")
     (tmp_path / "x.jpg").chmod(0)
-    assert "Permission denied" in str(ImageTextDataset(one_picture(tmp_path, "x.jpg"))[0].error)
+    assert "Permission denied" in str(ImageTextDataset(one_picture(tmp_path, "x.jpg"))[0].issue)
     (tmp_path / "data.json").chmod(0)
     assert data_loader.main(["--data_dir", str(tmp_path)]) == 2
     assert "Permission denied" in one_line(capsys.readouterr().err)
