@@ -149,7 +149,7 @@ def test_a_bad_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None:
     assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
     assert reasons["0001"] == "no caption"
     assert reasons["0002"] == "no picture"
-    assert "cannot be read as a picture" in reasons["0003"]
+    assert "cannot be read as an image" in reasons["0003"]
     assert "utf-8" in reasons["0004"]
     assert reasons["0005"] == "caption is a number, not text"
     assert reasons["0006"] == "2 pictures"

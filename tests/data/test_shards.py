@@ -179,7 +179,7 @@ def test_a_picture_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path:
     assert sample is not None
     cached, _ = ImageCache(tmp_path / "cache", pairs.paths, clip_transform(224)).load(path)
     assert torch.equal(sample, torch.tensor(cached).permute(2, 0, 1))
-    with pytest.raises(ValueError, match=r"00000.tar@1\+5/x.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"00000.tar@1\+5/x.png: cannot be read as an image"):
         clip_transform(8).load(part_path(f"{tmp_path}/00000.tar", 1, 5, "x.png"))
 
 

@@ -20,7 +20,7 @@ from cliptune.data.pairs import load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
 from cliptune.data.skipped import SkippedData
-from cliptune.preprocess.decode import load_image, load_picture, size_of
+from cliptune.preprocess.decode import decode_image, load_image, size_of
 from data_loader import ImageTextDataset
 from tests.helpers.launch import ROOT, environment, torchrun
 from tests.helpers.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
@@ -59,7 +59,7 @@ def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
     size, shows_corners = GOOD[name].size, GOOD[name].shows_corners
     image = load_image(zoo / name)
     assert (image.mode, image.size) == ("RGB", size)
-    assert size_of(load_picture(zoo / name)) == size
+    assert size_of(decode_image(zoo / name)) == size
     pairs = load_pairs(write_index(zoo, [{"image": name, "caption": "x"}]).rename(zoo / "one.json"))
     sample = ImageTextDataset(pairs)[0]
     assert sample.image is not None
@@ -78,9 +78,9 @@ def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) 
     (issue,) = [sample.issue for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
     assert issue is not None
     assert issue.image == str(tmp_path.resolve() / name)
-    assert issue.reason.startswith("cannot be read as a picture: ")
+    assert issue.reason.startswith("cannot be read as an image: ")
     assert len(str(issue).splitlines()) == 1
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         load_image(tmp_path / name)
 
 
@@ -96,10 +96,9 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(monkeypatch: pytes
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", no_decoding)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_decoding)
-    monkeypatch.setattr("cliptune.preprocess.decode.MAX_PIXELS", 64 * 48 - 1)
-    for read in (load_image, load_picture):
-        with pytest.raises(ValueError, match=r"x.jpg: cannot be read as a picture: more than 3071 pixels"):
-            read(tmp_path / "x.jpg")
+    for read in (load_image, decode_image):
+        with pytest.raises(ValueError, match=r"x.jpg: cannot be read as an image: more than 3071 pixels"):
+            read(tmp_path / "x.jpg", max_pixels=64 * 48 - 1)
 
 
 def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> None:
@@ -111,7 +110,7 @@ def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> No
     )
     assert done.returncode == 1, done.stderr
     *lines, last = done.stdout.splitlines()
-    issues = [line for line in lines if "cannot be read as a picture" in line or ": image " in line]
+    issues = [line for line in lines if "cannot be read as an image" in line or ": image " in line]
     assert len(issues) == len(BAD) + len(ABSENT)
     for name in [*BAD, *(name[:60] for name in ABSENT)]:
         assert sum(f"/{name}: " in line or f"image {name}" in line for line in issues) == 1, name
@@ -153,7 +152,7 @@ def test_check_of_good_data_and_of_shards(tmp_path: Path, capsys: pytest.Capture
     content = shard.read_bytes().replace(Path(images[3][0]).read_bytes()[:40], bytes(40))
     shard.write_bytes(content)
     assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 1
-    assert "000000003.png: cannot be read as a picture" in capsys.readouterr().out
+    assert "000000003.png: cannot be read as an image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", CAPTIONS)
@@ -250,7 +249,7 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
         "place": f"data.json: row {len(rows)}",
     }  # fmt: skip
     assert sorted(each["image"] for each in listed[1:]) == sorted(row["image_path"] for row in rows[:3])
-    assert {each["reason"] for each in listed[1:]} == {"cannot be read as a picture: of no known format"}
+    assert {each["reason"] for each in listed[1:]} == {"cannot be read as an image: of no known format"}
     log = (output / "logs" / "train.log").read_text()
     assert log.count("left out: ") == 3
     assert "3 bad picture(s) and 1 bad entries were left out; they are listed in " in log
