@@ -112,7 +112,15 @@ def _train(argv: list[str] | None) -> int:
             if "data_dir" not in given:
                 _make_sample_data(config)
             if is_shards(config.data.data_dir):
-                shards, val = training_shards(config.data)
+                shards, val = training_shards(
+                    config.data.data_dir,
+                    val_data=config.data.val_data,
+                    max_skipped_fraction=config.data.allowed_skipped_fraction,
+                    image_dir=config.data.image_dir,
+                    caption_key=config.data.caption_key,
+                    captions=config.data.captions,
+                    cache_images=config.data.cache_images,
+                )
                 pairs = {"val": val}
             else:
                 shards, pairs = None, training_pairs(config.data, seed=config.training.seed)
@@ -370,7 +378,7 @@ class Run:
             )
         dataset = ImageTextDataset(self.pairs["train"], transform=transform, captions=data.captions, seed=settings.seed)
         if self.image_cache_dir is not None:
-            dataset.keep_images(self.image_cache_dir)
+            dataset.cache_images(self.image_cache_dir)
         loader = TrainLoader(dataset, batch_size=settings.batch_size, num_workers=self.num_workers, device=model.device)
         if self.cache is None:
             return loader

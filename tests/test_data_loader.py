@@ -9,7 +9,6 @@ import pytest
 import torch
 from torchvision import transforms
 
-from cliptune.data import loaders
 from cliptune.data.loaders import Batch, EpochBatches, TrainLoader, caption_id
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.table import Strings
@@ -149,7 +148,7 @@ def test_the_stage_makes_sample_data_then_describes_it(
     assert main(["--num_samples", "20"]) == 0
     output = capsys.readouterr().out
     assert "made sample data: data/data.json" in output
-    assert "images      20, 40 pairs, 2 to 2 captions an image" in output
+    assert "images      20, 40 pairs, 2 captions an image" in output
     assert main([]) == 0
     assert "made" not in capsys.readouterr().out
     assert main(["--data_dir", "gone"]) == 2
@@ -181,21 +180,22 @@ def same_batches(first: list[Batch], second: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_in_pieces_is_the_same_batch(
-    sample_dir: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_in_pieces_is_the_same_batch(sample_dir: Path, tmp_path: Path, num_workers: int) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(40))
     (tmp_path / "bad.png").write_bytes(b"no picture")
     paths = [str(tmp_path / "bad.png") if number in (3, 30) else path for number, path in enumerate(pairs.paths)]
     pairs = replace(pairs, paths=Strings.of(paths))
-    loader = TrainLoader(ImageTextDataset(pairs), batch_size=24, num_workers=num_workers, device=CPU)
-    whole = list(loader.epoch(1))
-    monkeypatch.setattr(loaders, "PIECE_SIZE", 5)
-    assert same_batches(list(loader.epoch(1)), whole)
+
+    def load(piece_size: int) -> list[Batch]:
+        dataset = ImageTextDataset(pairs)
+        loader = TrainLoader(dataset, batch_size=24, num_workers=num_workers, device=CPU, piece_size=piece_size)
+        return list(loader.epoch(1))
+
+    whole = load(24)
+    assert same_batches(load(5), whole)
     assert [len(batch.tokens) + len(batch.issues) for batch in whole] == [24, 16]
     assert sum(len(batch.issues) for batch in whole) == 2
-    monkeypatch.setattr(loaders, "PIECE_SIZE", 1)  # a piece of nothing but an error
-    assert same_batches(list(loader.epoch(1)), whole)
+    assert same_batches(load(1), whole)  # among them a piece of nothing but an issue
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

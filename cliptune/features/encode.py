@@ -142,7 +142,7 @@ def _encode_images(
 ) -> tuple[Tensor, Tensor]:
     dataset = ImageTextDataset(pairs, transform=clip_transform(model.image_resolution))
     if cache_dir is not None:
-        dataset.keep_images(cache_dir)
+        dataset.cache_images(cache_dir)
     workers = default_num_workers(model.device) if num_workers is None else num_workers
     batches, num_rounds = deal(torch.arange(len(pairs)).split(batch_size))
     batch_indices = [batch.tolist() for batch in batches]

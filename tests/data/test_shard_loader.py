@@ -12,13 +12,11 @@ import torch
 import data_loader
 import evaluation
 import train
-from cliptune.data import shard_loader
 from cliptune.data.loaders import Batch, caption_id
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import INDEX_NAME, open_shards
 from cliptune.preprocess.transforms import clip_transform, train_transform
 from cliptune.runtime import distributed
-from cliptune.settings import DataSettings
 from tests.helpers.datasets import make_shards, make_tar, picture
 from tests.helpers.launch import torchrun
 
@@ -148,11 +146,11 @@ def test_a_bad_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None:
     reasons = {issue.image.removeprefix("x.tar/"): issue.reason for issue in batch.issues}
     assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
     assert reasons["0001"] == "no caption"
-    assert reasons["0002"] == "no picture"
+    assert reasons["0002"] == "no image"
     assert "cannot be read as an image" in reasons["0003"]
     assert "utf-8" in reasons["0004"]
     assert reasons["0005"] == "caption is a number, not text"
-    assert reasons["0006"] == "2 pictures"
+    assert reasons["0006"] == "2 images"
     assert reasons["0007"] == "its JSON is nested too deeply"
 
 
@@ -170,10 +168,10 @@ def test_an_index_that_promises_too_much_or_too_little_is_told(tmp_path: Path) -
     batches = list(loader_of(data_dir).epoch(1))
     assert sorted(n for batch in batches for n in numbers_in(batch)) == list(range(12))
     assert [str(error) for batch in batches for error in batch.issues] == [
-        f"00.tar: sample {number}: fewer than the 14 samples that its index tells" for number in (12, 13)
+        f"00.tar: sample {number}: fewer than the 14 samples of its index" for number in (12, 13)
     ]
     promise(tmp_path, 11)
-    with pytest.raises(ValueError, match="holds more samples than the 11"):
+    with pytest.raises(ValueError, match="holds more than the 11 samples"):
         list(loader_of(data_dir).epoch(1))
 
 
@@ -202,7 +200,7 @@ def test_shards_elsewhere_are_streamed(tmp_path: Path) -> None:
 def test_a_wrong_caption_key_is_told_before_the_first_epoch(tmp_path: Path) -> None:
     data_dir = make_shards(tmp_path, 4)
     with pytest.raises(ValueError, match=r"none of the first 4 samples is usable: .*no caption under 'prompt'"):
-        training_shards(DataSettings(data_dir=data_dir, val_data=data_dir, caption_key="prompt"))
+        training_shards(data_dir, val_data=data_dir, max_skipped_fraction=0, caption_key="prompt")
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +234,7 @@ def test_two_processes_train_on_shards_that_are_not_counted_yet(shard_run: Path,
     data = ["--data_dir", f"{tmp_path}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
     done = torchrun(2, "train.py", *data, *FLAGS, "--num_workers", "2", "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("counted the samples of 3 shard(s)") == 1
+    assert done.stderr.count("counted the samples of 3 shards") == 1
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())
     assert [entry["step"] for entry in results["history"]] == [0, 3]
 
@@ -273,25 +271,14 @@ def test_what_does_not_go_with_shards_is_refused(
     data_dir = make_shards(tmp_path, 4)
     assert train.main(["--data_dir", data_dir, "--output_dir", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(ValueError, match=r"1 sample\(s\), at least 2"):
-        training_shards(DataSettings(data_dir=make_shards(tmp_path / "one", 1), val_data=data_dir))
+    with pytest.raises(ValueError, match=r"1 sample, at least 2"):
+        training_shards(make_shards(tmp_path / "one", 1), val_data=data_dir, max_skipped_fraction=0)
 
 
-def test_the_buffer_holds_so_many_samples_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_loader, "SHUFFLE_BUFFER", 5)
-    data_dir = make_shards(tmp_path, 60)
-    read = 0
-    samples_of = shard_loader.read_samples
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal read
-        for sample in samples_of(*arguments):
-            read += 1
-            yield sample
-
-    monkeypatch.setattr(shard_loader, "read_samples", counted)
-    most = 0
-    for number, _ in enumerate(loader_of(data_dir).epoch(1), 1):
-        most = max(most, read - 10 * number)
-    assert 0 < most <= 6
-    assert read == 60
+@pytest.mark.parametrize("buffer", [1, 5, 20])
+def test_the_buffer_holds_so_many_samples_and_no_more(tmp_path: Path, buffer: int) -> None:
+    order = order_of(loader_of(make_shards(tmp_path, 60), shuffle_buffer=buffer), 1)
+    # a sample that comes k places early was drawn when k others were still in the buffer
+    lead = max(index - position for position, index in enumerate(order))
+    assert sorted(order) == list(range(60))
+    assert lead == 0 if buffer == 1 else buffer // 2 <= lead <= buffer

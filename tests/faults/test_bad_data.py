@@ -16,7 +16,7 @@ import data_loader
 import train
 from cliptune.data import skipped as skipped_data
 from cliptune.data.issues import Issue, Issues
-from cliptune.data.pairs import load_pairs
+from cliptune.data.pairs import Pairs, load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
 from cliptune.data.skipped import SkippedData
@@ -84,7 +84,7 @@ def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) 
         load_image(tmp_path / name)
 
 
-def one_picture(folder: Path, name: str) -> data_loader.Pairs:
+def one_picture(folder: Path, name: str) -> Pairs:
     return load_pairs(write_index(folder, [{"image": name, "caption": "x"}]))
 
 
@@ -114,7 +114,7 @@ def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> No
     assert len(issues) == len(BAD) + len(ABSENT)
     for name in [*BAD, *(name[:60] for name in ABSENT)]:
         assert sum(f"/{name}: " in line or f"image {name}" in line for line in issues) == 1, name
-    assert last == f"{len(BAD) + len(ABSENT)} issues; {len(GOOD)} pictures can be read"
+    assert last == f"{len(BAD) + len(ABSENT)} issues; {len(GOOD)} images can be read"
     # the log names what the index lacks; nothing comes from Pillow, libjpeg or Python's warnings
     assert one_line(done.stderr).startswith(str(zoo)), done.stderr
 
@@ -140,15 +140,15 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
 def test_check_of_good_data_and_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path / "data", 12)
     assert data_loader.main(["--data_dir", str(tmp_path / "data"), "--check", "--num_workers", "0"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "all 12 pictures can be read"
+    assert capsys.readouterr().out.splitlines()[-1] == "no issues; all 12 images can be read"
     pairs = load_pairs(tmp_path / "data")
     images = [(pairs.paths[number], pairs.captions_of(number)) for number in range(12)]
     write_shards([*images, (images[0][0], ["sky " * 100, "sky"])], tmp_path / "shards", shard_size=20)
     shard = tmp_path / "shards" / "00000.tar"
     assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 0
     out = capsys.readouterr().out
-    assert "note: 1 captions are longer than 77 tokens" in out
-    assert "note: 1 pictures are byte-identical to an earlier one" in out
+    assert "note: 1 caption longer than 77 tokens" in out
+    assert "note: 1 image byte-identical to an earlier one" in out
     content = shard.read_bytes().replace(Path(images[3][0]).read_bytes()[:40], bytes(40))
     shard.write_bytes(content)
     assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 1
@@ -200,7 +200,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "images/Clash.png: clashes with images/clash.png" in out
     assert "images/latin-\\udce9.png: " in out
-    assert out.splitlines()[-1].endswith("3 pictures can be read")
+    assert out.splitlines()[-1].endswith("3 images can be read")
     output = tmp_path / "output"
     assert train.main([*flags[:2], "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.9"]) == 0
     assert "Traceback" not in capsys.readouterr().err
