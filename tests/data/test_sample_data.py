@@ -63,7 +63,7 @@ def test_captions_are_true_of_the_pixels() -> None:
             assert len(middles) == group.count
             x, y = np.mean([middle[0] for middle in middles]), np.mean([middle[1] for middle in middles])
             words = {"left": x < 90, "right": x > 134, "top": y < 90, "bottom": y > 134}
-            assert all(words[word] for word in group.place.split() if word in words), (group, x, y)
+            assert all(words[word] for word in group.position.split() if word in words), (group, x, y)
             number = {1: "a ", 2: "two ", 3: "three ", 4: "four "}[group.count]
             assert all(f"{number}{group.size} {group.colour} {group.shape}" in caption for caption in captions)
 
