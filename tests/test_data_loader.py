@@ -9,14 +9,14 @@ import pytest
 import torch
 from torchvision import transforms
 
-from cliptune.data.loaders import Batch, EpochBatches, TrainLoader, caption_id
+from cliptune.data.loaders import Batch, EpochBatches, Sample, TrainLoader, caption_id
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.table import Strings
 from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, train_transform
-from cliptune.runtime import distributed
 from cliptune.runtime.rng import _split_mix, draw_bits
 from data_loader import ImageTextDataset, main
 from tests.helpers.datasets import make_images, make_index
+from tests.helpers.ranks import as_rank
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_no_pair_is_left_alone(items: int, size: int, expected: list[int]) -> No
     assert len(batches) == len(expected)
 
 
-def test_a_picture_that_cannot_be_read_leaves_its_batch(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_leaves_its_batch(tmp_path: Path) -> None:
     make_images(tmp_path, *(f"{n}.png" for n in range(4)))
     (tmp_path / "2.png").write_text("broken")
     make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in range(4)])
@@ -155,9 +155,7 @@ def test_the_stage_makes_sample_data_then_describes_it(
     assert "python data_loader.py" in capsys.readouterr().err
 
 
-def test_the_stage_finds_identical_pictures_across_the_split(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_stage_finds_identical_images_across_the_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path, 4)
     rows = json.loads((tmp_path / "data.json").read_text())
     for row, split in zip(rows, ("train", "train", "val", "val"), strict=True):
@@ -182,7 +180,7 @@ def same_batches(first: list[Batch], second: list[Batch]) -> bool:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_batch_in_pieces_is_the_same_batch(sample_dir: Path, tmp_path: Path, num_workers: int) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(40))
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     paths = [str(tmp_path / "bad.png") if number in (3, 30) else path for number, path in enumerate(pairs.paths)]
     pairs = replace(pairs, paths=Strings.of(paths))
 
@@ -199,48 +197,45 @@ def test_a_batch_in_pieces_is_the_same_batch(sample_dir: Path, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_processes_share_every_batch_in_its_order(
-    sample_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_split_every_batch_in_its_order(sample_dir: Path, world_size: int) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(26))
     loader = TrainLoader(ImageTextDataset(pairs), batch_size=20, num_workers=0, device=CPU)
     whole = list(loader.epoch(2))
-    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
-    shares = []
+    ranks = []
     for rank in range(world_size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(list(loader.epoch(2)))
-    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        with as_rank(rank, world_size):
+            ranks.append(list(loader.epoch(2)))
+    for parts, batch in zip(zip(*ranks, strict=True), whole, strict=True):
         full = [part for part in parts if len(part.tokens)]
         assert torch.equal(torch.cat([part.images for part in full]), batch.images)
         assert torch.equal(torch.cat([part.caption_ids for part in parts]), batch.caption_ids)
         sizes = [len(part.tokens) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-    assert world_size < 7 or 0 in [len(part[-1].tokens) for part in shares]
+    assert world_size < 7 or 0 in [len(batches[-1].tokens) for batches in ranks]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 3, 4])
 def test_an_epoch_goes_on_from_a_batch_without_loading_those_before(
-    sample_dir: Path, num_workers: int, start: int, monkeypatch: pytest.MonkeyPatch
+    sample_dir: Path, num_workers: int, start: int
 ) -> None:
-    dataset = ImageTextDataset(sample_dir, transform=train_transform(32, "color", fast_decode=False))
-    whole = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(2))
     loaded: list[int] = []
-    get = ImageTextDataset.__getitem__
 
-    def noted(self: ImageTextDataset, index: int) -> object:
-        loaded.append(index)
-        return get(self, index)
+    class Noting(ImageTextDataset):
+        def __getitem__(self, index: int) -> Sample:
+            loaded.append(index)
+            return super().__getitem__(index)
 
-    monkeypatch.setattr(ImageTextDataset, "__getitem__", noted)
+    dataset = Noting(sample_dir, transform=train_transform(32, "color", fast_decode=False))
+    whole = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(2))
+    loaded.clear()
     loader = TrainLoader(dataset, batch_size=16, num_workers=num_workers, device=CPU)
     assert same_batches(list(loader.epoch(2, start=start)), whole[start:])
     assert len(loaded) == (0 if num_workers else sum(len(batch.tokens) for batch in whole[start:]))
     assert same_batches(list(loader.epoch(2)), whole)
 
 
-def test_loading_processes_leave_signals_to_the_main_one(sample_dir: Path) -> None:
+def test_workers_leave_signals_to_the_main_process(sample_dir: Path) -> None:
     loader = TrainLoader(ImageTextDataset(sample_dir), batch_size=5, num_workers=2, device=CPU)
     batches = loader.epoch(1)
     next(batches)

@@ -1,4 +1,4 @@
-"""Odd pictures are read right; broken ones, and broken indexes, cost one line with their name."""
+"""Odd images are read right; broken ones, and broken indexes, cost one line with their name."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All pictures of the zoo in one index."""
+    """All images of the zoo in one index."""
     folder = tmp_path_factory.mktemp("zoo")
     for name, good in GOOD.items():
         good.write(folder / name)
@@ -55,7 +55,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
+def test_an_odd_image_is_read_right(name: str, zoo: Path) -> None:
     size, shows_corners = GOOD[name].size, GOOD[name].shows_corners
     image = load_image(zoo / name)
     assert (image.mode, image.size) == ("RGB", size)
@@ -73,9 +73,9 @@ def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) -> None:
+def test_a_broken_image_is_an_issue_with_its_name(name: str, tmp_path: Path) -> None:
     BAD[name](tmp_path / name)
-    (issue,) = [sample.issue for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
+    (issue,) = [sample.issue for sample in [ImageTextDataset(one_image(tmp_path, name))[0]]]
     assert issue is not None
     assert issue.image == str(tmp_path.resolve() / name)
     assert issue.reason.startswith("cannot be read as an image: ")
@@ -84,7 +84,7 @@ def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) 
         load_image(tmp_path / name)
 
 
-def one_picture(folder: Path, name: str) -> Pairs:
+def one_image(folder: Path, name: str) -> Pairs:
     return load_pairs(write_index(folder, [{"image": name, "caption": "x"}]))
 
 
@@ -211,7 +211,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
 def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corners().save(tmp_path / "x.jpg")
     (tmp_path / "x.jpg").chmod(0)
-    assert "Permission denied" in str(ImageTextDataset(one_picture(tmp_path, "x.jpg"))[0].issue)
+    assert "Permission denied" in str(ImageTextDataset(one_image(tmp_path, "x.jpg"))[0].issue)
     (tmp_path / "data.json").chmod(0)
     assert data_loader.main(["--data_dir", str(tmp_path)]) == 2
     assert "Permission denied" in one_line(capsys.readouterr().err)
@@ -219,7 +219,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.fixture
 def spoiled(sample_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
-    """The sample data, some of whose pictures are spoiled."""
+    """The sample data, some of whose images are spoiled."""
 
     def spoil(number: int) -> Path:
         index = json.loads((sample_dir / "data.json").read_text())
