@@ -100,7 +100,7 @@ class Entries:
             more = f"; and {self.num_problems - 3} more issues" if self.num_problems > 3 else ""
             raise ValueError(f"{self.path}: no image with a caption: {reasons}{more}")
         rows = self.entries.rows(f"{self.name}: {self.unit}" if self.unit else "")
-        first = rows.images.find(rows.images)
+        first = rows.images.first_equal()
         self.note_conflicts(rows, first)
         issues = Issues([issue for _, issue in self.issues], self.num_problems)
         return Index(rows.joined(first), form, dict(self.ignored), issues)

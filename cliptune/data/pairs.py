@@ -213,7 +213,7 @@ def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
 
 def _merge(rows: Rows) -> tuple[Rows, Issues]:
     """Join rows that turn out to be the same file; those of another split than its first row are left out."""
-    first = rows.images.find(rows.images)
+    first = rows.images.first_equal()
     agrees = rows.splits == rows.splits[first]
     issues = Issues()
     if not agrees.all():

@@ -123,7 +123,7 @@ def _choose_validation(pairs: Pairs, pool: IntArray, *, val_split: float, seed: 
 
 def _ranks(groups: Strings) -> IntArray:
     """Return the position of each group among the different ones in sorted order, int64 `[N]`."""
-    first = groups.find(groups)
+    first = groups.first_equal()
     heads = np.flatnonzero(first == np.arange(len(first)))
     heads = heads[groups.take(heads).sorted_order()]
     ranks = np.empty_like(first)
