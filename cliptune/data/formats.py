@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cliptune.data.index import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -31,12 +33,13 @@ from cliptune.data.index import (
     short,
 )
 from cliptune.data.text_stream import TextFile, json_reason
+from cliptune.runtime.messages import one_line
 
 IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
-INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt"))
+INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet"))
 KNOWN_FORMS = (
     'known forms: a JSON list or JSON lines of {"image_path", "caption"}; CSV or TSV with a header such as '
-    "image,caption; COCO captions; Karpathy; a JSON mapping {file name: [captions]}; lines of name.jpg#0<TAB>caption; "
+    "image,caption; Parquet with such columns; COCO captions; Karpathy; a JSON mapping {file name: [captions]}; lines of name.jpg#0<TAB>caption; "
     "a folder with images/ and captions/"
 )
 
@@ -46,6 +49,8 @@ _TOKEN_LINE = re.compile(rf"([^\t]+?\.(?:{_ENDING})[^#\s]{{0,16}})#\S*(.*)", re.
 _IMAGE_NAME = re.compile(rf"\.(?:{_ENDING})\b", re.IGNORECASE)
 _FIRST_LINE = re.compile(r"\s*([^\n]*)")
 _MAX_HEADER = 65536
+_PARQUET_MAGIC = b"PAR1"
+_PARQUET_ROWS = 1 << 14
 
 
 def read_index(path: Path, *, caption_key: str | None = None) -> Index:
@@ -59,8 +64,10 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
         if caption_key is not None:
             raise ValueError(f"{path}: caption_key {quote(caption_key)}: a folder with captions/ has no columns")
         return read_directory(path)
-    text = TextFile(path)
     found = Entries(path, caption_key)
+    if is_parquet(path):
+        return found.index(_read_parquet(found))
+    text = TextFile(path)
     number, line = text.first_line(2 * _MAX_HEADER)
     first = line.strip()
     if not first:
@@ -137,8 +144,8 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     if candidates:
         raise ValueError(f"{folder}: several index files: {_names(candidates)}; name one with --data_dir FILE")
     raise FileNotFoundError(
-        f"{folder}: no data set: looked for train.*, val.*, test.*, data.json, one file *.json, *.jsonl, *.csv, *.tsv "
-        "or *.txt, and images/ with captions/; `python data_loader.py` makes sample data"
+        f"{folder}: no data set: looked for train.*, val.*, test.*, data.json, one file *.json, *.jsonl, *.csv, *.tsv, "
+        "*.txt or *.parquet, and images/ with captions/; `python data_loader.py` makes sample data"
     )
 
 
@@ -179,6 +186,51 @@ def _take_rows(found: Entries, rows: Iterator[tuple[int, Any]], names: dict[str,
         else:
             found.issue(number, "no image and no caption")
     return columns.counts()
+
+
+def is_parquet(path: Path) -> bool:
+    """Tell whether a file begins as Parquet does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+
+
+def _read_parquet(found: Entries) -> str:
+    """Take the rows of the columns that matter, some thousands at a time; no other column is read."""
+    import pyarrow.parquet as pq  # noqa: PLC0415  (only where such a file is read)
+
+    found.unit = "row"
+    try:
+        with pq.ParquetFile(found.path) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+            columns = Counter(dict.fromkeys(schema.names, num_rows))
+            texts = Counter({name: num_rows for name in schema.names if not _holds_bytes(schema.field(name).type)})
+            held = next((name for name in found.image_columns if name in columns and name not in texts), None)
+            if held is not None and texts.keys().isdisjoint(found.image_columns):
+                raise ValueError(
+                    f"{found.path}: the column {held} holds the images themselves, which is not read: write them to "
+                    "files and name these in a column image_path"
+                )
+            image_column = found.choose(texts, found.image_columns, "image")
+            caption_column = found.choose_caption(columns)
+            used = [image_column, caption_column, *({"split", "group"} & columns.keys())]
+            found.ignore(columns, used)
+            for number, row in enumerate(_parquet_rows(file, used), 1):
+                found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
+    return "parquet"
+
+
+def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Tell a column of images from one of their paths; the Hub has both in one, `{"bytes": ..., "path": ...}`."""
+    return pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _read_json_list(found: Entries, text: TextFile) -> str:
