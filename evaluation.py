@@ -24,7 +24,7 @@ import torch
 
 from clip_model import CLIPModel
 from cliptune.data.issues import Issue
-from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import evaluation_pairs
 from cliptune.features.cache import PairFeatures
 from cliptune.features.encode import encode_pairs, log_problem
@@ -62,13 +62,8 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
         pairs = _own_validation_pairs(content, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction)
     else:
         data, split = settings.data_dir, settings.split or "default"
-        pairs = evaluation_pairs(
-            settings.data_dir,
-            split=settings.split,
-            image_dir=settings.image_dir,
-            caption_key=settings.caption_key,
-            max_skipped_fraction=max_skipped_fraction,
-        )
+        source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, max_skipped_fraction)
+        pairs = evaluation_pairs(source, split=settings.split)
     with process_group(device):
         model = CLIPModel.from_checkpoint(settings.checkpoint, device=device)
         outcome = evaluate(
@@ -179,12 +174,8 @@ def metrics_table(outcome: Evaluation) -> str:
 def _own_validation_pairs(content: dict[str, Any], *, image_dir: str | None, max_skipped_fraction: float) -> Pairs:
     """Find the images that the checkpoint's run validated on."""
     data = content["config"]["data"]
-    pairs = load_pairs(
-        data["val_data"] or data["data_dir"],
-        image_dir=image_dir or data["image_dir"],
-        caption_key=data["caption_key"],
-        max_skipped_fraction=max_skipped_fraction,
-    )
+    data_dir, image_dir = data["val_data"] or data["data_dir"], image_dir or data["image_dir"]
+    pairs = load_pairs(DataSource(data_dir, image_dir, data["caption_key"], max_skipped_fraction))
     wanted = content["val_images"]
     rows = pairs.find(wanted)
     missing = [path for path, row in zip(wanted, rows, strict=True) if row < 0]

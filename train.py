@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from clip_model import TOWERS, CLIPModel, ModelName, MultimodalTrainer, add_self_test
 from cliptune.data.loaders import Batch, TrainLoader
-from cliptune.data.pairs import Pairs, holds_only_placeholders
+from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import Shards, is_shards
@@ -111,19 +111,21 @@ def _train(argv: list[str] | None) -> int:
         with main_first():
             if "data_dir" not in given:
                 _make_sample_data(config)
-            if is_shards(config.data.data_dir):
+            data = config.data
+            source = DataSource(data.data_dir, data.image_dir, data.caption_key, data.allowed_skipped_fraction)
+            if is_shards(data.data_dir):
                 shards, val = training_shards(
-                    config.data.data_dir,
-                    val_data=config.data.val_data,
-                    max_skipped_fraction=config.data.allowed_skipped_fraction,
-                    image_dir=config.data.image_dir,
-                    caption_key=config.data.caption_key,
+                    source,
+                    val_data=data.val_data,
                     captions=config.data.captions,
                     cache_images=config.data.cache_images,
                 )
                 pairs = {"val": val}
             else:
-                shards, pairs = None, training_pairs(config.data, seed=config.training.seed)
+                shards, pairs = (
+                    None,
+                    training_pairs(source, val_data=data.val_data, val_split=data.val_split, seed=config.training.seed),
+                )
         with main_first():  # the others find the weights downloaded
             model = _make_model(config, given, state)
         if is_main():
@@ -258,7 +260,7 @@ class Run:
         self.skipped_data = SkippedData(
             list(pairs.values()),
             num_images=num_images,
-            max_share=config.data.allowed_skipped_fraction,
+            max_fraction=config.data.allowed_skipped_fraction,
             path=files.bad_images,
         )
         num_profiled = config.run.profile if is_main() else 0

@@ -158,7 +158,7 @@ class Row(NamedTuple):
     captions: tuple[str, ...]
     split: str | None
     group: str | None
-    place: str
+    location: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +193,14 @@ class Rows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         image, index = self.images[index], index % len(self)
         captions = tuple(self.captions[int(self.starts[index]) : int(self.starts[index + 1])])
-        return Row(image, captions, self.split_name(index), self.groups[index] or None, self.place(index))
+        return Row(image, captions, self.split_name(index), self.groups[index] or None, self.location(index))
 
     def split_name(self, index: int) -> str | None:
         """Return the split of a row, or None."""
         code = int(self.splits[index])
         return None if code == NO_SPLIT else SPLITS[code]
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Tell where a row stands."""
         unit = self.units[self.origins[index]]
         return f"{unit} {self.numbers[index]}" if unit else str(self.images[index])

@@ -55,7 +55,7 @@ class TextFile:
         return 1, ""
 
     def json_items(self, *, block: int = _BLOCK) -> Iterator[Any]:
-        """Yield the values of the JSON list that the file holds, with no more text in memory than a block and one value.
+        """Yield the values of the JSON list that the file holds; of its text a block and one value are in memory.
 
         Python's own decoder reads each value, so it is what `json.loads` gives. (ijson would be the library for this.
         Its fast parser makes a question mark of half a character without a word, and its paths need gigabytes for a

@@ -31,7 +31,7 @@ class RunFiles:
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.results = output_dir / "results" / "training_results.json"
-        self.bad_images = output_dir / "results" / "bad_images.json"
+        self.bad_images = output_dir / "results" / "skipped.json"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.events = output_dir / "logs" / "tensorboard"

@@ -76,7 +76,7 @@ def test_parquet_is_read_by_row_group(text: pa.DataType, tmp_path: Path) -> None
     index = read_index(path)
     assert (index.form, index.ignored_columns, index.issues.count) == ("parquet", {"score": 3}, 0)
     assert [(row.image, row.captions) for row in index.rows] == EXPECTED
-    assert index.rows[1].place == "data.parquet: row 3"
+    assert index.rows[1].location == "data.parquet: row 3"
     assert find_index(tmp_path) == path
 
 
@@ -140,7 +140,7 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
     ]
     rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
-    assert [issue.place.split(":")[1] for issue in index.issues.first] == [
+    assert [issue.location.split(":")[1] for issue in index.issues.first] == [
         " row 2",
         " row 3",
         " row 4",
@@ -209,7 +209,7 @@ def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
     rows: list[object] = [{}, 3, {"image": "old.jpg", "title": "t"}, {"image": "b.jpg", "caption": "x", "n": 1}]
     rows += [{"image_path": "a.jpg", "title": "t", "caption": "y"}, {"image": "c.jpg", "n": 2}]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
-    assert [(row.image, row.captions, row.place) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
+    assert [(row.image, row.captions, row.location) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
     assert [str(issue)[8:] for issue in index.issues.first] == [
         "row 1: no image_path",
         "row 2: expected an object, found a number",

@@ -69,7 +69,7 @@ ROWS = [
 def test_rows_come_back_as_given() -> None:
     found = buffered(*ROWS)
     assert [(row.image, list(row.captions), row.split, row.group) for row in found] == ROWS
-    assert found[-1].place == "d.json: row 5"
+    assert found[-1].location == "d.json: row 5"
     assert list(found.take(np.array([4, 1]))) == [found[4], found[1]]
 
 
