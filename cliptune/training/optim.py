@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clip_model import CLIPModel
+MAX_POINTS = 500
+BACKBONE_LR_SCALE = 0.01
+"""Rate of pretrained towers over the projection layers', unless chosen; random towers learn at the full rate."""
+
+
+class Trainable(Protocol):
+    """What an optimiser needs of a model, such as `clip_model.CLIPModel`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield each parameter with its name; the towers' begin with `backbone.`."""
 
 
 def build_optimizer(
-    model: CLIPModel, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
+    model: Trainable, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW with the towers at `backbone_lr_scale` times the rate; no decay on biases, norms, the temperature.
 
@@ -22,7 +38,7 @@ def build_optimizer(
         if parameter.requires_grad:
             part = "backbone" if name.startswith("backbone.") else "projection"
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            # apart, since it stays whole where the others are sharded
+            # the temperature apart, since FSDP leaves it whole where the others are sharded
             groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
     rates = {"projection": learning_rate, "backbone": learning_rate * backbone_lr_scale}
     return torch.optim.AdamW(
@@ -30,7 +46,7 @@ def build_optimizer(
             {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
             for (part, decay, _), parameters in groups.items()
         ],
-        betas=(0.9, 0.98),
+        betas=(0.9, 0.98),  # CLIP's, section 2.5 of Radford et al. 2021
         eps=1e-6,
         fused=model.device.type in {"cpu", "cuda"},
     )
@@ -39,11 +55,11 @@ def build_optimizer(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_fraction: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a share of the steps, then a cosine to zero; stepped once a step."""
+    """Linear warm-up over a fraction of the steps, then a cosine to zero; stepped once a step."""
     warmup_steps = num_warmup_steps(total_steps, warmup_fraction)
 
     def factor(step: int) -> float:
-        if step < warmup_steps:
+        if step < warmup_steps:  # 1/4, 2/4, 3/4 of the peak over three steps: the first one is not lost at zero
             return (step + 1) / (warmup_steps + 1)
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
@@ -54,3 +70,37 @@ def build_scheduler(
 def num_warmup_steps(total_steps: int, warmup_fraction: float) -> int:
     """Return over how many of the steps the rates rise."""
     return min(round(total_steps * warmup_fraction), total_steps - 1)
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the rates of the next step by the names of the parameter groups."""
+    return {str(group.get("name", index)): group["lr"] for index, group in enumerate(optimizer.param_groups)}
+
+
+@dataclass
+class RateCurve:
+    """The rate of each step so far, thinned to at most 500 points from which its course can be drawn.
+
+    Every `stride`-th step is in it, with the first, the newest and each peak; when there are too many it doubles.
+
+    Attributes:
+        points: `[step, rate]` each, in order.
+    """
+
+    points: list[list[float]] = field(default_factory=list)
+    stride: int = 1
+
+    def add(self, step: int, rate: float) -> None:
+        """Take in the next step."""
+        self.points.append([step, rate])
+        if len(self.points) > 2 and not self._stays(len(self.points) - 2):
+            del self.points[-2]
+        if len(self.points) > MAX_POINTS:
+            self.stride *= 2
+            between = range(1, len(self.points) - 1)
+            stay = [self.points[index] for index in between if self._stays(index)]
+            self.points = [self.points[0], *stay, self.points[-1]]
+
+    def _stays(self, index: int) -> bool:
+        (_, before), (step, rate), (_, after) = self.points[index - 1 : index + 2]
+        return step % self.stride == 0 or before < rate > after
