@@ -132,7 +132,7 @@ def test_a_process_that_fails_ends_all_with_its_error(tmp_path: Path) -> None:
     start = time.monotonic()
     done = torchrun(2, "tests/helpers/worker.py", "fail", str(tmp_path))
     assert done.returncode != 0
-    assert "worker.py (process 1): error: process one has no data" in done.stderr
+    assert "worker.py (rank 1): error: process one has no data" in done.stderr
     assert time.monotonic() - start < 60
 
 
