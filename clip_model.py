@@ -421,7 +421,7 @@ class MultimodalTrainer:
             if self.seed is not None:
                 seed_step(self.seed, self.global_step, rank())
             result = self.train_step(images, tokens, image_ids)
-            issues = getattr(batch, "issues", getattr(batch, "errors", ()))
+            issues = getattr(batch, "issues", ())
             del batch, images, tokens  # their memory is free for the next batch
             yield Step(result, image_ids, issues, time.perf_counter() - start, waited)
 

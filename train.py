@@ -286,7 +286,17 @@ def _read_data(config: Config, given: dict[str, Any]) -> Sources:
         index = create_sample_dataset(folder, SAMPLE_SIZE)
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
     if is_shards(config.data.data_dir):
-        return Sources(*training_shards(config.data))
+        return Sources(
+            *training_shards(
+                config.data.data_dir,
+                val_data=config.data.val_data,
+                max_skipped_fraction=config.data.allowed_skipped_fraction,
+                image_dir=config.data.image_dir,
+                caption_key=config.data.caption_key,
+                captions=config.data.captions,
+                cache_images=config.data.cache_images,
+            )
+        )
     pairs = training_pairs(config.data, seed=config.training.seed)
     return Sources(pairs["train"], pairs["val"])
 
@@ -376,7 +386,7 @@ def _open_data(config: Config, model: CLIPModel, sources: Sources, *, files: Run
     else:
         dataset = ImageTextDataset(sources.train, transform=transform, captions=settings.captions, seed=seed)
         if image_cache_dir is not None:
-            dataset.keep_images(image_cache_dir)
+            dataset.cache_images(image_cache_dir)
         loader = TrainLoader(dataset, **options)
         if cache is not None:
             dataset.num_views = _num_views(config) if "image" in model.frozen_towers else 0

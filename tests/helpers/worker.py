@@ -29,7 +29,7 @@ from cliptune.runtime.distributed import (
     main_first,
     process_group,
     rank,
-    share,
+    rank_slice,
     world_size,
 )
 from cliptune.training.loss import ContrastiveLoss
@@ -87,7 +87,7 @@ def make_trainer(
 
 def own_batch(trainer: MultimodalTrainer, size: int) -> tuple[Tensor, Tensor, Tensor]:
     images, tokens, ids = make_batch(trainer.model, size)
-    own = share(size)
+    own = rank_slice(size)
     return images[own], tokens[own], ids[own]
 
 
@@ -136,7 +136,7 @@ def exchange(folder: Path) -> None:
     assert broadcast({"from": me}) == {"from": 0}
     assert gather_values(f"process {me}") == [f"process {each}" for each in range(number)]
     assert all_sum(torch.tensor(me + 1.0)).item() == number * (number + 1) / 2
-    assert sum(len(range(10)[share(10)]) for _ in [0]) in {10 // number, 10 // number + 1}
+    assert sum(len(range(10)[rank_slice(10)]) for _ in [0]) in {10 // number, 10 // number + 1}
     with main_first():
         if is_main():
             (folder / "made").touch()
