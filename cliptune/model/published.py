@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -165,10 +165,8 @@ def archive_source(url: str, path: Path, *, sha256: str, silence_seconds: float 
     """Return a file at an address as a source; it stands at `path` only once it is whole and has its SHA-256."""
 
     def ask(seconds: float) -> None:
-        try:
+        with suppress(urllib.error.HTTPError):  # an answer; what it means, the download will say
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass  # an answer; what it means, the download will say
 
     def fetch() -> Path:
         import torch.hub  # noqa: PLC0415  (only where weights are fetched)
@@ -230,7 +228,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _has_its_sha256(path: Path) -> bool:
-    """Compare a file with its name in the hub's cache, the SHA-256; where the cache has no links, it has no such name."""
+    """Compare a file with its name in the hub's cache, its SHA-256; where the cache has no links it has another."""
     name = path.resolve().name
     return not re.fullmatch("[0-9a-f]{64}", name) or file_sha256(path) == name
 
@@ -266,7 +264,7 @@ def _reason(error: BaseException) -> str:
     if response is not None:  # of the library under huggingface_hub, whose message has several lines
         return f"HTTP {response.status_code}"
     if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}".strip()
+        return " ".join(f"HTTP {error.code} {error.reason}".split())
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         return _reason(error.reason)
     if isinstance(error, http.client.HTTPException):
