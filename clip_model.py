@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cliptune.model.architectures import ARCHITECTURES, QUICK_GELU, known_architecture
+from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import clip_gradient, is_sharded, load_optimizer_state, whole
+from cliptune.model.published import PUBLISHED
 from cliptune.model.self_test import check_self_test, compute_self_test
 from cliptune.model.towers import (
     RunLayer,
@@ -35,15 +36,15 @@ from cliptune.model.towers import (
     set_activation,
     text_tower,
 )
-from cliptune.model.weights import Weights, own_weights, published_url, published_weights, read_weights
+from cliptune.model.weights import Weights, own_weights, read_published, read_weights
 from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, clip_transform, normalize
 from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
 from cliptune.runtime.device import Precision
 from cliptune.runtime.distributed import average, rank
+from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_step
-from cliptune.settings import DEFAULT_MODEL_NAME
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import EpochResult, EpochTotals, Step, StepResult, StepWatch
@@ -98,26 +99,26 @@ class CLIPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
+        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
         if isinstance(pretrained, Weights):
             weights: Weights | None = pretrained
         else:
             weights = _find_weights(model_name, str(pretrained), activation=activation)
-        self.architecture = weights.architecture if weights else known_architecture(model_name)
-        if weights is None and activation is not None:
-            self.architecture = replace(self.architecture, activation=activation)
+        # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is None:
+            architecture = known_architecture(model_name)
+            self.architecture = replace(architecture, activation=activation or architecture.activation)
             self.backbone = build_backbone(self.architecture)
         else:
+            self.architecture = weights.architecture
             self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
-        if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
-        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
-        if weights is not None and weights.self_test is not None:
-            self._make_projections(None, weights)
-            check_self_test(self, weights.self_test, source=weights.source)
+            if weights.self_test is not None:  # of the model with its own projections, whatever is asked for
+                self._make_projections(None, weights)
+                check_self_test(self, weights.self_test, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
@@ -144,19 +145,26 @@ class CLIPModel(nn.Module):
         Raises:
             FileNotFoundError: no such file.
             ValueError: damaged, of another architecture than this model's, or the model in it does not give the
-                features that it was saved with.
+                features that it was saved with. This model is then as it was.
         """
         content = load_checkpoint(path)
-        stored = CLIPModel(pretrained=own_weights(content, path))
-        same_projection = stored.projection_dim == self.projection_dim
-        if not (stored.architecture.same_tensors(self.architecture) and same_projection):
+        stored = own_weights(content, path)
+        stored_dim = len(stored.projections["image_projection.weight"])
+        if not (stored.architecture.same_tensors(self.architecture) and stored_dim == self.projection_dim):
             raise ValueError(
-                f"{path} holds a {stored.architecture.name} with projection_dim {stored.projection_dim}, "
+                f"{path} holds a {stored.architecture.name} with projection_dim {stored_dim}, "
                 f"this model is a {self.architecture.name} with {self.projection_dim}; "
                 "CLIPModel.from_checkpoint(path) builds the right one"
             )
+        before = {name: value.clone() for name, value in self.state_dict().items()}
         self.load_state_dict(content["model_state_dict"])
+        try:
+            check_self_test(self, stored.self_test, source=stored.source)
+        except ValueError:
+            self.load_state_dict(before)
+            raise
         self.holds_batchnorm = True
+        self.train(self.training)
         return content
 
     @property
@@ -185,7 +193,7 @@ class CLIPModel(nn.Module):
             Unit-norm features, float32 `[B, projection_dim]`.
 
         Raises:
-            ValueError: pixels of another type, or a file that is no picture.
+            ValueError: pixels of another type, or a file that is no image.
             FileNotFoundError: no such file.
         """
         pixels = images if isinstance(images, Tensor) else self._preprocess(images)
@@ -205,7 +213,7 @@ class CLIPModel(nn.Module):
         else:
             tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
             if truncated:
-                logger.warning("%d text(s) longer than %d tokens were truncated", truncated, tokens.shape[1])
+                logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
         return self.project_text(self.run_text_tower(tokens))
 
     def compile_towers(self) -> None:
@@ -283,8 +291,8 @@ class CLIPModel(nn.Module):
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
         sequence = [images] if isinstance(images, Image.Image | str | Path) else images
         transform = clip_transform(self.image_resolution)
-        pictures = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
-        return torch.stack([transform(picture) for picture in pictures])
+        decoded = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
+        return torch.stack([transform(image) for image in decoded])  # [B, 3, R, R]
 
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}
@@ -497,16 +505,21 @@ def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -
             message = "%s holds a %s, and the file decides: the model name %s is not used"
             logger.warning(message, pretrained, weights.architecture.name, model_name)
         return weights
-    known_architecture(model_name)
-    if pretrained == "none" or (pretrained == "auto" and published_url(model_name) is None):
+    known_architecture(model_name)  # a wrong name is told before anything is looked for
+    if pretrained == "none" or (pretrained == "auto" and model_name not in PUBLISHED):
         return None
-    return read_weights(published_weights(model_name), activation=activation)
+    return read_published(model_name, activation=activation)
 
 
 def _shared_map(backbone: Any, size: int) -> Tensor:
-    """Return the projection layers' common start, `[size, embed_dim]`."""
+    """Return the projection layers' common start, `[size, embed_dim]`.
+
+    Both layers start as the same map P, so that similarities start as the backbone's: (P x) . (P y) = x . y where P's
+    columns are orthonormal, which needs a size of at least embed_dim. A smaller space keeps the directions in which
+    both towers' outputs can differ most.
+    """
     visual = backbone.visual
-    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T
+    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T  # [width, embed_dim]
     embed_dim = image_map.shape[1]
     if size == embed_dim:
         return torch.eye(embed_dim)

@@ -3,17 +3,18 @@ import os
 import re
 import signal
 import sys
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
 
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.features.metrics import RECALL_KEYS
-from cliptune.model import weights as pretrained
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.self_test import TEXTS
@@ -272,9 +273,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(
     broken = tmp_path / "broken"
     room = iter([2**40] * 4)  # best and last of epoch 0, steps 2 and 4
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "cliptune.model.checkpoint_file.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000))
-        )
+        patch.setattr("cliptune.runtime.files.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000)))
         capsys.readouterr()
         assert main(flags_for(sample_dir, broken, *flags)) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]
@@ -379,7 +378,7 @@ def test_an_earlier_run_is_set_aside(
     [
         (["--batch_sz", "3"], "did you mean --batch_size?"),
         (["--data_dir", "gone"], "`python data_loader.py` makes sample data"),
-        (["--device", "cuda:7"], "CUDA device(s); use --device cpu"),
+        (["--device", "cuda:7"], "; try --device cpu"),
         (["--device", "toaster"], "no such device: toaster"),
         (["--config", "gone.json"], "no such file: gone.json"),
         (["--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a CUDA device"),
@@ -401,12 +400,13 @@ def test_wrong_model_names_and_missing_weights(
     monkeypatch.chdir(tmp_path)
     assert main(["--data_dir", str(sample_dir), "--model_name", "ViTB32"]) == 2
     assert "did you mean ViT-B/32?" in capsys.readouterr().err
-    monkeypatch.setattr(pretrained, "published_url", lambda name: "http://127.0.0.1:9/" + "0" * 64 + "/x.pt")
-    monkeypatch.setattr(pretrained, "HUB_REPOS", {})
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody there
+    urllib.request.install_opener(None)  # the next one reads the environment
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["--data_dir", str(sample_dir)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "/x.pt cannot be had (Connection refused). Put x.pt" in error
+    assert "/ViT-B-32.pt cannot be had (Connection refused)" in error
     assert "--pretrained none" in error
 
 
