@@ -346,6 +346,7 @@ class MultimodalTrainer:
             same. It is halved when memory runs out.
         parallel: what runs the model in several ranks, see `parallel.parallel_model`.
         seed: makes each step's random numbers depend on it, the step and the rank alone; None: they go on.
+        watch: reads the numbers of the steps; None: one that ends at the first that are not finite.
 
     Attributes:
         global_step: steps so far, with those that were skipped.
@@ -363,8 +364,10 @@ class MultimodalTrainer:
         micro_batch_size: int | None = None,
         parallel: nn.Module | None = None,
         seed: int | None = None,
+        watch: StepWatch | None = None,
     ) -> None:
         self.model = model
+        self.watch = StepWatch() if watch is None else watch
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.gradient_clip_norm = gradient_clip_norm
@@ -416,6 +419,9 @@ class MultimodalTrainer:
         Args:
             batches: tuples that begin with `images`, `tokens`, `image_ids`, as `train_step` takes them; what could
                 not be loaded is in their `issues`, if they have any.
+
+        Raises:
+            FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
         """
         self.model.train()
         iterator = iter(batches)
@@ -431,30 +437,33 @@ class MultimodalTrainer:
             result = self.train_step(images, tokens, image_ids)
             issues = getattr(batch, "issues", ())
             del batch, images, tokens  # their memory is free for the next batch
-            yield Step(result, image_ids, issues, time.perf_counter() - start, waited)
+            seconds = time.perf_counter() - start
+            if result is not None:
+                self.watch.add(result, image_ids, seconds=seconds)
+            yield Step(result, issues, seconds, waited)
 
-    def train_epoch(self, batches: Iterable[Any], *, watch: StepWatch | None = None) -> EpochResult:
-        """Train over `batches`, as `steps` takes them.
+    def settle(self) -> None:
+        """Read the numbers of all steps so far, and give every rank the mean of all ranks' BatchNorm statistics.
 
-        Args:
-            batches: one epoch.
-            watch: reads the numbers of every step; None: one that ends at the first that are not finite.
+        Raises:
+            FloatingPointError: as `steps` does; what is not finite is neither saved nor evaluated.
+        """
+        self.watch.read()
+        average(running_statistics(self.model))
+
+    def train_epoch(self, batches: Iterable[Any]) -> EpochResult:
+        """Train over the `batches` of one epoch, as `steps` takes them.
 
         Raises:
             FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
             ValueError: there was no batch.
         """
         totals = EpochTotals(self.model.device)
-        watch = StepWatch() if watch is None else watch
         for step in self.steps(batches):
             totals.add(step.result)
-            watch.add(step)
-        watch.read()
+            self.watch.take()
+        self.settle()
         return totals.mean()
-
-    def average_statistics(self) -> None:
-        """Give every rank the mean of all ranks' BatchNorm statistics, where they move."""
-        average(running_statistics(self.model))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the model's own state; a collective if the model is sharded."""

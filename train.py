@@ -7,11 +7,11 @@ With several GPUs or machines `torchrun --nproc_per_node N train.py ...` starts 
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
 from cliptune.data.pairs import Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
@@ -38,6 +39,7 @@ from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
 from cliptune.model.weights import Weights, own_weights, read_weights
 from cliptune.preprocess.transforms import train_transform
+from cliptune.results import command_line, run_info
 from cliptune.runtime.device import Precision, can_compile, default_num_workers, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import (
     barrier,
@@ -49,16 +51,24 @@ from cliptune.runtime.distributed import (
     world_size,
 )
 from cliptune.runtime.logs import setup_logging
+from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import Stopped, StopSignals
-from cliptune.settings import SAMPLE_SIZE, seconds_of
+from cliptune.settings import SAMPLE_SIZE
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import CheckpointWriter, RunFiles, Saver, load_newest_state
+from cliptune.training.checkpoint import RunFiles, Saver, load_newest_state
 from cliptune.training.gradcache import explained_out_of_memory
-from cliptune.training.journal import Journal, RunPlan
+from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
 from cliptune.training.meters import StepWatch
-from cliptune.training.optim import BACKBONE_LR_SCALE, build_optimizer, build_scheduler, num_warmup_steps, rates_of
+from cliptune.training.optim import (
+    BACKBONE_LR_SCALE,
+    build_optimizer,
+    build_scheduler,
+    num_warmup_steps,
+    rates_of,
+    schedule_points,
+)
 from cliptune.training.profile import step_profiler
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
@@ -94,22 +104,20 @@ def _train(argv: list[str] | None) -> int:
 
         weights = _find_weights(config, given, resumed)  # a wrong name or file is told before any data is read
         with main_first():
-            sources = _read_data(config, given)
+            train_source, val = _read_data(config, given)
         with main_first():  # the other ranks find the weights downloaded
             model = _make_model(config, weights, resumed)
         if is_main():
             _set_aside_earlier_run(files, config, resumed)
+
         parallel, micro_batch_size = _place_model(config, model, precision=precision, device=device)
-        data = _open_data(config, model, sources, files=files, precision=precision)
-        plan = _plan(config, data)
+        data = _open_data(config, model, train_source, val=val, files=files, precision=precision)
         trainer = _make_trainer(
-            config, model, plan, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
+            config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        saver = _make_saver(config, trainer, data, files)
-        state = RunState() if resumed is None else _restore(config, trainer, saver, resumed)
-        about = {"config": config.model_dump()}
-        journal = Journal(files, state, plan=plan, about=about, device=device, interval=config.run.log_interval)
-        _announce(config, data, trainer, plan=plan, journal=journal)
+        saver = _make_saver(config, trainer, data, files=files)
+        state = RunState() if resumed is None else _restore(config, trainer, saver, resumed=resumed)
+        journal = _open_journal(config, trainer, data, files=files, state=state, argv=argv)
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and code == 0:
             for figure in draw_figures(files.results):
@@ -128,70 +136,46 @@ def _fit(
     Returns:
         The exit code: 0, or 143 or 130 after a signal.
     """
-    device, code = trainer.model.device, 0
+    settings, device, code = config.training, trainer.model.device, 0
     stop = StopSignals()
-    watch = StepWatch(
-        config.training.skip_nonfinite,
-        scaled=trainer.scaler.is_enabled(),
-        interval=config.run.log_interval,
-        name_samples=data.name_samples,
-    )
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
-
-    def save_place() -> None:
-        journal.log_records(watch.read())  # a state that is not finite is not saved
-        trainer.average_statistics()
-        saver.save(state)
-
-    def finish_epoch() -> None:
-        means = state.train_means()
-        journal.begin_validation()
-        trainer.average_statistics()
-        with stop.interruptible():
-            evaluation = validate()
-        data.skipped.agree()
-        evaluation = broadcast(evaluation)  # so that all ranks decide the same
-        improved = state.finish_epoch(evaluation.to_dict(), means=means, rates=rates_of(trainer.optimizer))
-        saver.save(state, best=improved)
-        journal.write_results(state, finished=False)
-        journal.log_epoch(state, improved=improved)
-
     with stop, journal, closing(saver), profiler:
         try:
-            with stop.interruptible():
-                validate = _make_validation(config, trainer, data)
-            if not state.history:
-                finish_epoch()
-            while state.totals is not None or state.epoch < config.training.num_epochs:
+            # epoch 0 is the model as loaded
+            while len(state.history) <= settings.num_epochs and not state.is_stale(settings.early_stopping_patience):
                 stop.check()
-                if state.is_stale(config.training.early_stopping_patience):
-                    logger.info(
-                        "early stop: no better RSum for %d epochs (--early_stopping_patience)", state.epochs_since_best
-                    )
-                    break
                 state.begin_epoch(device)
                 journal.begin_epoch(state)
-                batches = data.loader.epoch(state.epoch, start=state.num_batches)
+                batches = data.loader.epoch(state.epoch, start=state.num_batches) if state.epoch else ()
                 for step in trainer.steps(stop.interruptible_items(batches)):
                     state.add(step)
-                    journal.log_step(step, watch.add(step))
-                    for issue in step.issues:
-                        data.skipped.note(issue)
+                    journal.log_step(step)
+                    data.note_issues(step.issues)
                     profiler.step()
                     if saver.is_due(state.step) and state.num_batches < len(data.loader):
-                        save_place()
+                        saver.save(state)
                     stop.check()
-                journal.log_records(watch.read())
-                finish_epoch()
+                trainer.settle()
+                means = state.train_means()
+                journal.begin_validation()
+                with stop.interruptible():
+                    evaluation = data.validate()
+                data.skipped.agree()
+                evaluation = broadcast(evaluation)  # so that all ranks decide the same
+                improved = state.finish_epoch(evaluation.to_dict(), means=means, rates=rates_of(trainer.optimizer))
+                saver.save(state, best=improved)
+                journal.log_epoch(state, improved=improved)
+            if len(state.history) <= settings.num_epochs:
+                epochs = count(state.epochs_since_best, "epoch")
+                logger.info("early stop: no better RSum for %s (--early_stopping_patience)", epochs)
+            journal.write_results(state, finished=True)
         except Stopped as signal:
             code = signal.exit_code
-            if state.totals is not None:  # between two epochs it is saved already
-                save_place()
+            if state.history and state.totals is not None:  # between two epochs it is saved already
+                saver.save(state)
             where = f"at epoch {state.epoch}, step {state.step}, which are saved: --resume goes on from there"
             logger.info("%s %s", signal, where if state.history else "before anything was trained")
             data.skipped.agree()
-        if code == 0:
-            journal.write_results(state, finished=True)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
     return code
@@ -267,38 +251,24 @@ def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None
     return weights
 
 
-class Sources(NamedTuple):
-    """Where a run's pairs come from; it trains on the shards if there are any."""
-
-    train: Pairs | Shards
-    val: Pairs
-
-    @property
-    def indexes(self) -> list[Pairs]:
-        """Those of the sources that are read from an index."""
-        return [source for source in self if isinstance(source, Pairs)]
-
-
-def _read_data(config: Config, given: dict[str, Any]) -> Sources:
-    """Read the indexes; make sample data where the user named none and has none."""
-    folder = Path(DEFAULT_DATA_DIR)
-    if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
+def _read_data(config: Config, given: dict[str, Any]) -> tuple[Pairs | Shards, Pairs]:
+    """Read what to train and what to validate on; make sample data where the user named none and has none."""
+    settings, folder = config.data, Path(DEFAULT_DATA_DIR)
+    if "data_dir" not in given and settings.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE)
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
-    if is_shards(config.data.data_dir):
-        return Sources(
-            *training_shards(
-                config.data.data_dir,
-                val_data=config.data.val_data,
-                max_skipped_fraction=config.data.allowed_skipped_fraction,
-                image_dir=config.data.image_dir,
-                caption_key=config.data.caption_key,
-                captions=config.data.captions,
-                cache_images=config.data.cache_images,
-            )
+    if is_shards(settings.data_dir):
+        return training_shards(
+            settings.data_dir,
+            val_data=settings.val_data,
+            max_skipped_fraction=settings.allowed_skipped_fraction,
+            image_dir=settings.image_dir,
+            caption_key=settings.caption_key,
+            captions=settings.captions,
+            cache_images=settings.cache_images,
         )
-    pairs = training_pairs(config.data, seed=config.training.seed)
-    return Sources(pairs["train"], pairs["val"])
+    pairs = training_pairs(settings, seed=config.training.seed)
+    return pairs["train"], pairs["val"]
 
 
 def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
@@ -343,61 +313,78 @@ def _place_model(
 
 
 class RunData(NamedTuple):
-    """The batches of training, and what the validation reads."""
+    """What a run trains and validates on."""
 
     loader: TrainLoader | FeatureLoader | ShardLoader
-    sources: Sources
-    cache: FeatureCache | None
-    """Of frozen towers' outputs."""
-    image_cache_dir: Path | None
-    num_workers: int
-    encode_batch_size: int
-    """Images or texts encoded at once where no gradient is wanted."""
-    precision: Precision
+    train: Pairs | Shards
+    val: Pairs
+    validate: Callable[[], Evaluation]
+    """Evaluates the model."""
     skipped: SkippedData
+    num_workers: int
+
+    def note_issues(self, issues: Sequence[Issue]) -> None:
+        """Take in samples that are missing from a batch."""
+        for issue in issues:
+            self.skipped.note(issue)
 
     def name_samples(self, image_ids: Tensor) -> list[str]:
-        """Return what a message calls some images of the training data."""
-        train = self.sources.train
-        return [train.describe(index) if isinstance(train, Shards) else train.paths[index] for index in image_ids]
+        """Return what a message calls images of the training data."""
+        name = self.train.describe if isinstance(self.train, Shards) else self.train.paths.__getitem__
+        return [name(index) for index in image_ids.tolist()]
 
 
-def _open_data(config: Config, model: CLIPModel, sources: Sources, *, files: RunFiles, precision: Precision) -> RunData:
+def _open_data(
+    config: Config, model: CLIPModel, train: Pairs | Shards, *, val: Pairs, files: RunFiles, precision: Precision
+) -> RunData:
     """Open the loader of the training, and the caches of images and of frozen towers' outputs."""
-    settings, workers = config.data, config.data.num_workers
-    num_workers = default_num_workers(model.device) if workers is None else workers
-    encode_batch_size = min(max(config.training.batch_size, 64), 256)
+    settings, training = config.data, config.training
+    workers = default_num_workers(model.device) if settings.num_workers is None else settings.num_workers
+    encode_batch_size = min(max(training.batch_size, 64), 256)
     cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
     image_cache_dir = cache_dir / "images" if settings.cache_images else None
     cache = None
     if _caches_features(config, model):
         cache = FeatureCache(
-            model, cache_dir / "features", precision=precision, batch_size=encode_batch_size, num_workers=num_workers
+            model, cache_dir / "features", precision=precision, batch_size=encode_batch_size, num_workers=workers
         )
+
     transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
-    options: dict[str, Any] = {
-        "batch_size": config.training.batch_size, "num_workers": num_workers, "device": model.device,
-    }  # fmt: skip
-    seed = config.training.seed
+    options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
     loader: TrainLoader | FeatureLoader | ShardLoader
-    if isinstance(sources.train, Shards):
-        caption_key = settings.caption_key
-        loader = ShardLoader(sources.train, transform=transform, seed=seed, caption_key=caption_key, **options)
+    if isinstance(train, Shards):
+        loader = ShardLoader(
+            train, transform=transform, seed=training.seed, caption_key=settings.caption_key, **options
+        )
     else:
-        dataset = ImageTextDataset(sources.train, transform=transform, captions=settings.captions, seed=seed)
+        dataset = ImageTextDataset(train, transform=transform, captions=settings.captions, seed=training.seed)
         if image_cache_dir is not None:
             dataset.cache_images(image_cache_dir)
         loader = TrainLoader(dataset, **options)
         if cache is not None:
             dataset.num_views = _num_views(config) if "image" in model.frozen_towers else 0
-            loader = FeatureLoader(loader, cache, augment=settings.augment, num_epochs=config.training.num_epochs)
-    skipped = SkippedData(
-        sources.indexes,
-        num_images=sum(map(len, sources)),
-        max_share=settings.allowed_skipped_fraction,
-        path=files.skipped,
-    )
-    return RunData(loader, sources, cache, image_cache_dir, num_workers, encode_batch_size, precision, skipped)
+            loader = FeatureLoader(loader, cache, augment=settings.augment, num_epochs=training.num_epochs)
+
+    indexes = [pairs for pairs in (train, val) if isinstance(pairs, Pairs)]
+    allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
+    skipped = SkippedData(indexes, num_images=num_images, max_share=allowed, path=files.skipped)
+    # computed or read when they are first wanted: the model as loaded gives what every epoch's would
+    val_features = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
+
+    def validate() -> Evaluation:
+        return evaluate(
+            model,
+            val,
+            batch_size=encode_batch_size,
+            num_workers=workers,
+            precision=precision,
+            loss_batch_size=training.batch_size,
+            cache_dir=image_cache_dir,
+            kept=val_features(),
+            on_unreadable_image=skipped.note,
+        )
+
+    return RunData(loader, train, val, validate, skipped, workers)
 
 
 def _num_views(config: Config) -> int:
@@ -410,39 +397,15 @@ def _num_views(config: Config) -> int:
 
 def _caches_features(config: Config, model: CLIPModel) -> bool:
     """Tell whether outputs of frozen towers are cached; say why not, where they could be expected to be."""
-    if not model.frozen_towers:
-        return False
-    if is_shards(config.data.data_dir):
+    if model.frozen_towers and is_shards(config.data.data_dir):
         logger.info("outputs of frozen towers are not cached for shards: as with --feature_views 0")
-    elif _num_views(config) and is_sharded(model):
+    wanted = bool(model.frozen_towers) and _num_views(config) > 0
+    if wanted and is_sharded(model):
         logger.info("outputs of frozen towers are not cached with --parallel fsdp: they run in every epoch")
-    return bool(_num_views(config)) and not is_sharded(model)
+    return wanted and not is_sharded(model)
 
 
-def _make_validation(config: Config, trainer: MultimodalTrainer, data: RunData) -> Callable[[], Evaluation]:
-    """Return what evaluates the model; where a tower is frozen, its outputs are computed here."""
-    return partial(
-        evaluate,
-        trainer.model,
-        data.sources.val,
-        batch_size=data.encode_batch_size,
-        num_workers=data.num_workers,
-        precision=data.precision,
-        loss_batch_size=config.training.batch_size,
-        cache_dir=data.image_cache_dir,
-        kept=None if data.cache is None else data.cache.of_pairs(data.sources.val),
-        on_unreadable_image=data.skipped.note,
-    )
-
-
-def _plan(config: Config, data: RunData) -> RunPlan:
-    settings, steps = config.training, len(data.loader)
-    warmup_steps = num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
-    return RunPlan(settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps)
-
-
-def _tower_rate(config: Config, model: CLIPModel) -> float:
-    """Return the peak rate of the towers over that of the projection layers."""
+def _tower_rate_scale(config: Config, model: CLIPModel) -> float:
     scale = config.training.backbone_lr_scale
     return (1.0 if model.starts_random else BACKBONE_LR_SCALE) if scale is None else scale
 
@@ -450,7 +413,7 @@ def _tower_rate(config: Config, model: CLIPModel) -> float:
 def _make_trainer(
     config: Config,
     model: CLIPModel,
-    plan: RunPlan,
+    data: RunData,
     *,
     precision: Precision,
     micro_batch_size: int | None,
@@ -460,79 +423,104 @@ def _make_trainer(
     optimizer = build_optimizer(
         model,
         learning_rate=settings.learning_rate,
-        backbone_lr_scale=_tower_rate(config, model),
+        backbone_lr_scale=_tower_rate_scale(config, model),
         weight_decay=settings.weight_decay,
     )
+    total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
         model,
         ContrastiveLoss(),
         optimizer,
-        build_scheduler(optimizer, total_steps=plan.total_steps, warmup_fraction=settings.warmup_fraction),
+        build_scheduler(optimizer, total_steps=total_steps, warmup_fraction=settings.warmup_fraction),
         precision=precision,
         gradient_clip_norm=settings.gradient_clip_norm,
         micro_batch_size=micro_batch_size,
         parallel=parallel,
         seed=settings.seed,
+        watch=StepWatch(
+            settings.skip_nonfinite,
+            scaled=precision.scaled,
+            interval=config.run.log_interval,
+            name_samples=data.name_samples,
+        ),
     )
 
 
-def _make_saver(config: Config, trainer: MultimodalTrainer, data: RunData, files: RunFiles) -> Saver:
-    model, every = trainer.model, config.run.checkpoint_every
-    all_frozen = set(TOWERS) == set(model.frozen_towers)
-    fixed = [name for name in model.state_dict() if name.startswith("backbone.")] if all_frozen else []
-    writer = CheckpointWriter(files, fixed=fixed, keep=config.run.keep_checkpoints, complete=add_self_test)
+def _make_saver(config: Config, trainer: MultimodalTrainer, data: RunData, *, files: RunFiles) -> Saver:
     return Saver(
-        writer,
+        files,
         trainer,
-        about={"config": config.model_dump(), "val_images": list(data.sources.val.paths)},
-        every_steps=every if isinstance(every, int) else None,
-        every_seconds=seconds_of(every) if isinstance(every, str) else None,
+        about={"config": config.model_dump(), "val_images": list(data.val.paths)},
+        keep=config.run.keep_checkpoints,
+        complete=add_self_test,
+        every_steps=config.run.checkpoint_every_steps,
+        every_seconds=config.run.checkpoint_every_seconds,
     )
 
 
-def _restore(config: Config, trainer: MultimodalTrainer, saver: Saver, resumed: Resumed) -> RunState:
+def _restore(config: Config, trainer: MultimodalTrainer, saver: Saver, *, resumed: Resumed) -> RunState:
     """Continue from a checkpoint; the model holds its weights already."""
-    content, writer = resumed.content, saver.writer
-    trainer.load_state_dict(content)
-    if content["config"]["training"]["micro_batch_size"] == config.training.micro_batch_size:
-        trainer.grad_cache.size = content["micro_batch_size"]  # what was found to fit
-    if resumed.path.resolve() == writer.files.last.resolve():
-        writer.last_step = content["global_step"]
-    state = RunState.from_state_dict(content["run_state"], trainer.model.device)
-    content.clear()  # the optimiser has its own copies
-    return state
+    if resumed.content["config"]["training"]["micro_batch_size"] == config.training.micro_batch_size:
+        trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
+    return saver.restore(*resumed)
 
 
-def _announce(config: Config, data: RunData, trainer: MultimodalTrainer, *, plan: RunPlan, journal: Journal) -> None:
-    """Say what will be trained on what, and what is unusual about it."""
-    model, settings, (train, val) = trainer.model, config.training, data.sources
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    logger.info(
-        "model %s (%s), %.1f M parameters, %.1f M trained",
-        model.architecture.name, "random start" if model.starts_random else "pretrained",
-        sum(size for size, _ in sizes) / 1e6, sum(size for size, is_trained in sizes if is_trained) / 1e6,
+def _open_journal(
+    config: Config,
+    trainer: MultimodalTrainer,
+    data: RunData,
+    *,
+    files: RunFiles,
+    state: RunState,
+    argv: list[str] | None,
+) -> Journal:
+    """Open what tells people of the run; say what will be trained on what, and what is unusual about it."""
+    model, settings = trainer.model, config.training
+    steps = len(data.loader)
+    warmup_steps = num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
+    plan = RunPlan(settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps)
+    rates = settings.learning_rate, settings.learning_rate * _tower_rate_scale(config, model)
+    precision = trainer.grad_cache.precision.name
+    about = {
+        "config": config.model_dump(),
+        "run": run_info(
+            command=command_line("train.py", argv),
+            device=model.device,
+            precision=precision,
+            world_size=world_size(),
+            model_name=model.architecture.name,
+            model_settings=model.architecture.to_dict(),
+        ),
+        "schedule": schedule_points(
+            total_steps=plan.total_steps, warmup_fraction=settings.warmup_fraction, peaks=rates
+        ),
+    }
+    journal = Journal(
+        files, state, plan=plan, watch=trainer.watch, about=about, device=model.device,
+        interval=config.run.log_interval,
     )  # fmt: skip
+    train, val = data.train, data.val
     extent = f"in {len(train.shards)} shards" if isinstance(train, Shards) else f"({train.num_pairs} pairs)"
+    logger.info("model %s", describe_model(model))
     logger.info(
         "data %s: %d training images %s, %d validation images (%d pairs)",
         config.data.data_dir, len(train), extent, len(val), val.num_pairs,
     )  # fmt: skip
-    logger.info("device %s, precision %s, %d loader workers", model.device, data.precision.name, data.num_workers)
+    logger.info("device %s, precision %s, %s", model.device, precision, count(data.num_workers, "loader worker"))
     if world_size() > 1:
         logger.info("%d ranks (%s), each with its part of a batch", world_size(), config.run.parallel)
-    tower_rate = settings.learning_rate * _tower_rate(config, model)
     frozen = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
-    logger.info("peak rates: projection layers %.3g, towers %.3g%s", settings.learning_rate, tower_rate, frozen)
-    moves_pretrained = not model.starts_random and set(model.frozen_towers) != set(TOWERS)
+    logger.info("peak rates: projection layers %.3g, towers %.3g%s", *rates, frozen)
     journal.advise(
         small_validation=small_validation(len(val)),
         long_warmup=long_warmup(
-            warmup_steps=plan.warmup_steps,
+            warmup_steps=warmup_steps,
             total_steps=plan.total_steps,
-            patience_steps=settings.early_stopping_patience * plan.steps_per_epoch,
+            patience_steps=settings.early_stopping_patience * steps,
         ),
-        tower_rate=unusual_tower_rate(tower_rate) if moves_pretrained else None,
+        tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(rates[1]),
     )
+    return journal
 
 
 if __name__ == "__main__":

@@ -105,9 +105,11 @@ class Saver:
     Every rank calls its methods, since a sharded model's tensors are put together by all of them; the main one writes.
 
     Args:
-        writer: of the checkpoints.
+        files: of the run.
         trainer: a `clip_model.MultimodalTrainer`.
         about: what every checkpoint of the run holds beside: its `config`, its `val_images`.
+        keep: how many states to resume from there are.
+        complete: adds what a checkpoint lacks, when it is written.
         every_steps: steps between two states within an epoch; None: none is due by steps.
         every_seconds: or the time between them; None: none is due by time.
         clock: tells the time, in seconds.
@@ -115,15 +117,21 @@ class Saver:
 
     def __init__(
         self,
-        writer: CheckpointWriter,
+        files: RunFiles,
         trainer: Any,
         *,
         about: dict[str, Any],
+        keep: int = 1,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         every_steps: int | None = None,
         every_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.writer, self.trainer, self.about = writer, trainer, about
+        self.files, self.trainer, self.about = files, trainer, about
+        towers = {name: value for name, value in trainer.model.named_parameters() if name.startswith("backbone.")}
+        are_fixed = not any(parameter.requires_grad for parameter in towers.values())
+        fixed = [name for name in trainer.model.state_dict() if name.startswith("backbone.")] if are_fixed else []
+        self._writer = CheckpointWriter(files, fixed=fixed, keep=keep, complete=complete, clock=clock)
         self.every_steps, self.every_seconds, self._clock = every_steps, every_seconds, clock
         self._saved_at = clock()
 
@@ -140,19 +148,30 @@ class Saver:
         """Save the state to resume from; `best`: save the model as the best one, too.
 
         Raises:
+            FloatingPointError: steps that are not read yet are not finite.
             OSError: a file cannot be written.
         """
+        self.trainer.settle()
         content = self._model(state)
         # the best first: were it alone written, a resumed run would come to it again; the last one counts on it
-        states = {self.writer.files.best: content} if best else {}
-        states[self.writer.files.last] = {**content, "run_state": state.state_dict(), **self.trainer.state_dict()}
+        states = {self.files.best: content} if best else {}
+        states[self.files.last] = {**content, "run_state": state.state_dict(), **self.trainer.state_dict()}
         if is_main():
-            self.writer.save(states)
+            self._writer.save(states)
         self._saved_at = self._clock()
+
+    def restore(self, path: Path, content: dict[str, Any]) -> RunState:
+        """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards."""
+        self.trainer.load_state_dict(content)
+        if path.resolve() == self.files.last.resolve():
+            self._writer.last_step = content["global_step"]
+        state = RunState.from_state_dict(content["run_state"], self.trainer.model.device)
+        content.clear()  # the optimiser has its own copies
+        return state
 
     def close(self) -> None:
         """Write what waits."""
-        self.writer.flush()
+        self._writer.flush()
 
     def _model(self, state: RunState) -> dict[str, Any]:
         model = self.trainer.model

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,18 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from cliptune import results
+from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
-from cliptune.runtime.files import atomic_writer, write_json, write_text
+from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar
 from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
 from cliptune.training.checkpoint import RunFiles
-from cliptune.training.meters import Step, StepRecord
+from cliptune.training.meters import Step, StepRecord, StepWatch
 from cliptune.training.state import RunState, now
 
 logger = logging.getLogger("train")
-
-RECALL_KEYS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
 class RunPlan(NamedTuple):
@@ -53,7 +52,8 @@ class Journal:
         files: of the run.
         state: where the run begins; what was told of steps after it is dropped, since they will come again.
         plan: what the run is going to do.
-        about: what the results file holds beside: the run's settings, the versions and the like.
+        watch: reads the steps' numbers.
+        about: what the results file holds beside: the run's settings, its schedule, what it runs on.
         device: the model's, whose memory is told.
         interval: steps between two log lines.
     """
@@ -64,11 +64,13 @@ class Journal:
         state: RunState,
         *,
         plan: RunPlan,
+        watch: StepWatch,
         about: dict[str, Any],
         device: torch.device,
         interval: int,
     ) -> None:
-        self.files, self.plan, self.about, self.device, self.interval = files, plan, about, device, interval
+        self.files, self.plan, self.watch, self.about = files, plan, watch, about
+        self.device, self.interval = device, interval
         self._epoch = state.epoch
         self._advice: set[str] = set()
         self._recent: list[StepRecord] = []
@@ -89,6 +91,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.flush()
         self._bar.close()
         for writer in (self._steps, self._events):
             if writer is not None:
@@ -102,42 +105,44 @@ class Journal:
                 logger.warning(finding)
 
     def begin_epoch(self, state: RunState) -> None:
-        """Start the clock and the progress bar of an epoch, or of the rest of one."""
+        """Start the clock of an epoch, or of the rest of one; and its progress bar, if it trains."""
         self._epoch = state.epoch
         self._line_at = self._epoch_at = time.monotonic()
         self._num_steps = self._num_pairs = 0
         self._waited = 0.0
         self._recent.clear()
-        done = 0 if state.totals is None else state.totals.num_pairs
-        self._bar = progress_bar(
-            total=self.plan.pairs_per_epoch,
-            initial=done,
-            unit="pair",
-            desc=f"epoch {state.epoch}/{self.plan.num_epochs}",
-        )
+        if state.epoch:
+            self._bar = progress_bar(
+                total=self.plan.pairs_per_epoch,
+                initial=0 if state.totals is None else state.totals.num_pairs,
+                unit="pair",
+                desc=f"epoch {state.epoch}/{self.plan.num_epochs}",
+            )
 
-    def log_step(self, step: Step, records: Sequence[StepRecord]) -> None:
+    def log_step(self, step: Step) -> None:
         """Count a step, and tell of those whose numbers have been read."""
         num_pairs = 0 if step.result is None else step.result.num_pairs
-        self._num_steps, self._num_pairs, self._waited = (
-            self._num_steps + 1, self._num_pairs + num_pairs, self._waited + step.waited,
-        )  # fmt: skip
+        self._num_steps += 1
+        self._num_pairs += num_pairs
+        self._waited += step.waited
         self._bar.update(num_pairs)
-        self.log_records(records)
+        self.flush()
 
-    def log_records(self, records: Iterable[StepRecord]) -> None:
-        """Write a line of JSON for each step, and one to the log every `interval` steps."""
-        if not is_main():
-            return
-        for record in records:
+    def flush(self) -> None:
+        """Write a line of JSON for each step whose numbers have been read, and one to the log every `interval`."""
+        for record in self.watch.take():
+            if not is_main():
+                continue
             self._steps.write(json.dumps(_line_of(record, self._epoch)) + "\n")
             self._recent.append(record)
             if record.step % self.interval == 0:
                 self._log_recent(record)
-        self._steps.flush()  # before a checkpoint: a run that goes on from it counts on the lines up to there
+        if is_main():
+            self._steps.flush()
 
     def begin_validation(self) -> None:
         """Stop the clock and the progress bar of an epoch's steps."""
+        self.flush()
         self._bar.close()
         self._validation_at = time.monotonic()
         self._train_seconds = self._validation_at - self._epoch_at
@@ -153,15 +158,18 @@ class Journal:
                 if key not in {"epoch", "step"} and value is not None:
                     self._events.add_scalar(f"epoch/{key}", value, record["step"])
             self._events.flush()
+            self.write_results(state, finished=False)
             logger.info("%s", self._epoch_line(record, improved=improved))
         self._review(state)
 
     def write_results(self, state: RunState, *, finished: bool) -> None:
         """Write the results file: all that the figures are drawn from."""
+        if not is_main():
+            return
         best, baseline = state.best, state.baseline
-        # a set smaller than a batch is one batch
+        # a validation set smaller than a batch is one batch
         chance = {**best["chance"], "val_loss": math.log(min(best["num_images"], self.plan.batch_size))}
-        results = {
+        values = {
             "started_at": state.started_at,
             "finished_at": now() if finished else None,
             "best_epoch": state.best_epoch,
@@ -174,10 +182,8 @@ class Journal:
             "peak_memory_gb": peak_memory(self.device),
             **self.about,
             "history": state.history,
-            "rates": state.rates.points,
         }
-        if is_main():
-            write_json(self.files.results, results)
+        results.write(self.files.results, results.TrainingResults.model_validate(values))
 
     def summary(self, state: RunState) -> str:
         """Lay the result beside the model as loaded."""
@@ -251,6 +257,14 @@ class Journal:
             )
         stuck = stuck_loss(losses, chance_loss(plan.pairs_per_epoch, plan.batch_size))
         self.advise(stuck_loss=stuck, collapse=collapsed)
+
+
+def describe_model(model: Any) -> str:
+    """Say which model it is, how it starts and how much of it is trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    start = "random start" if model.starts_random else "pretrained"
+    return f"{model.architecture.name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
 
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:

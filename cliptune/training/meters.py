@@ -44,8 +44,6 @@ class Step(NamedTuple):
 
     result: StepResult | None
     """None: the batch held no pair."""
-    image_ids: Tensor | None
-    """Int64 `[B]`, of this rank's pairs."""
     issues: Sequence[Any]
     """Samples that are missing from the batch, as its loader tells them."""
     seconds: float
@@ -91,16 +89,15 @@ class StepWatch:
         self.skip, self.scaled, self.interval, self.name_samples = skip, scaled, interval, name_samples
         self.num_in_a_row = 0
         self._pending: list[tuple[StepResult, Tensor | None, float]] = []
+        self._records: list[StepRecord] = []
 
-    def add(self, step: Step) -> list[StepRecord]:
-        """Take in a step; read it and those before it if it is time, else return none. Raises as `read` does."""
-        if step.result is None:
-            return []
-        self._pending.append((step.result, step.image_ids, step.seconds))
-        is_time = step.result.values.device.type == "cpu" or step.result.global_step % self.interval == 0
-        return self.read() if is_time else []
+    def add(self, result: StepResult, image_ids: Tensor | None, *, seconds: float = 0.0) -> None:
+        """Take in a step; read it and those before it if it is time. Raises as `read` does."""
+        self._pending.append((result, image_ids, seconds))
+        if result.values.device.type == "cpu" or result.global_step % self.interval == 0:
+            self.read()
 
-    def read(self) -> list[StepRecord]:
+    def read(self) -> None:
         """Read all steps since the last time.
 
         Raises:
@@ -108,16 +105,20 @@ class StepWatch:
         """
         pending, self._pending = self._pending, []
         if not pending:
-            return []
+            return
         # one copy, and so one wait, for all of them
         values = torch.stack([result.values for result, _, _ in pending]).tolist()
-        records = []
         for (result, image_ids, seconds), numbers in zip(pending, values, strict=True):
+            loss, accuracy, norm, scale = numbers
             record = StepRecord(
-                result.global_step, *numbers, rates=result.rates, num_pairs=result.num_pairs, seconds=seconds
+                result.global_step, loss, accuracy, norm, scale, result.rates, result.num_pairs, seconds
             )
+            self._records.append(record)
             self._check(record, image_ids)
-            records.append(record)
+
+    def take(self) -> list[StepRecord]:
+        """Return what has been read since the last call."""
+        records, self._records = self._records, []
         return records
 
     def _check(self, record: StepRecord, image_ids: Tensor | None) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -57,14 +56,31 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over a fraction of the steps, then a cosine to zero; stepped once a step."""
     warmup_steps = num_warmup_steps(total_steps, warmup_fraction)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _factor(step, total_steps=total_steps, warmup_steps=warmup_steps)
+    )
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:  # 1/4, 2/4, 3/4 of the peak over three steps: the first one is not lost at zero
-            return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def schedule_points(*, total_steps: int, warmup_fraction: float, peaks: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return the course of the rates, so that it can be drawn.
+
+    Returns:
+        `(step, *rates)` at up to about 500 steps: the rates of the update that follows `step` updates. The first step,
+        the peak and the last step are among them.
+    """
+    warmup_steps = num_warmup_steps(total_steps, warmup_fraction)
+    stride = -(-total_steps // MAX_POINTS)
+    steps = sorted({*range(0, total_steps, stride), warmup_steps, total_steps})
+    factors = [_factor(step, total_steps=total_steps, warmup_steps=warmup_steps) for step in steps]
+    return [(step, *(factor * peak for peak in peaks)) for step, factor in zip(steps, factors, strict=True)]
+
+
+def _factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """Return the rate over its peak."""
+    if step < warmup_steps:  # 1/4, 2/4, 3/4 of the peak over three steps: the first one is not lost at zero
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def num_warmup_steps(total_steps: int, warmup_fraction: float) -> int:
@@ -75,32 +91,3 @@ def num_warmup_steps(total_steps: int, warmup_fraction: float) -> int:
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the rates of the next step by the names of the parameter groups."""
     return {str(group.get("name", index)): group["lr"] for index, group in enumerate(optimizer.param_groups)}
-
-
-@dataclass
-class RateCurve:
-    """The rate of each step so far, thinned to at most 500 points from which its course can be drawn.
-
-    Every `stride`-th step is in it, with the first, the newest and each peak; when there are too many it doubles.
-
-    Attributes:
-        points: `[step, rate]` each, in order.
-    """
-
-    points: list[list[float]] = field(default_factory=list)
-    stride: int = 1
-
-    def add(self, step: int, rate: float) -> None:
-        """Take in the next step."""
-        self.points.append([step, rate])
-        if len(self.points) > 2 and not self._stays(len(self.points) - 2):
-            del self.points[-2]
-        if len(self.points) > MAX_POINTS:
-            self.stride *= 2
-            between = range(1, len(self.points) - 1)
-            stay = [self.points[index] for index in between if self._stays(index)]
-            self.points = [self.points[0], *stay, self.points[-1]]
-
-    def _stays(self, index: int) -> bool:
-        (_, before), (step, rate), (_, after) = self.points[index - 1 : index + 2]
-        return step % self.stride == 0 or before < rate > after

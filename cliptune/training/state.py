@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import torch
 
 from cliptune.training.meters import EpochTotals, Step
-from cliptune.training.optim import RateCurve
 
 TIE = 1e-9
 """Relative difference below which two RSums are the same: sums of the same recalls in another order differ by 1e-16."""
@@ -31,7 +30,6 @@ class RunState:
         baseline: the evaluation of the model as loaded.
         best: the evaluation of the best epoch.
         epochs_since_best: epochs done since then.
-        rates: of the projection layers by step.
         totals: of the batches so far, within an epoch; None: between two epochs.
     """
 
@@ -43,7 +41,6 @@ class RunState:
     best: dict[str, Any] = field(default_factory=dict)
     best_epoch: int = 0
     epochs_since_best: int = 0
-    rates: RateCurve = field(default_factory=RateCurve)
     totals: EpochTotals | None = None
 
     @property
@@ -52,9 +49,9 @@ class RunState:
         return 0 if self.totals is None else self.totals.num_batches
 
     def begin_epoch(self, device: torch.device) -> None:
-        """Go to the next epoch, unless one is under way."""
+        """Go to the next epoch, unless one is under way. The first is epoch 0, in which nothing is trained."""
         if self.totals is None:
-            self.epoch += 1
+            self.epoch = len(self.history)
             self.totals = EpochTotals(device)
 
     def add(self, step: Step) -> None:
@@ -63,16 +60,15 @@ class RunState:
         self.totals.add(step.result)
         if step.result is not None:
             self.step = step.result.global_step
-            self.rates.add(self.step, step.result.rates.get("projection", 0.0))
 
     def train_means(self) -> dict[str, float | None]:
-        """Return the means over the epoch's pairs, in nats and percent; None before the first epoch.
+        """Return the means over the epoch's pairs, in nats and percent; None in epoch 0.
 
         Raises:
             ValueError: there was no pair.
             FloatingPointError: no loss was finite.
         """
-        if self.totals is None:
+        if self.totals is None or self.epoch == 0:
             return {"train_loss": None, "train_accuracy": None}
         means = self.totals.mean()
         return {"train_loss": means.loss, "train_accuracy": means.accuracy}
@@ -110,8 +106,7 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values; waits for the device within an epoch."""
-        values = {**vars(self), "rates": asdict(self.rates)}
-        return values | {"history": list(self.history), "totals": self.totals and self.totals.state_dict()}
+        return {**vars(self), "history": list(self.history), "totals": self.totals and self.totals.state_dict()}
 
     @classmethod
     def from_state_dict(cls, values: dict[str, Any], device: torch.device) -> RunState:
@@ -120,4 +115,4 @@ class RunState:
         if values["totals"] is not None:
             totals = EpochTotals(device)
             totals.load_state_dict(values["totals"])
-        return cls(**{**values, "rates": RateCurve(**values["rates"]), "totals": totals})
+        return cls(**{**values, "totals": totals})

@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_model import MultimodalTrainer
 from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
-from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, Step, StepResult, StepWatch
+from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, StepResult, StepWatch
 from cliptune.training.optim import build_optimizer, build_scheduler
 from tests.helpers.models import make_batch, make_model, small_architectures
 
@@ -76,23 +76,21 @@ def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_run_stops_and_says_where() -> None:
-    trainer = make_trainer()
-    watch = StepWatch(name_samples=lambda ids: [f"{number}.jpg" for number in ids.tolist()])
+    trainer = make_trainer(watch=StepWatch(name_samples=lambda ids: [f"{index}.jpg" for index in ids.tolist()]))
     with pytest.raises(FloatingPointError) as error:
-        trainer.train_epoch(batches(trainer, bad={2, 3}), watch=watch)
+        trainer.train_epoch(batches(trainer, bad={2, 3}))
     rates = "rates: projection 0.000976, backbone 0.000293"
     assert str(error.value).startswith("step 2 has a loss of nan and a gradient of norm nan (" + rates)
     for part in ("scale of the logits: 14.", "and 3 more) and changed no weight", "--skip_nonfinite", "untouched"):
         assert part in str(error.value)
     ids = [*batches(trainer, bad=set())][1][2][:3].tolist()
-    assert "samples: " + ", ".join(f"{number}.jpg" for number in ids) in str(error.value)
+    assert "samples: " + ", ".join(f"{index}.jpg" for index in ids) in str(error.value)
 
 
 def test_steps_in_a_row_are_left_out_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:
-    trainer, plain = make_trainer(), make_trainer()
+    trainer, plain = make_trainer(watch=StepWatch(skip=2)), make_trainer()
     trainer.scheduler = plain.scheduler = None  # which counts every step
-    watch = StepWatch(skip=2)
-    result = trainer.train_epoch(batches(trainer, bad={2, 3}), watch=watch)
+    result = trainer.train_epoch(batches(trainer, bad={2, 3}))
     first, *_, last = batches(plain, bad=set())
     expected = plain.train_epoch([first, last])
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
@@ -101,14 +99,15 @@ def test_steps_in_a_row_are_left_out_as_if_they_were_not_there(caplog: pytest.Lo
         "skipped (1 in a row): ste", "skipped (2 in a row): ste",
     ]  # fmt: skip
     with pytest.raises(FloatingPointError, match=r"step 7 has"):
-        trainer.train_epoch(batches(trainer, bad={1, 2, 3}), watch=watch)
-    trainer.train_epoch(batches(trainer, bad={1, 2, 4}), watch=StepWatch(skip=2))
+        trainer.train_epoch(batches(trainer, bad={1, 2, 3}))
+    trainer.watch = StepWatch(skip=2)
+    trainer.train_epoch(batches(trainer, bad={1, 2, 4}))
 
 
 def test_an_epoch_without_a_finite_loss_is_no_epoch() -> None:
     with pytest.raises(FloatingPointError, match="no loss of the epoch is finite"):
-        trainer = make_trainer()
-        trainer.train_epoch(batches(trainer, bad={1, 2}, num_batches=2), watch=StepWatch(skip=9))
+        trainer = make_trainer(watch=StepWatch(skip=9))
+        trainer.train_epoch(batches(trainer, bad={1, 2}, num_batches=2))
 
 
 def test_the_totals_of_an_epoch_leave_non_finite_steps_out() -> None:
@@ -125,16 +124,11 @@ def result_of(step: int, values: tuple[float, ...], device: str = "cpu") -> Step
     return StepResult(step, 6, {"projection": 1e-4}, torch.tensor(values, device=device))
 
 
-def step_of(step: int, values: tuple[float, ...], *, ids: Tensor | None = None) -> Step:
-    return Step(result_of(step, values), ids, (), seconds=0.5, waited=0.1)
-
-
 def test_every_step_is_read_with_its_numbers() -> None:
     watch = StepWatch()
-    (record,) = watch.add(step_of(3, FINE))
-    assert record == (3, 1.0, 0.5, 2.0, 14.0, {"projection": 1e-4}, 6, 0.5)
-    assert watch.add(Step(None, None, (), 0.5, 0.1)) == []
-    assert watch.read() == []
+    watch.add(result_of(3, FINE), None, seconds=0.5)
+    assert watch.take() == [(3, 1.0, 0.5, 2.0, 14.0, {"projection": 1e-4}, 6, 0.5)]
+    assert watch.take() == []
 
 
 def test_another_device_is_read_now_and_then_and_at_the_end() -> None:
@@ -145,30 +139,36 @@ def test_another_device_is_read_now_and_then_and_at_the_end() -> None:
         def device(self) -> torch.device:  # type: ignore[override]
             return torch.device("cuda")
 
-    def elsewhere(step: int, values: tuple[float, ...] = FINE) -> Step:
-        result = result_of(step, values)
-        return Step(result._replace(values=result.values.as_subclass(Slow)), torch.arange(4), (), 0.5, 0.1)
-
     watch = StepWatch(interval=3)
-    assert [len(watch.add(elsewhere(step))) for step in (1, 2, 3, 4, 5)] == [0, 0, 3, 0, 0]
-    assert [record.step for record in watch.read()] == [4, 5]
-    for step, values in ((7, FINE), (8, NO_LOSS)):
-        watch.add(elsewhere(step, values))
+
+    def add(step: int, values: tuple[float, ...] = FINE) -> None:
+        result = result_of(step, values)
+        watch.add(result._replace(values=result.values.as_subclass(Slow)), torch.arange(4))
+
+    taken = []
+    for step in (1, 2, 3, 4, 5):
+        add(step)
+        taken.append(len(watch.take()))
+    assert taken == [0, 0, 3, 0, 0]
+    watch.read()
+    assert [record.step for record in watch.take()] == [4, 5]
+    add(7)
+    add(8, NO_LOSS)
     with pytest.raises(FloatingPointError, match=r"step 8 .*samples: 4\)"):
-        watch.add(elsewhere(9))
+        add(9)
 
 
 @pytest.mark.parametrize(("scaled", "values"), [(True, NO_LOSS), (False, NO_GRADIENT), (False, NO_LOSS)])
 def test_what_is_no_overflow_of_scaling_stops_at_once(scaled: bool, values: tuple[float, ...]) -> None:
     with pytest.raises(FloatingPointError):
-        StepWatch(scaled=scaled).add(step_of(1, values))
+        StepWatch(scaled=scaled).add(result_of(1, values), None)
 
 
 def test_overflows_of_scaled_gradients_are_how_the_scale_is_found(caplog: pytest.LogCaptureFixture) -> None:
     watch = StepWatch(scaled=True)
     with caplog.at_level(logging.INFO):
         for step in range(OVERFLOWS_IN_A_ROW):
-            watch.add(step_of(step, NO_GRADIENT))
+            watch.add(result_of(step, NO_GRADIENT), None)
     assert not caplog.records
     with pytest.raises(FloatingPointError):
-        watch.add(step_of(99, NO_GRADIENT))
+        watch.add(result_of(99, NO_GRADIENT), None)
