@@ -119,6 +119,8 @@ def _train(argv: list[str] | None) -> int:
         state = RunState() if resumed is None else _restore(config, trainer, saver, resumed=resumed)
         journal = _open_journal(config, trainer, data, files=files, state=state, argv=argv)
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
+        if is_main() and len(data.skipped):
+            logger.warning(data.skipped.summary())
         if is_main() and code == 0:
             for figure in draw_figures(files.results):
                 logger.info("figure: %s", figure)
@@ -176,8 +178,6 @@ def _fit(
             where = f"at epoch {state.epoch}, step {state.step}, which are saved: --resume goes on from there"
             logger.info("%s %s", signal, where if state.history else "before anything was trained")
             data.skipped.agree()
-        if is_main() and len(data.skipped):
-            logger.warning(data.skipped.summary())
     return code
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
@@ -214,7 +214,7 @@ def last_file_damaged(run: Broken) -> None:
 
 
 def disk_full(run: Broken) -> None:
-    room = iter([2**40] * 4)  # best and last of epoch 0, steps 2 and 4
+    room = iter([2**40] * 5)  # best and last of epoch 0, steps 2 and 4, best of epoch 1
     with run.patch.context() as patch:
         patch.setattr("cliptune.runtime.files.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000)))
         assert run.start() == 2

@@ -48,7 +48,8 @@ class _StderrHandler(logging.StreamHandler[Any]):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._process = os.getpid()
-        self.addFilter(lambda record: not (stream.isatty() and getattr(record, "shown_by_bar", False)))
+        if stream.isatty():
+            self.addFilter(lambda record: not getattr(record, "shown_by_bar", False))
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.getpid() != self._process:  # a worker, forked with a copy of the bars and of whoever held their lock

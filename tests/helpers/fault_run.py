@@ -55,7 +55,7 @@ def kill_in_file(index: str, place: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(self, target)
 
-    Path.open = open_deadly  # type: ignore[assignment, method-assign]
+    Path.open = open_deadly  # type: ignore[method-assign]
     Path.replace = replace_deadly  # type: ignore[assignment]
 
 

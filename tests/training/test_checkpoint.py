@@ -131,10 +131,9 @@ def trainer_of() -> MultimodalTrainer:
 
 def test_a_state_is_due_by_steps_or_by_time(tmp_path: Path) -> None:
     clock, trainer, files = Clock(), trainer_of(), RunFiles(tmp_path)
-    by_steps, by_time, never = (
-        Saver(files, trainer, about={}, clock=clock, **every)
-        for every in ({"every_steps": 5}, {"every_seconds": 120}, {})  # type: ignore[arg-type]
-    )
+    by_steps = Saver(files, trainer, about={}, clock=clock, every_steps=5)
+    by_time = Saver(files, trainer, about={}, clock=clock, every_seconds=120)
+    never = Saver(files, trainer, about={}, clock=clock)
     assert [by_steps.is_due(step) for step in (4, 5, 6, 10)] == [False, True, False, True]
     clock.now += 119
     assert not by_time.is_due(5)
