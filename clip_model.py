@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import clip_gradient, is_sharded
-from cliptune.model.published import PUBLISHED
+from cliptune.model.published import ARCHIVES
 from cliptune.model.self_test import check_self_test, compute_self_test
 from cliptune.model.towers import (
     RunLayer,
@@ -478,7 +478,7 @@ def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -
             logger.warning(message, pretrained, weights.architecture.name, model_name)
         return weights
     known_architecture(model_name)  # a wrong name is told before anything is looked for
-    if pretrained == "none" or (pretrained == "auto" and model_name not in PUBLISHED):
+    if pretrained == "none" or (pretrained == "auto" and model_name not in ARCHIVES):
         return None
     return read_published(model_name, activation=activation)
 
