@@ -299,12 +299,12 @@ def hub_answer(content: bytes = CONTENT) -> Answer:
     return answer
 
 
-def ask_hub(endpoint: str, cache: Path, **environment: str) -> str:
+def ask_hub(endpoint: str, cache: Path, *, answer_seconds: int = 60, **environment: str) -> str:
     """Return the path that was found, or the reason that was given."""
     code = f"""
 from cliptune.model.published import fetch_first, hub_source
 try:
-    print(fetch_first([hub_source({REPO!r})], answer_seconds=2))
+    print(fetch_first([hub_source({REPO!r})], answer_seconds={answer_seconds}))
 except OSError as error:
     print(error)
 """
@@ -339,5 +339,5 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert "HF_HUB_OFFLINE" in ask_hub(endpoint, tmp_path, HF_HUB_OFFLINE="1")
-        assert re.search(r"no answer within 2 s|timed out", ask_hub(endpoint, tmp_path))
+        assert re.search(r"no answer within 2 s|timed out", ask_hub(endpoint, tmp_path, answer_seconds=2))
     assert "Connection refused" in ask_hub(endpoint, tmp_path)
