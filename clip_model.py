@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import clip_gradient, is_sharded
-from cliptune.model.published import ARCHIVES
 from cliptune.model.self_test import check_self_test, compute_self_test
 from cliptune.model.towers import (
     RunLayer,
@@ -32,9 +31,10 @@ from cliptune.model.towers import (
     run_by_method,
     running_statistics,
     set_activation,
+    shared_projection,
     text_tower,
 )
-from cliptune.model.weights import Weights, own_weights, read_published, read_weights
+from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, clip_transform, normalize
@@ -95,10 +95,7 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
         self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
-        if isinstance(pretrained, Weights):
-            weights: Weights | None = pretrained
-        else:
-            weights = _find_weights(model_name, str(pretrained), activation=activation)
+        weights = _read_weights(model_name, pretrained, activation=activation)
         # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
@@ -191,7 +188,7 @@ class CLIPModel(nn.Module):
             ValueError: pixels of another type, or a file that is no image.
             FileNotFoundError: no such file.
         """
-        pixels = images if isinstance(images, Tensor) else self._preprocess(images)
+        pixels = images if isinstance(images, Tensor) else self._preprocess(images)  # [B, 3, R, R]
         return self.project_image(self.run_image_tower(pixels))
 
     def encode_text(self, texts: TextInput) -> Tensor:
@@ -229,6 +226,7 @@ class CLIPModel(nn.Module):
         Returns:
             `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
         """
+        # a frozen tower's output may come in place of its input: pixels have 4 dimensions, tokens are integers
         image_features = self.project_image(images) if images.ndim == 2 else self.encode_image(images)
         text_features = self.project_text(tokens) if tokens.is_floating_point() else self.encode_text(tokens)
         return image_features, text_features
@@ -262,7 +260,7 @@ class CLIPModel(nn.Module):
             self.backbone.visual.eval()
         if "text" in self.frozen_towers:
             self.backbone.transformer.eval()
-        if self.holds_batchnorm:
+        if self.holds_batchnorm:  # eval mode does not hold gradients back: scale and shift of BatchNorm still train
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -280,6 +278,7 @@ class CLIPModel(nn.Module):
             set_activation(self.backbone, activation)
 
     def _layer_runner(self, tower: str) -> RunLayer | None:
+        # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs
         run_layer = self._run_layer[tower] if self.training else None
         return run_by_method(run_layer) if is_sharded(self) else run_layer
 
@@ -294,11 +293,11 @@ class CLIPModel(nn.Module):
         size = projection_dim or (len(stored["image_projection.weight"]) if stored else self.architecture.embed_dim)
         self.image_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
         self.text_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
-        if stored and len(stored["image_projection.weight"]) == size:
+        if stored and len(stored["image_projection.weight"]) == size:  # a checkpoint goes on with its own
             self.image_projection.weight.data.copy_(stored["image_projection.weight"])
             self.text_projection.weight.data.copy_(stored["text_projection.weight"])
             return
-        shared = _shared_map(self.backbone, size)
+        shared = shared_projection(self.backbone, size)
         self.image_projection.weight.data.copy_(shared)
         self.text_projection.weight.data.copy_(shared)
         if size < self.architecture.embed_dim and weights is not None:
@@ -459,6 +458,17 @@ class MultimodalTrainer:
         del self.optimizer.found_inf  # type: ignore[attr-defined]
 
 
+def _read_weights(model_name: str, pretrained: str | Path | Weights, *, activation: str | None) -> Weights | None:
+    if isinstance(pretrained, Weights):
+        return pretrained
+    weights = find_weights(model_name, str(pretrained), activation=activation)
+    is_file = str(pretrained) not in NAMED_WEIGHTS
+    if weights and is_file and weights.architecture.name != model_name and not isinstance(model_name, ModelName):
+        message = "%s holds a %s, and the file decides: the model name %s is not used"
+        logger.warning(message, pretrained, weights.architecture.name, model_name)
+    return weights
+
+
 def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:
     if freeze_tower is None:
         return TOWERS if freeze_backbone else ()
@@ -467,39 +477,6 @@ def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str
     if freeze_backbone:
         raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {freeze_tower!r} only one: choose one")
     return (freeze_tower,)
-
-
-def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -> Weights | None:
-    """Read the weights that `pretrained` names; None: random ones."""
-    if pretrained not in {"auto", "openai", "none"}:
-        weights = read_weights(Path(pretrained), activation=activation)
-        if weights.architecture.name != model_name and not isinstance(model_name, ModelName):
-            message = "%s holds a %s, and the file decides: the model name %s is not used"
-            logger.warning(message, pretrained, weights.architecture.name, model_name)
-        return weights
-    known_architecture(model_name)  # a wrong name is told before anything is looked for
-    if pretrained == "none" or (pretrained == "auto" and model_name not in ARCHIVES):
-        return None
-    return read_published(model_name, activation=activation)
-
-
-def _shared_map(backbone: Any, size: int) -> Tensor:
-    """Return the projection layers' common start, `[size, embed_dim]`.
-
-    Both layers start as the same map P, so that similarities start as the backbone's: (P x) . (P y) = x . y where P's
-    columns are orthonormal, which needs a size of at least embed_dim. A smaller space keeps the directions in which
-    both towers' outputs can differ most.
-    """
-    visual = backbone.visual
-    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T  # [width, embed_dim]
-    embed_dim = image_map.shape[1]
-    if size == embed_dim:
-        return torch.eye(embed_dim)
-    if size > embed_dim:
-        generator = torch.Generator().manual_seed(0)
-        return cast(Tensor, torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q)
-    stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
-    return cast(Tensor, torch.linalg.svd(stacked, full_matrices=False).Vh[:size])
 
 
 __all__ = ["ARCHITECTURES", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]
