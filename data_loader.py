@@ -18,36 +18,32 @@ from cliptune.cli import check_command_line, parse_settings, run_stage
 from cliptune.settings import SAMPLE_SIZE, InspectSettings
 
 if __name__ == "__main__":
-    check_command_line(InspectSettings, str(__doc__))
+    check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from cliptune.data.doctor import check_data, describe_data
 from cliptune.data.issues import image_issue
-from cliptune.data.loaders import Sample
+from cliptune.data.loaders import Sample, caption_id
 from cliptune.data.pairs import Pairs, holds_only_placeholders, load_pairs
 from cliptune.data.row_store import ImageCache
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
-from cliptune.data.splits import evaluation_pairs, split_pairs, training_pairs
+from cliptune.data.splits import split_pairs
 from cliptune.data.table import SPLITS
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
-from cliptune.runtime.logs import setup_logging
+from cliptune.runtime.logs import progress_bar, setup_logging
+from cliptune.runtime.messages import count
 from cliptune.runtime.rng import IntArray, draw_bits, seeded
 
 logger = logging.getLogger(__name__)
 
-
-__all__ = [
-    "ImageTextDataset", "Pairs", "create_sample_dataset", "evaluation_pairs",
-    "holds_only_placeholders", "load_pairs", "split_pairs", "training_pairs",
-]  # fmt: skip
+__all__ = ["ImageTextDataset", "create_sample_dataset", "main"]
 
 
 class ImageTextDataset(Dataset[Sample]):
@@ -61,7 +57,7 @@ class ImageTextDataset(Dataset[Sample]):
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
         captions: `random`: an item an image; `all`: an item a pair.
-        val_split: share of the groups kept for validation.
+        val_split: fraction of the images for validation, whole groups of them, in (0, 1).
         seed: of the split, the caption choice and a random transform.
 
     Attributes:
@@ -69,7 +65,7 @@ class ImageTextDataset(Dataset[Sample]):
             `(e - 1) % num_views`; 0: a new view every epoch, and for every pair.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no such data set.
         ValueError: an index that cannot be read, or no image in that split.
     """
 
@@ -101,17 +97,17 @@ class ImageTextDataset(Dataset[Sample]):
         self.seed = seed
         self.num_views = 0
         self._image_of_pair = self.pairs.text_to_image.numpy()
-        # shared memory, so that loading processes that stay alive see a new epoch
+        # shared memory, so that workers that stay alive see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def keep_images(self, folder: Path) -> None:
-        """Keep each picture in `folder` once it is decoded and shrunk.
+    def cache_images(self, folder: Path) -> None:
+        """Cache each image in `folder` once it is decoded and shrunk.
 
         Raises:
-            ValueError: the disk has no room, or the transform is not one of `preprocessing`'s.
+            ValueError: the transform is not a `PixelTransform`, or the disk has no room.
         """
         if not isinstance(self.transform, PixelTransform):
-            raise ValueError("pictures are kept between the steps of a PixelTransform, and this transform is another")
+            raise ValueError("images are cached between the two steps of a PixelTransform; this transform is another")
         self.cache = ImageCache(folder, self.pairs.paths, self.transform)
 
     def set_epoch(self, epoch: int) -> None:
@@ -124,17 +120,18 @@ class ImageTextDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image, caption = (int(number[0]) for number in self.choose(np.array([index])))
-        tokens = tokenize([self.pairs.captions[caption]])[0][0]
+        image_index, caption_index = (int(found[0]) for found in self.choose(np.array([index])))
+        path, caption = self.pairs.paths[image_index], self.pairs.captions[caption_index]
+        sample = Sample(None, tokenize([caption])[0][0], image_index, caption_id(caption), caption_index)
         try:
-            finish = self._open(self.pairs.paths[image])
+            finish = self._open(path)
         except (ValueError, OSError) as error:
-            return Sample(None, tokens, image, caption, image_issue(self.pairs.paths[image], error))
-        with seeded(self._transform_seed(image, index)):
-            return Sample(finish(), tokens, image, caption)
+            return sample._replace(issue=image_issue(path, error))
+        with seeded(self._transform_seed(image_index, index)):
+            return sample._replace(image=finish())
 
     def _open(self, path: str) -> Callable[[], Tensor]:
-        """Read a picture; return the rest of the work, which may be random."""
+        """Read an image; return the rest of the work, which may be random."""
         if self.cache is not None:
             return partial(self.cache.transform.finish, *self.cache.load(path))
         if isinstance(self.transform, PixelTransform):
@@ -142,21 +139,22 @@ class ImageTextDataset(Dataset[Sample]):
         return partial(self.transform, load_image(path))
 
     def choose(self, items: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the image and this epoch's caption of each item, by their numbers: two int64 arrays `[len(items)]`."""
+        """Return the indices of each item's image and of its caption in this epoch: two int64 arrays `[len(items)]`."""
         if self.every_pair:
             return self._image_of_pair[items], items
         first, end = self.pairs.starts[items], self.pairs.starts[items + 1]
-        draws = draw_bits(self.seed, int(self._epoch), items)
+        draws = draw_bits(self.seed, int(self._epoch), items)  # of seed, epoch and item alone: the same in any worker
         return items, first + (draws % (end - first).astype(np.uint64)).astype(np.int64)
 
     @property
     def view(self) -> int:
-        """Number of the view that this epoch sees; without `num_views`, the epoch itself."""
+        """Index of the view that this epoch sees; without `num_views`, the epoch itself."""
         epoch = int(self._epoch)
         return (epoch - 1) % self.num_views if self.num_views else epoch
 
-    def _transform_seed(self, image: int, index: int) -> int:
-        item = np.array([image if self.num_views else index])
+    def _transform_seed(self, image_index: int, index: int) -> int:
+        # a view is the image's, whichever of its pairs asks for it
+        item = np.array([image_index if self.num_views else index])
         return int(draw_bits(self.seed, self.view, item, stream=1)[0] >> np.uint64(1))
 
 
@@ -199,15 +197,15 @@ def _inspect(argv: list[str] | None) -> int:
 def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> None:
     """Write pairs as shards, in an order drawn from the seed, so that each shard is a mixture of all of them."""
     if not len(pairs):
-        raise ValueError("no image in that split; --split all takes everything")
+        raise ValueError("no image in that split; try --split all")
     order = list(range(len(pairs)))
     random.Random(seed).shuffle(order)
-    images = ((pairs.paths[number], pairs.captions_of(number)) for number in tqdm(order, desc="shards", disable=None))
+    images = ((pairs.paths[index], pairs.captions_of(index)) for index in progress_bar(order, desc="shards"))
     shards, issues = write_shards(images, folder, shard_size=shard_size)
     for issue in issues:
-        logger.warning("left out: %s", issue)
-    first, last = shards.shards[0], shards.shards[-1]
-    print(f"written: {len(shards)} images in {len(shards.shards)} shards, {first.url} to {last.name}")
+        logger.warning("skipped: %s", issue)
+    names = f"{shards.shards[0].url} to {shards.shards[-1].name}" if len(shards.shards) > 1 else shards.shards[0].url
+    print(f"written: {count(len(shards), 'image')} in {count(len(shards.shards), 'shard')}, {names}")
 
 
 if __name__ == "__main__":

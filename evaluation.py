@@ -72,7 +72,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     with process_group(device):
         model = CLIPModel.from_checkpoint(settings.checkpoint, device=device)
         outcome = evaluate(
-            model, pairs, batch_size=settings.batch_size, num_workers=settings.num_workers, precision=precision
+            model, pairs, batch_size=settings.encode_batch_size, num_workers=settings.num_workers, precision=precision
         )
         if is_main():
             _report(settings, outcome, data=data, split=split)

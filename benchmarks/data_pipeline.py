@@ -46,14 +46,14 @@ COLUMNS = ["", "images/s", "spread", "times as fast", "as"]
 class BenchmarkSettings(Settings):
     """Settings of the benchmark."""
 
-    images: str | None = Field(None, description="folder with JPEG files; none: pictures are generated")
-    num_large: PositiveInt = Field(6, description="generated pictures of 12 megapixels")
-    num_small: PositiveInt = Field(60, description="generated pictures of Flickr's size, 500 x 375")
-    large_width: PositiveInt = Field(4000, description="width of the large pictures, in pixels")
+    images: str | None = Field(None, description="folder with JPEG files; none: images are generated")
+    num_large: PositiveInt = Field(6, description="generated images of 12 megapixels")
+    num_small: PositiveInt = Field(60, description="generated images of Flickr's size, 500 x 375")
+    large_width: PositiveInt = Field(4000, description="width of the large images, in pixels")
     repeats: PositiveInt = Field(7, description="times that each way is run")
     model_name: str = Field(DEFAULT_MODEL_NAME, description="random-weight model whose features are compared")
     device: str = Field("cpu", description="where pixels end: cpu, cuda, cuda:1, mps")
-    quick: bool = Field(False, description="fewer pictures and repeats: under a minute")
+    quick: bool = Field(False, description="fewer images and repeats: under a minute")
     json_path: str | None = Field(None, description="file for the figures", json_schema_extra={"flag": "json"})
 
 
@@ -71,8 +71,8 @@ def _benchmark(argv: list[str] | None) -> int:
         model = CLIPModel(settings.model_name, pretrained="none").to(device).eval()
         with tempfile.TemporaryDirectory() as folder:
             results = [
-                measure(name, paths, model, cache_dir=Path(folder) / "cache" / str(number), repeats=_repeats(settings))
-                for number, (name, paths) in enumerate(_pictures(settings, Path(folder)).items())
+                measure(name, paths, model, cache_dir=Path(folder) / "cache" / str(index), repeats=_repeats(settings))
+                for index, (name, paths) in enumerate(_image_sets(settings, Path(folder)).items())
             ]
     finally:
         torch.set_num_threads(num_threads)
@@ -158,12 +158,9 @@ def _usual_crops(resolution: int) -> Any:
 
 
 def _decoders(paths: Sequence[Path]) -> dict[str, Callable[[], object]]:
-    def each(decode: Callable[[Path], object]) -> Callable[[], object]:
-        return lambda: [decode(path) for path in paths]
-
     return {
-        "Pillow": each(lambda path: Image.open(path).convert("RGB")),
-        "simplejpeg": each(lambda path: simplejpeg.decode_jpeg(path.read_bytes(), "RGBX")),
+        "Pillow": lambda: [Image.open(path).convert("RGB") for path in paths],
+        "simplejpeg": lambda: [simplejpeg.decode_jpeg(path.read_bytes(), "RGBX") for path in paths],
     }
 
 
@@ -196,8 +193,8 @@ def _repeats(settings: BenchmarkSettings) -> int:
     return min(settings.repeats, 3) if settings.quick else settings.repeats
 
 
-def _pictures(settings: BenchmarkSettings, folder: Path) -> dict[str, list[Path]]:
-    """Find the pictures to load, or make them."""
+def _image_sets(settings: BenchmarkSettings, folder: Path) -> dict[str, list[Path]]:
+    """Find the images to load, or make them."""
     if settings.images is not None:
         found = sorted(path for path in Path(settings.images).rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
         if not found:
@@ -209,16 +206,14 @@ def _pictures(settings: BenchmarkSettings, folder: Path) -> dict[str, list[Path]
         num_large, num_small = min(num_large, 2), min(num_small, 16)
     return {
         f"{width * (width * 3 // 4) / 1e6:.0f} megapixels": [
-            make_photo(folder / f"large{number}.jpg", width, width * 3 // 4, seed=number) for number in range(num_large)
+            make_photo(folder / f"large{index}.jpg", width, width * 3 // 4, seed=index) for index in range(num_large)
         ],
-        "Flickr's size": [
-            make_photo(folder / f"small{number}.jpg", 500, 375, seed=number) for number in range(num_small)
-        ],
+        "Flickr's size": [make_photo(folder / f"small{index}.jpg", 500, 375, seed=index) for index in range(num_small)],
     }
 
 
 def make_photo(path: Path, width: int, height: int, *, seed: int) -> Path:
-    """Save a picture with a photo's statistics: amplitude falls with frequency, edges, a sensor's grain."""
+    """Save an image with a photo's statistics: amplitude falls with frequency, edges, a sensor's grain."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     cells = 3

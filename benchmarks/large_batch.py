@@ -31,7 +31,7 @@ from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import parallel_model
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import keep_freed_memory, resolve_precision
-from cliptune.runtime.distributed import is_main, process_group, share, world_size
+from cliptune.runtime.distributed import is_main, process_group, rank_slice, world_size
 from cliptune.training.loss import SLICE_LOGITS, ContrastiveLoss
 from cliptune.training.memory import LiveTensors
 from cliptune.training.optim import build_optimizer
@@ -180,7 +180,7 @@ def measure_costs(name: str, options: Namespace) -> Costs:
     fixed = timings["update"].median
     few, more = (live_bytes(trainer, batch) for batch in (half, full))
     features = [F.normalize(torch.randn(2048, model.projection_dim), dim=-1).requires_grad_() for _ in range(2)]
-    loss = take_turns({"loss": lambda: trainer.micro_batches.loss(*features).backward()}, repeats=3)["loss"].median
+    loss = take_turns({"loss": lambda: trainer.grad_cache.loss(*features).backward()}, repeats=3)["loss"].median
     return Costs(
         fixed=fixed,
         pair=(timings["step"].median - fixed) / MICRO,
@@ -235,7 +235,7 @@ def measure_processes(options: Namespace) -> None:
     name, *batches = options.models.split(",")[0].split(":")
     trainer = make_trainer(name, options, MICRO)
     images, tokens, ids = make_batch(name, int(batches[0]))
-    own = share(len(ids))
+    own = rank_slice(len(ids))
     timing = take_turns(
         {"step": lambda: trainer.train_step(images[own], tokens[own], ids[own])}, repeats=options.repeats
     )

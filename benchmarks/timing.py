@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -15,11 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from cliptune.runtime import files
+
 T = TypeVar("T")
 
 
 class Timing(NamedTuple):
-    """Seconds of one case, a number a turn."""
+    """Seconds of one case, turn by turn."""
 
     seconds: list[float]
 
@@ -51,7 +52,8 @@ def take_turns(
 
 
 def ratio(timings: dict[str, Timing], ours: str, peer: str) -> float:
-    """Return how many times as long the peer takes, as the median over turns (a turn's two runs are neighbours)."""
+    """Return how many times as long the peer takes, as the median over turns."""
+    # a turn's two runs are neighbours in time: a slow minute of the machine slows both
     pairs = zip(timings[peer].seconds, timings[ours].seconds, strict=True)
     return statistics.median(theirs / own for theirs, own in pairs)
 
@@ -79,16 +81,16 @@ def print_table(title: str, rows: list[list[str]]) -> None:
     """Print rows of cells, the first one a head, as a Markdown table."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print(f"\n{title}\n")
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-        if number == 0:
+        if index == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
 def write_json(path: str | None, results: dict[str, Any]) -> None:
     """Write results where `--json` says."""
     if path is not None:
-        Path(path).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        files.write_json(Path(path), results)
 
 
 def _cpuinfo() -> list[str]:

@@ -12,9 +12,8 @@ from cliptune.model.checkpoint_file import save_checkpoint
 from cliptune.model.towers import image_tower, text_tower
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import resolve_precision
-from cliptune.training.gradcache import StepResult
 from cliptune.training.loss import ContrastiveLoss
-from cliptune.training.meters import EpochTotals
+from cliptune.training.meters import EpochTotals, StepResult
 from cliptune.training.optim import build_optimizer, build_scheduler
 
 CPU = torch.device("cpu")
@@ -184,7 +183,8 @@ def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
 
 
 def test_an_epoch_in_two_parts_has_the_means_of_the_whole() -> None:
-    results = [StepResult(torch.tensor(1 / 3 + n), torch.tensor(n / 7), num_pairs=5 + n) for n in range(6)]
+    values = [torch.tensor([1 / 3 + n, n / 7, 1.0, 14.0]) for n in range(6)]
+    results = [StepResult(n + 1, 5 + n, {}, values[n]) for n in range(6)]
     whole, first, second = (EpochTotals(CPU) for _ in range(3))
     for result in (*results[:2], None, *results[2:]):
         whole.add(result)
@@ -195,7 +195,7 @@ def test_an_epoch_in_two_parts_has_the_means_of_the_whole() -> None:
         second.add(result)
     assert second.state_dict() == whole.state_dict()
     assert second.mean() == whole.mean()
-    assert (whole.num_batches, whole.num_steps, whole.num_pairs) == (7, 6, 45)
+    assert (whole.num_batches, whole.num_pairs) == (7, 45)
     sizes = torch.arange(5.0, 11.0)
     assert whole.mean().loss == pytest.approx(((1 / 3 + torch.arange(6.0)) * sizes).sum().item() / 45)
     with pytest.raises(ValueError, match="no batch of pairs"):

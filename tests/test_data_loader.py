@@ -9,15 +9,14 @@ import pytest
 import torch
 from torchvision import transforms
 
-from cliptune.data import loaders
-from cliptune.data.loaders import Batch, EpochBatches, TrainLoader
+from cliptune.data.loaders import Batch, EpochBatches, Sample, TrainLoader, caption_id
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.table import Strings
 from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, train_transform
-from cliptune.runtime import distributed
 from cliptune.runtime.rng import _split_mix, draw_bits
 from data_loader import ImageTextDataset, main
 from tests.helpers.datasets import make_images, make_index
+from tests.helpers.ranks import as_rank
 
 CPU = torch.device("cpu")
 
@@ -30,6 +29,29 @@ def test_one_sample_has_pixels_tokens_and_identity(sample_dir: Path) -> None:
     assert (sample.image.shape, sample.image.dtype) == ((3, 224, 224), torch.uint8)
     assert (sample.tokens.shape, sample.image_id) == ((77,), 3)
     assert len(ImageTextDataset(sample_dir, captions="all")) == 120
+
+
+def test_captions_that_say_the_same_have_the_same_id() -> None:
+    same = ["A cat, a Dog", "a cat, a dog", " A\tCAT,\u00a0a  dog\n", "\uff21 cat, a dog"]
+    assert {caption_id(caption) for caption in same} == {caption_id("a cat, a dog")}
+    assert caption_id("stra\u00dfe") == caption_id("STRASSE")
+    others = ["a cat a dog", "a dog, a cat", "acat, a dog", "", "\u732b", "half \udc80"]
+    assert len({caption_id(caption) for caption in [same[0], *others]}) == 7
+
+
+def test_a_caption_id_is_the_same_in_every_run_and_fits_int64() -> None:
+    assert caption_id("A photo of a cat") == 2875975664571500342
+    assert all(0 <= caption_id(str(number)) < 2**63 for number in range(1000))
+
+
+def test_a_batch_has_the_ids_of_its_captions(sample_dir: Path) -> None:
+    dataset = ImageTextDataset(sample_dir)
+    batch = next(TrainLoader(dataset, batch_size=9, num_workers=0, device=CPU).epoch(1))
+    captions = [dataset.pairs.captions[index] for index in batch.caption_indices.tolist()]
+    assert batch.caption_ids.tolist() == [caption_id(caption) for caption in captions]
+    assert (batch.caption_ids.dtype, batch.image_ids.dtype) == (torch.int64, torch.int64)
+    owners = dataset.pairs.text_to_image[batch.caption_indices]
+    assert torch.equal(owners, batch.image_ids)
 
 
 def test_captions_vary_by_epoch_and_repeat_by_seed(sample_dir: Path) -> None:
@@ -63,7 +85,7 @@ def test_every_caption_is_chosen_at_some_time_by_its_own_image(sample_dir: Path)
         dataset.set_epoch(epoch)
         images, captions = dataset.choose(np.arange(60))
         assert dataset.pairs.text_to_image.numpy()[captions].tolist() == images.tolist() == list(range(60))
-        assert dataset[7].caption_id == captions[7]
+        assert dataset[7].caption_index == captions[7]
         chosen.append(captions)
     assert set(np.concatenate(chosen).tolist()) == set(range(dataset.pairs.num_pairs))
 
@@ -109,14 +131,14 @@ def test_no_pair_is_left_alone(items: int, size: int, expected: list[int]) -> No
     assert len(batches) == len(expected)
 
 
-def test_a_picture_that_cannot_be_read_leaves_its_batch(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_leaves_its_batch(tmp_path: Path) -> None:
     make_images(tmp_path, *(f"{n}.png" for n in range(4)))
     (tmp_path / "2.png").write_text("broken")
     make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in range(4)])
     batch = next(TrainLoader(ImageTextDataset(tmp_path), batch_size=4, num_workers=0, device=CPU).epoch(1))
     assert sorted(batch.image_ids.tolist()) == [0, 1, 3]
-    assert len(batch.errors) == 1
-    assert "2.png: cannot be read" in str(batch.errors[0])
+    assert len(batch.issues) == 1
+    assert "2.png: cannot be read" in str(batch.issues[0])
 
 
 def test_the_stage_makes_sample_data_then_describes_it(
@@ -126,16 +148,14 @@ def test_the_stage_makes_sample_data_then_describes_it(
     assert main(["--num_samples", "20"]) == 0
     output = capsys.readouterr().out
     assert "made sample data: data/data.json" in output
-    assert "images      20, 40 pairs, 2 to 2 captions an image" in output
+    assert "images      20, 40 pairs, 2 captions an image" in output
     assert main([]) == 0
     assert "made" not in capsys.readouterr().out
     assert main(["--data_dir", "gone"]) == 2
     assert "python data_loader.py" in capsys.readouterr().err
 
 
-def test_the_stage_finds_identical_pictures_across_the_split(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_stage_finds_identical_images_across_the_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path, 4)
     rows = json.loads((tmp_path / "data.json").read_text())
     for row, split in zip(rows, ("train", "train", "val", "val"), strict=True):
@@ -151,75 +171,71 @@ def test_the_stage_finds_identical_pictures_across_the_split(
 
 def same_batches(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        a.errors == b.errors
-        and all(
-            torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "tokens", "image_ids", "caption_ids")
-        )
+        a.issues == b.issues
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch._fields if name != "issues")
         for a, b in zip(first, second, strict=True)
     )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_in_pieces_is_the_same_batch(
-    sample_dir: Path, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_in_pieces_is_the_same_batch(sample_dir: Path, tmp_path: Path, num_workers: int) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(40))
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     paths = [str(tmp_path / "bad.png") if number in (3, 30) else path for number, path in enumerate(pairs.paths)]
     pairs = replace(pairs, paths=Strings.of(paths))
-    loader = TrainLoader(ImageTextDataset(pairs), batch_size=24, num_workers=num_workers, device=CPU)
-    whole = list(loader.epoch(1))
-    monkeypatch.setattr(loaders, "PIECE_SIZE", 5)
-    assert same_batches(list(loader.epoch(1)), whole)
-    assert [len(batch.tokens) + len(batch.errors) for batch in whole] == [24, 16]
-    assert sum(len(batch.errors) for batch in whole) == 2
-    monkeypatch.setattr(loaders, "PIECE_SIZE", 1)  # a piece of nothing but an error
-    assert same_batches(list(loader.epoch(1)), whole)
+
+    def load(piece_size: int) -> list[Batch]:
+        dataset = ImageTextDataset(pairs)
+        loader = TrainLoader(dataset, batch_size=24, num_workers=num_workers, device=CPU, piece_size=piece_size)
+        return list(loader.epoch(1))
+
+    whole = load(24)
+    assert same_batches(load(5), whole)
+    assert [len(batch.tokens) + len(batch.issues) for batch in whole] == [24, 16]
+    assert sum(len(batch.issues) for batch in whole) == 2
+    assert same_batches(load(1), whole)  # among them a piece of nothing but an issue
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_processes_share_every_batch_in_its_order(
-    sample_dir: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_split_every_batch_in_its_order(sample_dir: Path, world_size: int) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(26))
     loader = TrainLoader(ImageTextDataset(pairs), batch_size=20, num_workers=0, device=CPU)
     whole = list(loader.epoch(2))
-    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
-    shares = []
+    ranks = []
     for rank in range(world_size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(list(loader.epoch(2)))
-    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        with as_rank(rank, world_size):
+            ranks.append(list(loader.epoch(2)))
+    for parts, batch in zip(zip(*ranks, strict=True), whole, strict=True):
         full = [part for part in parts if len(part.tokens)]
         assert torch.equal(torch.cat([part.images for part in full]), batch.images)
         assert torch.equal(torch.cat([part.caption_ids for part in parts]), batch.caption_ids)
         sizes = [len(part.tokens) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-    assert world_size < 7 or 0 in [len(part[-1].tokens) for part in shares]
+    assert world_size < 7 or 0 in [len(batches[-1].tokens) for batches in ranks]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 3, 4])
 def test_an_epoch_goes_on_from_a_batch_without_loading_those_before(
-    sample_dir: Path, num_workers: int, start: int, monkeypatch: pytest.MonkeyPatch
+    sample_dir: Path, num_workers: int, start: int
 ) -> None:
-    dataset = ImageTextDataset(sample_dir, transform=train_transform(32, "color", fast_decode=False))
-    whole = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(2))
     loaded: list[int] = []
-    get = ImageTextDataset.__getitem__
 
-    def noted(self: ImageTextDataset, index: int) -> object:
-        loaded.append(index)
-        return get(self, index)
+    class Noting(ImageTextDataset):
+        def __getitem__(self, index: int) -> Sample:
+            loaded.append(index)
+            return super().__getitem__(index)
 
-    monkeypatch.setattr(ImageTextDataset, "__getitem__", noted)
+    dataset = Noting(sample_dir, transform=train_transform(32, "color", fast_decode=False))
+    whole = list(TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(2))
+    loaded.clear()
     loader = TrainLoader(dataset, batch_size=16, num_workers=num_workers, device=CPU)
     assert same_batches(list(loader.epoch(2, start=start)), whole[start:])
     assert len(loaded) == (0 if num_workers else sum(len(batch.tokens) for batch in whole[start:]))
     assert same_batches(list(loader.epoch(2)), whole)
 
 
-def test_loading_processes_leave_signals_to_the_main_one(sample_dir: Path) -> None:
+def test_workers_leave_signals_to_the_main_process(sample_dir: Path) -> None:
     loader = TrainLoader(ImageTextDataset(sample_dir), batch_size=5, num_workers=2, device=CPU)
     batches = loader.epoch(1)
     next(batches)

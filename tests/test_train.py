@@ -489,7 +489,7 @@ def test_the_share_of_an_epoch_that_was_waited_for(
 def test_a_profile_and_the_peak_memory(sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags_for(sample_dir, tmp_path), "--num_epochs", "2", "--profile", "2"]) == 0
     assert re.search(r"peak memory: \d+\.\d GB \(process\)", capsys.readouterr().out)
-    assert "profile of 2 step(s): " in (tmp_path / "logs" / "train.log").read_text()
+    assert "profile of 2 steps: " in (tmp_path / "logs" / "train.log").read_text()
     trace = json.loads((tmp_path / "logs" / "profile.json").read_text())
     assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())
@@ -536,4 +536,4 @@ def test_a_picture_without_numbers_stops_the_run_or_is_left_out(
         assert len(error.splitlines()[-1]) > 100  # one line that holds all of it
     else:
         assert (code, last["epoch"]) == (0, 2)
-        assert "left out (1 in a row)" in error
+        assert "skipped (1 in a row)" in error

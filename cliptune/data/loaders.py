@@ -2,51 +2,68 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from cliptune.data.issues import Issue
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import IntArray
 from cliptune.preprocess.tokens import CONTEXT_LENGTH
-from cliptune.runtime.distributed import share
+from cliptune.runtime.distributed import rank_slice
 from cliptune.runtime.signals import leave_signals_to_main
 
-PIECE_SIZE = 64
+PIECE_SIZE = 64  # samples: a worker hands over no more at a time
 
 
 class Sample(NamedTuple):
     """One image with one of its captions."""
 
     image: Tensor | None
-    """`[3, R, R]`, uint8, or what the user's transform gives; None if the picture cannot be read."""
+    """`[3, R, R]`, uint8, or what the user's transform gives; None if the image cannot be read."""
     tokens: Tensor
     """`[77]` int64."""
     image_id: int
-    """Number of the image in the data set."""
+    """Index of the image in the data set."""
     caption_id: int
-    """Number of the caption in the data set."""
-    error: Issue | None = None
+    """`caption_id` of the caption: the same for captions that say the same."""
+    caption_index: int
+    """Index of the caption in the data set."""
+    issue: Issue | None = None
     """Why there is no image."""
 
 
 class Batch(NamedTuple):
-    """Samples whose picture could be read, and the reasons for those that could not."""
+    """Samples whose image could be read, and why the others could not."""
 
     images: Tensor
     """`[B, 3, R, R]`, uint8, or what the user's transform gives: float pixels are taken as normalised."""
     tokens: Tensor
     """`[B, 77]` int64."""
     image_ids: Tensor
-    """`[B]` int64."""
-    errors: list[Issue]
+    """`[B]` int64: index of each image in the data set."""
+    issues: list[Issue]
     caption_ids: Tensor
-    """`[B]` int64."""
+    """`[B]` int64: `caption_id` of each caption."""
+    caption_indices: Tensor
+    """`[B]` int64: index of each caption in the data set."""
+
+
+def caption_id(caption: str) -> int:
+    """Return 63 bits that are the same for captions that differ only in case, white space or width of characters.
+
+    They are the same on every machine and in every run, which Python's own `hash` of a text is not.
+    """
+    # "A  Cat" and full-width "Ａ ｃａｔ" -> "a cat"
+    normalised = " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+    digest = hashlib.blake2b(normalised.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # int64 has no room for 64 bits without a sign
 
 
 class SampleDataset(Protocol):
@@ -78,7 +95,7 @@ class EpochBatches(Sampler[list[int]]):
 
     Attributes:
         epoch: decides the order.
-        start: number of the batch that comes first; those before it are left out.
+        start: index of the batch that comes first; those before it are passed over.
     """
 
     def __init__(self, num_items: int, batch_size: int, *, seed: int) -> None:
@@ -95,94 +112,137 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
         order = torch.randperm(self.num_items, generator=generator)
-        for number in range(self.start, len(self)):
-            end = None if number == len(self) - 1 else (number + 1) * self.batch_size
-            yield order[number * self.batch_size : end].tolist()  # a list of all would be several times as large
+        for step in range(self.start, len(self)):
+            end = None if step == len(self) - 1 else (step + 1) * self.batch_size
+            yield order[step * self.batch_size : end].tolist()  # a list of all would be several times as large
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples into a batch; those without an image leave it, and their issues are noted."""
+    images = [sample.image for sample in samples if sample.image is not None]
+    good = [sample for sample in samples if sample.image is not None]
+    tokens = [sample.tokens for sample in good]
+    return Batch(
+        images=torch.stack(images) if good else torch.empty(0),  # [B, 3, R, R]
+        tokens=torch.stack(tokens) if good else torch.empty(0, CONTEXT_LENGTH, dtype=torch.int64),  # [B, 77]
+        image_ids=torch.tensor([sample.image_id for sample in good], dtype=torch.int64),
+        issues=[sample.issue for sample in samples if sample.issue is not None],
+        caption_ids=torch.tensor([sample.caption_id for sample in good], dtype=torch.int64),
+        caption_indices=torch.tensor([sample.caption_index for sample in good], dtype=torch.int64),
+    )
 
 
 class _Pieces(Sampler[list[int]]):
-    """This process's share of each batch in pieces, so that all loading processes work on the batch that comes next."""
+    """This rank's part of each batch in pieces, so that all workers work on the batch that comes next.
 
-    def __init__(self, batches: EpochBatches) -> None:
+    Two workers and a batch of 256: four pieces of 64. With whole batches one worker would load 256 samples while the
+    run waits for them, and the other the batch after that.
+    """
+
+    def __init__(self, batches: EpochBatches, piece_size: int) -> None:
         self.batches = batches
+        self.piece_size = piece_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for items in self.batches:
-            own = items[share(len(items))]
-            yield from (own[start : start + PIECE_SIZE] for start in range(0, len(own), PIECE_SIZE))
+            own = items[rank_slice(len(items))]
+            yield from (own[start : start + self.piece_size] for start in range(0, len(own), self.piece_size))
 
 
 class TrainLoader:
-    """Batches of a data set, epoch after epoch; with several processes each gets its share of every batch.
+    """Batches of a data set, epoch after epoch; with several ranks each gets its part of every batch.
 
     Args:
         dataset: what is loaded.
-        batch_size: pairs of a batch, over all processes.
-        num_workers: loading processes of each process; 0: none.
+        batch_size: pairs of a batch, over all ranks.
+        num_workers: of each rank; 0: the rank loads by itself.
         device: where the batches will be used.
+        piece_size: samples that a worker loads at a time.
     """
 
-    def __init__(self, dataset: SampleDataset, *, batch_size: int, num_workers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        *,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device,
+        piece_size: int = PIECE_SIZE,
+    ) -> None:
         self.dataset = dataset
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
-        self.pin_memory = device.type == "cuda"
-        self.loader: DataLoader[Any] = DataLoader(
-            cast(Dataset[Sample], dataset),
-            batch_sampler=_Pieces(self.batches),
+        self.piece_size = piece_size
+        self.loader = make_loader(
+            dataset,
+            batch_sampler=_Pieces(self.batches, piece_size),
             num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=leave_signals_to_main,
+            device=device,
+            persistent=True,
         )
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch from number `start` on; the same for the same seed, whatever came before."""
+        """Yield the batches of one epoch from index `start` on; the same for the same seed, whatever came before."""
         self.batches.epoch, self.batches.start = epoch, start
         self.dataset.set_epoch(epoch)
         pieces = iter(self.loader)
         for items in self.batches:
-            num_items = len(items[share(len(items))])
-            num_pieces = -(-num_items // PIECE_SIZE)
-            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
+            num_items = len(items[rank_slice(len(items))])
+            num_pieces = -(-num_items // self.piece_size)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
+
+
+def make_loader(
+    dataset: Any,
+    *,
+    num_workers: int,
+    batch_sampler: Iterable[list[int]] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+    collate_fn: Callable[[Any], Any] | None = collate,
+    persistent: bool = False,
+) -> DataLoader[Any]:
+    """Make a loader whose workers leave SIGINT and SIGTERM to the main process.
+
+    Args:
+        dataset: map-style, or an iterable one, which gives whole batches or shares the work itself.
+        num_workers: 0: the main process loads by itself.
+        batch_sampler: indices of each batch.
+        batch_size: of batches in the data set's order; None, without a `batch_sampler`: an item at a time.
+        device: where the batches will be used; a GPU copies from pinned memory while it computes. None: nowhere.
+        collate_fn: makes a batch of samples, or of what an item is where there are no batches; None: PyTorch's.
+        persistent: keep the workers from one epoch to the next.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=1 if batch_sampler is not None else batch_size,  # 1 is how PyTorch says that it was not given
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        pin_memory=device is not None and device.type == "cuda",
+        persistent_workers=persistent and num_workers > 0,
+        worker_init_fn=leave_signals_to_main,
+    )
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
     """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
     if num_pieces <= 1:
         return next(pieces) if num_pieces else collate([])
-    images: Tensor | None = None
-    parts = []
-    end = 0
+    images, end = torch.empty(0), 0
+    parts: list[Batch] = []
     for _ in range(num_pieces):
         piece = next(pieces)
         if len(piece.images):
-            if images is None:
-                shape = (num_items, *piece.images.shape[1:])
+            if not len(images):
+                shape = (num_items, *piece.images.shape[1:])  # [num_items, 3, R, R]
                 images = torch.empty(shape, dtype=piece.images.dtype, pin_memory=pin_memory)
+            # copied as they come: `torch.cat` at the end would hold all pixels twice
             images[end : end + len(piece.images)] = piece.images
             end += len(piece.images)
         parts.append(piece._replace(images=torch.empty(0)))
-    return Batch(
-        torch.empty(0) if images is None else images[:end],
-        torch.cat([part.tokens for part in parts]),
-        torch.cat([part.image_ids for part in parts]),
-        [error for part in parts for error in part.errors],
-        torch.cat([part.caption_ids for part in parts]),
-    )
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples into a batch; those without a picture leave it, and their reasons are kept."""
-    good = [sample for sample in samples if sample.image is not None]
-    errors = [sample.error for sample in samples if sample.error is not None]
-    if not good:
-        no_ids = torch.empty(0, dtype=torch.long)
-        return Batch(torch.empty(0), torch.empty(0, CONTEXT_LENGTH, dtype=torch.long), no_ids, errors, no_ids)
-    images = torch.stack([sample.image for sample in good if sample.image is not None])
-    ids = torch.tensor([sample.image_id for sample in good])
-    captions = torch.tensor([sample.caption_id for sample in good])
-    return Batch(images, torch.stack([sample.tokens for sample in good]), ids, errors, captions)
+    ids = ("tokens", "image_ids", "caption_ids", "caption_indices")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ids}
+    return Batch(images=images[:end], issues=[issue for part in parts for issue in part.issues], **joined)

@@ -41,7 +41,7 @@ class ImageCache:
     Args:
         folder: made if it is not there; deleting it is safe between runs.
         paths: resolved path of every picture that will be asked for.
-        transform: gives `shrink`, its `key` and `kept_side`.
+        transform: gives `shrink`, its `key` and `shrunk_side`.
 
     Raises:
         ValueError: the disk has no room for the pictures.
@@ -49,7 +49,7 @@ class ImageCache:
 
     def __init__(self, folder: Path, paths: Iterable[str], transform: PixelTransform) -> None:
         self.transform = transform
-        self._shape = (transform.kept_side, transform.kept_side, 3)
+        self._shape = (transform.shrunk_side, transform.shrunk_side, 3)
         self._row_bytes = int(np.prod(self._shape))
         folder.mkdir(parents=True, exist_ok=True)
         name = f"images-{FORMAT}-{transform.key}"

@@ -1,13 +1,12 @@
-"""Draws pictures whose captions say exactly what is in them.
+"""Draws images whose captions say exactly what is in them.
 
 A scene is one to three kinds of flat coloured shapes on a plain background: `draw_scene` makes one up, `describe`
 puts it into words, `render` turns it into pixels, `create_sample_dataset` writes a folder of them. The captions name
-sides, so mirroring these pictures (a horizontal flip as augmentation) makes their captions wrong.
+sides, so mirroring these images (a horizontal flip as augmentation) makes their captions wrong.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cliptune.runtime.files import write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,8 +39,8 @@ COLOURS = {
 }
 MIN_CONTRAST = 305.0  # of an object to its background, in units of `colour_distance` (black to white: about 705)
 
-# The middle of each place in slots from the picture's middle, and the words for it.
-PLACES = {
+# The middle of each position in slots from the image's middle, and the words for it.
+POSITIONS = {
     "top left": (-0.5, -0.5, "in the top left"),
     "top": (0.0, -0.5, "at the top"),
     "top right": (0.5, -0.5, "in the top right"),
@@ -53,7 +54,7 @@ PLACES = {
 
 RADII = {"large": (41, 46), "small": (17, 20)}  # pixels, drawn once per group
 SPACING = {"large": SLOT // 2, "small": 26}  # pixels from the middle of a group to the middles of its objects
-MAX_SHIFT = 5  # pixels a group strays from the middle of its place; large: 46 + 5, small: 26 + 20 + 5, both < SLOT / 2
+MAX_SHIFT = 5  # pixels a group strays from its position; large: 46 + 5, small: 26 + 20 + 5, both < SLOT / 2
 
 ROW = ((-1, 0), (1, 0))
 COLUMN = ((0, -1), (0, 1))
@@ -72,12 +73,12 @@ UNFINISHED = ".captions.unfinished"  # what captions/ is called while samples ar
 
 @dataclass(frozen=True)
 class Group:
-    """One to four equal objects that stand together: what they are, and where in the picture."""
+    """One to four equal objects that stand together: what they are, and where in the image."""
 
     shape: str
     colour: str
     size: str
-    place: str
+    position: str
     radius: int  # pixels: half the side of the square that holds one object
     centres: tuple[Point, ...]  # pixels (x to the right, y down), one for each object
 
@@ -171,7 +172,7 @@ def draw_scene(rng: random.Random) -> Scene:
     colours = rng.sample(visible, num_groups)
     shapes = rng.sample(list(OUTLINES), num_groups)
     sizes = [_draw_size(rng, large=0.75 if index == 0 else 0.35) for index in range(num_groups)]
-    while True:
+    while True:  # until none overlap
         groups = [_draw_group(rng, *kind) for kind in zip(shapes, colours, sizes, strict=True)]
         if not any(_overlap(a, b) for index, a in enumerate(groups) for b in groups[:index]):
             return Scene(background, tuple(groups))
@@ -182,12 +183,12 @@ def _draw_size(rng: random.Random, *, large: float) -> str:
 
 
 def _draw_group(rng: random.Random, shape: str, colour: str, size: str) -> Group:
-    """Choose a place and set the objects there; only a pair of large ones along an edge needs more than one slot."""
-    place = rng.choice(list(PLACES))
-    x, y, _ = PLACES[place]
+    """Choose a position and set the objects there; only a pair of large ones along an edge needs more than one slot."""
+    position = rng.choice(list(POSITIONS))
+    x, y, _ = POSITIONS[position]
     if size == "small":
         arrangement = rng.choice(ARRANGEMENTS[rng.randint(1, 4)])
-    elif place in EDGES and rng.random() < 0.5:
+    elif position in EDGES and rng.random() < 0.5:
         arrangement = ROW if x == 0 else COLUMN
     else:
         arrangement = ARRANGEMENTS[1][0]
@@ -195,7 +196,7 @@ def _draw_group(rng: random.Random, shape: str, colour: str, size: str) -> Group
     middle_y = IMAGE_SIZE // 2 + y * SLOT + rng.randint(-MAX_SHIFT, MAX_SHIFT)
     step = SPACING[size]
     centres = tuple((middle_x + step * dx, middle_y + step * dy) for dx, dy in arrangement)
-    return Group(shape, colour, size, place, rng.randint(*RADII[size]), centres)
+    return Group(shape, colour, size, position, rng.randint(*RADII[size]), centres)
 
 
 def _overlap(first: Group, second: Group) -> bool:
@@ -211,7 +212,7 @@ def _overlap(first: Group, second: Group) -> bool:
 
 def describe(scene: Scene) -> tuple[str, str]:
     """Return two captions of a scene in different words; both are true."""
-    kinds = [f"{_kind(group)} {PLACES[group.place][2]}" for group in scene.groups]
+    kinds = [f"{_kind(group)} {POSITIONS[group.position][2]}" for group in scene.groups]
     first = f"{_join(kinds)}, on {_article(scene.background)} background"
     if len(scene.groups) > 1 and (relation := _relation(scene.groups[0], scene.groups[1])):
         rest = [f"with {kind}" for kind in kinds[2:]]
@@ -254,7 +255,7 @@ def _relation(first: Group, second: Group) -> str | None:
 
 def render(scene: Scene) -> Image.Image:
     """Draw a scene, RGB 224 x 224: four times too large, then reduced, which smooths the edges."""
-    from PIL import Image, ImageDraw  # noqa: PLC0415  (describing a scene needs no pictures)
+    from PIL import Image, ImageDraw  # noqa: PLC0415  (describing a scene needs no Pillow)
 
     scale = 4
     image = Image.new("RGB", (IMAGE_SIZE * scale,) * 2, COLOURS[scene.background])
@@ -274,8 +275,8 @@ def render(scene: Scene) -> Image.Image:
 def distinct_scenes(num_samples: int, *, seed: int = 0) -> Iterator[tuple[Scene, tuple[str, str]]]:
     """Yield scenes with their captions, all captions distinct; sample i does not depend on how many there are."""
     seen: set[str] = set()
-    for number in range(num_samples):
-        rng = random.Random(f"{seed}-{number}")
+    for index in range(num_samples):
+        rng = random.Random(f"{seed}-{index}")
         scene = draw_scene(rng)
         while seen & set(describe(scene)):
             scene = draw_scene(rng)
@@ -287,7 +288,7 @@ def distinct_scenes(num_samples: int, *, seed: int = 0) -> Iterator[tuple[Scene,
 def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 100, *, seed: int = 0) -> Path:
     """Write drawn scenes as a data set: `images/`, `captions/` (one caption a line) and the index `data.json`.
 
-    The captions stay under a hidden name until every picture is there, and the index comes last, so that an
+    The captions stay under a hidden name until every image is there, and the index comes last, so that an
     interrupted creation is never taken for a data set, nor for one without an index; calling again starts it afresh.
 
     Args:
@@ -314,22 +315,22 @@ def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 10
     for name in ("images", "captions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     captions_dir.rename(unfinished)
-    temporary = folder / ".data.json.tmp"
+    hidden_index = folder / ".data.json"
     try:
         rows = [
-            _write_sample(folder, f"scene_{number:05d}", *sample)
-            for number, sample in enumerate(distinct_scenes(num_samples, seed=seed))
+            _write_sample(folder, f"scene_{index:05d}", *sample)
+            for index, sample in enumerate(distinct_scenes(num_samples, seed=seed))
         ]
-        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8", newline="\n")
+        write_json(hidden_index, rows)
     except BaseException:  # Ctrl-C above all
         _undo(folder)
         raise
     unfinished.rename(captions_dir)
-    return temporary.replace(index_path)
+    return hidden_index.replace(index_path)
 
 
 def _write_sample(folder: Path, stem: str, scene: Scene, captions: tuple[str, str]) -> dict[str, object]:
-    """Write a picture and its captions; return their row of the index."""
+    """Write an image and its captions; return their record of the index."""
     render(scene).save(folder / "images" / f"{stem}.png")
     (folder / UNFINISHED / f"{stem}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8", newline="\n")
     return {"image_path": f"images/{stem}.png", "caption": list(captions)}

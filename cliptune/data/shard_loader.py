@@ -11,44 +11,62 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from cliptune.data.issues import Issue
-from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, collate, join_pieces
+from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, join_pieces, make_loader
 from cliptune.data.pairs import Pairs
 from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
-from cliptune.data.splits import separate_validation
+from cliptune.data.splits import evaluation_pairs
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
+from cliptune.runtime.messages import count, first_few
 from cliptune.runtime.rng import draw_bits, seeded
-from cliptune.runtime.signals import leave_signals_to_main
-from cliptune.settings import DataSettings
 
 SHUFFLE_BUFFER = 1000
 NUM_CHECKED = 20
 
 
-def training_shards(settings: DataSettings) -> tuple[Shards, Pairs]:
+def training_shards(
+    data_dir: str,
+    *,
+    val_data: str | None,
+    max_skipped_fraction: float,
+    image_dir: str | None = None,
+    caption_key: str | None = None,
+    captions: str = "random",
+    cache_images: bool = False,
+) -> tuple[Shards, Pairs]:
     """Return a run's training shards and its validation pairs.
+
+    Args:
+        data_dir: names the shards, `path/{00000..00099}.tar`.
+        val_data: the validation set: an index, a folder or other shards; `image_dir` and `max_skipped_fraction` are of
+            this one, `caption_key` of both.
+        captions: of a run's settings; shards have no `all`.
+        cache_images: of a run's settings; shards have no such cache.
 
     Raises:
         ValueError: settings that shards do not go with, fewer than 2 samples, or none of the first ones is usable.
-        FileNotFoundError: some shards are not there.
+        FileNotFoundError: some shards are missing.
         OSError: one of them cannot be read.
     """
-    if settings.val_data is None:
-        raise ValueError(f"{settings.data_dir}: shards need --val_data: an index, a folder, or other shards")
-    if settings.cache_images:
-        raise ValueError("--cache_images does not go with shards: their pictures are streamed, never kept")
-    if settings.captions == "all":
-        raise ValueError("--captions all does not go with shards: each picture has one caption an epoch")
-    shards = open_shards(settings.data_dir)
+    if val_data is None:
+        raise ValueError(f"{data_dir}: shards need --val_data: an index, a folder, or other shards")
+    if cache_images:
+        raise ValueError("--cache_images does not go with shards: their images are streamed, never cached")
+    if captions == "all":
+        raise ValueError("--captions all does not go with shards: each image has one caption an epoch")
+    shards = open_shards(data_dir)
     if len(shards) < 2:
-        raise ValueError(f"{settings.data_dir}: {len(shards)} sample(s), at least 2 are needed")
-    _check_first_samples(shards, settings.caption_key)
-    return shards, separate_validation(settings)
+        raise ValueError(f"{data_dir}: {count(len(shards), 'sample')}, at least 2 are needed")
+    _check_first_samples(shards, caption_key)
+    val = evaluation_pairs(
+        val_data, split=None, image_dir=image_dir, caption_key=caption_key, max_skipped_fraction=max_skipped_fraction
+    )
+    return shards, val
 
 
 def _check_first_samples(shards: Shards, caption_key: str | None) -> None:
@@ -57,34 +75,34 @@ def _check_first_samples(shards: Shards, caption_key: str | None) -> None:
     issues = []
     for sample in read_samples(shard.url, 0, NUM_CHECKED):
         try:
-            sample.picture()
+            sample.image()
             sample.captions(caption_key)
             return
         except ValueError as error:
             issues.append(f"{shard.name}/{sample.key}: {error}")
-    raise ValueError(f"{shard.url}: none of the first {len(issues)} samples is usable: {'; '.join(issues[:3])}")
+    raise ValueError(f"{shard.url}: none of the first {count(len(issues), 'sample')} is usable: {first_few(issues)}")
 
 
 class ShardLoader:
-    """Batches of shards, epoch after epoch; with several processes each gets its share of every batch.
+    """Batches of shards, epoch after epoch; with several ranks each gets its part of every batch.
 
-    Each epoch has an order of shards. It is cut into as many equal parts as there are processes, and each of these into
-    one for each loading process, at any sample, not at shards: so the parts are equal however many shards there are,
-    and a shard at a cut is opened by both sides. Every loading process goes through its part once, through a buffer of
-    1,000 samples from which it draws.
+    Each epoch has an order of shards. It is cut into as many equal parts as there are ranks, and each of these into one
+    for each worker, at any sample, not at shards: so the parts are equal however many shards there are, and a shard at
+    a cut is opened by both sides. Every worker goes through its part once, through a buffer from which it draws.
 
-    The caption of a picture and its augmentation depend on seed, epoch, shard's name and key; the order also depends on
-    the number of processes and loading processes. A sample without a picture, a caption or readable pixels leaves its
-    batch, and its reason is in `Batch.errors`.
+    The caption of an image and its augmentation depend on seed, epoch, shard's name and key; the order also depends on
+    the number of ranks and workers. A sample without an image, a caption or readable pixels leaves its batch, and its
+    reason is in `Batch.issues`.
 
     Args:
         shards: what is loaded.
-        transform: pictures to pixels; a random one draws from `torch` or `random`.
-        batch_size: pairs of a batch, over all processes.
-        num_workers: loading processes of each process; 0: none.
+        transform: images to pixels; a random one draws from `torch` or `random`.
+        batch_size: pairs of a batch, over all ranks.
+        num_workers: of each rank; 0: the rank loads by itself.
         device: where the batches will be used.
         seed: of the order, the caption choice and a random transform.
         caption_key: key of the captions in each sample's JSON; None: `caption` or `captions`, else the text file.
+        shuffle_buffer: samples of each worker's buffer.
     """
 
     def __init__(
@@ -97,42 +115,42 @@ class ShardLoader:
         device: torch.device,
         seed: int,
         caption_key: str | None = None,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
     ) -> None:
         self.dataset = shards
-        self.pin_memory = device.type == "cuda"
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
-        self.stream = _Stream(shards, self.plan, transform=transform, seed=seed, caption_key=caption_key)
-        self.loader = DataLoader(
-            self.stream,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=leave_signals_to_main,
+        self.stream = _Stream(
+            shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer
         )
+        self.loader = make_loader(self.stream, num_workers=num_workers, device=device, persistent=True)
 
     def __len__(self) -> int:
         return self.plan.num_steps
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch from number `start` on; the same for the same seed, whatever came before.
+        """Yield the batches of one epoch from index `start` on; the same for the same seed, whatever came before.
 
         What comes before is read, but not decoded.
 
         Raises:
-            ValueError: a shard holds more samples than its index tells.
+            ValueError: a shard holds more samples than its index says.
         """
         self.stream.set_epoch(epoch, start)
         pieces = iter(self.loader)
         for step in range(start, len(self)):
             num_items = self.plan.own_before(step + 1) - self.plan.own_before(step)
+            # PyTorch takes a piece of each worker in turn, and each has as many: the next ones are this step's
             num_pieces = self.plan.num_workers * self.plan.pieces_of(step)
-            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
 
 
 class _Plan(NamedTuple):
-    """Who loads how many samples of which step: those of a batch are dealt out one by one, and so add up to it."""
+    """Who loads how many samples of which step: those of a batch are dealt out in turn, like cards.
+
+    13 samples, batches of 5, 2 ranks: after step 0 rank 0 has had `len(range(0, 5, 2))` = 3 and rank 1 2 of them, after
+    step 1 5 and 5 of 10, after step 2 7 and 6 of 13. So the parts of each batch add up to it and differ by one at most,
+    and everyone knows everyone's without a message. A rank's samples are dealt out to its workers in the same way.
+    """
 
     num_samples: int
     batch_size: int
@@ -146,56 +164,62 @@ class _Plan(NamedTuple):
         return len(EpochBatches(self.num_samples, self.batch_size, seed=0))
 
     def own_before(self, step: int) -> int:
-        """Count this process's samples in the steps before `step`."""
+        """Count this rank's samples in the steps before `step`."""
         total = self.num_samples if step == self.num_steps else step * self.batch_size
-        return _dealt(total, self.rank, self.world_size)
+        return len(range(self.rank, total, self.world_size))
 
     def worker_before(self, step: int, worker: int) -> int:
-        """Count a loading process's samples in the steps before `step`."""
-        return _dealt(self.own_before(step), worker, self.num_workers)
+        """Count a worker's samples in the steps before `step`."""
+        return len(range(worker, self.own_before(step), self.num_workers))
 
     def pieces_of(self, step: int) -> int:
-        """Count the pieces in which each loading process hands over its samples of `step`: for all of them the same."""
+        """Count the pieces in which each worker hands over its samples of `step`: the same for all of them."""
         most = -(-(self.own_before(step + 1) - self.own_before(step)) // self.num_workers)
         return max(-(-most // PIECE_SIZE), 1)
 
     def range_of(self, worker: int) -> tuple[int, int]:
-        """Return where in the epoch's order of samples a loading process begins, and where it ends."""
-        start = sum(_dealt(self.num_samples, rank, self.world_size) for rank in range(self.rank))
+        """Return where in the epoch's order of samples a worker begins, and where it ends.
+
+        The ranks' totals stand one after another there, in each of them its workers'.
+        """
         own = self.own_before(self.num_steps)
-        start += sum(_dealt(own, other, self.num_workers) for other in range(worker))
-        return start, start + _dealt(own, worker, self.num_workers)
-
-
-def _dealt(total: int, number: int, parts: int) -> int:
-    """Count what number `number` of `parts` has when `total` were dealt out in turn."""
-    return (total - number + parts - 1) // parts
+        start = sum(len(range(rank, self.num_samples, self.world_size)) for rank in range(self.rank))
+        start += sum(len(range(other, own, self.num_workers)) for other in range(worker))
+        return start, start + len(range(worker, own, self.num_workers))
 
 
 class _Drawn(NamedTuple):
     """A sample on its way through the shuffling buffer."""
 
-    number: int
+    sample_index: int
     """In the data set."""
     shard: str
     """The shard's name."""
     sample: TarSample | None
-    error: str
+    reason: str
     """Why there is no sample."""
 
 
 class _Stream(IterableDataset[list[Sample]]):
-    """What one loading process gives in an epoch, piece by piece."""
+    """What one worker gives in an epoch, piece by piece."""
 
     def __init__(
-        self, shards: Shards, plan: _Plan, *, transform: PixelTransform, seed: int, caption_key: str | None
+        self,
+        shards: Shards,
+        plan: _Plan,
+        *,
+        transform: PixelTransform,
+        seed: int,
+        caption_key: str | None,
+        shuffle_buffer: int,
     ) -> None:
         self.shards = shards
         self.plan = plan
         self.transform = transform
         self.seed = seed
         self.caption_key = caption_key
-        # shared memory, so that loading processes that stay alive see a new epoch
+        self.shuffle_buffer = shuffle_buffer
+        # shared memory, so that workers that stay alive see a new epoch
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._first_step = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -208,13 +232,13 @@ class _Stream(IterableDataset[list[Sample]]):
         worker, epoch = 0 if info is None else info.id, int(self._epoch)
         samples = self._shuffled(worker, epoch)
         for step in range(self.plan.num_steps):
-            start, end = (self.plan.worker_before(number, worker) for number in (step, step + 1))
+            num_samples = self.plan.worker_before(step + 1, worker) - self.plan.worker_before(step, worker)
             if step < int(self._first_step):
-                deque(islice(samples, end - start), maxlen=0)
+                deque(islice(samples, num_samples), maxlen=0)  # read and dropped: the order behind them stays
                 continue
             num_pieces = self.plan.pieces_of(step)
             for piece in range(num_pieces):
-                first, last = ((end - start) * number // num_pieces for number in (piece, piece + 1))
+                first, last = (num_samples * cut // num_pieces for cut in (piece, piece + 1))
                 yield [self._load(drawn, epoch) for drawn in islice(samples, last - first)]
 
     def _shuffled(self, worker: int, epoch: int) -> Iterator[_Drawn]:
@@ -222,24 +246,25 @@ class _Stream(IterableDataset[list[Sample]]):
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         drawn = _read_range(order, *self.plan.range_of(worker))
         generator = random.Random(f"{self.seed}/{epoch}/{self.plan.rank}/{worker}")
-        return iter(shuffle(SHUFFLE_BUFFER, rng=generator)(drawn))
+        return iter(shuffle(self.shuffle_buffer, rng=generator)(drawn))
 
     def _load(self, drawn: _Drawn, epoch: int) -> Sample:
-        number, shard, sample, error = drawn
-        name = f"{shard}: sample {number}" if sample is None else f"{shard}/{sample.key}"
+        index, shard, tar_sample, reason = drawn
+        name = f"{shard}: sample {index}" if tar_sample is None else f"{shard}/{tar_sample.key}"
         try:
-            if sample is None:
-                raise ValueError(error)
-            captions = sample.captions(self.caption_key)
-            picture = self.transform.load(sample.picture())
-        except (ValueError, OSError) as issue:
-            return Sample(None, torch.empty(0, dtype=torch.long), number, number, Issue(str(issue), image=name))
-        identity = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        item = np.frombuffer(identity, dtype="<i8")
+            if tar_sample is None:
+                raise ValueError(reason)
+            captions = tar_sample.captions(self.caption_key)
+            image = self.transform.load(tar_sample.image())
+        except (ValueError, OSError) as error:
+            return Sample(None, torch.empty(0, dtype=torch.long), index, 0, index, Issue(str(error), image=name))
+        # what is drawn goes by the sample's name, since its index and its worker depend on how the work is dealt out
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        item = np.frombuffer(digest, dtype="<i8")
         caption = captions[int(draw_bits(self.seed, epoch, item)[0] % np.uint64(len(captions)))]
         with seeded(int(draw_bits(self.seed, epoch, item, stream=1)[0] >> np.uint64(1))):
-            image = self.transform(picture)
-        return Sample(image, tokenize([caption])[0][0], number, number)
+            pixels = self.transform(image)  # [3, R, R]
+        return Sample(pixels, tokenize([caption])[0][0], index, caption_id(caption), index)
 
 
 def _read_range(order: Sequence[Shard], start: int, end: int) -> Iterator[_Drawn]:
@@ -254,12 +279,12 @@ def _read_range(order: Sequence[Shard], start: int, end: int) -> Iterator[_Drawn
 
 def _read_shard(shard: Shard, start: int, end: int) -> Iterator[_Drawn]:
     """Yield a shard's samples `start` to `end`; for each that is promised but does not come, the reason."""
-    position, reason = start, f"fewer than the {shard.num_samples} samples that its index tells"
+    position, reason = start, f"fewer than the {count(shard.num_samples, 'sample')} of its index"
     try:
         # to the end and one further, which must not be there
         for sample in read_samples(shard.url, start, end + (end == shard.num_samples)):
             if position == end:
-                raise ValueError(f"{shard.url} holds more samples than the {end} that its index tells: mend the index")
+                raise ValueError(f"{shard.url} holds more than the {count(end, 'sample')} of its index: correct it")
             yield _Drawn(shard.first + position, shard.name, sample, "")
             position += 1
     except OSError as error:

@@ -20,21 +20,20 @@ import numpy as np
 import PIL
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from clip_model import CLIPModel
 from cliptune.data.issues import Issue, image_issue
-from cliptune.data.loaders import Batch, TrainLoader, collate
+from cliptune.data.loaders import Batch, TrainLoader, caption_id, make_loader
 from cliptune.data.pairs import Pairs
 from cliptune.preprocess.decode import file_stamp
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision, autocast
-from cliptune.runtime.distributed import any_rank, barrier, gather_values, share
+from cliptune.runtime.distributed import any_rank, barrier, gather_values, rank_slice
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.rng import IntArray
-from cliptune.runtime.signals import leave_signals_to_main
 from data_loader import ImageTextDataset
 
 logger = logging.getLogger(__name__)
@@ -248,7 +247,7 @@ class FeatureCache:
         missing = missing[~np.isin(missing, list(errors))]
         self._log("image", num_missing=len(missing), num_all=len(rows), store=store)
         if any_rank(bool(len(missing))):
-            own = missing[share(len(missing))]
+            own = missing[rank_slice(len(missing))]
             for found in gather_values(self._encode_images(pairs, view, own, keys=keys, store=store)):
                 errors |= found
             store.take_in()
@@ -276,7 +275,7 @@ class FeatureCache:
         missing = np.flatnonzero(found < 0)[np.sort(first)]
         self._log("text", num_missing=len(missing), num_all=len(wanted), store=store)
         if any_rank(bool(len(missing))):
-            for part in (missing[share(len(missing))], missing):
+            for part in (missing[rank_slice(len(missing))], missing):
                 own = part[store.find(keys[part]) < 0]
                 captions = (pairs.captions[number] for number in wanted[own].tolist())
                 self._encode_texts(captions, keys[own], store)
@@ -298,13 +297,11 @@ class FeatureCache:
         dataset = ImageTextDataset(pairs, transform=transform, seed=view.seed)
         dataset.num_views = view.number + 1
         dataset.set_epoch(view.number + 1)
-        loader = DataLoader(
+        loader = make_loader(
             Subset(dataset, missing.tolist()),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=model.device.type == "cuda",
-            worker_init_fn=leave_signals_to_main,
+            device=model.device,
         )
         errors: dict[int, Issue] = {}
         bar = progress_bar(total=len(missing), unit="picture", desc="frozen image tower")
@@ -317,7 +314,7 @@ class FeatureCache:
                         outputs = model.run_image_tower(batch.images)
                     write(keys[ids], outputs.float().cpu().numpy())
                 failed = items[~np.isin(items, ids)].tolist()
-                errors.update(zip(failed, batch.errors, strict=True))
+                errors.update(zip(failed, batch.issues, strict=True))
                 bar.update(len(items))
         return errors
 
@@ -381,24 +378,27 @@ class FeatureLoader:
         if images is not None:
             self._loader.batches.epoch, self._loader.batches.start = epoch, start
             for items in self._loader.batches:
-                yield self._batch(np.array(items[share(len(items))], dtype=np.int64), images, texts)
+                yield self._batch(np.array(items[rank_slice(len(items))], dtype=np.int64), images, texts)
         elif texts is not None:
             for batch in self._loader.epoch(epoch, start=start):
-                yield batch._replace(tokens=texts[batch.caption_ids.numpy()])
+                yield batch._replace(tokens=texts[batch.caption_indices.numpy()])
         else:
             yield from self._loader.epoch(epoch, start=start)
 
     def _batch(self, items: IntArray, images: Features, texts: Features | None) -> Batch:
-        image_ids, caption_ids = self.dataset.choose(items)
+        image_ids, caption_indices = self.dataset.choose(items)
         readable = images.rows[image_ids] >= 0
-        errors = [images.errors[number] for number in image_ids[~readable].tolist()]
-        image_ids, caption_ids = image_ids[readable], caption_ids[readable]
-        if texts is None:
-            captions = self.dataset.pairs.captions
-            tokens = tokenize([captions[number] for number in caption_ids.tolist()])[0]
-        else:
-            tokens = texts[caption_ids]
-        return Batch(images[image_ids], tokens, torch.from_numpy(image_ids), errors, torch.from_numpy(caption_ids))
+        issues = [images.errors[index] for index in image_ids[~readable].tolist()]
+        image_ids, caption_indices = image_ids[readable], caption_indices[readable]
+        captions = [self.dataset.pairs.captions[index] for index in caption_indices.tolist()]
+        return Batch(
+            images=images[image_ids],
+            tokens=tokenize(captions)[0] if texts is None else texts[caption_indices],
+            image_ids=torch.from_numpy(image_ids),
+            issues=issues,
+            caption_ids=torch.tensor([caption_id(caption) for caption in captions], dtype=torch.int64),
+            caption_indices=torch.from_numpy(caption_indices),
+        )
 
     def _images_of_view(self, number: int) -> Features | None:
         if number not in self._views:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from clip_model import CLIPModel
 from cliptune.data.issues import Issue
-from cliptune.data.loaders import collate
+from cliptune.data.loaders import make_loader
 from cliptune.data.pairs import Pairs
 from cliptune.features.cache import Features, PairFeatures
 from cliptune.preprocess.tokens import tokenize
@@ -22,7 +21,6 @@ from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import Precision, autocast, default_num_workers
 from cliptune.runtime.distributed import gather_rows, rank, world_size
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.signals import leave_signals_to_main
 from data_loader import ImageTextDataset
 
 logger = logging.getLogger(__name__)
@@ -144,25 +142,18 @@ def _encode_images(
 ) -> tuple[Tensor, Tensor]:
     dataset = ImageTextDataset(pairs, transform=clip_transform(model.image_resolution))
     if cache_dir is not None:
-        dataset.keep_images(cache_dir)
+        dataset.cache_images(cache_dir)
     workers = default_num_workers(model.device) if num_workers is None else num_workers
-    on_gpu = model.device.type == "cuda"
     batches, num_rounds = deal(torch.arange(len(pairs)).split(batch_size))
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=on_gpu,
-        worker_init_fn=leave_signals_to_main,
-    )
+    batch_indices = [batch.tolist() for batch in batches]
+    loader = make_loader(dataset, batch_sampler=batch_indices, num_workers=workers, device=model.device)
     features = _Features(sum(map(len, batches)), model)
     ids = [torch.empty(0, dtype=torch.int64)]
     blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
     loaded = iter(loader)
     for _ in progress_bar(range(num_rounds), desc="encode images"):
         batch = next(loaded, None)
-        for issue in batch.errors if batch else []:
+        for issue in batch.issues if batch else []:
             on_unreadable_image(issue)
         if batch is None or not len(batch.image_ids):
             with autocast(model.device, precision):

@@ -158,16 +158,27 @@ def run_by_method(run_layer: RunLayer | None) -> RunLayer:
     return run
 
 
+class StatisticsSnapshot:
+    """A copy of a module's running statistics, to put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [(buffer, buffer.clone()) for buffer in running_statistics(module)]
+
+    @torch.no_grad()
+    def restore(self, where: Tensor | None = None) -> None:
+        """Put them back; `where` is a boolean scalar on their device: only if it is true, which is not waited for."""
+        for buffer, before in self._before:
+            buffer.copy_(before if where is None else torch.where(where, before, buffer))
+
+
 @contextmanager
 def held_statistics(module: nn.Module) -> Iterator[None]:
     """Leave running statistics as they are, whatever runs inside."""
-    before = [(buffer, buffer.clone()) for buffer in running_statistics(module)]
+    before = StatisticsSnapshot(module)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        before.restore()
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:

@@ -7,6 +7,7 @@ the rest through safetensors.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cliptune.model.architectures import (
     ARCHITECTURES,
+    DEFAULT_MODEL_NAME,
     GELU,
     QUICK_GELU,
     Architecture,
@@ -26,6 +28,8 @@ from cliptune.model.architectures import (
 from cliptune.model.checkpoint_file import is_checkpoint, load_tensors
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.torchscript import is_torchscript, read_torchscript
+
+logger = logging.getLogger(__name__)
 
 NAMED_WEIGHTS = ("auto", "openai", "none")
 """OpenAI's where published, OpenAI's, random ones."""
@@ -46,24 +50,33 @@ class Weights(NamedTuple):
     """Where they come from."""
 
 
-def find_weights(model_name: str, pretrained: str, *, activation: str | None = None) -> Weights | None:
+def find_weights(
+    model_name: str | None, pretrained: str | Path | Weights, *, activation: str | None = None
+) -> Weights | None:
     """Read the weights that `--pretrained` names; None: random ones.
 
     Args:
-        model_name: for which `auto`, `openai` or `none` is meant.
-        pretrained: one of these, or a file or folder, see `read_weights`.
+        model_name: for which `auto`, `openai` or `none` is meant; None: the default's.
+        pretrained: one of these, a file or folder (see `read_weights`), or weights that are read already.
         activation: `quick_gelu` or `gelu`, for files that do not tell.
 
     Raises:
         ValueError: an unknown model name, or weights that cannot be used.
         OSError: there are none; says how to get them.
     """
-    if pretrained not in NAMED_WEIGHTS:
-        return read_weights(Path(pretrained), activation=activation)
-    known_architecture(model_name)  # a wrong name is told before anything is looked for
-    if pretrained == "none" or (pretrained == "auto" and model_name not in ARCHIVES):
+    if isinstance(pretrained, Weights):
+        return pretrained
+    name = model_name or DEFAULT_MODEL_NAME
+    if str(pretrained) not in NAMED_WEIGHTS:
+        weights = read_weights(Path(pretrained), activation=activation)
+        if model_name not in {None, weights.architecture.name}:
+            message = "%s holds a %s, and the file decides: the model name %s is not used"
+            logger.warning(message, pretrained, weights.architecture.name, model_name)
+        return weights
+    known_architecture(name)  # a wrong name is told before anything is looked for
+    if pretrained == "none" or (pretrained == "auto" and name not in ARCHIVES):
         return None
-    return read_published(model_name, activation=activation)
+    return read_published(name, activation=activation)
 
 
 def read_published(name: str, *, activation: str | None = None) -> Weights:

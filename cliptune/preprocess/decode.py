@@ -1,14 +1,15 @@
-"""A picture to pixels, a string to tokens; augmentation. The same for training, evaluation and use."""
+"""Image files to upright RGB, the same for training, evaluation and use."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import simplejpeg
@@ -16,26 +17,26 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cliptune.preprocess.resize import Pixels
 
-# Pillow says of a picture that it will read that something in it is odd; what cannot be read is an error all the same
+# Pillow warns of odd metadata in images that it reads all the same; what it cannot read is an error without this
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 178_956_970
-"""A picture of more pixels is bad: where Pillow's own limit lies, beyond which a small file could fill the memory."""
+"""Where Pillow refuses by itself: a file of a few kilobytes may promise more pixels than the memory holds."""
 
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
 
-Picture: TypeAlias = Image.Image | Pixels
+DecodedImage: TypeAlias = Image.Image | Pixels
 """Upright RGB: a Pillow image, or uint8 `[H, W, 4]` whose fourth channel is padding."""
 
 
 def part_path(archive: str, offset: int, size: int, name: str) -> str:
-    """Return a path by which a picture inside an uncompressed tar file is read like any other: `x.tar@512+9000/a.jpg`.
+    """Return a path by which an image inside an uncompressed tar file is read like any other: `x.tar@512+9000/a.jpg`.
 
     Args:
         archive: path of the tar file.
-        offset: where the picture's bytes begin in it.
-        size: how many they are.
-        name: of the picture, which ends the path.
+        offset: of the image's first byte in it.
+        size: of the image's file, in bytes.
+        name: of the image, which ends the path.
     """
     return f"{archive}@{offset}+{size}/{name}"
 
@@ -55,13 +56,13 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def file_stamp(path: str | Path) -> tuple[int, int]:
-    """Return a file's size in bytes and its time of change in nanoseconds; those of a part of a tar file likewise.
+    """Return a file's size in bytes and time of change in nanoseconds; a part of a tar file has the tar file's time.
 
     Raises:
         OSError: it is not there.
     """
     part = _part(path)
-    status = os.stat(path if part is None else part[1])  # noqa: PTH116  (a million times faster matters)
+    status = os.stat(path if part is None else part[1])  # noqa: PTH116  (pathlib is several times as slow, and this runs once an image)
     return status.st_size if part is None else int(part[3]), status.st_mtime_ns
 
 
@@ -69,50 +70,67 @@ def _part(path: str | Path) -> re.Match[str] | None:
     return _PART.fullmatch(str(path)) if ".tar@" in str(path) else None
 
 
-def load_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Open a picture as upright RGB.
+def load_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image with Pillow, as upright RGB.
+
+    Args:
+        source: path of the file, or its bytes.
+        max_pixels: an image of more is refused before it is decoded.
 
     Raises:
-        ValueError: the file is no picture, or a damaged one; names the file.
-        FileNotFoundError: no such file.
+        ValueError: the file is no image, or a damaged one; names the file.
+        OSError: no such file, or it cannot be read.
     """
-    try:
-        is_part = isinstance(source, str | Path) and _part(source) is not None
-        with Image.open(BytesIO(read_bytes(str(source))) if is_part else source) as image:
-            _check_size(image)
-            return to_rgb(image)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{source}: cannot be read as a picture: {_reason(error)}") from None
+    with _opened(source, max_pixels) as (image, _):
+        return to_rgb(image)
 
 
-def load_picture(source: str | Path | bytes, *, shortest_side: int | None = None) -> Picture:
-    """Open a picture as upright RGB the fastest way: a plain JPEG without Pillow, from which its pixels do not differ.
+def decode_image(
+    source: str | Path | bytes, *, shortest_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> DecodedImage:
+    """Decode an image to upright RGB the fastest way: a plain JPEG without Pillow, whose pixels are the same.
 
     Args:
         source: path of the file, or its bytes.
         shortest_side: decode a JPEG at 1/8 to 4/8 of its size, where no side then falls below this many pixels (more
             than a half gains little, and costs much of the sharpness); None: at its full size.
+        max_pixels: an image of more is refused before it is decoded.
 
     Raises:
-        ValueError: the file is no picture, or a damaged one; names the file.
-        FileNotFoundError: no such file.
+        ValueError: the file is no image, or a damaged one; names the file.
+        OSError: no such file, or it cannot be read.
     """
-    data, place = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
+    with _opened(source, max_pixels) as (image, data):
+        pixels = _decode_jpeg(data, image, shortest_side)
+        return to_rgb(image) if pixels is None else pixels
+
+
+def image_format(data: bytes) -> str:
+    """Return the format of an image file by its content, in lower case: `jpeg`, `png`, ...
+
+    Raises:
+        ValueError: it is no image.
+    """
+    with _opened(data, MAX_PIXELS) as (image, _):
+        return str(image.format).lower()
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, bytes]]:
+    """Give an image, not decoded yet, and the bytes of its file; what fails in the block is an error that names it."""
+    data, name = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
     try:
         with Image.open(BytesIO(data)) as image:
-            _check_size(image)
-            pixels = _decode_jpeg(data, image, shortest_side)
-            return to_rgb(image) if pixels is None else pixels
+            if image.width * image.height > max_pixels:  # Pillow's own check goes by a setting of the process
+                raise ValueError(f"more than {max_pixels} pixels")
+            yield image, data
     except MemoryError:
         raise
-    except Exception as error:
-        raise ValueError(f"{place}cannot be read as a picture: {_reason(error)}") from None
+    except Exception as error:  # a damaged file may end in any exception of Pillow's decoders
+        raise ValueError(f"{name}cannot be read as an image: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """Say why Pillow gave up; a damaged file may end in any exception of its decoders."""
     if isinstance(error, UnidentifiedImageError):
         return "of no known format"
     if isinstance(error, Image.DecompressionBombError):
@@ -120,26 +138,21 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, OSError | ValueError) and str(error) else f"damaged ({error!r})"
 
 
-def _check_size(image: Image.Image) -> None:
-    """Refuse a picture before it is decoded; Pillow's own check depends on a setting of the process."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"more than {MAX_PIXELS} pixels")
-
-
 def _decode_jpeg(data: bytes, image: Image.Image, shortest_side: int | None) -> Pixels | None:
-    """Decode a JPEG of 8 bits, grey or colour; None: it is something else, or damaged, so Pillow shall judge it."""
+    """Decode a JPEG of 8 bits, grey or colour; None: another file, or a damaged one."""
     if image.format not in {"JPEG", "MPO"} or image.mode not in {"RGB", "L"}:
         return None
     least = shortest_side or 0
     try:
+        # RGBX, not RGB: a pixel of 4 bytes is one uint32, which `resize` and the turns below move as a whole
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGBX", min_height=least, min_width=least, min_factor=2)
     except ValueError:
-        return None
+        return None  # Pillow reads some of these, and says what is wrong with the others
     turned = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turned is None:
         return pixels
-    upright = np.ascontiguousarray(turned(pixels.view(np.uint32)[..., 0]))
-    return upright[..., None].view(np.uint8)
+    upright = np.ascontiguousarray(turned(pixels.view(np.uint32)[..., 0]))  # [H, W] uint32
+    return upright[..., None].view(np.uint8)  # [H, W, 4]
 
 
 _UPRIGHT: dict[int, Callable[[Any], Any]] = {
@@ -151,7 +164,7 @@ _UPRIGHT: dict[int, Callable[[Any], Any]] = {
     7: lambda pixels: np.rot90(pixels, 2).T,
     8: np.rot90,
 }
-"""What sets a picture upright, by its EXIF orientation."""
+"""What sets an image upright, by its EXIF orientation."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -170,15 +183,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def size_of(picture: Picture) -> tuple[int, int]:
-    """Return a picture's width and height, in pixels."""
-    return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+def size_of(image: DecodedImage) -> tuple[int, int]:
+    """Return an image's width and height, in pixels."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64)
+    pixels = np.asarray(image, dtype=np.float64)  # [H, W]
     if image.mode != "F":
-        pixels = pixels / 257
+        pixels = pixels / 257  # 65535 -> 255; Pillow's own conversion clips everything above 255
     elif np.nanmax(pixels, initial=0) <= 1:
         pixels = pixels * 255
     return Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))

@@ -1,8 +1,8 @@
 """Pillow's bicubic resize, bit for bit, at several times its speed.
 
-A resize is two passes of weighted sums in 22-bit fixed point: along the rows, rounded to 8 bits, then down the columns.
-Here only what is kept is computed, and each sum runs over many pixels at once; for the first pass 16 rows at a time are
-transposed.
+Why bit for bit: published CLIP models saw Pillow's pixels, and features, ranks and tests then are what CLIP's own code
+gives. A resize is two passes of weighted sums in 22-bit fixed point: along the rows, rounded to 8 bits, then down the
+columns. Here only what is asked for is computed, and each sum runs over many pixels at once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from numpy.typing import NDArray
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
-SUPPORT = 2.0  # reach of the cubic, in output pixels where the picture shrinks
+SUPPORT = 2.0  # reach of the cubic, in output pixels where the image shrinks
 CURVATURE = -0.5  # Pillow's and CLIP's; OpenCV's cubic has -0.75
-PRECISION_BITS = 22
+PRECISION_BITS = 22  # 32 less 8 of a pixel and 2 for sums beyond 1, as in Pillow's Resample.c
 BLOCK_ROWS = 16  # 64 bytes of each column: a cache line
 
 
 class Span(NamedTuple):
-    """What happens along an axis: pixels `start` to `stop` become `size`; `num_kept` from `first` on are kept."""
+    """What happens along an axis: pixels `start` to `stop` become `size`; `num_out` from `first` on are computed.
+
+    The middle 224 columns of an image 500 wide that shrinks to 299: `Span(0, 500, 299, 38, 224)`.
+    """
 
     start: int
     stop: int
     size: int
     first: int
-    num_kept: int
+    num_out: int
 
 
 class _Weights(NamedTuple):
@@ -53,45 +56,47 @@ def resize(pixels: Pixels, columns: Span, rows: Span) -> Pixels:
         rows: what happens to the height.
 
     Returns:
-        uint8 `[rows.num_kept, columns.num_kept, 3]`: the pixels of Pillow's `crop`, `resize` and `crop`, bit for bit,
+        uint8 `[rows.num_out, columns.num_out, 3]`: the pixels of Pillow's `crop`, `resize` and `crop`, bit for bit,
         where Pillow takes the rows first. Pillow 13 takes the columns first in some shapes that shrink more in height,
-        among them pictures more than twice as high as wide; there some pixels differ, nearly all by 1.
+        among them images more than twice as high as wide; there some pixels differ, nearly all by 1.
     """
     across, down = _weights(columns), _weights(rows)
+    # along the rows first, as Pillow: rounding between the passes makes the order visible in the pixels
     top, bottom = int(down.starts.min()), int((down.starts + down.counts).max())
-    narrow = np.empty((bottom - top, columns.num_kept, 4), dtype=np.uint8)
+    narrow = np.empty((bottom - top, columns.num_out, 4), dtype=np.uint8)  # [rows used, new width, 4]
     _compiled(_sum_across)(pixels.view(np.uint32)[..., 0], top, *across, narrow.view(np.uint32)[..., 0])
-    result = np.empty((rows.num_kept, columns.num_kept, 4), dtype=np.uint8)
+    result = np.empty((rows.num_out, columns.num_out, 4), dtype=np.uint8)
     _compiled(_sum_down)(_lines(narrow), down.starts - top, down.counts, down.values, _lines(result))
-    return result[..., :3]
+    return result[..., :3]  # [new height, new width, 3]
 
 
 def _lines(pixels: Pixels) -> Pixels:
+    """View `[H, W, 4]` as `[H, 4 W]`: down the columns a channel is a number like any other."""
     return pixels.reshape(len(pixels), -1)
 
 
 @lru_cache(maxsize=512)
 def _weights(span: Span) -> _Weights:
-    starts, counts, values = _compiled(_weigh)(span.stop - span.start, span.size, span.first, span.num_kept)
+    starts, counts, values = _compiled(_weigh)(span.stop - span.start, span.size, span.first, span.num_out)
     return _Weights(starts + span.start, counts, values)
 
 
 @lru_cache(maxsize=8)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile where a function is first called, not at import; the machine code is kept for the next process."""
+    """Compile where a function is first called, not at import; numba caches the machine code for the next process."""
     compiled: Callable[..., Any] = njit(function, nogil=True, cache=True)
     return compiled
 
 
-def _weigh(length: int, size: int, first: int, num_kept: int) -> Any:
-    """Weigh the source pixels of every kept pixel, in the order of operations that decides Pillow's last bits."""
+def _weigh(length: int, size: int, first: int, num_out: int) -> Any:
+    """Weigh the source pixels of each result pixel, in Pillow's order of operations: another has other last bits."""
     scale = length / size
-    stretch = max(scale, 1.0)
+    stretch = max(scale, 1.0)  # shrinking widens the kernel, so that every source pixel counts: antialiasing
     reach = SUPPORT * stretch
-    starts, counts = np.empty(num_kept, np.int64), np.empty(num_kept, np.int64)
-    values = np.zeros((num_kept, 2 * math.ceil(reach) + 1), np.int32)
+    starts, counts = np.empty(num_out, np.int64), np.empty(num_out, np.int64)
+    values = np.zeros((num_out, 2 * math.ceil(reach) + 1), np.int32)
     weights = np.empty(values.shape[1])
-    for i in range(num_kept):
+    for i in range(num_out):
         center = (first + i + 0.5) * scale
         starts[i] = max(int(center - reach + 0.5), 0)
         counts[i] = min(int(center + reach + 0.5), length) - starts[i]
@@ -100,6 +105,7 @@ def _weigh(length: int, size: int, first: int, num_kept: int) -> Any:
             weights[tap] = _cubic((tap + starts[i] - center + 0.5) * (1.0 / stretch))
             total += weights[tap]
         for tap in range(counts[i]):
+            # halves away from zero, as C rounds there: -0.5 -> -1
             fixed = weights[tap] * (1.0 / total) * (1 << PRECISION_BITS)
             values[i, tap] = int(fixed - 0.5 if fixed < 0 else fixed + 0.5)
     return starts, counts, values
@@ -115,7 +121,11 @@ def _cubic(x: float) -> float:
 
 
 def _sum_across(source: Any, top: int, starts: Any, counts: Any, weights: Any, result: Any) -> None:
-    """Fill `result`, uint32 `[rows, N]`, from the rows of `source`, uint32 `[H, W]`, that begin at `top`."""
+    """Fill `result`, uint32 `[rows, N]`, from the rows of `source`, uint32 `[H, W]`, that begin at `top`.
+
+    The sum along a row is the sum down the columns of its transpose. 16 rows at a time are transposed into `block`, so
+    that the inner loop runs over neighbours in memory, which the compiler turns into vector instructions.
+    """
     left, right = starts.min(), (starts + counts).max()
     block = np.zeros((right - left, BLOCK_ROWS), np.uint32)
     sums = np.empty((len(starts), BLOCK_ROWS), np.uint32)
@@ -133,10 +143,11 @@ def _sum_across(source: Any, top: int, starts: Any, counts: Any, weights: Any, r
 @register_jitable
 def _sum_down(source: Any, starts: Any, counts: Any, weights: Any, result: Any) -> None:
     """Fill each line of `result` with the weighted sum of lines of `source`, rounded to 8 bits."""
+    # lines are outermost and pixels innermost: 4 bytes x 16 rows or a whole line are summed at once
     width = source.shape[1]
     sums = np.empty(width, np.int32)
     for row in range(len(starts)):
-        sums[:] = 1 << (PRECISION_BITS - 1)
+        sums[:] = 1 << (PRECISION_BITS - 1)  # a half, so that the shift below rounds
         for tap in range(counts[row]):
             weight = weights[row, tap]
             line = source[starts[row] + tap]

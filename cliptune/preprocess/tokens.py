@@ -1,4 +1,4 @@
-"""Captions to tokens with CLIP's byte-pair encoding."""
+"""Texts to tokens with CLIP's byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from cliptune.runtime.openai_clip import import_clip
 
 CONTEXT_LENGTH = 77
 
-
 _LONG_WORD = re.compile(r"(\S{4096})\S+")
 
 
 def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tuple[Tensor, int]:
-    """Tokenise with CLIP's byte-pair encoding.
+    """Tokenise with CLIP's byte-pair encoding (`clip.tokenize` with `truncate=True`).
+
+    Args:
+        texts: any number of them.
+        context_length: L, the model's; OpenAI's have 77.
 
     Returns:
-        Tokens, int64 `[len(texts), context_length]`, padded with 0 after the end-of-text token, which a text that is
-        too long keeps as its last; and how many texts were too long.
+        Tokens, int64 `[len(texts), L]`, padded with 0 after the end-of-text token, which a text that is too long keeps
+        as its last; and how many texts were too long.
     """
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     num_truncated = 0
@@ -37,14 +40,14 @@ def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tupl
 
 
 def count_tokens(text: str) -> int:
-    """Count a text's tokens, start and end included; more than 77 are truncated in training."""
+    """Count a text's tokens, start and end included; what is beyond the context length is truncated."""
     return len(_encode(text))
 
 
 def _encode(text: str) -> list[int]:
     tokenizer = _tokenizer()
     encoder: dict[str, int] = tokenizer.encoder
-    # the time for a word grows with the square of its length, and no tokens that count are so far behind
+    # a word's time grows with the square of its length (100,000 letters: minutes), and the context ends far before 4096
     text = _LONG_WORD.sub(r"\1", text)
     return [encoder["<|startoftext|>"], *tokenizer.encode(text), encoder["<|endoftext|>"]]
 

@@ -1,4 +1,4 @@
-"""CLIP's preprocessing and the augmentations of training, as steps of which the first can be cached."""
+"""Images to pixels: CLIP's preprocessing and training's augmentations, in two steps; the first can be cached."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from cliptune.preprocess.decode import MAX_PIXELS, Picture, load_picture, size_of
+from cliptune.preprocess.decode import MAX_PIXELS, DecodedImage, decode_image, size_of
 from cliptune.preprocess.resize import Pixels, Span, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-VERSION = 1
-"""Raised whenever the same picture gives other pixels or the same text other tokens: kept features go by it."""
-
-
 CROP_AREA = (0.6, 1.0)
-
-
 CROP_RATIO = (3 / 4, 4 / 3)
 
+VERSION = 1
+"""Raised whenever the same image gives other pixels or the same text other tokens: cached features go by it."""
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -39,76 +31,67 @@ Transform = Callable[[Image.Image], Tensor]
 class PixelTransform(ABC):
     """Preprocessing that ends in uint8 pixels `[3, R, R]`; `normalize` does the rest, on the model's device.
 
-    It has two steps, so that the first one's result can be kept: `shrink` is the same each time, `finish` may vary.
+    It has two steps, so that the first one's result can be cached: `shrink` is the same each time, `finish` may vary.
 
     Args:
         resolution: R, in pixels.
+        shrunk_side: height and width of what `shrink` gives, in pixels; smaller, `finish` would lack pixels.
         fast_decode: decode JPEGs no larger than needed, which changes the pixels a little.
+        max_pixels: an image of more is refused; nor is a larger one made on the way.
     """
 
-    def __init__(self, resolution: int, *, fast_decode: bool = False) -> None:
+    def __init__(
+        self, resolution: int, *, shrunk_side: int, fast_decode: bool = False, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.resolution = resolution
+        self.shrunk_side = shrunk_side
         self.fast_decode = fast_decode
-
-    @property
-    @abstractmethod
-    def kept_side(self) -> int:
-        """Height and width of what `shrink` gives, in pixels."""
-
-    @property
-    @abstractmethod
-    def shortest_side(self) -> int:
-        """Size below which decoding would lose what `finish` needs, in pixels."""
+        self.max_pixels = max_pixels
 
     @property
     def key(self) -> str:
-        """Name of the first step: pictures shrunk under the same key are the same."""
-        return f"{type(self).__name__}-{self.kept_side}" + ("-fast" if self.fast_decode else "")
+        """Name of the first step: images shrunk under the same key are the same."""
+        return f"{type(self).__name__}-{self.shrunk_side}" + ("-fast" if self.fast_decode else "")
 
     @abstractmethod
-    def shrink(self, picture: Picture) -> Pixels:
-        """Bring a picture to uint8 `[kept_side, kept_side, 3]`."""
+    def shrink(self, image: DecodedImage) -> Pixels:
+        """Bring an image to uint8 `[shrunk_side, shrunk_side, 3]`."""
 
     @abstractmethod
     def finish(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
-        """Turn what `shrink` gave for a picture of that width and height into uint8 `[3, R, R]`."""
+        """Turn what `shrink` gave for an image of that width and height into uint8 `[3, R, R]`."""
 
-    def load(self, source: str | Path | bytes) -> Picture:
-        """Open a picture, by its path or its bytes, as this transform needs it; raises as `load_picture` does."""
-        return load_picture(source, shortest_side=self.shortest_side if self.fast_decode else None)
+    def load(self, source: str | Path | bytes) -> DecodedImage:
+        """Decode an image, by its path or its bytes, as this transform needs it; raises as `decode_image` does."""
+        shortest_side = self.shrunk_side if self.fast_decode else None
+        return decode_image(source, shortest_side=shortest_side, max_pixels=self.max_pixels)
 
-    def __call__(self, picture: Picture) -> Tensor:
-        """Turn an upright RGB picture into uint8 `[3, R, R]`."""
-        return self.finish(self.shrink(picture), size_of(picture))
+    def __call__(self, image: DecodedImage) -> Tensor:
+        """Turn an upright RGB image into uint8 `[3, R, R]`."""
+        return self.finish(self.shrink(image), size_of(image))
 
 
 class CenterTransform(PixelTransform):
-    """CLIP's own (`clip.clip._transform`): bicubic resize of the short side, centre crop; what is kept is final."""
+    """CLIP's own (`clip.clip._transform`): bicubic resize of the short side, centre crop; what is cached is final."""
 
-    @property
-    def kept_side(self) -> int:
-        """The resolution."""
-        return self.resolution
+    def __init__(self, resolution: int, *, fast_decode: bool = False, max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__(resolution, shrunk_side=resolution, fast_decode=fast_decode, max_pixels=max_pixels)
 
-    @property
-    def shortest_side(self) -> int:
-        """The resolution."""
-        return self.resolution
-
-    def shrink(self, picture: Picture) -> Pixels:
+    def shrink(self, image: DecodedImage) -> Pixels:
         """Resize and crop."""
-        width, height = size_of(picture)
+        width, height = size_of(image)
         side = self.resolution
         short = min(width, height)
+        # torchvision's rounding: `int` for the size, `round` for the crop
         new_width, new_height = int(side * width / short), int(side * height / short)
         left, top = round((new_width - side) / 2), round((new_height - side) / 2)
-        if new_width * new_height > MAX_PIXELS:
-            return _resize_center(picture, (new_width, new_height), (left, top), side)
-        if not isinstance(picture, Image.Image):
+        if new_width * new_height > self.max_pixels:
+            return _resize_center(image, (new_width, new_height), (left, top), side)
+        if not isinstance(image, Image.Image):
             if height < 2 * width:
-                return resize(picture, Span(0, width, new_width, left, side), Span(0, height, new_height, top, side))
-            picture = Image.fromarray(picture[..., :3])  # there Pillow may take the columns first
-        resized = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
+                return resize(image, Span(0, width, new_width, left, side), Span(0, height, new_height, top, side))
+            image = Image.fromarray(image[..., :3])  # there Pillow may take the columns first
+        resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
         return np.asarray(resized.crop((left, top, left + side, top + side)))
 
     def finish(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
@@ -121,51 +104,43 @@ class CropTransform(PixelTransform):
 
     Nothing flips, because captions say left and right; colours move little, because captions name them.
 
-    Kept pictures are whole, squeezed to a square of about 1.5 times the resolution. A crop of one is resized a second
-    time: it is a little softer than the same crop of the file, most of all along the longer side of a long picture.
+    Cached images are whole, squeezed to a square of about 1.5 times the resolution. A crop of one is resized a second
+    time: it is a little softer than the same crop of the file, most of all along the longer side of a long image.
     """
 
     def __init__(self, resolution: int, *, color: bool = False, fast_decode: bool = False) -> None:
-        super().__init__(resolution, fast_decode=fast_decode)
+        # the smallest crop of a square image still has the resolution's pixels: 224 -> 224 / sqrt(0.6 * 3/4) = 334
+        shrunk_side = math.ceil(resolution / math.sqrt(CROP_AREA[0] * CROP_RATIO[0]))
+        super().__init__(resolution, shrunk_side=shrunk_side, fast_decode=fast_decode)
         jitter = transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
         self.jitter = jitter if color else None
 
-    @property
-    def kept_side(self) -> int:
-        """Size at which the smallest crop of a square picture still has the resolution's pixels."""
-        return self.shortest_side
-
-    @property
-    def shortest_side(self) -> int:
-        """Size at which the smallest crop of a square picture still has the resolution's pixels."""
-        return math.ceil(self.resolution / math.sqrt(CROP_AREA[0] * CROP_RATIO[0]))
-
-    def shrink(self, picture: Picture) -> Pixels:
-        """Squeeze the whole picture to a square."""
-        return _resize_part(picture, (0, 0, *size_of(picture)), self.kept_side)
+    def shrink(self, image: DecodedImage) -> Pixels:
+        """Squeeze the whole image to a square."""
+        return _resize_part(image, (0, 0, *size_of(image)), self.shrunk_side)
 
     def finish(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
-        """Crop as the whole picture would be cropped, and resize."""
+        """Crop as the whole image would be cropped, and resize."""
         left, top, right, bottom = draw_crop(size)
-        across, down = self.kept_side / size[0], self.kept_side / size[1]
-        padded = np.empty((self.kept_side, self.kept_side, 4), dtype=np.uint8)
+        across, down = self.shrunk_side / size[0], self.shrunk_side / size[1]
+        padded = np.empty((self.shrunk_side, self.shrunk_side, 4), dtype=np.uint8)
         for channel in range(3):  # several times as fast as all at once
             padded[..., channel] = pixels[..., channel]
         return self._crop(padded, (left * across, top * down, right * across, bottom * down))
 
-    def __call__(self, picture: Picture) -> Tensor:
-        """Crop the picture itself, and resize."""
-        return self._crop(picture, draw_crop(size_of(picture)))
+    def __call__(self, image: DecodedImage) -> Tensor:
+        """Crop the image itself, and resize."""
+        return self._crop(image, draw_crop(size_of(image)))
 
-    def _crop(self, picture: Picture, box: tuple[float, float, float, float]) -> Tensor:
-        pixels = _resize_part(picture, box, self.resolution)
+    def _crop(self, image: DecodedImage, box: tuple[float, float, float, float]) -> Tensor:
+        pixels = _resize_part(image, box, self.resolution)
         if self.jitter is not None:
             pixels = np.asarray(self.jitter(Image.fromarray(pixels)))
         return _channels_first(pixels)
 
 
 def clip_transform(resolution: int) -> PixelTransform:
-    """CLIP's own preprocessing: upright RGB picture to uint8 `[3, resolution, resolution]`, for `normalize`."""
+    """CLIP's own preprocessing: upright RGB image to uint8 `[3, resolution, resolution]`, for `normalize`."""
     return CenterTransform(resolution)
 
 
@@ -195,13 +170,13 @@ def normalize(pixels: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # cached for callers that may need gradients
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return mean, std
 
 
 def draw_crop(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Draw a crop as `RandomResizedCrop` does, but the same one for every size in which a picture is decoded.
+    """Draw a crop as torchvision's `RandomResizedCrop`, but the same one for every size in which an image is decoded.
 
     Args:
         size: width and height.
@@ -213,9 +188,9 @@ def draw_crop(size: tuple[int, int]) -> tuple[float, float, float, float]:
     width, height = size
     lowest, highest = CROP_RATIO
     for _ in range(10):
-        share, shape, x, y = torch.rand(4).tolist()
-        area = width * height * (CROP_AREA[0] + share * (CROP_AREA[1] - CROP_AREA[0]))
-        ratio = lowest * (highest / lowest) ** shape
+        fraction, shape, x, y = torch.rand(4).tolist()
+        area = width * height * (CROP_AREA[0] + fraction * (CROP_AREA[1] - CROP_AREA[0]))
+        ratio = lowest * (highest / lowest) ** shape  # 3:4 and 4:3 are as likely: evenly in the logarithm
         across, down = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if across <= width and down <= height:
             break
@@ -225,25 +200,26 @@ def draw_crop(size: tuple[int, int]) -> tuple[float, float, float, float]:
     return left, top, left + across, top + down
 
 
-def _resize_part(picture: Picture, box: tuple[float, float, float, float], side: int) -> Pixels:
-    """Crop a picture to whole pixels and resize it to uint8 `[side, side, 3]`."""
+def _resize_part(image: DecodedImage, box: tuple[float, float, float, float], side: int) -> Pixels:
+    """Crop an image to whole pixels and resize it to uint8 `[side, side, 3]`."""
     left, top = round(box[0]), round(box[1])
     right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
-    if isinstance(picture, Image.Image):
-        part = picture.crop((left, top, right, bottom))
+    if isinstance(image, Image.Image):
+        part = image.crop((left, top, right, bottom))
         return np.asarray(part.resize((side, side), Image.Resampling.BICUBIC))
-    return resize(picture, Span(left, right, side, 0, side), Span(top, bottom, side, 0, side))
+    return resize(image, Span(left, right, side, 0, side), Span(top, bottom, side, 0, side))
 
 
-def _resize_center(picture: Picture, new_size: tuple[int, int], start: tuple[int, int], side: int) -> Pixels:
-    """Resize only the square that is kept of a picture so long that the whole would fill the memory: 1 x 5000, say."""
-    width, height = size_of(picture)
+def _resize_center(image: DecodedImage, new_size: tuple[int, int], start: tuple[int, int], side: int) -> Pixels:
+    """Resize only the centre of a very long image: the whole would fill the memory (1 x 5000 as 224 x 1,120,000)."""
+    width, height = size_of(image)
     across, down = width / new_size[0], height / new_size[1]
     left, top = start[0] * across, start[1] * down
     box = (left, top, min(left + side * across, width), min(top + side * down, height))
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture[..., :3])
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image[..., :3])
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
 
 
 def _channels_first(pixels: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # [H, W, 3] -> [3, H, W]

@@ -150,7 +150,7 @@ def gather_values(values: T) -> list[T]:
     return parts
 
 
-def share(num_items: int) -> slice:
+def rank_slice(num_items: int) -> slice:
     """Return which of the items that all have are this process's: consecutive, as many as the others' to within one."""
     return slice(*(number * num_items // world_size() for number in (rank(), rank() + 1)))
 

@@ -208,7 +208,7 @@ def test_batches_from_the_cache(augment: str, tmp_path: Path) -> None:
     pairs = load_pairs(tmp_path / "data")
     plain = ImageTextDataset(pairs, transform=train_transform(64, augment))
     kept = ImageTextDataset(pairs, transform=train_transform(64, augment))
-    kept.keep_images(tmp_path / "cache")
+    kept.cache_images(tmp_path / "cache")
     for epoch in (1, 2):
         for workers in (0, 2):
             loaders = [
@@ -224,4 +224,4 @@ def test_a_users_transform_cannot_be_kept(tmp_path: Path) -> None:
     create_sample_dataset(tmp_path / "data", 4)
     dataset = ImageTextDataset(tmp_path / "data", transform=lambda _: torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="this transform is another"):
-        dataset.keep_images(tmp_path / "cache")
+        dataset.cache_images(tmp_path / "cache")

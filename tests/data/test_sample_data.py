@@ -1,10 +1,16 @@
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cliptune.data import sample_data
 from cliptune.data.formats import find_index
 from cliptune.data.pairs import holds_only_placeholders
 from cliptune.data.sample_data import COLOURS, create_sample_dataset, describe, distinct_scenes, render
@@ -63,7 +69,7 @@ def test_captions_are_true_of_the_pixels() -> None:
             assert len(middles) == group.count
             x, y = np.mean([middle[0] for middle in middles]), np.mean([middle[1] for middle in middles])
             words = {"left": x < 90, "right": x > 134, "top": y < 90, "bottom": y > 134}
-            assert all(words[word] for word in group.place.split() if word in words), (group, x, y)
+            assert all(words[word] for word in group.position.split() if word in words), (group, x, y)
             number = {1: "a ", 2: "two ", 3: "three ", 4: "four "}[group.count]
             assert all(f"{number}{group.size} {group.colour} {group.shape}" in caption for caption in captions)
 
@@ -103,26 +109,35 @@ def test_it_refuses_to_overwrite(tmp_path: Path) -> None:
         create_sample_dataset(tmp_path / "c", 0)
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, folder: Path, *, killed: bool) -> None:
-    """Begin 8 samples and stop at the fifth: by Ctrl-C, or killed, with no chance to clean up."""
-    scenes: list[object] = []
+def begin_samples(folder: Path, stop: Callable[[], None]) -> None:
+    """Begin 8 samples, and stop where the fifth is saved."""
+    num_saved = 0
+    save = Image.Image.save
 
-    def draw(scene: sample_data.Scene) -> object:
-        if len(scenes) == 4:
-            raise KeyboardInterrupt
-        scenes.append(scene)
-        return render(scene)
+    def save_or_stop(*arguments: Any) -> None:
+        nonlocal num_saved
+        num_saved += 1
+        if num_saved == 5:
+            stop()
+        save(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sample_data, "render", draw)
-        if killed:
-            patch.setattr(sample_data, "_undo", lambda folder: None)
-        with pytest.raises(KeyboardInterrupt):
-            create_sample_dataset(folder, 8)
+    with mock.patch.object(Image.Image, "save", save_or_stop):
+        create_sample_dataset(folder, 8)
 
 
-def test_a_killed_creation_is_no_data_set_and_is_begun_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(monkeypatch, tmp_path / "a", killed=True)
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_creation_is_no_data_set_and_is_begun_afresh(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=begin_samples, args=(tmp_path / "a", kill_self))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "a" / "images").iterdir())) == 4
     with pytest.raises(FileNotFoundError, match="no data set"):
         find_index(tmp_path / "a")
@@ -132,12 +147,13 @@ def test_a_killed_creation_is_no_data_set_and_is_begun_afresh(tmp_path: Path, mo
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_ctrl_c_leaves_nothing_but_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_nothing_but_what_was_there(tmp_path: Path) -> None:
     for name in ("images", "captions"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".gitkeep").touch()
     before = files_of(tmp_path)
-    interrupt(monkeypatch, tmp_path, killed=False)
+    with pytest.raises(KeyboardInterrupt):
+        begin_samples(tmp_path, press_ctrl_c)
     assert files_of(tmp_path) == before
     create_sample_dataset(tmp_path, 2)
     assert len(files_of(tmp_path)) == len(before) + 5

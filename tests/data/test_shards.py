@@ -17,7 +17,7 @@ from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, rea
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
 from cliptune.preprocess.transforms import clip_transform
 from data_loader import ImageTextDataset
-from tests.helpers.datasets import make_images, make_shards, make_tar, picture
+from tests.helpers.datasets import make_images, make_shards, make_tar, png_bytes
 
 
 def assert_read_as_by_webdataset(url: str) -> None:
@@ -25,7 +25,7 @@ def assert_read_as_by_webdataset(url: str) -> None:
     assert len(samples) == open_shards(url).shards[0].num_samples
     for own, sample in zip(read_samples(url), samples, strict=True):
         assert own.key == sample["__key__"]
-        assert [own.picture()] == [sample[ending] for ending in ("png", "jpg") if ending in sample]
+        assert [own.image()] == [sample[ending] for ending in ("png", "jpg") if ending in sample]
         assert own.texts == {ending: sample[ending] for ending in ("json", "txt")}
 
 
@@ -38,14 +38,14 @@ def test_what_is_written_is_what_there_was(
     data_dir = f"{tmp_path}/a/{{00000..00002}}.tar"
     assert [shard.num_samples for shard in open_shards(data_dir).shards] == [25, 25, 10]
     pairs, again = load_pairs(sample_dir), load_pairs(data_dir)
-    content = {read_bytes(path): pairs.captions_of(number) for number, path in enumerate(pairs.paths)}
-    assert {read_bytes(path): again.captions_of(number) for number, path in enumerate(again.paths)} == content
+    content = {read_bytes(path): pairs.captions_of(index) for index, path in enumerate(pairs.paths)}
+    assert {read_bytes(path): again.captions_of(index) for index, path in enumerate(again.paths)} == content
     order = [list(content).index(read_bytes(path)) for path in again.paths]
     assert sorted(order) == list(range(60)) != order
     assert_read_as_by_webdataset(f"{tmp_path}/a/00002.tar")
     # a caption a line, for other tools
     sample = next(read_samples(f"{tmp_path}/a/00000.tar"))
-    assert isinstance(sample.picture(), bytes)
+    assert isinstance(sample.image(), bytes)
     assert tuple(sample.texts["txt"].decode().split("\n")) == sample.captions()
 
     assert data_loader.main([*flags, "--to_shards", str(tmp_path / "b")]) == 0
@@ -67,21 +67,21 @@ def test_only_the_chosen_split_is_written(sample_dir: Path, tmp_path: Path) -> N
         assert len(open_shards(f"{folder}/00000.tar")) == expected
 
 
-def test_a_bad_picture_is_not_written_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_image_is_not_written_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_images(tmp_path, *(f"{n}.png" for n in range(3)))
-    (tmp_path / "1.png").write_text("no picture")
+    (tmp_path / "1.png").write_text("no image")
     (tmp_path / "2.png").rename(tmp_path / "two")  # no ending to go by
     images = [(str(tmp_path / name), ["one\ntwo", "three"]) for name in ("0.png", "1.png", "two", "gone.png")]
     shards, issues = write_shards(images, tmp_path / "out", shard_size=9)
     assert len(shards) == 2
-    assert [issue.split(":")[0] for issue in issues] == [str(tmp_path / "1.png"), str(tmp_path / "gone.png")]
+    assert [issue.image for issue in issues] == [str(tmp_path / "1.png"), str(tmp_path / "gone.png")]
     first, second = read_samples(shards.shards[0].url)
     assert first.captions() == ("one\ntwo", "three")
     assert first.texts["txt"] == b"one two\nthree"
-    assert second.picture() == (tmp_path / "two").read_bytes()
+    assert second.image() == (tmp_path / "two").read_bytes()
     with pytest.raises(ValueError, match="holds tar files already"):
         write_shards(images, tmp_path / "out", shard_size=9)
-    with pytest.raises(ValueError, match="none of 1 pictures"):
+    with pytest.raises(ValueError, match=r"no image can be read: .*1\.png: cannot be read as an image"):
         write_shards(images[1:2], tmp_path / "none", shard_size=9)
 
 
@@ -91,7 +91,7 @@ def test_the_form_of_img2dataset_is_read(tmp_path: Path) -> None:
         facts = {"caption": f"number {number}" if number else None, "alt": [f"alt {number}", " "], "key": number}
         key = f"00000{number:04}"
         texts = [(f"{key}.json", json.dumps(facts).encode()), (f"{key}.txt", f"text {number}".encode())]
-        members += [(f"{key}.JPG", picture(number)), *texts, (f"{key}.seg.png", b"")]
+        members += [(f"{key}.JPG", png_bytes(number)), *texts, (f"{key}.seg.png", b"")]
     make_tar(tmp_path / "00000.tar", members)
     data_dir = f"{tmp_path}/00000.tar"
     assert_read_as_by_webdataset(data_dir)
@@ -109,9 +109,9 @@ def test_samples_are_counted_once_and_again_when_a_shard_changes(
     data_dir = make_shards(tmp_path, 3, 4)
     counts = [[shard.num_samples for shard in open_shards(data_dir).shards] for _ in range(2)]
     assert counts == [[3, 4], [3, 4]]
-    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: counted the samples of 2 shard(s)"]
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: counted the samples of 2 shards"]
     index = json.loads((tmp_path / INDEX_NAME).read_text())
-    assert [(entry["url"], entry["nsamples"]) for entry in index["shardlist"]] == [("00.tar", 3), ("01.tar", 4)]
+    assert [(record["url"], record["nsamples"]) for record in index["shardlist"]] == [("00.tar", 3), ("01.tar", 4)]
 
     size = (tmp_path / "01.tar").stat().st_size
     make_shards(tmp_path / "other", 0, 2)
@@ -119,10 +119,10 @@ def test_samples_are_counted_once_and_again_when_a_shard_changes(
     assert (tmp_path / "01.tar").stat().st_size == size  # the time of change tells
     os.utime(tmp_path / "01.tar", ns=(0, 0))
     assert [shard.num_samples for shard in open_shards(data_dir).shards] == [3, 2]
-    assert caplog.messages[-1] == f"{tmp_path}: counted the samples of 1 shard(s)"
+    assert caplog.messages[-1] == f"{tmp_path}: counted the samples of 1 shard"
     make_shards(tmp_path, 3, 5, 2)
     (tmp_path / INDEX_NAME).write_text('{"shards": 3}')
-    with pytest.raises(ValueError, match="delete it, and the samples are counted"):
+    with pytest.raises(ValueError, match="delete it, and the samples are counted again"):
         open_shards(data_dir)
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_shard_is_told_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"01\.tar: cannot be read as a tar file"):
         open_shards(data_dir)
     (tmp_path / "01.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards are not there \(first: .*01.tar\)"):
+    with pytest.raises(FileNotFoundError, match=r"missing 1 of 2 shards \(first: .*01.tar\)"):
         open_shards(data_dir)
 
 
@@ -143,14 +143,14 @@ def test_shards_elsewhere_go_by_the_index_beside_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"read from {INDEX_NAME} beside them"):
         open_shards(data_dir)
     open_shards(f"{tmp_path}/00.tar")
-    with pytest.raises(ValueError, match="tells of 1 of 2 shards"):
+    with pytest.raises(ValueError, match="lists 1 of 2 shards"):
         open_shards(data_dir)
     open_shards(f"{tmp_path}/{{00..01}}.tar")
     assert [shard.num_samples for shard in open_shards(data_dir).shards] == [9, 8]
     assert [sample.key for sample in read_samples(f"pipe:cat {tmp_path}/01.tar", 6, 8)] == ["0015", "0016"]
-    with pytest.raises(ValueError, match="only for training"):
+    with pytest.raises(ValueError, match="remote shards are only for training"):
         load_pairs(data_dir)
-    with pytest.raises(ValueError, match="webdataset opens no s3: addresses"):
+    with pytest.raises(ValueError, match="webdataset cannot open s3: URLs"):
         open_shards("s3://bucket/00.tar")
 
 
@@ -167,7 +167,7 @@ def test_what_names_shards(tmp_path: Path) -> None:
         open_shards("{a,a}.tar")
 
 
-def test_a_picture_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path: Path) -> None:
+def test_an_image_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path: Path) -> None:
     assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(tmp_path), "--split", "all"]) == 0
     pairs = load_pairs(tmp_path / "00000.tar")
     path = pairs.paths[0]
@@ -179,12 +179,12 @@ def test_a_picture_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path:
     assert sample is not None
     cached, _ = ImageCache(tmp_path / "cache", pairs.paths, clip_transform(224)).load(path)
     assert torch.equal(sample, torch.tensor(cached).permute(2, 0, 1))
-    with pytest.raises(ValueError, match=r"00000.tar@1\+5/x.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"00000.tar@1\+5/x.png: cannot be read as an image"):
         clip_transform(8).load(part_path(f"{tmp_path}/00000.tar", 1, 5, "x.png"))
 
 
-def test_a_sample_is_found_by_its_number() -> None:
+def test_a_sample_is_found_by_its_index() -> None:
     shards = Shards(["a/0.tar", "a/1.tar", "a/2.tar"], [3, 0, 2])
-    assert [shards.describe(number) for number in (0, 2, 3, 4)] == [
+    assert [shards.describe(index) for index in (0, 2, 3, 4)] == [
         "0.tar (sample 0)", "0.tar (sample 2)", "2.tar (sample 0)", "2.tar (sample 1)",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Odd pictures are read right; broken ones, and broken indexes, cost one line with their name."""
+"""Odd images are read right; broken ones, and broken indexes, cost one line with their name."""
 
 import json
 import os
@@ -16,11 +16,11 @@ import data_loader
 import train
 from cliptune.data import skipped as skipped_data
 from cliptune.data.issues import Issue, Issues
-from cliptune.data.pairs import load_pairs
+from cliptune.data.pairs import Pairs, load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
 from cliptune.data.skipped import SkippedData
-from cliptune.preprocess.decode import load_image, load_picture, size_of
+from cliptune.preprocess.decode import decode_image, load_image, size_of
 from data_loader import ImageTextDataset
 from tests.helpers.launch import ROOT, environment, torchrun
 from tests.helpers.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All pictures of the zoo in one index."""
+    """All images of the zoo in one index."""
     folder = tmp_path_factory.mktemp("zoo")
     for name, good in GOOD.items():
         good.write(folder / name)
@@ -55,11 +55,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
+def test_an_odd_image_is_read_right(name: str, zoo: Path) -> None:
     size, shows_corners = GOOD[name].size, GOOD[name].shows_corners
     image = load_image(zoo / name)
     assert (image.mode, image.size) == ("RGB", size)
-    assert size_of(load_picture(zoo / name)) == size
+    assert size_of(decode_image(zoo / name)) == size
     pairs = load_pairs(write_index(zoo, [{"image": name, "caption": "x"}]).rename(zoo / "one.json"))
     sample = ImageTextDataset(pairs)[0]
     assert sample.image is not None
@@ -73,18 +73,18 @@ def test_an_odd_picture_is_read_right(name: str, zoo: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_broken_picture_is_a_problem_with_its_name(name: str, tmp_path: Path) -> None:
+def test_a_broken_image_is_an_issue_with_its_name(name: str, tmp_path: Path) -> None:
     BAD[name](tmp_path / name)
-    (issue,) = [sample.error for sample in [ImageTextDataset(one_picture(tmp_path, name))[0]]]
+    (issue,) = [sample.issue for sample in [ImageTextDataset(one_image(tmp_path, name))[0]]]
     assert issue is not None
     assert issue.image == str(tmp_path.resolve() / name)
-    assert issue.reason.startswith("cannot be read as a picture: ")
+    assert issue.reason.startswith("cannot be read as an image: ")
     assert len(str(issue).splitlines()) == 1
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         load_image(tmp_path / name)
 
 
-def one_picture(folder: Path, name: str) -> data_loader.Pairs:
+def one_image(folder: Path, name: str) -> Pairs:
     return load_pairs(write_index(folder, [{"image": name, "caption": "x"}]))
 
 
@@ -96,10 +96,9 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(monkeypatch: pytes
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", no_decoding)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_decoding)
-    monkeypatch.setattr("cliptune.preprocess.decode.MAX_PIXELS", 64 * 48 - 1)
-    for read in (load_image, load_picture):
-        with pytest.raises(ValueError, match=r"x.jpg: cannot be read as a picture: more than 3071 pixels"):
-            read(tmp_path / "x.jpg")
+    for read in (load_image, decode_image):
+        with pytest.raises(ValueError, match=r"x.jpg: cannot be read as an image: more than 3071 pixels"):
+            read(tmp_path / "x.jpg", max_pixels=64 * 48 - 1)
 
 
 def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> None:
@@ -111,11 +110,11 @@ def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> No
     )
     assert done.returncode == 1, done.stderr
     *lines, last = done.stdout.splitlines()
-    issues = [line for line in lines if "cannot be read as a picture" in line or ": image " in line]
+    issues = [line for line in lines if "cannot be read as an image" in line or ": image " in line]
     assert len(issues) == len(BAD) + len(ABSENT)
     for name in [*BAD, *(name[:60] for name in ABSENT)]:
         assert sum(f"/{name}: " in line or f"image {name}" in line for line in issues) == 1, name
-    assert last == f"{len(BAD) + len(ABSENT)} issues; {len(GOOD)} pictures can be read"
+    assert last == f"{len(BAD) + len(ABSENT)} issues; {len(GOOD)} images can be read"
     # the log names what the index lacks; nothing comes from Pillow, libjpeg or Python's warnings
     assert one_line(done.stderr).startswith(str(zoo)), done.stderr
 
@@ -141,19 +140,19 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
 def test_check_of_good_data_and_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path / "data", 12)
     assert data_loader.main(["--data_dir", str(tmp_path / "data"), "--check", "--num_workers", "0"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "all 12 pictures can be read"
+    assert capsys.readouterr().out.splitlines()[-1] == "no issues; all 12 images can be read"
     pairs = load_pairs(tmp_path / "data")
     images = [(pairs.paths[number], pairs.captions_of(number)) for number in range(12)]
     write_shards([*images, (images[0][0], ["sky " * 100, "sky"])], tmp_path / "shards", shard_size=20)
     shard = tmp_path / "shards" / "00000.tar"
     assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 0
     out = capsys.readouterr().out
-    assert "note: 1 captions are longer than 77 tokens" in out
-    assert "note: 1 pictures are byte-identical to an earlier one" in out
+    assert "note: 1 caption longer than 77 tokens" in out
+    assert "note: 1 image byte-identical to an earlier one" in out
     content = shard.read_bytes().replace(Path(images[3][0]).read_bytes()[:40], bytes(40))
     shard.write_bytes(content)
     assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 1
-    assert "000000003.png: cannot be read as a picture" in capsys.readouterr().out
+    assert "000000003.png: cannot be read as an image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", CAPTIONS)
@@ -201,7 +200,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "images/Clash.png: clashes with images/clash.png" in out
     assert "images/latin-\\udce9.png: " in out
-    assert out.splitlines()[-1].endswith("3 pictures can be read")
+    assert out.splitlines()[-1].endswith("3 images can be read")
     output = tmp_path / "output"
     assert train.main([*flags[:2], "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.9"]) == 0
     assert "Traceback" not in capsys.readouterr().err
@@ -212,7 +211,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
 def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corners().save(tmp_path / "x.jpg")
     (tmp_path / "x.jpg").chmod(0)
-    assert "Permission denied" in str(ImageTextDataset(one_picture(tmp_path, "x.jpg"))[0].error)
+    assert "Permission denied" in str(ImageTextDataset(one_image(tmp_path, "x.jpg"))[0].issue)
     (tmp_path / "data.json").chmod(0)
     assert data_loader.main(["--data_dir", str(tmp_path)]) == 2
     assert "Permission denied" in one_line(capsys.readouterr().err)
@@ -220,7 +219,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.fixture
 def spoiled(sample_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
-    """The sample data, some of whose pictures are spoiled."""
+    """The sample data, some of whose images are spoiled."""
 
     def spoil(number: int) -> Path:
         index = json.loads((sample_dir / "data.json").read_text())
@@ -250,13 +249,13 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
         "place": f"data.json: row {len(rows)}",
     }  # fmt: skip
     assert sorted(each["image"] for each in listed[1:]) == sorted(row["image_path"] for row in rows[:3])
-    assert {each["reason"] for each in listed[1:]} == {"cannot be read as a picture: of no known format"}
+    assert {each["reason"] for each in listed[1:]} == {"cannot be read as an image: of no known format"}
     log = (output / "logs" / "train.log").read_text()
     assert log.count("left out: ") == 3
     assert "3 bad picture(s) and 1 bad entries were left out; they are listed in " in log
 
 
-@pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "stop"]])
+@pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "fail"]])
 def test_a_run_stops_at_too_many_bad_pictures(
     flags: list[str], spoiled: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,7 +266,7 @@ def test_a_run_stops_at_too_many_bad_pictures(
     path = output / "results" / "bad_images.json"
     assert f"listed in {path}" in error
     listed = json.loads(path.read_text())
-    assert len(listed) == (2 if "stop" not in flags else 1)
+    assert len(listed) == (2 if "fail" not in flags else 1)
     assert f"{listed[0]['image']}: {listed[0]['reason']}" in error
     # the last checkpoint is there to go on from, once the data is mended or more is allowed
     assert (
@@ -286,7 +285,7 @@ def test_stop_and_the_share_hold_for_the_index(
     rows = [{**row, "image_path": str(sample_dir / row["image_path"])} for row in index] * 3
     path = write_index(tmp_path, [*rows, {"image_path": "gone.png", "caption": "x"}])
     flags = ["--data_dir", str(path), "--output_dir", str(tmp_path / "output"), *TINY]
-    for more in (["--on_unreadable_image", "stop", "--max_skipped_fraction", "1"], ["--max_skipped_fraction", "0.001"]):
+    for more in (["--on_unreadable_image", "fail", "--max_skipped_fraction", "1"], ["--max_skipped_fraction", "0.001"]):
         assert train.main([*flags, *more]) == 2
         assert "data.json: row 181: image gone.png: No such file" in one_line(capsys.readouterr().err)
 

@@ -292,9 +292,9 @@ def test_pictures_that_cannot_be_read_leave_their_batches_as_without_a_cache(pai
         for got, want in zip(list(kept.epoch(epoch)), expected, strict=True):
             assert got.image_ids.tolist() == want.image_ids.tolist()
             assert got.caption_ids.tolist() == want.caption_ids.tolist()
-            assert got.errors == want.errors
+            assert got.issues == want.issues
             assert got.images.shape == got.tokens.shape == (len(want.images), 256)
-        assert sum(len(batch.errors) for batch in expected) == 2
+        assert sum(len(batch.issues) for batch in expected) == 2
 
 
 @pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])

@@ -22,7 +22,7 @@ def make_index(folder: Path, rows: Sequence[Mapping[str, object]], name: str = "
     return path
 
 
-def picture(number: int) -> bytes:
+def png_bytes(number: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "PNG")
     return file.getvalue()
@@ -38,12 +38,12 @@ def make_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
 
 
 def make_shards(folder: Path, *counts: int) -> str:
-    """Shards of so many samples; the picture and the only caption of each say which sample it is."""
+    """Shards of so many samples; the image and the only caption of each say which sample it is."""
     first = 0
     for shard, count in enumerate(counts):
         members = []
         for number in range(first, first + count):
-            members += [(f"{number:04}.png", picture(number)), (f"{number:04}.txt", f"number {number}".encode())]
+            members += [(f"{number:04}.png", png_bytes(number)), (f"{number:04}.txt", f"number {number}".encode())]
         make_tar(folder / f"{shard:02}.tar", members)
         first += count
     return f"{folder}/{{00..{len(counts) - 1:02}}}.tar"

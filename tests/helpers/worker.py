@@ -29,7 +29,7 @@ from cliptune.runtime.distributed import (
     main_first,
     process_group,
     rank,
-    share,
+    rank_slice,
     world_size,
 )
 from cliptune.training.loss import ContrastiveLoss
@@ -45,7 +45,7 @@ SIZES = (21, 21, 2)
 def train(name: str, how: str, micro_batch_size: int | None, *, resume_at: int = -1) -> dict[str, Any]:
     """Train a small model; with `resume_at` another one takes over from the first's whole state before that step."""
     trainer = make_trainer(name, how, micro_batch_size)
-    trainer.micro_batches.backward(*own_batch(trainer, SIZES[0]))
+    trainer.grad_cache.backward(*own_batch(trainer, SIZES[0]))
     gradients = whole({key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None})
     losses: list[float] = []
     for step in range(STEPS):
@@ -87,7 +87,7 @@ def make_trainer(
 
 def own_batch(trainer: MultimodalTrainer, size: int) -> tuple[Tensor, Tensor, Tensor]:
     images, tokens, ids = make_batch(trainer.model, size)
-    own = share(size)
+    own = rank_slice(size)
     return images[own], tokens[own], ids[own]
 
 
@@ -115,9 +115,9 @@ def fill_the_memory_of_one(folder: Path) -> None:
             FullMemory(trainer.model, pairs=2, at=7)
         for step in range(4):
             if not fails and step == 1:
-                trainer.micro_batches.size = 2
+                trainer.grad_cache.size = 2
             train_step(trainer, 21)
-        assert trainer.micro_batches.size == 2
+        assert trainer.grad_cache.size == 2
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
@@ -136,7 +136,7 @@ def exchange(folder: Path) -> None:
     assert broadcast({"from": me}) == {"from": 0}
     assert gather_values(f"process {me}") == [f"process {each}" for each in range(number)]
     assert all_sum(torch.tensor(me + 1.0)).item() == number * (number + 1) / 2
-    assert sum(len(range(10)[share(10)]) for _ in [0]) in {10 // number, 10 // number + 1}
+    assert sum(len(range(10)[rank_slice(10)]) for _ in [0]) in {10 // number, 10 // number + 1}
     with main_first():
         if is_main():
             (folder / "made").touch()

@@ -1,4 +1,4 @@
-"""Every kind of odd and broken picture, caption and index that a user may have, made small."""
+"""Every kind of odd and broken image, caption and index that a user may have, made small."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TURNS = {
 
 
 def corners(width: int = 64, height: int = 48) -> Image.Image:
-    """A picture whose four quarters tell whether it is upright: red, green / blue, black."""
+    """An image whose four quarters tell whether it is upright: red, green / blue, black."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[: height // 2, : width // 2], pixels[: height // 2, width // 2 :] = (255, 0, 0), (0, 255, 0)
     pixels[height // 2 :, : width // 2] = (0, 0, 255)
@@ -31,7 +31,7 @@ def corners(width: int = 64, height: int = 48) -> Image.Image:
 
 
 class Good(NamedTuple):
-    """A picture that must be read: what is written, its size upright, and whether its quarters have their colours."""
+    """An image that must be read: what is written, its size upright, and whether its quarters have their colours."""
 
     write: Callable[[Path], Any]
     size: tuple[int, int] = (64, 48)
@@ -52,14 +52,14 @@ def turned(orientation: int) -> Callable[[Path], Any]:
 
 
 def animated(form: str) -> Callable[[Path], Any]:
-    """The picture, then a white one."""
+    """The image, then a white one."""
     options = {"lossless": True} if form == "WEBP" else {}
     white = Image.new("RGB", (64, 48), "white")
     return saved(corners(), form, save_all=True, append_images=[white], **options)
 
 
 def transparent_palette(path: Path) -> None:
-    """A palette picture with bytes of transparency, of which Pillow warns."""
+    """A palette image with bytes of transparency, of which Pillow warns."""
     image = corners().quantize(8)
     image.save(path, "PNG", transparency=bytes([255] * 7 + [0]))
 
@@ -145,7 +145,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
     "garbage.tif": lambda path: path.write_bytes(b"II*\0\x08\0\0\0\xff\xff" + bytes(range(256)) * 4),
     "garbage.webp": lambda path: path.write_bytes(b"RIFF\xff\xff\xff\x7fWEBPVP8 " + bytes(range(256))),
 }
-"""Files that are there, and are no pictures."""
+"""Files that are there, and are no images."""
 
 ABSENT: dict[str, Callable[[Path], Any]] = {
     "missing.jpg": lambda path: None,

@@ -5,7 +5,7 @@ from PIL import Image
 from cliptune.preprocess.resize import Span, resize
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -18,15 +18,15 @@ def padded(image: Image.Image) -> np.ndarray:
     [((300, 200), (90, 60)), ((61, 43), (122, 86)), ((200, 90), (7, 33)), ((33, 31), (33, 17)), ((31, 33), (17, 33))],
 )
 def test_a_resize_is_pillows(size: tuple[int, int], new_size: tuple[int, int]) -> None:
-    image = picture(*size)
+    image = noise(*size)
     (width, height), (new_width, new_height) = size, new_size
     got = resize(padded(image), Span(0, width, new_width, 0, new_width), Span(0, height, new_height, 0, new_height))
     assert got.shape == (new_height, new_width, 3)
     assert np.array_equal(got, np.asarray(image.resize(new_size, Image.Resampling.BICUBIC)))
 
 
-def test_only_the_part_asked_for_is_taken_and_kept() -> None:
-    image = picture(200, 150)
+def test_only_the_part_asked_for_is_read_and_computed() -> None:
+    image = noise(200, 150)
     whole = image.crop((40, 30, 180, 130)).resize((70, 50), Image.Resampling.BICUBIC)
     pixels = padded(image)
     pixels[:30], pixels[130:], pixels[:, :40], pixels[:, 180:] = 255, 255, 255, 255  # outside of the crop
@@ -35,7 +35,7 @@ def test_only_the_part_asked_for_is_taken_and_kept() -> None:
 
 
 def test_where_pillow_takes_the_columns_first_pixels_differ_little() -> None:
-    image = picture(60, 300)
+    image = noise(60, 300)
     got = resize(padded(image), Span(0, 60, 40, 0, 40), Span(0, 300, 200, 0, 200))
     rows_first = image.resize((40, 300), Image.Resampling.BICUBIC).resize((40, 200), Image.Resampling.BICUBIC)
     assert np.array_equal(got, np.asarray(rows_first))

@@ -7,9 +7,16 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import Compose
 
-from cliptune.preprocess.decode import file_stamp, load_image, load_picture, part_path, read_bytes, size_of, to_rgb
+from cliptune.preprocess.decode import decode_image, file_stamp, load_image, part_path, read_bytes, size_of, to_rgb
 from cliptune.preprocess.tokens import tokenize
-from cliptune.preprocess.transforms import CropTransform, clip_transform, draw_crop, normalize, train_transform
+from cliptune.preprocess.transforms import (
+    CenterTransform,
+    CropTransform,
+    clip_transform,
+    draw_crop,
+    normalize,
+    train_transform,
+)
 from cliptune.runtime.openai_clip import import_clip
 
 clip = import_clip()
@@ -30,7 +37,7 @@ def test_pixels_are_those_of_clip(size: tuple[int, int], mode: str) -> None:
 
 
 def smooth(width: int, height: int, *, scale: int = 8) -> Image.Image:
-    """A picture with blots of `scale` pixels and grain, as a camera gives it."""
+    """An image with blots of `scale` pixels and grain, as a camera gives it."""
     small = Image.fromarray(noise(max(height // scale, 2), max(width // scale, 2), 3))
     grain = noise(height, width, 3, seed=1) // 8
     return Image.fromarray(np.asarray(small.resize((width, height))) // 8 * 7 + grain)
@@ -51,9 +58,9 @@ def test_a_jpeg_gives_the_pixels_of_clip(size: tuple[int, int], form: dict[str, 
     image = smooth(*size).convert("L" if form.pop("gray", 0) else "RGB")
     image.save(tmp_path / "x.jpg", **form)  # type: ignore[arg-type]
     transform = clip_transform(224)
-    picture = transform.load(tmp_path / "x.jpg")
-    assert isinstance(picture, np.ndarray)  # the fast way
-    assert torch.equal(normalize(transform(picture)), clip.clip._transform(224)(Image.open(tmp_path / "x.jpg")))
+    decoded = transform.load(tmp_path / "x.jpg")
+    assert isinstance(decoded, np.ndarray)  # the fast way
+    assert torch.equal(normalize(transform(decoded)), clip.clip._transform(224)(Image.open(tmp_path / "x.jpg")))
 
 
 def test_pixels_are_those_of_clip_for_many_sizes_and_resolutions() -> None:
@@ -73,12 +80,12 @@ def test_a_turned_jpeg_is_set_upright(orientation: int, tmp_path: Path) -> None:
     exif[0x0112] = orientation
     smooth(320, 240).save(tmp_path / "x.jpg", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "x.jpg"))
-    picture = load_picture(tmp_path / "x.jpg")
-    assert isinstance(picture, np.ndarray)
-    assert picture.flags.c_contiguous
-    assert np.array_equal(picture[..., :3], np.asarray(upright))
+    decoded = decode_image(tmp_path / "x.jpg")
+    assert isinstance(decoded, np.ndarray)
+    assert decoded.flags.c_contiguous
+    assert np.array_equal(decoded[..., :3], np.asarray(upright))
     transform = clip_transform(224)
-    assert torch.equal(normalize(transform(picture)), clip.clip._transform(224)(upright))
+    assert torch.equal(normalize(transform(decoded)), clip.clip._transform(224)(upright))
 
 
 def test_other_files_go_through_pillow(tmp_path: Path) -> None:
@@ -87,23 +94,23 @@ def test_other_files_go_through_pillow(tmp_path: Path) -> None:
     Image.fromarray(noise(40, 60).astype(np.uint16) * 257).save(tmp_path / "deep.png")
     smooth(60, 40).convert("P").save(tmp_path / "palette.gif")
     for path in tmp_path.iterdir():
-        picture = load_picture(path)
-        assert isinstance(picture, Image.Image), path
-        assert np.array_equal(np.asarray(picture), np.asarray(load_image(path))), path
+        decoded = decode_image(path)
+        assert isinstance(decoded, Image.Image), path
+        assert np.array_equal(np.asarray(decoded), np.asarray(load_image(path))), path
 
 
 def test_a_cut_off_jpeg_is_an_error_and_trailing_bytes_are_none(tmp_path: Path) -> None:
     smooth(300, 200).save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.jpg: cannot be read as a picture"):
-        load_picture(tmp_path / "cut.jpg")
+    with pytest.raises(ValueError, match=r"cut\.jpg: cannot be read as an image"):
+        decode_image(tmp_path / "cut.jpg")
     (tmp_path / "more.jpg").write_bytes(data + b"trailing" * 100)
     assert np.array_equal(
-        np.asarray(load_picture(tmp_path / "more.jpg")), np.asarray(load_picture(tmp_path / "whole.jpg"))
+        np.asarray(decode_image(tmp_path / "more.jpg")), np.asarray(decode_image(tmp_path / "whole.jpg"))
     )
     with pytest.raises(FileNotFoundError):
-        load_picture(tmp_path / "gone.jpg")
+        decode_image(tmp_path / "gone.jpg")
 
 
 @pytest.mark.parametrize(("augment", "mean_level", "largest_level"), [("none", 1.0, 8), ("crop", 4.0, 24)])
@@ -114,7 +121,7 @@ def test_fast_decode_decodes_less_and_changes_pixels_a_little(
     exact, fast = train_transform(224, augment), train_transform(224, augment, fast_decode=True)
     assert size_of(exact.load(tmp_path / "x.jpg")) == (2000, 1500)
     decoded = fast.load(tmp_path / "x.jpg")
-    assert fast.shortest_side <= min(size_of(decoded)) < 2 * fast.shortest_side
+    assert fast.shrunk_side <= min(size_of(decoded)) < 2 * fast.shrunk_side
     results = []
     for transform in (exact, fast):
         torch.manual_seed(3)
@@ -124,7 +131,7 @@ def test_fast_decode_decodes_less_and_changes_pixels_a_little(
     assert difference.max() <= largest_level
 
 
-def test_fast_decode_leaves_pictures_that_a_half_would_be_too_small_for(tmp_path: Path) -> None:
+def test_fast_decode_leaves_images_whose_half_would_be_too_small(tmp_path: Path) -> None:
     fast = train_transform(224, "none", fast_decode=True)
     for size in ((500, 375), (300, 200)):
         smooth(*size).save(tmp_path / "x.jpg")
@@ -142,9 +149,9 @@ def test_random_crops_are_pillows_to_the_rounding(size: tuple[int, int], tmp_pat
         left, top, right, bottom = (round(edge) for edge in draw_crop(size))
         part = load_image(tmp_path / "x.jpg").crop((left, top, right, bottom))
         expected = np.asarray(part.resize((112, 112), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(int)
-        for picture in (load_image(tmp_path / "x.jpg"), transform.load(tmp_path / "x.jpg")):
+        for decoded in (load_image(tmp_path / "x.jpg"), transform.load(tmp_path / "x.jpg")):
             torch.manual_seed(seed)
-            assert np.abs(transform(picture).numpy() - expected).max() <= isinstance(picture, np.ndarray)
+            assert np.abs(transform(decoded).numpy() - expected).max() <= isinstance(decoded, np.ndarray)
 
 
 def test_crops_keep_area_and_shape_within_bounds_and_fall_everywhere() -> None:
@@ -153,25 +160,25 @@ def test_crops_keep_area_and_shape_within_bounds_and_fall_everywhere() -> None:
     across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] <= np.array([600, 400]) + 1e-6).all()
-    share, ratio = across * down / (600 * 400), across / down
-    assert (share.min(), share.max()) == pytest.approx((0.6, 8 / 9), abs=0.02)  # 4:3 of 3:2
+    fraction, ratio = across * down / (600 * 400), across / down
+    assert (fraction.min(), fraction.max()) == pytest.approx((0.6, 8 / 9), abs=0.02)  # 4:3 of 3:2
     assert (ratio.min(), ratio.max()) == pytest.approx((0.9, 4 / 3), abs=0.02)  # 0.6 x 600 wide and 400 high
     assert (boxes[:, 0].min(), boxes[:, 2].max()) == pytest.approx((0, 600), abs=8)
     assert draw_crop((4000, 300)) == pytest.approx((1800, 0, 2200, 300))
     assert draw_crop((300, 4000)) == pytest.approx((0, 1800, 300, 2200))
 
 
-def test_a_crop_of_the_kept_picture_is_nearly_the_crop_of_the_file(tmp_path: Path) -> None:
+def test_a_crop_of_the_shrunk_image_is_nearly_the_crop_of_the_file(tmp_path: Path) -> None:
     smooth(900, 600, scale=40).save(tmp_path / "x.jpg")
     transform = train_transform(112, "crop")
-    picture = transform.load(tmp_path / "x.jpg")
-    kept = transform.shrink(picture)
-    assert kept.shape == (167, 167, 3)
+    decoded = transform.load(tmp_path / "x.jpg")
+    shrunk = transform.shrink(decoded)
+    assert shrunk.shape == (167, 167, 3)
     for seed in range(5):
         torch.manual_seed(seed)
-        direct = transform(picture).int()
+        direct = transform(decoded).int()
         torch.manual_seed(seed)
-        assert (transform.finish(kept, size_of(picture)).int() - direct).abs().float().mean() < 4
+        assert (transform.finish(shrunk, size_of(decoded)).int() - direct).abs().float().mean() < 4
 
 
 def test_normalize_is_bit_equal_to_torchvision_and_leaves_float_pixels_alone() -> None:
@@ -232,12 +239,12 @@ def test_float_cmyk_and_animated_files(tmp_path: Path) -> None:
     assert tuple(np.asarray(load_image(tmp_path / "x.gif"))[0, 0]) == (255, 0, 0)
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"x\.jpg: cannot be read as a picture"):
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("not an image")
+    with pytest.raises(ValueError, match=r"x\.jpg: cannot be read as an image"):
         load_image(tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match=r"x\.jpg: cannot be read as a picture: of no known format$"):
-        load_picture(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match=r"x\.jpg: cannot be read as an image: of no known format$"):
+        decode_image(tmp_path / "x.jpg")
     with pytest.raises(FileNotFoundError):
         load_image(tmp_path / "gone.jpg")
 
@@ -264,7 +271,7 @@ def test_augmentation_varies_keeps_the_scale_and_never_flips(augment: str) -> No
         assert output[:, 100, 0].max() <= 50
 
 
-def test_a_picture_may_be_bytes_or_a_part_of_a_tar_file(tmp_path: Path) -> None:
+def test_an_image_may_be_bytes_or_a_part_of_a_tar_file(tmp_path: Path) -> None:
     Image.new("RGB", (4, 3), (9, 8, 7)).save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.tar").write_bytes(b"before" + content + b"after")
@@ -275,20 +282,17 @@ def test_a_picture_may_be_bytes_or_a_part_of_a_tar_file(tmp_path: Path) -> None:
     for source in (content, part, tmp_path / "x.png"):
         assert size_of(clip_transform(2).load(source)) == (4, 3)
     assert load_image(part).getpixel((0, 0)) == (9, 8, 7)
-    with pytest.raises(ValueError, match=r"^cannot be read as a picture"):
-        load_picture(content[:20])
-    with pytest.raises(ValueError, match=r"x\.tar@0\+9/y: cannot be read as a picture"):
-        load_picture(part_path(f"{tmp_path}/x.tar", 0, 9, "y"))
+    with pytest.raises(ValueError, match=r"^cannot be read as an image"):
+        decode_image(content[:20])
+    with pytest.raises(ValueError, match=r"x\.tar@0\+9/y: cannot be read as an image"):
+        decode_image(part_path(f"{tmp_path}/x.tar", 0, 9, "y"))
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (5001, 10), (10, 5001)])
-def test_a_picture_too_long_to_be_resized_whole_gives_the_same_pixels(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = smooth(*size)
-    whole = clip_transform(56)(picture).int()
-    monkeypatch.setattr("cliptune.preprocess.decode.MAX_PIXELS", 56 * 56 + 1)
-    assert (clip_transform(56)(picture).int() - whole).abs().max() <= 3
+def test_an_image_too_long_to_be_resized_whole_gives_the_same_pixels(size: tuple[int, int]) -> None:
+    image = smooth(*size)
+    whole, part = CenterTransform(56)(image).int(), CenterTransform(56, max_pixels=56 * 56 + 1)(image).int()
+    assert (part - whole).abs().max() <= 3
 
 
 def test_a_word_without_end_has_the_first_tokens_of_clip() -> None:

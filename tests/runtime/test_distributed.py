@@ -132,7 +132,7 @@ def test_a_process_that_fails_ends_all_with_its_error(tmp_path: Path) -> None:
     start = time.monotonic()
     done = torchrun(2, "tests/helpers/worker.py", "fail", str(tmp_path))
     assert done.returncode != 0
-    assert "worker.py (process 1): error: process one has no data" in done.stderr
+    assert "worker.py (rank 1): error: process one has no data" in done.stderr
     assert time.monotonic() - start < 60
 
 
@@ -198,7 +198,7 @@ def test_one_process_initialises_nothing_and_gets_back_what_it_gave() -> None:
         assert distributed.all_sum(values) is values
         assert torch.equal(distributed.gather_rows(values), values)
         assert distributed.gather_sizes(3) == [3]
-        assert distributed.share(3) == slice(0, 3)
+        assert distributed.rank_slice(3) == slice(0, 3)
         assert distributed.any_rank(True)
         assert not distributed.any_rank(False)
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
