@@ -15,6 +15,9 @@ from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import EpochTotals, StepResult
 from cliptune.training.optim import build_optimizer, build_scheduler
+from tests.helpers.models import SMALL_RESNET, small_architectures
+
+__all__ = ["small_architectures"]
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -71,30 +74,30 @@ def test_another_projection_size_keeps_most_of_the_similarities(
 
 
 def test_frozen_means_frozen() -> None:
-    model = CLIPModel("RN50", freeze_backbone=True, pretrained="none")
+    model = CLIPModel(SMALL_RESNET.name, freeze_backbone=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"logit_scale", "image_projection.weight", "text_projection.weight"}
     before = model.backbone.visual.bn1.running_mean.clone()
     assert model.training
-    model.encode_image(torch.randn(2, 3, 224, 224))
+    model.encode_image(torch.randn(2, 3, 64, 64))
     assert torch.equal(model.backbone.visual.bn1.running_mean, before)
 
 
 @pytest.mark.parametrize(("tower", "other"), [("image", "text"), ("text", "image")])
 def test_one_tower_can_be_frozen(tower: str, other: str) -> None:
-    model = CLIPModel("RN50", pretrained="none", freeze_tower=tower)
+    model = CLIPModel(SMALL_RESNET.name, freeze_tower=tower)
     assert model.frozen_towers == (tower,)
     assert not any(value.requires_grad for value in model.tower_state(tower).values())
     assert all(value.requires_grad for value in model.tower_state(other).values() if isinstance(value, nn.Parameter))
     before = {name: value.detach().clone() for name, value in model.state_dict().items() if name.startswith("backbone")}
     trainer = trainer_of(model)
     trainer.model.train()
-    trainer.train_step(torch.randn(2, 3, 224, 224), tokenize(["a", "b"])[0])
+    trainer.train_step(torch.randn(2, 3, 64, 64), tokenize(["a", "b"])[0])
     for side in (tower, other):
         moved = [name for name in model.tower_state(side) if not torch.equal(
             model.backbone.state_dict()[name], before[f"backbone.{name}"])]  # fmt: skip
         assert bool(moved) == (side == other), moved
-    outputs = model.run_image_tower(torch.randn(2, 3, 224, 224)), model.run_text_tower(tokenize(["a", "b"])[0])
+    outputs = model.run_image_tower(torch.randn(2, 3, 64, 64)), model.run_text_tower(tokenize(["a", "b"])[0])
     assert [output.grad_fn is None for output in outputs] == [tower == "image", tower == "text"]
 
 
@@ -115,7 +118,7 @@ def test_a_towers_output_stands_for_its_input(model: CLIPModel) -> None:
 
 
 def test_batchnorm_trains_from_random_and_is_held_when_loaded() -> None:
-    model = CLIPModel("RN50", pretrained="none")
+    model = CLIPModel(SMALL_RESNET.name)
     assert model.backbone.visual.bn1.training
     model.holds_batchnorm = True
     assert not model.train().backbone.visual.bn1.training
@@ -165,9 +168,9 @@ def trainer_of(model: CLIPModel, rate: float = 1e-3, clip_norm: float = 1.0) -> 
 
 def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
     torch.manual_seed(0)
-    model = CLIPModel("ViT-Ti/32")
+    model = CLIPModel("ViT-Mini")
     trainer = trainer_of(model)
-    images, tokens = torch.randn(8, 3, 224, 224), tokenize([f"image {word}" for word in "abcdefgh"])[0]
+    images, tokens = torch.randn(8, 3, 64, 64), tokenize([f"image {word}" for word in "abcdefgh"])[0]
     with torch.no_grad():
         model.logit_scale.fill_(MAX_LOGIT_SCALE + 1)
     result = trainer.train_epoch([(images, tokens, torch.arange(8))])
