@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import clip_gradient, is_sharded, load_optimizer_state, whole
-from cliptune.model.published import PUBLISHED
-from cliptune.model.self_test import check_self_test, compute_self_test
+from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
 from cliptune.model.towers import (
     RunLayer,
     StatisticsSnapshot,
@@ -34,13 +33,13 @@ from cliptune.model.towers import (
     run_by_method,
     running_statistics,
     set_activation,
+    shared_projection,
     text_tower,
 )
-from cliptune.model.weights import Weights, own_weights, read_published, read_weights
+from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
-from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, clip_transform, normalize
-from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
+from cliptune.preprocess.transforms import clip_transform, normalize
 from cliptune.runtime.device import Precision
 from cliptune.runtime.distributed import average, rank
 from cliptune.runtime.messages import count
@@ -60,15 +59,12 @@ ImageInput = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Pa
 TextInput = Tensor | str | Sequence[str]
 
 
-class ModelName(str):
-    """A model name that nobody chose: a weights file may disagree with it without a warning."""
-
-
 class CLIPModel(nn.Module):
     """OpenAI's CLIP, float32, with a projection layer on each tower and one learned temperature.
 
     Args:
-        model_name: `RN50`, `RN101`, `ViT-B/32`, `ViT-B/16`, `ViT-L/14`, ..., or the small `ViT-Ti/32`.
+        model_name: `RN50`, `RN101`, `ViT-B/32`, `ViT-B/16`, `ViT-L/14`, ..., or the small `ViT-Ti/32`. None: what a
+            weights file holds, else `ViT-B/32`.
         projection_dim: size of the shared space. None or the backbone's own size: the layers start as the identity, so
             the features are the backbone's, bit for bit. A smaller size starts from the leading right singular vectors
             of both towers' stacked output projections, a larger one from a rotation into it.
@@ -89,7 +85,7 @@ class CLIPModel(nn.Module):
 
     def __init__(
         self,
-        model_name: str = ModelName(DEFAULT_MODEL_NAME),
+        model_name: str | None = None,
         projection_dim: int | None = None,
         freeze_backbone: bool = False,
         pretrained: str | Path | Weights = "auto",
@@ -100,16 +96,13 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
         self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
-        if isinstance(pretrained, Weights):
-            weights: Weights | None = pretrained
-        else:
-            weights = _find_weights(model_name, str(pretrained), activation=activation)
+        weights = find_weights(model_name, pretrained, activation=activation)
         # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is None:
-            architecture = known_architecture(model_name)
+            architecture = known_architecture(model_name or DEFAULT_MODEL_NAME)
             self.architecture = replace(architecture, activation=activation or architecture.activation)
             self.backbone = build_backbone(self.architecture)
         else:
@@ -196,7 +189,7 @@ class CLIPModel(nn.Module):
             ValueError: pixels of another type, or a file that is no image.
             FileNotFoundError: no such file.
         """
-        pixels = images if isinstance(images, Tensor) else self._preprocess(images)
+        pixels = images if isinstance(images, Tensor) else self._preprocess(images)  # [B, 3, R, R]
         return self.project_image(self.run_image_tower(pixels))
 
     def encode_text(self, texts: TextInput) -> Tensor:
@@ -234,6 +227,7 @@ class CLIPModel(nn.Module):
         Returns:
             `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
         """
+        # a frozen tower's output may come in place of its input: pixels have 4 dimensions, tokens are integers
         image_features = self.project_image(images) if images.ndim == 2 else self.encode_image(images)
         text_features = self.project_text(tokens) if tokens.is_floating_point() else self.encode_text(tokens)
         return image_features, text_features
@@ -267,7 +261,7 @@ class CLIPModel(nn.Module):
             self.backbone.visual.eval()
         if "text" in self.frozen_towers:
             self.backbone.transformer.eval()
-        if self.holds_batchnorm:
+        if self.holds_batchnorm:  # eval mode does not hold gradients back: scale and shift of BatchNorm still train
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -285,6 +279,7 @@ class CLIPModel(nn.Module):
             set_activation(self.backbone, activation)
 
     def _layer_runner(self, tower: str) -> RunLayer | None:
+        # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs
         run_layer = self._run_layer[tower] if self.training else None
         return run_by_method(run_layer) if is_sharded(self) else run_layer
 
@@ -299,19 +294,16 @@ class CLIPModel(nn.Module):
         size = projection_dim or (len(stored["image_projection.weight"]) if stored else self.architecture.embed_dim)
         self.image_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
         self.text_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
-        if stored and len(stored["image_projection.weight"]) == size:
+        if stored and len(stored["image_projection.weight"]) == size:  # a checkpoint goes on with its own
             self.image_projection.weight.data.copy_(stored["image_projection.weight"])
             self.text_projection.weight.data.copy_(stored["text_projection.weight"])
             return
-        shared = _shared_map(self.backbone, size)
+        shared = shared_projection(self.backbone, size)
         self.image_projection.weight.data.copy_(shared)
         self.text_projection.weight.data.copy_(shared)
         if size < self.architecture.embed_dim and weights is not None:
-            logger.warning(
-                "projection_dim %d is smaller than the backbone's %d: zero-shot quality is reduced",
-                size,
-                self.architecture.embed_dim,
-            )
+            message = "projection_dim %d is smaller than the backbone's %d: zero-shot quality is reduced"
+            logger.warning(message, size, self.architecture.embed_dim)
 
 
 def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
@@ -322,11 +314,10 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
         self_test = compute_self_test(model)
-    preprocessing = {"version": PREPROCESSING_VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
     return {
         **state,
         "activation": model.architecture.activation,
-        "preprocessing": {**preprocessing, "resolution": model.image_resolution},
+        "preprocessing": describe_preprocessing(model.image_resolution),
         "temperature": math.exp(-model.logit_scale.item()),
         "self_test": self_test,
     }
@@ -504,39 +495,6 @@ def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str
     if freeze_backbone:
         raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {freeze_tower!r} only one: choose one")
     return (freeze_tower,)
-
-
-def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -> Weights | None:
-    """Read the weights that `pretrained` names; None: random ones."""
-    if pretrained not in {"auto", "openai", "none"}:
-        weights = read_weights(Path(pretrained), activation=activation)
-        if weights.architecture.name != model_name and not isinstance(model_name, ModelName):
-            message = "%s holds a %s, and the file decides: the model name %s is not used"
-            logger.warning(message, pretrained, weights.architecture.name, model_name)
-        return weights
-    known_architecture(model_name)  # a wrong name is told before anything is looked for
-    if pretrained == "none" or (pretrained == "auto" and model_name not in PUBLISHED):
-        return None
-    return read_published(model_name, activation=activation)
-
-
-def _shared_map(backbone: Any, size: int) -> Tensor:
-    """Return the projection layers' common start, `[size, embed_dim]`.
-
-    Both layers start as the same map P, so that similarities start as the backbone's: (P x) . (P y) = x . y where P's
-    columns are orthonormal, which needs a size of at least embed_dim. A smaller space keeps the directions in which
-    both towers' outputs can differ most.
-    """
-    visual = backbone.visual
-    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T  # [width, embed_dim]
-    embed_dim = image_map.shape[1]
-    if size == embed_dim:
-        return torch.eye(embed_dim)
-    if size > embed_dim:
-        generator = torch.Generator().manual_seed(0)
-        return cast(Tensor, torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q)
-    stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
-    return cast(Tensor, torch.linalg.svd(stacked, full_matrices=False).Vh[:size])
 
 
 __all__ = ["ARCHITECTURES", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]

@@ -94,6 +94,7 @@ def _resnet(
 ) -> Architecture:
     """Describe a ResNet by its blocks a stage and its width; its text tower has 12 layers."""
     vit = _vit(name, embed_dim, resolution, 1, image=(width, 0), text=(text_width, 12))
+    # the last stage gives 32 x width channels, which attention pooling splits into heads of 64
     return replace(vit, vision_layers=layers, vision_patch_size=None, vision_heads=width // 2)
 
 

@@ -34,54 +34,37 @@ SILENCE_SECONDS = 10.0
 """Without a byte until a download counts as broken."""
 
 
-class Published(NamedTuple):
-    """Where one of OpenAI's models is published."""
-
-    archive: str
-    """`<SHA-256>/<file>`, below OpenAI's address or a mirror's."""
-    hub_repo: str
-    """The same weights on the Hugging Face Hub, by timm's name (as in open_clip's table of pretrained models)."""
-    transformers_repo: str | None = None
-    """The same by the names of transformers, which many have in their cache; there are no ResNets."""
-
-
-PUBLISHED = {
-    "RN50": Published(
-        "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt", "timm/resnet50_clip.openai"
-    ),
-    "RN101": Published(
-        "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt", "timm/resnet101_clip.openai"
-    ),
-    "RN50x4": Published(
-        "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt", "timm/resnet50x4_clip.openai"
-    ),
-    "RN50x16": Published(
-        "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa/RN50x16.pt", "timm/resnet50x16_clip.openai"
-    ),
-    "RN50x64": Published(
-        "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c/RN50x64.pt", "timm/resnet50x64_clip.openai"
-    ),
-    "ViT-B/32": Published(
-        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-        "timm/vit_base_patch32_clip_224.openai",
-        "openai/clip-vit-base-patch32",
-    ),
-    "ViT-B/16": Published(
-        "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-        "timm/vit_base_patch16_clip_224.openai",
-        "openai/clip-vit-base-patch16",
-    ),
-    "ViT-L/14": Published(
-        "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-        "timm/vit_large_patch14_clip_224.openai",
-        "openai/clip-vit-large-patch14",
-    ),
-    "ViT-L/14@336px": Published(
-        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
-        "timm/vit_large_patch14_clip_336.openai",
-        "openai/clip-vit-large-patch14-336",
-    ),
+ARCHIVES = {
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa/RN50x16.pt",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c/RN50x64.pt",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
 }
+"""OpenAI's own files, `<SHA-256>/<file>` below their address or a mirror's."""
+HUB_REPOS = {
+    "RN50": "timm/resnet50_clip.openai",
+    "RN101": "timm/resnet101_clip.openai",
+    "RN50x4": "timm/resnet50x4_clip.openai",
+    "RN50x16": "timm/resnet50x16_clip.openai",
+    "RN50x64": "timm/resnet50x64_clip.openai",
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+}
+"""The same weights on the Hugging Face Hub, by timm's names (as in open_clip's table of pretrained models)."""
+TRANSFORMERS_REPOS = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+"""The same by the names of transformers, which many have in their cache. There are no ResNets."""
 
 
 def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
@@ -91,28 +74,27 @@ def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
     `CLIP_MIRROR` (a base address with OpenAI's files at `<SHA-256>/<file>`), OpenAI, the Hugging Face Hub.
 
     Args:
-        name: of a model in `PUBLISHED`.
+        name: of a model in `ARCHIVES`.
         cache_dir: where OpenAI's archives lie; None: `~/.cache/clip`, as in OpenAI's own code.
 
     Raises:
         ValueError: nothing was published under that name.
         OSError: they cannot be had; says why, what to fetch from where and where to put it.
     """
-    if name not in PUBLISHED:
+    if name not in ARCHIVES:
         raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
-    published = PUBLISHED[name]
-    sha256, file_name = published.archive.split("/")
+    sha256, file_name = ARCHIVES[name].split("/")
     path = (cache_dir or Path.home() / ".cache" / "clip") / file_name
     if path.is_file():
         if file_sha256(path) == sha256:
             return path
         logger.warning("%s is damaged or another file (its SHA-256 differs)", path)
-    if (cached := cached_weights(published)) is not None:
+    if (cached := cached_weights(name)) is not None:
         logger.info("%s: weights from %s", name, cached)
         return cached
     mirror = os.environ.get("CLIP_MIRROR")
-    urls = [f"{base.rstrip('/')}/{published.archive}" for base in (mirror, OPENAI_URL) if base]
-    sources = [*(archive_source(url, path, sha256=sha256) for url in urls), hub_source(published.hub_repo)]
+    urls = [f"{base.rstrip('/')}/{ARCHIVES[name]}" for base in (mirror, OPENAI_URL) if base]
+    sources = [*(archive_source(url, path, sha256=sha256) for url in urls), hub_source(HUB_REPOS[name])]
     try:
         return fetch_first(sources)
     except OSError as error:
@@ -185,14 +167,17 @@ def hub_source(repo: str, file_name: str = HUB_FILE) -> Source:
     `huggingface_hub` resumes and tries again; its settings count (`HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, ...).
     """
 
-    def ask(seconds: float) -> None:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url  # noqa: PLC0415  (only where weights are fetched)
+    from huggingface_hub import (  # noqa: PLC0415  (only where weights are fetched)
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
+    def ask(seconds: float) -> None:
         get_hf_file_metadata(hf_hub_url(repo, file_name), timeout=seconds)
 
     def fetch() -> Path:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415
-
         # a file that is in the cache all the same is damaged there, and would not be asked for again
         damaged = isinstance(try_to_load_from_cache(repo, file_name), str)
         path = Path(hf_hub_download(repo, file_name, force_download=damaged))
@@ -203,14 +188,15 @@ def hub_source(repo: str, file_name: str = HUB_FILE) -> Source:
     return Source(f"{repo} on the Hugging Face Hub", ask, fetch)
 
 
-def cached_weights(published: Published) -> Path | None:
-    """Find intact weights in the cache of `huggingface_hub`, without any network; None: there are none."""
+def cached_weights(name: str) -> Path | None:
+    """Find a model's intact weights in the cache of `huggingface_hub`, without any network; None: there are none."""
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (only where weights are looked for)
 
-    places = [(published.hub_repo, HUB_FILE), (published.transformers_repo, "model.safetensors"),
-              (published.transformers_repo, "pytorch_model.bin")]  # fmt: skip
-    for repo, file_name in places:
-        found = try_to_load_from_cache(repo, file_name) if repo else None
+    files = [(HUB_REPOS[name], HUB_FILE)]
+    if name in TRANSFORMERS_REPOS:
+        files += [(TRANSFORMERS_REPOS[name], file_name) for file_name in ("model.safetensors", "pytorch_model.bin")]
+    for repo, file_name in files:
+        found = try_to_load_from_cache(repo, file_name)
         if isinstance(found, str):
             if _has_its_sha256(Path(found)):
                 return Path(found)

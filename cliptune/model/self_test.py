@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cliptune.preprocess.transforms import clip_transform
+from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, VERSION, clip_transform
 from cliptune.runtime.device import exact_products
 
 TOLERANCE = 1e-4
@@ -41,6 +41,11 @@ def compute_self_test(model: Any) -> dict[str, Any]:
     if not (image_features.isfinite().all() and text_features.isfinite().all()):
         raise FloatingPointError("the weights give features that are not finite: they are not saved")
     return {**self_test, "image_features": image_features, "text_features": text_features}
+
+
+def describe_preprocessing(resolution: int) -> dict[str, Any]:
+    """Return what a checkpoint tells people of the preprocessing that its features depend on."""
+    return {"version": VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD), "resolution": resolution}
 
 
 def check_self_test(model: Any, self_test: Any, *, source: str) -> None:

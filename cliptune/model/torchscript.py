@@ -58,7 +58,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 class _Container:
-    """Stands for an object of the archived program; keeps its attributes and none of its behaviour."""
+    """Stands for an object of the archived program; has its attributes and none of its behaviour."""
 
     def __setstate__(self, state: Any) -> None:
         self.attributes: dict[str, Any] = state if isinstance(state, dict) else {}
@@ -72,6 +72,7 @@ class _Storage:
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     if not isinstance(storage, Tensor):
         raise pickle.UnpicklingError("a tensor without storage")
+    # a view may tell one number many times over (stride 0): nobody's weights do, and `clone` would make them all
     if math.prod(size) > len(storage):
         raise pickle.UnpicklingError("a tensor of more numbers than are stored")
     return storage.as_strided(size, stride, offset).clone()
@@ -88,6 +89,7 @@ class _TensorUnpickler(pickle.Unpickler):
         self.root = root
 
     def find_class(self, module: str, name: str) -> Any:
+        # all that a pickle can run are the things it names here; whatever is not known is refused
         if module.startswith("__torch__"):
             return _Container
         if module == "torch" and name in _DTYPES:
@@ -104,6 +106,7 @@ class _TensorUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
+        # ("storage", its class, its file's name below data/, the device it was on, its length)
         kind, storage, key, _, numel = pid
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")

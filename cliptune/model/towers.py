@@ -264,6 +264,25 @@ def set_activation(backbone: nn.Module, activation: str) -> None:
             module.mlp.gelu = make()
 
 
+def shared_projection(backbone: Any, size: int) -> Tensor:
+    """Return the common start of the projection layers on both towers, `[size, embed_dim]`.
+
+    Both layers start as the same map P, so that similarities start as the backbone's: (P x) . (P y) = x . y where P's
+    columns are orthonormal, which needs a size of at least embed_dim. A smaller space keeps the directions in which
+    both towers' outputs can differ most.
+    """
+    visual = backbone.visual
+    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T  # [width, embed_dim]
+    embed_dim = image_map.shape[1]
+    if size == embed_dim:
+        return torch.eye(embed_dim)
+    if size > embed_dim:
+        generator = torch.Generator().manual_seed(0)
+        return cast(Tensor, torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q)
+    stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
+    return cast(Tensor, torch.linalg.svd(stacked, full_matrices=False).Vh[:size])
+
+
 def _call(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
     return function(*arguments, **options)
 

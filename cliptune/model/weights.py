@@ -7,6 +7,7 @@ the rest through safetensors.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cliptune.model.architectures import ARCHITECTURES, GELU, QUICK_GELU, Architecture, describe_architecture
+from cliptune.model.architectures import (
+    ARCHITECTURES,
+    DEFAULT_MODEL_NAME,
+    GELU,
+    QUICK_GELU,
+    Architecture,
+    describe_architecture,
+    known_architecture,
+)
 from cliptune.model.checkpoint_file import is_checkpoint, load_tensors
-from cliptune.model.published import published_weights
+from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.torchscript import is_torchscript, read_torchscript
 
+logger = logging.getLogger(__name__)
+
+NAMED_WEIGHTS = ("auto", "openai", "none")
+"""OpenAI's where published, OpenAI's, random ones."""
 # open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
 _UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
 
@@ -35,6 +48,35 @@ class Weights(NamedTuple):
     """What a checkpoint of this toolkit is checked by."""
     source: str = ""
     """Where they come from."""
+
+
+def find_weights(
+    model_name: str | None, pretrained: str | Path | Weights, *, activation: str | None = None
+) -> Weights | None:
+    """Read the weights that `--pretrained` names; None: random ones.
+
+    Args:
+        model_name: for which `auto`, `openai` or `none` is meant; None: the default's.
+        pretrained: one of these, a file or folder (see `read_weights`), or weights that are read already.
+        activation: `quick_gelu` or `gelu`, for files that do not tell.
+
+    Raises:
+        ValueError: an unknown model name, or weights that cannot be used.
+        OSError: there are none; says how to get them.
+    """
+    if isinstance(pretrained, Weights):
+        return pretrained
+    name = model_name or DEFAULT_MODEL_NAME
+    if str(pretrained) not in NAMED_WEIGHTS:
+        weights = read_weights(Path(pretrained), activation=activation)
+        if model_name not in {None, weights.architecture.name}:
+            message = "%s holds a %s, and the file decides: the model name %s is not used"
+            logger.warning(message, pretrained, weights.architecture.name, model_name)
+        return weights
+    known_architecture(name)  # a wrong name is told before anything is looked for
+    if pretrained == "none" or (pretrained == "auto" and name not in ARCHIVES):
+        return None
+    return read_published(name, activation=activation)
 
 
 def read_published(name: str, *, activation: str | None = None) -> Weights:
@@ -105,6 +147,7 @@ def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
         raise ValueError(f"{source}: damaged checkpoint ({type(error).__name__}: {error})") from None
     except ValueError as error:
         raise ValueError(f"{source}: damaged checkpoint: {error}") from None
+    # what the tensors' shapes say must be what the checkpoint says: nothing is built of sizes that nobody can hold
     found = _architecture_of(
         tensors, Path(source), activation=architecture.activation, vision_heads=architecture.vision_heads
     )
@@ -124,7 +167,7 @@ def _weights_file(path: Path) -> Path:
             raise FileNotFoundError(f"{path}: no weights file in this folder; looked for {', '.join(names)}")
         return found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of auto, openai, none")
+        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of {', '.join(NAMED_WEIGHTS)}")
     return path
 
 
@@ -245,11 +288,11 @@ def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         new = name
         for old, openai in _HUGGING_FACE_NAMES:
             new = new.replace(old, openai)
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # OpenAI's one in_proj is [q; k; v], stacked along the output
             parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
             new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
             converted[new] = torch.cat(parts)
-        elif name == "visual_projection.weight":
+        elif name == "visual_projection.weight":  # x @ proj there, a Linear's x @ weight.T here
             converted["visual.proj"] = tensor.T.contiguous()
         elif name == "text_projection.weight":
             converted["text_projection"] = tensor.T.contiguous()
@@ -287,7 +330,8 @@ def _architecture_of(
 
 
 def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    width, _, _, patch = tensors["visual.conv1.weight"].shape
+    width, _, _, patch = tensors["visual.conv1.weight"].shape  # [width, 3, patch, patch]
+    # one position a patch, and one for the class token
     grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     return {
         "image_resolution": patch * grid,
@@ -300,6 +344,7 @@ def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _resnet_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
     width = tensors["visual.layer1.0.conv1.weight"].shape[0]
+    # the stem and the four stages shrink an image 32-fold; attention pooling has one position a cell, and one of all
     grid = round((tensors["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
     return {
         "image_resolution": grid * 32,

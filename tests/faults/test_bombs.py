@@ -17,7 +17,7 @@ from clip_model import CLIPModel
 from cliptune.cli import load_config
 from cliptune.data.row_store import ImageCache
 from cliptune.features.cache import FeatureStore
-from cliptune.model.checkpoint_file import load_checkpoint, load_tensors
+from cliptune.model.checkpoint_file import FORMAT_VERSION, load_checkpoint, load_tensors
 from cliptune.model.weights import read_weights
 from cliptune.preprocess.transforms import clip_transform
 from train import main
@@ -55,7 +55,7 @@ def plain_pickle(path: Path) -> None:
 
 
 def torch_file(path: Path) -> None:
-    torch.save({"model_state_dict": {"x": Bomb()}, "architecture": {}, "format_version": 2}, path)
+    torch.save({"model_state_dict": {"x": Bomb()}, "architecture": {}, "format_version": FORMAT_VERSION}, path)
 
 
 def legacy_torch_file(path: Path) -> None:
@@ -137,8 +137,8 @@ def test_safetensors_that_carry_a_bomb_are_tensors() -> None:
         read_weights(Path("bomb.safetensors"), activation="gelu")
 
 
-def test_kept_features_are_numbers_whatever_is_in_their_files() -> None:
-    folder, bomb = Path("kept"), pickle.dumps([Bomb()] * 9)
+def test_cached_features_are_numbers_whatever_is_in_their_files() -> None:
+    folder, bomb = Path("cache"), pickle.dumps([Bomb()] * 9)
     folder.mkdir()
     np.save(folder / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     for ending in (".rows", ".keys"):
@@ -151,15 +151,15 @@ def test_kept_features_are_numbers_whatever_is_in_their_files() -> None:
     assert store.gather(np.arange(len(store))).dtype == np.float32
 
 
-def test_kept_pictures_are_decoded_again_whatever_is_in_their_files(sample_dir: Path) -> None:
+def test_cached_images_are_decoded_again_whatever_is_in_their_files(sample_dir: Path) -> None:
     path, transform = str(sample_dir / "images" / "scene_00000.png"), clip_transform(32)
-    expected, _ = ImageCache(Path("kept"), [path], transform).load(path)
-    for file in Path("kept").iterdir():
+    expected, _ = ImageCache(Path("cache"), [path], transform).load(path)
+    for file in Path("cache").iterdir():
         file.write_bytes((pickle.dumps(Bomb()) * 200)[: file.stat().st_size] if file.suffix == ".pixels" else b"")
     for content in (b"", pickle.dumps(Bomb()) * 9):
-        for file in Path("kept").glob("*.entries"):
+        for file in Path("cache").glob("*.entries"):
             file.write_bytes(content)
-        pixels, _ = ImageCache(Path("kept"), [path], transform).load(path)
+        pixels, _ = ImageCache(Path("cache"), [path], transform).load(path)
         assert np.array_equal(pixels, expected)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from cliptune.model import published
 from cliptune.model.architectures import ARCHITECTURES
-from cliptune.model.published import PUBLISHED, archive_source, fetch_first, published_weights
+from cliptune.model.published import ARCHIVES, HUB_REPOS, archive_source, fetch_first, published_weights
 from cliptune.runtime.openai_clip import import_clip
 from tests.helpers.local_server import Answer, send, serving
 
@@ -32,16 +32,16 @@ NOBODY = "http://127.0.0.1:9"
 
 
 def test_the_table_is_that_of_openais_package() -> None:
-    ours = {name: f"{published.OPENAI_URL}/{model.archive}" for name, model in PUBLISHED.items()}
+    ours = {name: f"{published.OPENAI_URL}/{archive}" for name, archive in ARCHIVES.items()}
     assert ours == import_clip().clip._MODELS
-    assert set(PUBLISHED) < set(ARCHITECTURES)
+    assert ARCHIVES.keys() == HUB_REPOS.keys() < ARCHITECTURES.keys()
 
 
 def test_the_names_on_the_hub_are_those_of_open_clips_table() -> None:
     open_clip = pytest.importorskip("open_clip")
-    for name, model in PUBLISHED.items():
+    for name, repo in HUB_REPOS.items():
         told = open_clip.get_pretrained_cfg(re.sub("@336px", "-336", name).replace("/", "-"), "openai")
-        assert told["hf_hub"].strip("/") == model.hub_repo
+        assert told["hf_hub"].strip("/") == repo
 
 
 def set_proxy(monkeypatch: pytest.MonkeyPatch, **addresses: str) -> None:
@@ -245,15 +245,15 @@ def test_weights_in_the_hubs_cache_need_no_network(
 
 
 def test_the_image_tower_that_timm_keeps_beside_both_is_not_taken(hub_cache: Path, tmp_path: Path) -> None:
-    put_into_hub_cache(hub_cache, PUBLISHED["RN50"].hub_repo, "model.safetensors", CONTENT)
-    assert published.cached_weights(PUBLISHED["RN50"]) is None
+    put_into_hub_cache(hub_cache, HUB_REPOS["RN50"], "model.safetensors", CONTENT)
+    assert published.cached_weights("RN50") is None
 
 
 def test_an_archive_on_this_machine_is_taken_and_a_damaged_one_is_not(
     hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     set_proxy(monkeypatch, https_proxy=NOBODY)
-    monkeypatch.setitem(PUBLISHED, "RN50", PUBLISHED["RN50"]._replace(archive=f"{SHA256}/RN50.pt"))
+    monkeypatch.setitem(ARCHIVES, "RN50", f"{SHA256}/RN50.pt")
     (tmp_path / "RN50.pt").write_bytes(CONTENT)
     assert published_weights("RN50", cache_dir=tmp_path) == tmp_path / "RN50.pt"
     (tmp_path / "RN50.pt").write_bytes(CONTENT[:-1])
@@ -273,7 +273,7 @@ def test_weights_that_cannot_be_had_name_every_reason_and_way_out(
         monkeypatch.setenv("CLIP_MIRROR", server.base)
         with pytest.raises(OSError, match="no weights for RN50") as error:
             published_weights("RN50", cache_dir=tmp_path)
-    message, archive = str(error.value), PUBLISHED["RN50"].archive
+    message, archive = str(error.value), ARCHIVES["RN50"]
     for part in (
         f"{server.base}/{archive} cannot be had (invalid hash value",
         f"{published.OPENAI_URL}/{archive} cannot be had (Connection refused)",
@@ -299,12 +299,12 @@ def hub_answer(content: bytes = CONTENT) -> Answer:
     return answer
 
 
-def ask_hub(endpoint: str, cache: Path, **environment: str) -> str:
+def ask_hub(endpoint: str, cache: Path, *, answer_seconds: int = 60, **environment: str) -> str:
     """Return the path that was found, or the reason that was given."""
     code = f"""
 from cliptune.model.published import fetch_first, hub_source
 try:
-    print(fetch_first([hub_source({REPO!r})], answer_seconds=2))
+    print(fetch_first([hub_source({REPO!r})], answer_seconds={answer_seconds}))
 except OSError as error:
     print(error)
 """
@@ -339,5 +339,5 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert "HF_HUB_OFFLINE" in ask_hub(endpoint, tmp_path, HF_HUB_OFFLINE="1")
-        assert re.search(r"no answer within 2 s|timed out", ask_hub(endpoint, tmp_path))
+        assert re.search(r"no answer within 2 s|timed out", ask_hub(endpoint, tmp_path, answer_seconds=2))
     assert "Connection refused" in ask_hub(endpoint, tmp_path)

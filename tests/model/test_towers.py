@@ -54,7 +54,9 @@ def assert_same(got: Tensor, expected: Tensor, parameters: list[nn.Parameter]) -
         assert (have - want).norm() <= max(1e-5 * want.norm(), 1e-6 * whole)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "RN50x64")) for name in ARCHITECTURES]
+)
 def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
     shape = ARCHITECTURES[name]
     # the image tower has no part in it
