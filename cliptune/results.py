@@ -58,7 +58,7 @@ class Recalls(Recorded):
 class Chance(Recalls):
     """What a random ranking gives, and the loss of a model for which all pairs of a batch look alike."""
 
-    val_loss: Number | None = None
+    val_loss: Annotated[Number, Field(ge=0, le=44)] | None = None
     """ln(images in a validation batch): a validation set smaller than a training batch is one batch."""
 
 
