@@ -258,12 +258,13 @@ def _metavar(name: str, field: FieldInfo) -> str:
 
 def _hint(name: str, known: dict[str, str]) -> str:
     """Say which of the known names is meant, as it is shown; nothing where that would be a guess."""
-    name = name.lower().replace("-", "_")
+    name = shorten(name).lower().replace("-", "_")
     if RENAMED.get(name) in known:
         return f"; it is now {known[RENAMED[name]]}"
     meant = MEANT.get(name, name)
     words = set(name.split("_"))
-    same_words = [flag for flag in known if words <= set(flag.split("_"))]  # `epochs`, `lr_scale`
+    # `epochs` is in num_epochs alone, so that is meant; `size` is in batch_size and in shard_size, so nobody knows
+    same_words = [flag for flag in known if words <= set(flag.split("_"))]
     likely = [
         *(flag for flag in (meant, MEANT.get(meant), RENAMED.get(meant)) if flag in known),
         *(same_words if len(same_words) == 1 else []),
@@ -282,6 +283,7 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{source}: {group}: expected an object, got {shorten(repr(target))}")
+        # `--val_data none` undoes what config.json says; but `--augment none` is one of its choices
         optional = NoneType in get_args(field.annotation)
         target[last] = None if optional and str(value).lower() in {"none", "null"} else value
     try:
@@ -293,6 +295,8 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
 def _describe(error: ValidationError, flags: Iterable[Flag], given: dict[str, Any], source: Path | None) -> list[str]:
     """Say in a line for each flag or key what is wrong with it."""
     names = {flag.key: flag.name for flag in flags}
+    # an unknown key is looked up by the last part of a key and by the flag's name, and shown as it stands in the file:
+    # {"lr": 1} means training.learning_rate, {"model": {"model_name": ...}} means model.name
     known = {name: ".".join(key[: depth + 1]) for key in names for depth, name in enumerate(key)}
     known |= {name: ".".join(key) for key, name in names.items()}
     lines: dict[str, str] = {}
@@ -300,14 +304,15 @@ def _describe(error: ValidationError, flags: Iterable[Flag], given: dict[str, An
         loc = tuple(str(part) for part in issue["loc"])
         key = next((key for key in names if loc[: len(key)] == key), loc)  # of a union, `loc` names the option too
         in_file = f"{source or 'settings'}: {shorten('.'.join(key))}".rstrip(": ")
-        place = f"--{names[key]}" if names.get(key) in given else in_file
+        where = f"--{names[key]}" if names.get(key) in given else in_file
         if issue["type"] == "extra_forbidden":
-            lines[place] = f"unknown key{_hint(loc[-1], known)}"
+            lines[where] = f"unknown key{_hint(loc[-1], known)}"
         elif issue["type"] == "value_error":
-            lines[place] = str(issue["ctx"]["error"])
+            lines[where] = str(issue["ctx"]["error"])
         else:
+            # a union has an issue for each of its options: "expected a valid integer or 'auto', got 'x'"
             wanted = issue["msg"].removeprefix("Input should be ").partition(", unable")[0]
             wanted = "an object" if issue["type"] == "model_type" else wanted
-            before = f"{lines[place].rpartition(', got ')[0]} or " if place in lines else "expected "
-            lines[place] = f"{before}{wanted}, got {shorten(repr(issue['input']))}"
-    return [f"{place}: {message}" for place, message in lines.items()]
+            before = f"{lines[where].rpartition(', got ')[0]} or " if where in lines else "expected "
+            lines[where] = f"{before}{wanted}, got {shorten(repr(issue['input']))}"
+    return [f"{where}: {message}" for where, message in lines.items()]

@@ -58,7 +58,7 @@ class Recalls(Recorded):
 class Chance(Recalls):
     """What a random ranking gives, and the loss of a model for which all pairs of a batch look alike."""
 
-    val_loss: Number | None = None
+    val_loss: Annotated[Number, Field(ge=0, le=44)] | None = None
     """ln(images in a validation batch): a validation set smaller than a training batch is one batch."""
 
 
@@ -91,6 +91,7 @@ class EpochRecord(Metrics):
     val_loss: Number
 
 
+# a list of three in the file: with names, 500 points would be most of it
 class SchedulePoint(NamedTuple):
     """The rates of the update that follows `step` updates; after the last one both are 0."""
 
@@ -220,6 +221,7 @@ def read(path: Path) -> TrainingResults | EvaluationResults:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path}: not a results file: it has {size / 1e6:,.0f} MB")
     values = read_json_object(path)
+    # a training file that lacks one of its keys is told so, not taken for an evaluation
     kind = TrainingResults if any(key in values for key in _TRAINING_ONLY_KEYS) else EvaluationResults
     try:
         return kind.model_validate(values)
@@ -229,6 +231,7 @@ def read(path: Path) -> TrainingResults | EvaluationResults:
 
 def write(path: Path, results: TrainingResults | EvaluationResults) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
+    # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))
 
 

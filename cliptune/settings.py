@@ -30,6 +30,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 def _check_interval(value: int | str | None) -> int | str | None:
     if value is None:
         return None
+    # what was typed is what is stored and shown; RunSettings gives it as plain numbers
     text = str(value)
     number = text[:-1] if text[-1:] in SECONDS_OF_UNIT else text
     if not (number.isdecimal() and int(number)):
@@ -76,6 +77,7 @@ class Settings(BaseModel):
     @classmethod
     def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            # pydantic takes true for 1, so {"batch_size": true} would train with batches of one pair
             for key, value in values.items():
                 field = cls.model_fields.get(key)
                 if isinstance(value, bool) and field is not None and field.annotation is not bool:
@@ -219,6 +221,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_feature_views(self) -> Config:
+        # views are cached outputs of the image tower, so it must be frozen; views of images that are never cropped or
+        # recoloured would be copies of one
         views = self.data.feature_views
         if views and not (self.model.freeze_backbone or self.model.freeze_tower == "image"):
             raise ValueError(f"feature_views {views} needs a frozen image tower: freeze_backbone, freeze_tower image")
