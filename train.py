@@ -38,12 +38,13 @@ from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import Shards, is_shards
 from cliptune.data.skipped import SkippedData
 from cliptune.data.splits import training_pairs
-from cliptune.features.cache import FeatureCache, FeatureLoader, PairFeatures
-from cliptune.features.metrics import RECALL_KEYS
+from cliptune.features.cache import FeatureCache, FeatureLoader
+from cliptune.features.encode import Encoder, PairOutputs
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, load_optimizer_state, parallel_model, whole
 from cliptune.model.towers import running_statistics
 from cliptune.preprocess.transforms import train_transform
+from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import (
     Precision,
     can_compile,
@@ -211,8 +212,16 @@ class Run:
         self.num_workers = default_num_workers(model.device) if workers is None else workers
         self.cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         self.image_cache_dir = self.cache_dir / "images" if config.data.cache_images else None
+        self.encoder = Encoder(
+            model,
+            ImageTextDataset,
+            precision=precision,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            image_cache_dir=self.image_cache_dir,
+        )
         self.cache = self._open_cache()
-        self.val_features: PairFeatures | None = None
+        self.val_features: PairOutputs | None = None
         self.loader = self._open_loader()
         scale = settings.backbone_lr_scale
         self.backbone_lr_scale = (1.0 if model.starts_random else 0.01) if scale is None else scale
@@ -394,13 +403,7 @@ class Run:
         if is_sharded(self.model):
             logger.info("no features of frozen towers are kept with --parallel fsdp: they run in every epoch")
             return None
-        return FeatureCache(
-            self.model,
-            self.cache_dir / "features",
-            precision=self.precision,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-        )
+        return FeatureCache(self.encoder, self.cache_dir / "features")
 
     @property
     def eval_batch_size(self) -> int:
@@ -572,14 +575,10 @@ class Run:
 
     def _evaluate(self) -> Evaluation:
         return evaluate(
-            self.model,
+            self.encoder,
             self.pairs["val"],
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            precision=self.precision,
             loss_batch_size=self.config.training.batch_size,
-            cache_dir=self.image_cache_dir,
-            kept=self.val_features,
+            cached=self.val_features,
             on_unreadable_image=self.skipped_data.note,
         )
 

@@ -229,7 +229,7 @@ class EvaluationSettings(Settings):
     max_skipped_fraction: SkippedFraction | None = Field(
         None, description="share of the index's entries that may be bad; none: as the checkpoint's run"
     )
-    batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    encode_batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
     num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
     precision: Precision | None = Field(None, description="auto, fp32, bf16, fp16; none: as the checkpoint's run")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from clip_model import CLIPModel, MultimodalTrainer
-from cliptune.features.metrics import RECALL_KEYS
 from cliptune.model import weights as pretrained
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.self_test import TEXTS
+from cliptune.results import RECALL_KEYS
 from cliptune.training import memory
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset

@@ -97,13 +97,12 @@ class RowStore:
             what=count(num_empty, f"cached {what}", f"cached {what}s"),
             way_out=way_out,
         )
-        if len(new):
-            records = np.zeros(len(new), dtype=RECORD)
-            records["key"] = new
-            with self._keys_path.open("ab") as file:
-                # a writer that was killed may have left a part of a record
-                _write(file, b"\0" * (-file.tell() % RECORD.itemsize) + records.tobytes())
-            indices, _ = self._find(keys)  # another run may have added its keys before ours, or ours
+        records = np.zeros(len(new), dtype=RECORD)
+        records["key"] = new
+        with self._keys_path.open("ab") as file:
+            # a writer that was killed may have left a part of a record
+            _write(file, b"\0" * (-file.tell() % RECORD.itemsize) + records.tobytes())
+        indices, _ = self._find(keys)  # another run may have added its keys before ours, or ours
         self._make_room(1 + int(indices.max(initial=-1)))
         self.reopen()
         return indices
@@ -172,11 +171,9 @@ class RowStore:
     def _open(self) -> _Files:
         if self._files is None or self._files.process != os.getpid():
             keys_file, rows_file = (path.open("r+b", buffering=0) for path in (self._keys_path, self._rows_path))
-            num_rows = self._rows_path.stat().st_size // self.row_bytes
-            num_records = self._keys_path.stat().st_size // RECORD.itemsize
-            records = np.memmap(self._keys_path, dtype=RECORD, mode="r", shape=(num_records,))
-            rows = np.memmap(self._rows_path, dtype=np.uint8, mode="r", shape=(num_rows, self.row_bytes))
-            self._files = _Files(os.getpid(), keys_file, rows_file, np.asarray(records), np.asarray(rows))
+            records = _map(self._keys_path, RECORD)
+            rows = _map(self._rows_path, np.dtype((np.uint8, self.row_bytes)))
+            self._files = _Files(os.getpid(), keys_file, rows_file, records, rows)
         return self._files
 
 
@@ -230,6 +227,15 @@ class ImageCache:
         header = np.array([(stamp, *size)], dtype=HEADER).view(np.uint8)
         self._store.write(index, key, np.concatenate([header, pixels.reshape(-1)]))
         return pixels, size
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Map a file of whole and maybe one half record into memory."""
+    num_records = path.stat().st_size // dtype.itemsize
+    shape = (num_records, *dtype.shape)
+    if not num_records:  # which the system does not map
+        return np.empty(shape, dtype=dtype.base)
+    return np.asarray(np.memmap(path, dtype=dtype.base, mode="r", shape=shape))
 
 
 def _seal(key: bytes, row: Rows) -> int:
