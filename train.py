@@ -34,10 +34,11 @@ from cliptune.data.shards import Shards, is_shards
 from cliptune.data.skipped import SkippedData
 from cliptune.data.splits import training_pairs
 from cliptune.features.cache import FeatureCache, FeatureLoader
+from cliptune.features.encode import Encoder
 from cliptune.model.architectures import known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
-from cliptune.model.weights import Weights, own_weights, read_weights
+from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.preprocess.transforms import train_transform
 from cliptune.results import command_line, run_info
 from cliptune.runtime.device import Precision, can_compile, default_num_workers, keep_freed_memory, resolve_precision
@@ -236,19 +237,16 @@ def _resumed_settings(resumed: Resumed, given: dict[str, Any]) -> Config:
 
 
 def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None) -> str | Weights:
-    """Read the weights from the file that is named, or check the name of the model whose weights will be loaded."""
+    """Read the weights' file if one is named; else check the model's name, and leave the download for later."""
     settings = config.model
     if resumed is not None:  # the checkpoint holds architecture and weights; nothing else is needed
         return own_weights(resumed.content, resumed.path)
-    if settings.pretrained in {"auto", "openai", "none"}:
+    if settings.pretrained in NAMED_WEIGHTS:
         known_architecture(settings.name)
         return settings.pretrained
-    weights = read_weights(Path(settings.pretrained), activation=settings.activation)
     chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
-    if chosen and weights.architecture.name != settings.name:
-        message = "%s holds a %s, and the file decides: the model name %s is not used"
-        logger.warning(message, settings.pretrained, weights.architecture.name, settings.name)
-    return weights
+    name = settings.name if chosen else None  # which a file may contradict without a warning
+    return find_weights(name, settings.pretrained, activation=settings.activation) or settings.pretrained
 
 
 def _read_data(config: Config, given: dict[str, Any]) -> tuple[Pairs | Shards, Pairs]:
@@ -340,14 +338,13 @@ def _open_data(
     """Open the loader of the training, and the caches of images and of frozen towers' outputs."""
     settings, training = config.data, config.training
     workers = default_num_workers(model.device) if settings.num_workers is None else settings.num_workers
-    encode_batch_size = min(max(training.batch_size, 64), 256)
     cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
     image_cache_dir = cache_dir / "images" if settings.cache_images else None
-    cache = None
-    if _caches_features(config, model):
-        cache = FeatureCache(
-            model, cache_dir / "features", precision=precision, batch_size=encode_batch_size, num_workers=workers
-        )
+    encoder = Encoder(
+        model, ImageTextDataset, precision=precision, batch_size=min(max(training.batch_size, 64), 256),
+        num_workers=workers, image_cache_dir=image_cache_dir,
+    )  # fmt: skip
+    cache = FeatureCache(encoder, cache_dir / "features") if _caches_features(config, model) else None
 
     transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
     options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
@@ -369,19 +366,11 @@ def _open_data(
     allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
     skipped = SkippedData(indexes, num_images=num_images, max_share=allowed, path=files.skipped)
     # computed or read when they are first wanted: the model as loaded gives what every epoch's would
-    val_features = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
+    val_outputs = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
 
     def validate() -> Evaluation:
         return evaluate(
-            model,
-            val,
-            batch_size=encode_batch_size,
-            num_workers=workers,
-            precision=precision,
-            loss_batch_size=training.batch_size,
-            cache_dir=image_cache_dir,
-            kept=val_features(),
-            on_unreadable_image=skipped.note,
+            encoder, val, loss_batch_size=training.batch_size, cached=val_outputs(), on_unreadable_image=skipped.note
         )
 
     return RunData(loader, train, val, validate, skipped, workers)

@@ -167,15 +167,13 @@ class Journal:
         if not is_main():
             return
         best, baseline = state.best, state.baseline
-        # a validation set smaller than a batch is one batch
-        chance = {**best["chance"], "val_loss": math.log(min(best["num_images"], self.plan.batch_size))}
         values = {
             "started_at": state.started_at,
             "finished_at": now() if finished else None,
             "best_epoch": state.best_epoch,
             "metrics": best["metrics"],
             "baseline": baseline["metrics"],
-            "chance": chance,
+            "chance": best["chance"],
             "num_images": best["num_images"],
             "num_texts": best["num_texts"],
             "histograms": {"baseline": baseline["histograms"], "best": best["histograms"]},
