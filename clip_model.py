@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cliptune.model.architectures import ARCHITECTURES, QUICK_GELU, known_architecture
+from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.parallel import clip_gradient, is_sharded
-from cliptune.model.self_test import check_self_test, compute_self_test
+from cliptune.model.parallel import clip_gradient, is_sharded, load_optimizer_state, whole
+from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
 from cliptune.model.towers import (
     RunLayer,
+    StatisticsSnapshot,
     build_backbone,
     checkpointed_layers,
     compiled_layers,
@@ -31,18 +33,21 @@ from cliptune.model.towers import (
     run_by_method,
     running_statistics,
     set_activation,
+    shared_projection,
     text_tower,
 )
-from cliptune.model.weights import Weights, own_weights, published_url, published_weights, read_weights
+from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
-from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, clip_transform, normalize
-from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
+from cliptune.preprocess.transforms import clip_transform, normalize
 from cliptune.runtime.device import Precision
-from cliptune.settings import DEFAULT_MODEL_NAME
-from cliptune.training.gradcache import GradCache, StepResult
+from cliptune.runtime.distributed import average, rank
+from cliptune.runtime.messages import count
+from cliptune.runtime.rng import seed_step
+from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
-from cliptune.training.meters import EpochResult, EpochTotals, StepNumbers, StepWatch
+from cliptune.training.meters import EpochResult, EpochTotals, Step, StepResult, StepWatch
+from cliptune.training.optim import rates_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +59,12 @@ ImageInput = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Pa
 TextInput = Tensor | str | Sequence[str]
 
 
-class ModelName(str):
-    """A model name that nobody chose: a weights file may disagree with it without a warning."""
-
-
 class CLIPModel(nn.Module):
     """OpenAI's CLIP, float32, with a projection layer on each tower and one learned temperature.
 
     Args:
-        model_name: `RN50`, `RN101`, `ViT-B/32`, `ViT-B/16`, `ViT-L/14`, ..., or the small `ViT-Ti/32`.
+        model_name: `RN50`, `RN101`, `ViT-B/32`, `ViT-B/16`, `ViT-L/14`, ..., or the small `ViT-Ti/32`. None: what a
+            weights file holds, else `ViT-B/32`.
         projection_dim: size of the shared space. None or the backbone's own size: the layers start as the identity, so
             the features are the backbone's, bit for bit. A smaller size starts from the leading right singular vectors
             of both towers' stacked output projections, a larger one from a rotation into it.
@@ -83,7 +85,7 @@ class CLIPModel(nn.Module):
 
     def __init__(
         self,
-        model_name: str = ModelName(DEFAULT_MODEL_NAME),
+        model_name: str | None = None,
         projection_dim: int | None = None,
         freeze_backbone: bool = False,
         pretrained: str | Path | Weights = "auto",
@@ -93,26 +95,23 @@ class CLIPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
-        if isinstance(pretrained, Weights):
-            weights: Weights | None = pretrained
-        else:
-            weights = _find_weights(model_name, str(pretrained), activation=activation)
-        self.architecture = weights.architecture if weights else known_architecture(model_name)
-        if weights is None and activation is not None:
-            self.architecture = replace(self.architecture, activation=activation)
+        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
+        weights = find_weights(model_name, pretrained, activation=activation)
+        # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if weights is None:
+            architecture = known_architecture(model_name or DEFAULT_MODEL_NAME)
+            self.architecture = replace(architecture, activation=activation or architecture.activation)
             self.backbone = build_backbone(self.architecture)
         else:
+            self.architecture = weights.architecture
             self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
-        if weights is not None:
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
-        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
-        if weights is not None and weights.self_test is not None:
-            self._make_projections(None, weights)
-            check_self_test(self, weights.self_test, source=weights.source)
+            if weights.self_test is not None:  # of the model with its own projections, whatever is asked for
+                self._make_projections(None, weights)
+                check_self_test(self, weights.self_test, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
@@ -139,19 +138,26 @@ class CLIPModel(nn.Module):
         Raises:
             FileNotFoundError: no such file.
             ValueError: damaged, of another architecture than this model's, or the model in it does not give the
-                features that it was saved with.
+                features that it was saved with. This model is then as it was.
         """
         content = load_checkpoint(path)
-        stored = CLIPModel(pretrained=own_weights(content, path))
-        same_projection = stored.projection_dim == self.projection_dim
-        if not (stored.architecture.same_tensors(self.architecture) and same_projection):
+        stored = own_weights(content, path)
+        stored_dim = len(stored.projections["image_projection.weight"])
+        if not (stored.architecture.same_tensors(self.architecture) and stored_dim == self.projection_dim):
             raise ValueError(
-                f"{path} holds a {stored.architecture.name} with projection_dim {stored.projection_dim}, "
+                f"{path} holds a {stored.architecture.name} with projection_dim {stored_dim}, "
                 f"this model is a {self.architecture.name} with {self.projection_dim}; "
                 "CLIPModel.from_checkpoint(path) builds the right one"
             )
+        before = {name: value.clone() for name, value in self.state_dict().items()}
         self.load_state_dict(content["model_state_dict"])
+        try:
+            check_self_test(self, stored.self_test, source=stored.source)
+        except ValueError:
+            self.load_state_dict(before)
+            raise
         self.holds_batchnorm = True
+        self.train(self.training)
         return content
 
     @property
@@ -180,10 +186,10 @@ class CLIPModel(nn.Module):
             Unit-norm features, float32 `[B, projection_dim]`.
 
         Raises:
-            ValueError: pixels of another type, or a file that is no picture.
+            ValueError: pixels of another type, or a file that is no image.
             FileNotFoundError: no such file.
         """
-        pixels = images if isinstance(images, Tensor) else self._preprocess(images)
+        pixels = images if isinstance(images, Tensor) else self._preprocess(images)  # [B, 3, R, R]
         return self.project_image(self.run_image_tower(pixels))
 
     def encode_text(self, texts: TextInput) -> Tensor:
@@ -200,7 +206,7 @@ class CLIPModel(nn.Module):
         else:
             tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
             if truncated:
-                logger.warning("%d text(s) longer than %d tokens were truncated", truncated, tokens.shape[1])
+                logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
         return self.project_text(self.run_text_tower(tokens))
 
     def compile_towers(self) -> None:
@@ -221,6 +227,7 @@ class CLIPModel(nn.Module):
         Returns:
             `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
         """
+        # a frozen tower's output may come in place of its input: pixels have 4 dimensions, tokens are integers
         image_features = self.project_image(images) if images.ndim == 2 else self.encode_image(images)
         text_features = self.project_text(tokens) if tokens.is_floating_point() else self.encode_text(tokens)
         return image_features, text_features
@@ -254,7 +261,7 @@ class CLIPModel(nn.Module):
             self.backbone.visual.eval()
         if "text" in self.frozen_towers:
             self.backbone.transformer.eval()
-        if self.holds_batchnorm:
+        if self.holds_batchnorm:  # eval mode does not hold gradients back: scale and shift of BatchNorm still train
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -272,33 +279,31 @@ class CLIPModel(nn.Module):
             set_activation(self.backbone, activation)
 
     def _layer_runner(self, tower: str) -> RunLayer | None:
+        # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs
         run_layer = self._run_layer[tower] if self.training else None
         return run_by_method(run_layer) if is_sharded(self) else run_layer
 
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
         sequence = [images] if isinstance(images, Image.Image | str | Path) else images
         transform = clip_transform(self.image_resolution)
-        pictures = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
-        return torch.stack([transform(picture) for picture in pictures])
+        decoded = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
+        return torch.stack([transform(image) for image in decoded])  # [B, 3, R, R]
 
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}
         size = projection_dim or (len(stored["image_projection.weight"]) if stored else self.architecture.embed_dim)
         self.image_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
         self.text_projection = nn.Linear(self.architecture.embed_dim, size, bias=False)
-        if stored and len(stored["image_projection.weight"]) == size:
+        if stored and len(stored["image_projection.weight"]) == size:  # a checkpoint goes on with its own
             self.image_projection.weight.data.copy_(stored["image_projection.weight"])
             self.text_projection.weight.data.copy_(stored["text_projection.weight"])
             return
-        shared = _shared_map(self.backbone, size)
+        shared = shared_projection(self.backbone, size)
         self.image_projection.weight.data.copy_(shared)
         self.text_projection.weight.data.copy_(shared)
         if size < self.architecture.embed_dim and weights is not None:
-            logger.warning(
-                "projection_dim %d is smaller than the backbone's %d: zero-shot quality is reduced",
-                size,
-                self.architecture.embed_dim,
-            )
+            message = "projection_dim %d is smaller than the backbone's %d: zero-shot quality is reduced"
+            logger.warning(message, size, self.architecture.embed_dim)
 
 
 def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
@@ -309,18 +314,17 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
         self_test = compute_self_test(model)
-    preprocessing = {"version": PREPROCESSING_VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
     return {
         **state,
         "activation": model.architecture.activation,
-        "preprocessing": {**preprocessing, "resolution": model.image_resolution},
+        "preprocessing": describe_preprocessing(model.image_resolution),
         "temperature": math.exp(-model.logit_scale.item()),
         "self_test": self_test,
     }
 
 
 class MultimodalTrainer:
-    """Does one step and one epoch; knows nothing of settings, files or plots.
+    """Takes optimiser steps; knows nothing of settings, files or plots.
 
     Args:
         model: on its device.
@@ -329,16 +333,17 @@ class MultimodalTrainer:
         scheduler: stepped once a step; None: constant rates.
         precision: of the forward pass; parameters and the loss stay float32.
         gradient_clip_norm: largest norm of the whole gradient; 0: no clipping.
-        micro_batch_size: pairs that are in memory at once, in each process; None: the whole batch. The gradient is the
+        micro_batch_size: pairs that are in memory at once, in each rank; None: the whole batch. The gradient is the
             same. It is halved when memory runs out.
-        parallel: what runs the model in several processes, see `parallel.parallel_model`.
+        parallel: what runs the model in several ranks, see `parallel.parallel_model`.
+        seed: makes each step's random numbers depend on it, the step and the rank alone; None: they go on.
+        watch: reads the numbers of the steps; None: one that ends at the first that are not finite.
 
     Attributes:
-        global_step: steps so far, with those that were left out.
-        numbers: of the last step.
+        global_step: steps so far, with those that were skipped.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
         self,
         model: CLIPModel,
         loss: ContrastiveLoss,
@@ -349,93 +354,124 @@ class MultimodalTrainer:
         gradient_clip_norm: float = 1.0,
         micro_batch_size: int | None = None,
         parallel: nn.Module | None = None,
+        seed: int | None = None,
+        watch: StepWatch | None = None,
     ) -> None:
         self.model = model
+        self.watch = StepWatch() if watch is None else watch
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.gradient_clip_norm = gradient_clip_norm
+        self.seed = seed
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision.scaled)
-        self.micro_batches = GradCache(
+        self.grad_cache = GradCache(
             model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
         )
         self.global_step = 0
-        self.numbers: StepNumbers | None = None
 
     def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
-        """Take one optimiser step; none if the loss or the gradient is not finite, which `numbers` tell afterwards.
+        """Take one optimiser step; with a loss or gradient that is not finite it changes nothing.
 
         Args:
             images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them; with several
-                processes this one's part of the batch.
-            tokens: `[B, 77]`, or the text tower's output.
-            image_ids: `[B]`, or None when every image of the batch is another.
+                ranks this one's part of the batch.
+            tokens: int64 `[B, L]`, or the text tower's output.
+            image_ids: int64 `[B]`, or None when every image of the batch is another.
 
         Returns:
-            Loss, accuracy and size of the batch; None if it was empty.
+            The numbers of the step, whose device is not waited for; None if the batch was empty in all ranks.
 
         Raises:
             MemoryError: one pair does not fit into memory.
         """
-        statistics = [(buffer, buffer.clone()) for buffer in running_statistics(self.model)]
-        result = self.micro_batches.backward(images, tokens, image_ids)
+        statistics = StatisticsSnapshot(self.model)
+        result = self.grad_cache.backward(images, tokens, image_ids)
         if result is None:
             return None
         self.scaler.unscale_(self.optimizer)
-        groups = self.optimizer.param_groups
-        norm = clip_gradient((each for group in groups for each in group["params"]), self.gradient_clip_norm)
-        values = torch.stack([result.loss, norm, self.model.logit_scale.detach().exp()])
-        rates = {str(group.get("name", number)): group["lr"] for number, group in enumerate(groups)}
-        self.numbers = StepNumbers(self.global_step + 1, rates, values)
-        is_bad = ~values[:2].isfinite().all()
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        norm = clip_gradient(parameters, self.gradient_clip_norm)
+        values = torch.stack([result.loss, result.accuracy, norm, self.model.logit_scale.detach().exp()])  # [4]
+        rates = rates_of(self.optimizer)
+        is_bad = ~(result.loss.isfinite() & norm.isfinite())
         self._step_unless(is_bad)
-        for buffer, before in statistics:
-            buffer.copy_(torch.where(is_bad, before, buffer))
+        statistics.restore(where=is_bad)
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         if self.scheduler is not None:
             self.scheduler.step()
         self.global_step += 1
-        return result
+        return StepResult(self.global_step, result.num_pairs, rates, values)
 
-    def train_epoch(
-        self,
-        batches: Iterable[Any],
-        *,
-        totals: EpochTotals | None = None,
-        watch: StepWatch | None = None,
-        check_interval: int = 10,
-        on_check: Callable[[int, float], None] | None = None,
-    ) -> EpochResult:
-        """Train over `batches` of `(images, tokens, image_ids, ...)`.
+    def steps(self, batches: Iterable[Any]) -> Iterator[Step]:
+        """Take a step for each batch, and yield it: what to do about it is the caller's business.
 
         Args:
-            batches: one epoch, or the rest of one.
-            totals: of the batches before these; None: there are none. Each is added before the next is asked for.
-            watch: looks at the numbers of every step; None: one that ends at the first that are not finite.
-            check_interval: steps between two calls of `on_check`; each waits for the device.
-            on_check: called there with the step and the mean loss since the last one.
+            batches: tuples that begin with `images`, `tokens`, `image_ids`, as `train_step` takes them; what could
+                not be loaded is in their `issues`, if they have any.
+
+        Raises:
+            FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
+        """
+        self.model.train()
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            waited = time.perf_counter() - start
+            images, tokens, image_ids, *_ = batch
+            if self.seed is not None:
+                seed_step(self.seed, self.global_step, rank())
+            result = self.train_step(images, tokens, image_ids)
+            issues = getattr(batch, "issues", ())
+            del batch, images, tokens  # their memory is free for the next batch
+            seconds = time.perf_counter() - start
+            if result is not None:
+                self.watch.add(result, image_ids, seconds=seconds)
+            yield Step(result, issues, seconds, waited)
+
+    def settle(self) -> None:
+        """Read the numbers of all steps so far, and give every rank the mean of all ranks' BatchNorm statistics.
+
+        Raises:
+            FloatingPointError: as `steps` does; what is not finite is neither saved nor evaluated.
+        """
+        self.watch.read()
+        average(running_statistics(self.model))
+
+    def train_epoch(self, batches: Iterable[Any]) -> EpochResult:
+        """Train over the `batches` of one epoch, as `steps` takes them.
 
         Raises:
             FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
             ValueError: there was no batch.
         """
-        self.model.train()
-        totals = EpochTotals(self.model.device) if totals is None else totals
-        watch = StepWatch() if watch is None else watch
-        for images, tokens, image_ids, *_ in batches:
-            result = self.train_step(images, tokens, image_ids)
-            totals.add(result)
-            if result is None:
-                continue
-            assert self.numbers is not None
-            watch.add(self.numbers, image_ids)
-            if totals.num_steps % check_interval == 0:
-                mean_since = totals.mean_since_last()
-                if on_check is not None:
-                    on_check(self.global_step, mean_since)
-        watch.look()
+        totals = EpochTotals(self.model.device)
+        for step in self.steps(batches):
+            totals.add(step.result)
+            self.watch.take()
+        self.settle()
         return totals.mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the model's own state; a collective if the model is sharded."""
+        return {
+            "optimizer_state_dict": whole(self.optimizer.state_dict()),
+            "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "micro_batch_size": self.grad_cache.size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, beside `global_step`; the micro-batch size stays this trainer's."""
+        load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler_state_dict"])
+        self.scaler.load_state_dict(state["scaler_state_dict"])
+        self.global_step = state["global_step"]
 
     def _step_unless(self, is_bad: Tensor) -> None:
         """Take the optimiser's step or, with a gradient that is not finite, leave weights and moments as they are.
@@ -459,34 +495,6 @@ def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str
     if freeze_backbone:
         raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {freeze_tower!r} only one: choose one")
     return (freeze_tower,)
-
-
-def _find_weights(model_name: str, pretrained: str, *, activation: str | None) -> Weights | None:
-    """Read the weights that `pretrained` names; None: random ones."""
-    if pretrained not in {"auto", "openai", "none"}:
-        weights = read_weights(Path(pretrained), activation=activation)
-        if weights.architecture.name != model_name and not isinstance(model_name, ModelName):
-            message = "%s holds a %s, and the file decides: the model name %s is not used"
-            logger.warning(message, pretrained, weights.architecture.name, model_name)
-        return weights
-    known_architecture(model_name)
-    if pretrained == "none" or (pretrained == "auto" and published_url(model_name) is None):
-        return None
-    return read_weights(published_weights(model_name), activation=activation)
-
-
-def _shared_map(backbone: Any, size: int) -> Tensor:
-    """Return the projection layers' common start, `[size, embed_dim]`."""
-    visual = backbone.visual
-    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T
-    embed_dim = image_map.shape[1]
-    if size == embed_dim:
-        return torch.eye(embed_dim)
-    if size > embed_dim:
-        generator = torch.Generator().manual_seed(0)
-        return cast(Tensor, torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q)
-    stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
-    return cast(Tensor, torch.linalg.svd(stacked, full_matrices=False).Vh[:size])
 
 
 __all__ = ["ARCHITECTURES", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]

@@ -7,10 +7,11 @@ Started by `torchrun`, several processes encode and rank a part each.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +22,24 @@ if __name__ == "__main__":
     check_command_line(EvaluationSettings, str(__doc__))
 
 import torch
+from torch import Tensor
 
 from clip_model import CLIPModel
+from cliptune import results
 from cliptune.data.issues import Issue
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import evaluation_pairs
-from cliptune.features.cache import PairFeatures
-from cliptune.features.encode import encode_pairs, log_problem
-from cliptune.features.metrics import RECALLS, chance_level, compute_retrieval_metrics
-from cliptune.features.ranks import validation_loss
+from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
+from cliptune.features.metrics import chance_level, compute_retrieval_metrics
 from cliptune.features.similarity import similarity_histograms
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.runtime.device import Precision, resolve_precision
-from cliptune.runtime.distributed import is_main, process_group, rank_device
+from cliptune.model.weights import own_weights
+from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.distributed import is_main, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
+from cliptune.runtime.messages import count, first_few
+from cliptune.training.loss import ContrastiveLoss
+from data_loader import ImageTextDataset
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +51,49 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate_checkpoint(argv: list[str] | None) -> int:
     settings, _ = parse_settings(EvaluationSettings, argv, description=str(__doc__))
-
+    started_at = datetime.now().isoformat(timespec="seconds")
     setup_logging(settings.log_level)
     device = rank_device(settings.device)
     content = load_checkpoint(settings.checkpoint)
     precision = resolve_precision(settings.precision or content["config"]["training"]["precision"], device)
+    pairs, source = _find_pairs(settings, content)
+    with process_group(device):
+        model = CLIPModel(pretrained=own_weights(content, settings.checkpoint)).to(device).eval()
+        del content  # the model has its own copy of the weights
+        encoder = Encoder(
+            model,
+            ImageTextDataset,
+            precision=precision,
+            batch_size=settings.encode_batch_size,
+            num_workers=settings.num_workers,
+        )
+        evaluation = evaluate(encoder, pairs)
+        if is_main():
+            print(metrics_table(evaluation))
+            run = results.run_info(
+                command=results.command_line("evaluation.py", argv),
+                device=device,
+                precision=precision.name,
+                world_size=world_size(),
+                model_name=model.architecture.name,
+                model_settings=model.architecture.to_dict(),
+            )
+            values = {
+                "started_at": started_at,
+                "finished_at": datetime.now().isoformat(timespec="seconds"),
+                "run": run,
+                "checkpoint": settings.checkpoint,
+                **source,
+                **evaluation.to_dict(),
+            }
+            path = Path(settings.output_dir) / "results" / "evaluation_results.json"
+            results.write(path, results.EvaluationResults.model_validate(values))
+            print(f"written: {path}")
+    return 0
+
+
+def _find_pairs(settings: EvaluationSettings, content: dict[str, Any]) -> tuple[Pairs, dict[str, str]]:
+    """Read the data set that is to be evaluated on; also return what the results file says of it."""
     run_data = DataSettings.model_validate(content["config"]["data"])
     max_skipped_fraction = (
         run_data.allowed_skipped_fraction if settings.max_skipped_fraction is None else settings.max_skipped_fraction
@@ -58,33 +101,34 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     if settings.data_dir is None:
         if settings.split not in {None, "val"}:
             raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
-        data, split = run_data.val_data or run_data.data_dir, "val"
-        pairs = _own_validation_pairs(content, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction)
-    else:
-        data, split = settings.data_dir, settings.split or "default"
-        source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, max_skipped_fraction)
-        pairs = evaluation_pairs(source, split=settings.split)
-    with process_group(device):
-        model = CLIPModel.from_checkpoint(settings.checkpoint, device=device)
-        outcome = evaluate(
-            model, pairs, batch_size=settings.batch_size, num_workers=settings.num_workers, precision=precision
+        pairs = _own_validation_pairs(
+            content["val_images"], run_data, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction
         )
-        if is_main():
-            _report(settings, outcome, data=data, split=split)
-    return 0
+        return pairs, {"data": run_data.val_data or run_data.data_dir, "split": "val"}
+    source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, max_skipped_fraction)
+    pairs = evaluation_pairs(source, split=settings.split)
+    return pairs, {"data": settings.data_dir, "split": settings.split or "default"}
 
 
-def _report(settings: EvaluationSettings, outcome: Evaluation, *, data: str, split: str) -> None:
-    print(metrics_table(outcome))
-    results = {"checkpoint": settings.checkpoint, "data": data, "split": split, **outcome.to_dict()}
-    path = Path(settings.output_dir) / "results" / "evaluation_results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+def _own_validation_pairs(
+    val_images: list[str], run_data: DataSettings, *, image_dir: str | None, max_skipped_fraction: float
+) -> Pairs:
+    """Find the images that the checkpoint's run validated on."""
+    data_dir, image_dir = run_data.val_data or run_data.data_dir, image_dir or run_data.image_dir
+    pairs = load_pairs(DataSource(data_dir, image_dir, run_data.caption_key, max_skipped_fraction))
+    indices = pairs.find(val_images)
+    missing = [path for path, index in zip(val_images, indices, strict=True) if index < 0]
+    if missing:
+        raise ValueError(
+            f"the checkpoint's run validated on {count(len(val_images), 'image')}, of which {len(missing):,} cannot be "
+            f"found in {data_dir}: {first_few(missing, 1)}; try another data set with "
+            "--data_dir"
+        )
+    return pairs.select(indices)
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation gave."""
+    """What an evaluation gave; plain values under the keys of `cliptune.results`."""
 
     metrics: dict[str, float]
     chance: dict[str, float]
@@ -99,65 +143,77 @@ class Evaluation(NamedTuple):
         return self._asdict()
 
 
-def evaluate(  # noqa: PLR0913  (what training and the stage choose differently)
-    model: CLIPModel,
+def evaluate(
+    encoder: Encoder,
     pairs: Pairs,
     *,
-    batch_size: int,
-    num_workers: int | None,
-    precision: Precision,
     loss_batch_size: int | None = None,
-    cache_dir: Path | None = None,
-    kept: PairFeatures | None = None,
-    on_unreadable_image: Callable[[Issue], None] = log_problem,
+    cached: PairOutputs | None = None,
+    on_unreadable_image: Callable[[Issue], None] = log_issue,
 ) -> Evaluation:
     """Encode a data set and rank it against itself, over the full gallery.
 
     Args:
-        model: a `CLIPModel`; comes back in the mode it came in.
+        encoder: its model comes back in the mode it came in.
         pairs: images with all their captions.
-        batch_size: images or texts encoded at once.
-        num_workers: loading processes; None: chosen for the machine.
-        precision: of the forward passes.
-        loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size.
-        cache_dir: keep the decoded pictures in this folder; the features are the same.
-        kept: what the model's frozen towers give for `pairs`, which is then only projected.
-        on_unreadable_image: called with each picture that cannot be read, in the process that met it.
+        loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size, in nats.
+        cached: outputs of the model's frozen towers for `pairs`, which are then only projected.
+        on_unreadable_image: called with each image that cannot be read, in the rank that met it.
 
     Raises:
-        ValueError: features that are not finite, or no picture could be read.
+        ValueError: features that are not finite, or no image could be read.
     """
-    encoded = encode_pairs(
-        model,
-        pairs,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        precision=precision,
-        cache_dir=cache_dir,
-        kept=kept,
-        on_unreadable_image=on_unreadable_image,
-    )
-    images, texts, owners = encoded[:3]
+    encoded = encode_pairs(encoder, pairs, cached=cached, on_unreadable_image=on_unreadable_image)
+    features = encoded.image_features, encoded.text_features, encoded.text_to_image
+    model = encoder.model
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
-    metrics = compute_retrieval_metrics(images, texts, owners, device=device)
+    metrics = compute_retrieval_metrics(*features, device=device)
+    num_images, num_texts = len(encoded.image_features), len(encoded.text_features)
+    chance = chance_level(num_images, encoded.text_to_image)
     if loss_batch_size is not None:
-        scale = model.logit_scale.detach().exp().item()
-        metrics["val_loss"] = validation_loss(images, texts, owners, scale=scale, batch_size=loss_batch_size)
-    histograms = similarity_histograms(images, texts, owners)
+        metrics["val_loss"] = validation_loss(encoded, model.logit_scale.detach(), batch_size=loss_batch_size)
+        # of n equal scores each has the probability 1/n; a set smaller than a batch is one batch
+        num_matched = len(encoded.text_to_image.unique())
+        chance["val_loss"] = math.log(min(loss_batch_size, num_matched))
+    histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
-    return Evaluation(metrics, chance_level(len(images), owners), histograms, len(images), len(texts), throughput)
+    return Evaluation(metrics, chance, histograms, num_images, num_texts, throughput)
 
 
-def metrics_table(outcome: Evaluation) -> str:
+@torch.no_grad()
+def validation_loss(encoded: Encoded, logit_scale: Tensor, *, batch_size: int) -> float:
+    """Return the mean contrastive loss of each image with its first text, in nats.
+
+    It depends on the batch size (chance is ln B), so only full batches count: 10 images in batches of 4 are two
+    batches, and the last two images are not looked at. A set smaller than a batch is one batch.
+
+    Args:
+        encoded: features of the whole set, which every rank has.
+        logit_scale: log of the inverse temperature; the loss is computed where it is.
+        batch_size: of the training.
+    """
+    owners = encoded.text_to_image
+    images, image_of_text = torch.unique(owners, return_inverse=True)
+    texts = torch.full((len(images),), len(owners))
+    texts.scatter_reduce_(0, image_of_text, torch.arange(len(owners)), "amin")
+    loss, losses = ContrastiveLoss(across_ranks=False), []
+    for start in range(0, max(len(images) - batch_size, 0) + 1, batch_size):
+        rows = slice(start, start + batch_size)
+        batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]]
+        losses.append(loss(*(features.to(logit_scale.device) for features in batch), logit_scale))
+    return torch.stack(losses).mean().item()
+
+
+def metrics_table(evaluation: Evaluation) -> str:
     """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed."""
-    metrics, chance = outcome.metrics, outcome.chance
+    metrics, chance = evaluation.metrics, evaluation.chance
     head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
-    lines = [f"{outcome.num_images} images, {outcome.num_texts} texts", "", head]
+    lines = [f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}", "", head]
     for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
-        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in RECALLS)
+        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in results.RECALLS)
         ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
         lines.append(f"{name:22}{recalls}{ranks}")
-        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in RECALLS))
+        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in results.RECALLS))
     lines += [
         "",
         f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most 600)",
@@ -165,26 +221,10 @@ def metrics_table(outcome: Evaluation) -> str:
         f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
         f"{'gap':22}{metrics['similarity_gap']:8.3f}",
         "",
-        f"{'images/s':22}{outcome.throughput['images_per_second']:8.1f}",
-        f"{'texts/s':22}{outcome.throughput['texts_per_second']:8.1f}",
+        f"{'images/s':22}{evaluation.throughput['images_per_second']:8.1f}",
+        f"{'texts/s':22}{evaluation.throughput['texts_per_second']:8.1f}",
     ]
     return "\n".join(lines)
-
-
-def _own_validation_pairs(content: dict[str, Any], *, image_dir: str | None, max_skipped_fraction: float) -> Pairs:
-    """Find the images that the checkpoint's run validated on."""
-    data = content["config"]["data"]
-    data_dir, image_dir = data["val_data"] or data["data_dir"], image_dir or data["image_dir"]
-    pairs = load_pairs(DataSource(data_dir, image_dir, data["caption_key"], max_skipped_fraction))
-    wanted = content["val_images"]
-    rows = pairs.find(wanted)
-    missing = [path for path, row in zip(wanted, rows, strict=True) if row < 0]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of the checkpoint's {len(wanted)} validation images are no longer in {data['data_dir']} "
-            f"(first: {missing[0]}); name a data set with --data_dir"
-        )
-    return pairs.select(rows)
 
 
 if __name__ == "__main__":

@@ -136,10 +136,10 @@ clip_source() {
   fi
 }
 
-# CLIP's setup.py imports pkg_resources, which is in the setuptools installed here and not in the newest.
+# CLIP's setup.py imports pkg_resources, which setuptools 81 no longer has. Only building it needs that.
 install_clip_from_git() {
   say "installing CLIP from $CLIP_GIT"
-  pip install --quiet wheel &&
+  pip install --quiet wheel "setuptools<81" &&
     GIT_TERMINAL_PROMPT=0 pip install --quiet --no-deps --no-build-isolation "git+$CLIP_GIT"
 }
 
@@ -188,10 +188,13 @@ except (ImportError, RuntimeError, AttributeError) as error:
         "They must come from the same place. Start again with: rm -rf .venv && ./setup.sh\n"
         "or install both together: .venv/bin/python -m pip install --force-reinstall torch torchvision && ./setup.sh"
     )
-import clip, filelock, huggingface_hub, matplotlib, numba, numpy, PIL, psutil, pydantic, safetensors, simplejpeg, tqdm
+import filelock, huggingface_hub, ijson, matplotlib, numba, numpy, PIL, psutil, pyarrow, pydantic, safetensors, simplejpeg, tqdm
 from torch.utils.tensorboard import SummaryWriter
 
-clip.tokenize(["a picture"])
+from cliptune.runtime.openai_clip import import_clip
+
+clip = import_clip()
+clip.tokenize(["a photo"])
 device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
 versions = {m.__name__: m.__version__ for m in (torch, torchvision, numpy, PIL, matplotlib, pydantic, safetensors, tqdm)}
 print("setup: Python", platform.python_version(), *(f"{name} {version}" for name, version in versions.items()))

@@ -2,8 +2,8 @@
 
 python benchmarks/frozen_training.py --json frozen.json
 
-Each round measures an epoch that recomputes the towers, the first epoch that keeps their outputs, the epochs after it,
-and the first epoch of a later run, on the same drawn pictures with the same random weights, and compares their losses.
+Each round measures an epoch that recomputes the towers, the first epoch that caches their outputs, the epochs after it,
+and the first epoch of a later run, on the same drawn images with the same random weights, and compares their losses.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from cliptune.data.loaders import TrainLoader
 from cliptune.data.pairs import Pairs, load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features.cache import FeatureCache, FeatureLoader
+from cliptune.features.encode import Encoder
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import Precision, default_num_workers, resolve_device, resolve_precision
 from cliptune.settings import PositiveInt, Settings
@@ -35,20 +36,20 @@ from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer, build_scheduler
 from data_loader import ImageTextDataset
 
-ROWS = ("plain epoch", "first epoch, kept", "later epoch, kept", "first epoch of a later run")
+ROWS = ("plain epoch", "first epoch, cached", "later epoch, cached", "first epoch of a later run")
 
 
 class BenchmarkSettings(Settings):
     """Settings of the benchmark."""
 
     model_name: str = Field("ViT-B/32", description="backbone, with random weights")
-    num_images: PositiveInt = Field(1000, description="drawn pictures, two captions each")
+    num_images: PositiveInt = Field(1000, description="drawn images, two captions each")
     batch_size: PositiveInt = Field(32, description="pairs a step")
     num_later: PositiveInt = Field(5, description="later epochs a round")
     rounds: PositiveInt = Field(3, description="how often everything is measured")
     precision: config.Precision = Field("auto", description="auto, fp32, bf16, fp16")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    quick: bool = Field(False, description="a small model, 200 pictures, 2 rounds")
+    quick: bool = Field(False, description="a small model, 200 images, 2 rounds")
     json_path: str | None = Field(None, description="write the figures there", json_schema_extra={"flag": "json"})
 
 
@@ -82,16 +83,17 @@ class Bench:
         return MultimodalTrainer(self.model, ContrastiveLoss(), optimizer, scheduler, precision=self.precision)
 
     def plain_loader(self) -> TrainLoader:
-        """Return the loader of a run that keeps nothing."""
+        """Return the loader of a run that caches nothing."""
         dataset = ImageTextDataset(self.pairs, transform=clip_transform(self.model.image_resolution))
         device = self.model.device
         workers = default_num_workers(device)
         return TrainLoader(dataset, batch_size=self.settings.batch_size, num_workers=workers, device=device)
 
-    def kept_loader(self, folder: Path) -> FeatureLoader:
-        """Return the loader of a run that keeps what the towers give in `folder`; hashes the weights."""
+    def cached_loader(self, folder: Path) -> FeatureLoader:
+        """Return the loader of a run that caches the tower outputs in `folder`; hashes the weights."""
         workers, size = default_num_workers(self.model.device), max(self.settings.batch_size, 64)
-        cache = FeatureCache(self.model, folder, precision=self.precision, batch_size=size, num_workers=workers)
+        encoder = Encoder(self.model, ImageTextDataset, precision=self.precision, batch_size=size, num_workers=workers)
+        cache = FeatureCache(encoder, folder)
         return FeatureLoader(self.plain_loader(), cache, augment="none", num_epochs=1 + self.settings.num_later)
 
     def timed(self, trainer: MultimodalTrainer, batches: Callable[[], Iterable[Any]]) -> Epoch:
@@ -111,17 +113,17 @@ class Bench:
         trainer = self.trainer()
         plain_loader = self.plain_loader()
         plain = [self.timed(trainer, lambda: plain_loader.epoch(1))]
-        trainer, loader = self.trainer(), self.kept_loader(folder)
+        trainer, loader = self.trainer(), self.cached_loader(folder)
         first = [self.timed(trainer, lambda: loader.epoch(1))]
         epochs = range(2, 2 + self.settings.num_later)
         later = [self.timed(trainer, lambda e=epoch: loader.epoch(e)) for epoch in epochs]  # type: ignore[misc]
         trainer = self.trainer()
-        again = [self.timed(trainer, lambda: self.kept_loader(folder).epoch(1))]
+        again = [self.timed(trainer, lambda: self.cached_loader(folder).epoch(1))]
         return dict(zip(ROWS, (plain, first, later, again), strict=True))
 
 
 def report(measured: dict[str, list[Epoch]], title: str) -> dict[str, float]:
-    """Print a table; return for each row how many of it fit into the first epoch that keeps, by the medians."""
+    """Print a table; return for each row how many of it fit into the first epoch that caches, by the medians."""
     timings = {name: Timing([epoch.seconds for epoch in epochs]) for name, epochs in measured.items()}
     first = timings[ROWS[1]].median
     ratios = {name: first / timing.median for name, timing in timings.items()}
@@ -147,13 +149,13 @@ def _benchmark(argv: list[str] | None) -> int:
     with tempfile.TemporaryDirectory() as name:
         create_sample_dataset(Path(name) / "data", settings.num_images)
         bench = Bench(settings, load_pairs(Path(name) / "data"), device=device)
-        for number in range(settings.rounds):
-            for row, epochs in bench.measure(Path(name) / f"kept-{number}").items():
+        for index in range(settings.rounds):
+            for row, epochs in bench.measure(Path(name) / f"cached-{index}").items():
                 measured[row] += epochs
-    plain, kept, _, again = (epochs[0].loss for epochs in measured.values())
-    difference = max(abs(kept - plain), abs(again - plain)) / plain
+    plain, cached, _, again = (epochs[0].loss for epochs in measured.values())
+    difference = max(abs(cached - plain), abs(again - plain)) / plain
     title = (
-        f"{settings.model_name}, {settings.num_images} pictures, batch {settings.batch_size}, {bench.precision.name}, "
+        f"{settings.model_name}, {settings.num_images} images, batch {settings.batch_size}, {bench.precision.name}, "
         f"losses differ by {difference:.1e}, {machine(device.type)}"
     )
     ratios = report(measured, title)

@@ -180,7 +180,7 @@ def measure_costs(name: str, options: Namespace) -> Costs:
     fixed = timings["update"].median
     few, more = (live_bytes(trainer, batch) for batch in (half, full))
     features = [F.normalize(torch.randn(2048, model.projection_dim), dim=-1).requires_grad_() for _ in range(2)]
-    loss = take_turns({"loss": lambda: trainer.micro_batches.loss(*features).backward()}, repeats=3)["loss"].median
+    loss = take_turns({"loss": lambda: trainer.grad_cache.loss(*features).backward()}, repeats=3)["loss"].median
     return Costs(
         fixed=fixed,
         pair=(timings["step"].median - fixed) / MICRO,

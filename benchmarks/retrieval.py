@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
 from cliptune.features.metrics import rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
+from cliptune.results import RECALLS
 from cliptune.runtime.device import resolve_device
 
 FLOOR_BLOCK = 1024
-RECALLS = (1, 5, 10)
 FLOORS = ["ours", "product in blocks"]
 CASES = ["whole product", "argsort", "topk"]
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"machine": machine(device.type), "options": vars(options), "peak_mib": memory}
     results["seconds"] = {name: timing.seconds for name, timing in timings.items()}
     if "argsort" in cases:
-        results["equal_ranks"] = share_of_equal_ranks(cases["ours"](), cases["argsort"]())
+        results["equal_ranks"] = fraction_of_equal_ranks(cases["ours"](), cases["argsort"]())
         print(f"\nranks equal to argsort's: {100 * results['equal_ranks']:.3f}%")
     write_json(options.json, results)
     return 0
@@ -102,7 +102,7 @@ def product_in_blocks(images: Tensor, texts: Tensor) -> None:
 
 
 def ranks_by_argsort(images: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
-    """Rank as open_clip's `get_clip_metrics` does, for several texts an image: the place of the first own one."""
+    """Rank as open_clip's `get_clip_metrics` does, for several texts an image: the index of the first own one."""
     scores = (images @ texts.T).cpu()
     owners = owners.cpu()
     rows = torch.arange(len(scores))
@@ -117,10 +117,10 @@ def recalls_by_topk(images: Tensor, texts: Tensor, owners: Tensor) -> list[float
     rows = torch.arange(len(scores), device=scores.device)
     found = [(owners[scores.topk(k, dim=1).indices] == rows[:, None]).any(1).float().mean().item() for k in RECALLS]
     found += [(scores.T.topk(k, dim=1).indices == owners[:, None]).any(1).float().mean().item() for k in RECALLS]
-    return [100 * share for share in found]
+    return [100 * recall for recall in found]
 
 
-def share_of_equal_ranks(ours: Ranks, theirs: Ranks) -> float:
+def fraction_of_equal_ranks(ours: Ranks, theirs: Ranks) -> float:
     """Compare ranks query by query; they differ where two scores differ in the last bit or tie."""
     assert abs(rank_metrics(ours)["rsum"] - rank_metrics(theirs)["rsum"]) < 6
     equal = torch.cat([ours.i2t == theirs.i2t, ours.t2i == theirs.t2i])

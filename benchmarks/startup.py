@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             except RuntimeError as error:
                 if "open_clip" not in name:
                     raise
-                print(f"{name} is left out: {str(error).splitlines()[-1]}")
+                print(f"{name} is skipped: {str(error).splitlines()[-1]}")
             else:
                 cases[name] = case
     timings = take_turns(cases, repeats=options.repeats, warmup=0)
@@ -84,12 +84,12 @@ def starter(arguments: list[str], expected: int) -> Callable[[], object]:
 
 
 def report(timings: dict[str, Timing]) -> None:
-    """Print a table: time, spread, share of the time that importing PyTorch takes."""
+    """Print a table: time, spread, time as a fraction of what importing PyTorch takes."""
     torch = timings.get("import torch")
     rows = [["command", "median s", "spread", "of import torch"]]
     for name, timing in timings.items():
-        share = "-" if torch is None else f"{timing.median / torch.median:.2f}"
-        rows.append([name, f"{timing.median:.3f}", f"{100 * timing.spread:.0f}%", share])
+        fraction = "-" if torch is None else f"{timing.median / torch.median:.2f}"
+        rows.append([name, f"{timing.median:.3f}", f"{100 * timing.spread:.0f}%", fraction])
     print_table(f"Start, {machine()}", rows)
 
 

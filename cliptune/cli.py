@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cliptune.runtime.files import read_json_object
-from cliptune.runtime.messages import nearest
+from cliptune.runtime.messages import first_few, one_line, printable, shorten
 from cliptune.settings import Config, Settings
 
 CONFIG_PATH = Path("config.json")
+MAX_ISSUES = 10
 
+HELP_GROUPS = {
+    "everyday": (
+        "config", "checkpoint", "results", "data_dir", "model_name", "freeze_backbone", "batch_size", "num_epochs",
+        "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
+    ),
+    "data": (
+        "val_data", "split", "val_split", "image_dir", "caption_key", "captions", "augment", "on_unreadable_image",
+        "max_skipped_fraction",
+    ),
+    "model": ("pretrained", "projection_dim", "freeze_tower", "activation"),
+    "training": (
+        "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
+        "skip_nonfinite", "seed",
+    ),
+    "speed and memory": (
+        "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
+        "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
+    ),
+    "shards": ("to_shards", "shard_size"),
+    "output": ("checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
+}  # fmt: skip
+"""The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 
-_MAX_LINES = 10
+METAVARS = {
+    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "pretrained": "FILE", "results": "FILE",
+    "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+}  # fmt: skip
+"""What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 
-
-_MAX_MESSAGE = 200
+RENAMED = {
+    "warmup_share": "warmup_fraction",
+    "max_bad_share": "max_skipped_fraction",
+    "on_bad_image": "on_unreadable_image",
+    "batch_size": "encode_batch_size",  # of evaluation.py alone: train.py has a batch_size
+}
+MEANT = {
+    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "wd": "weight_decay", "arch": "model_name",
+    "data": "data_dir", "train_data": "data_dir", "images": "image_dir", "workers": "num_workers",
+    "out": "output_dir", "save_dir": "output_dir", "logs": "output_dir", "checkpoint": "resume",
+    "checkpoint_path": "checkpoint", "ckpt": "checkpoint", "weights": "pretrained", "freeze": "freeze_backbone",
+    "grad_clip": "gradient_clip_norm", "grad_clip_norm": "gradient_clip_norm", "amp": "precision", "gpu": "device",
+    "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
+    "debug": "log_level", "verbose": "log_level",
+}  # fmt: skip
+"""What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 
 
 class Flag(NamedTuple):
@@ -55,7 +97,7 @@ def parse_settings(settings: type[S], argv: list[str] | None, *, description: st
     Args:
         settings: the stage's settings.
         argv: the flags; None: those of this process.
-        description: what the stage does; `--help` shows the first line.
+        description: what the stage does, for `--help`.
 
     Returns:
         The settings, and the given flags with their values as typed.
@@ -97,7 +139,7 @@ def check_command_line(settings: type[Settings], description: str) -> None:
 
     Args:
         settings: the stage's settings.
-        description: what the stage does: its docstring, of which `--help` shows the first line.
+        description: what the stage does, for `--help`: its docstring.
     """
 
     def read() -> int:
@@ -121,30 +163,23 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
     """Run a stage's body; turn errors that a user can mend into one line on stderr.
 
     Returns:
-        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a loss that is not finite or
-        too little memory, 130 after Ctrl-C.
+        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a non-finite loss or too
+        little memory, 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
     rank = os.environ.get("RANK", "0")
-    name += "" if rank == "0" else f" (process {rank})"
+    name += "" if rank == "0" else f" (rank {rank})"
     try:
         return stage()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
-        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, MemoryError) as error:
-        print(f"{name}: {_one_line(error)}", file=sys.stderr)
-        return 1
+        print(f"{name}: error: {printable(one_line(error))}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError | MemoryError) else 2
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,32 +192,85 @@ class _Parser(argparse.ArgumentParser):
 def _parse_flags(
     settings: type[Settings], argv: list[str] | None, *, description: str, with_config: bool = False
 ) -> dict[str, Any]:
-    summary = description.partition("\n")[0]
-    parser = _Parser(description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        description=description.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
     if with_config:
-        parser.add_argument("--config", metavar="PATH", help="JSON file with settings (default: ./config.json)")
-    known = ["--config"] if with_config else []
-    for name, _, field in flags_of(settings):
-        parser.add_argument(f"--{name}", dest=name, metavar=name.upper(), help=_help(field), **_arity(field))
-        known.append(f"--{name}")
+        arguments["config"] = {
+            "metavar": METAVARS["config"],
+            "help": "JSON file with settings (default: ./config.json if there)",
+        }
+    for title, names in _help_groups(arguments):
+        group = parser.add_argument_group(title)
+        for name in names:
+            group.add_argument(f"--{name}", dest=name, **arguments[name])
     found, unknown = parser.parse_known_args(argv)
     if unknown:
-        word = unknown[0].split("=")[0]
-        hint = nearest(word, known) if word.startswith("-") else "; flags start with --"
-        raise ValueError(f"unknown flag {word}{hint}")
+        word = unknown[0].partition("=")[0]
+        hint = _hint(word.lstrip("-"), {name: f"--{name}" for name in arguments}) or "; --help lists the flags"
+        raise ValueError(f"unknown flag {shorten(word)}{hint if word.startswith('-') else '; flags start with --'}")
     return vars(found)
 
 
-def _arity(field: FieldInfo) -> dict[str, Any]:
+def _help_groups(known: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the groups of a stage's `--help` that are not empty."""
+    left = list(known)
+    for title, names in HELP_GROUPS.items():
+        if found := [name for name in names if name in left]:
+            yield title, found
+        left = [name for name in left if name not in found]
+    if left:
+        yield "more", left
+
+
+def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
+    """Describe a flag to argparse: how it looks in `--help`, and what it means without a value."""
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    argument: dict[str, Any] = {"metavar": _metavar(name, field)}
+    if field.annotation is bool or "bare" in extra:
+        argument |= {"nargs": "?", "const": extra.get("bare", "true")}
+    text, default = str(field.description), "none" if field.default is None else str(field.default)
+    if field.default is None and "none: " in text:
+        text = text.replace("none: ", "none (default): ")
+    elif "(default: " not in text:
+        text += f" (default: {default.lower() if field.annotation is bool else default})"
+    return argument | {"help": text.replace("%", "%%")}
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    """Return what stands for a value in `--help`: choices, N or X for a number, else the last word of the name."""
     if field.annotation is bool:
-        return {"nargs": "?", "const": "true"}
-    return {"nargs": "?", "const": extra["bare"]} if "bare" in extra else {}
+        return "true|false"
+    options = get_args(field.annotation) if get_origin(field.annotation) in {Union, UnionType} else [field.annotation]
+    options = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
+    choices = [choice for option in options for choice in get_args(option)]  # of a Literal
+    if choices:
+        others = {int: "N", NoneType: "none"}
+        return "{" + ",".join([*choices, *(others[option] for option in options if option in others)]) + "}"
+    kind = "X" if float in options else name.rpartition("_")[2].upper() if str in options else "N"
+    return METAVARS.get(name, kind)
 
 
-def _help(field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"default: {json.dumps(field.default)}"
-    return f"{field.description} ({default})".replace("%", "%%")
+def _hint(name: str, known: dict[str, str]) -> str:
+    """Say which of the known names is meant, as it is shown; nothing where that would be a guess."""
+    name = shorten(name).lower().replace("-", "_")
+    if RENAMED.get(name) in known:
+        return f"; it is now {known[RENAMED[name]]}"
+    meant = MEANT.get(name, name)
+    words = set(name.split("_"))
+    # `epochs` is in num_epochs alone, so that is meant; `size` is in batch_size and in shard_size, so nobody knows
+    same_words = [flag for flag in known if words <= set(flag.split("_"))]
+    likely = [
+        *(flag for flag in (meant, MEANT.get(meant), RENAMED.get(meant)) if flag in known),
+        *(same_words if len(same_words) == 1 else []),
+        *difflib.get_close_matches(name, known, n=1, cutoff=0.75),
+    ]
+    return f"; did you mean {known[likely[0]]}?" if likely else ""
 
 
 def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], *, source: Path | None) -> S:
@@ -194,36 +282,37 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
         for group in groups:
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
-                raise ValueError(f"{source}: {group}: expected an object, found {type(target).__name__}")
-        optional = type(None) in get_args(field.annotation)
+                raise ValueError(f"{source}: {group}: expected an object, got {shorten(repr(target))}")
+        # `--val_data none` undoes what config.json says; but `--augment none` is one of its choices
+        optional = NoneType in get_args(field.annotation)
         target[last] = None if optional and str(value).lower() in {"none", "null"} else value
     try:
         return settings.model_validate(merged)
     except ValidationError as error:
-        by_key = {key: f"--{name}" for name, (key, _) in flags.items() if name in given}
-        lines = [_describe(settings, issue, by_key, source) for issue in error.errors()]
-        more = f"; and {len(lines) - _MAX_LINES} more" if len(lines) > _MAX_LINES else ""
-        raise ValueError("; ".join(lines[:_MAX_LINES]) + more) from None
+        raise ValueError(first_few(_describe(error, flags_of(settings), given, source), MAX_ISSUES)) from None
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
-
-
-def _describe(settings: type[Settings], issue: Any, by_key: dict[tuple[str, ...], str], source: Path | None) -> str:
-    loc = tuple(str(part) for part in issue["loc"])
-    flag_name = next((flag for key, flag in by_key.items() if loc[: len(key)] == key), None)
-    place = flag_name or f"{source or 'settings'}: {_short('.'.join(loc))}".rstrip(": ")
-    if issue["type"] == "extra_forbidden":
-        group: type[Settings] = settings
-        for part in loc[:-1]:
-            group = group.model_fields[part].annotation  # type: ignore[assignment]
-        return f"{place}: unknown key{nearest(loc[-1], list(group.model_fields))}"
-    if issue["type"] == "missing":
-        return f"--{loc[-1]} is required"
-    if issue["type"] == "value_error":
-        return f"{place}: {issue['ctx']['error']}"
-    if issue["type"] == "model_type":
-        return f"{place}: expected an object, got {_short(repr(issue['input']))}"
-    message = issue["msg"].removeprefix("Input should be ")
-    return f"{place}: expected {message}, got {_short(repr(issue['input']))}"
+def _describe(error: ValidationError, flags: Iterable[Flag], given: dict[str, Any], source: Path | None) -> list[str]:
+    """Say in a line for each flag or key what is wrong with it."""
+    names = {flag.key: flag.name for flag in flags}
+    # an unknown key is looked up by the last part of a key and by the flag's name, and shown as it stands in the file:
+    # {"lr": 1} means training.learning_rate, {"model": {"model_name": ...}} means model.name
+    known = {name: ".".join(key[: depth + 1]) for key in names for depth, name in enumerate(key)}
+    known |= {name: ".".join(key) for key, name in names.items()}
+    lines: dict[str, str] = {}
+    for issue in error.errors(include_url=False):
+        loc = tuple(str(part) for part in issue["loc"])
+        key = next((key for key in names if loc[: len(key)] == key), loc)  # of a union, `loc` names the option too
+        in_file = f"{source or 'settings'}: {shorten('.'.join(key))}".rstrip(": ")
+        where = f"--{names[key]}" if names.get(key) in given else in_file
+        if issue["type"] == "extra_forbidden":
+            lines[where] = f"unknown key{_hint(loc[-1], known)}"
+        elif issue["type"] == "value_error":
+            lines[where] = str(issue["ctx"]["error"])
+        else:
+            # a union has an issue for each of its options: "expected a valid integer or 'auto', got 'x'"
+            wanted = issue["msg"].removeprefix("Input should be ").partition(", unable")[0]
+            wanted = "an object" if issue["type"] == "model_type" else wanted
+            before = f"{lines[where].rpartition(', got ')[0]} or " if where in lines else "expected "
+            lines[where] = f"{before}{wanted}, got {shorten(repr(issue['input']))}"
+    return [f"{where}: {message}" for where, message in lines.items()]

@@ -16,22 +16,21 @@ DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
 SAMPLE_SIZE = 1000
 MAX_SKIPPED_FRACTION = 0.01
-DATA_DIR_HELP = "folder with the data set, its index file, or shards (path/{00000..00099}.tar)"
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-SkippedFraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-LogLevel = Literal["debug", "info", "warning", "error"]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Split = Literal["train", "val", "test", "all"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
 
 
 def _check_interval(value: int | str | None) -> int | str | None:
     if value is None:
         return None
+    # what was typed is what is stored and shown; RunSettings gives it as plain numbers
     text = str(value)
     number = text[:-1] if text[-1:] in SECONDS_OF_UNIT else text
     if not (number.isdecimal() and int(number)):
@@ -41,6 +40,32 @@ def _check_interval(value: int | str | None) -> int | str | None:
 
 Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
 """Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
+
+# Settings that several stages have. `--help` shows the text: name and meaning are the same wherever they stand.
+DataDir = Annotated[
+    str, Field(description="folder with the data set, its index file, or shards (path/{00000..00099}.tar)")
+]
+ImageDir = Annotated[
+    str | None, Field(description="folder that image paths are relative to; none: the index file's folder")
+]
+CaptionKey = Annotated[
+    str | None, Field(description="column that holds the captions; none: the first of caption, captions, title")
+]
+ValSplit = Annotated[
+    float,
+    Field(
+        gt=0, lt=1, allow_inf_nan=False, description="fraction of the groups used for validation, 5,000 images at most"
+    ),
+]
+MaxSkippedFraction = Annotated[
+    Fraction, Field(description="fraction of the images and records that may be skipped; more of them end the run")
+]
+NumWorkers = Annotated[
+    NonNegativeInt | None, Field(description="worker processes that load data; none: chosen for the machine")
+]
+Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
+Seed = Annotated[NonNegativeInt, Field(description="of the split, the order, captions, augmentation and sample data")]
 
 
 class Settings(BaseModel):
@@ -52,6 +77,7 @@ class Settings(BaseModel):
     @classmethod
     def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            # pydantic takes true for 1, so {"batch_size": true} would train with batches of one pair
             for key, value in values.items():
                 field = cls.model_fields.get(key)
                 if isinstance(value, bool) and field is not None and field.annotation is not bool:
@@ -87,34 +113,32 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """Where the pairs come from and how they are split."""
 
-    data_dir: str = Field(DEFAULT_DATA_DIR, description=DATA_DIR_HELP)
+    data_dir: DataDir = DEFAULT_DATA_DIR
     val_data: str | None = Field(
         None, description="separate validation set, which shards need; none: split off from the data"
     )
-    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
-    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
+    image_dir: ImageDir = None
+    caption_key: CaptionKey = None
     captions: Literal["random", "all"] = Field(
-        "random", description="random: one caption an image each epoch; all: every pair each epoch"
+        "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
-    val_split: Share = Field(0.1, description="share of the groups kept for validation (at most 5,000 images)")
-    on_unreadable_image: Literal["skip", "stop"] = Field(
-        "skip", description="skip: leave a bad picture or entry out and list it; stop: the first one ends the run"
+    val_split: ValSplit = 0.1
+    on_unreadable_image: Literal["skip", "fail"] = Field(
+        "skip", description="skip: go on without the image or record and list it; fail: the first one ends the run"
     )
-    max_skipped_fraction: SkippedFraction = Field(
-        MAX_SKIPPED_FRACTION, description="share of the pictures and entries that may be bad; more of them end the run"
-    )
-    augment: Literal["none", "crop", "color"] = Field("none", description="random crops, or crops and colour changes")
+    max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
+    augment: Literal["none", "crop", "color"] = Field("none", description="random crops; color: colour changes as well")
     fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
-    cache_images: bool = Field(False, description="decode pictures once and keep them small, see cache_dir")
+    cache_images: bool = Field(False, description="decode images once and cache them at the model's size (cache_dir)")
     feature_views: NonNegativeInt | None = Field(
         None,
-        description="views of a picture that a frozen tower keeps; none: 1, augmented 4; 0: keep no features",
+        description="augmented views of an image cached by a frozen tower; none: 1, with augment 4; 0: cache nothing",
     )
-    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
+    num_workers: NumWorkers = None
 
     @property
     def allowed_skipped_fraction(self) -> float:
-        """Share of the pictures and entries that may be bad before the run ends."""
+        """Fraction of the images and records that may be skipped before the run ends."""
         return self.max_skipped_fraction if self.on_unreadable_image == "skip" else 0.0
 
 
@@ -122,14 +146,13 @@ class TrainingSettings(Settings):
     """How the weights are moved."""
 
     batch_size: PositiveInt = Field(
-        32, description="pairs a step, over all processes: each is contrasted with all others of its batch"
+        32, description="pairs a step, over all ranks: each is contrasted with all others of its batch"
     )
     micro_batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="pairs in memory at once, in each process; the gradient is the same; auto: as many as fit"
+        "auto", description="pairs in memory at once on each rank; the gradient is the same; auto: as many as fit"
     )
     gradient_checkpointing: bool = Field(
-        False,
-        description="compute each layer again in the backward pass instead of keeping it: less memory, more time",
+        False, description="compute each layer again in the backward pass: less memory, more time"
     )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
@@ -137,31 +160,30 @@ class TrainingSettings(Settings):
         None, description="rate of the towers over learning_rate; none: 0.01, or 1 for a random start"
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
-    gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm a step; 0: no clipping")
+    gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm of a step; 0: no clipping")
     skip_nonfinite: NonNegativeInt = Field(
-        0,
-        description="steps in a row that may be left out since loss or gradient is not finite; 0: stop at the first",
+        0, description="steps in a row that may be skipped for a non-finite loss or gradient; 0: the first ends the run"
     )
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.1, description="share of the steps over which the rates rise, before the cosine"
+    warmup_fraction: Annotated[Fraction, Field(lt=1)] = Field(
+        0.1, description="fraction of the steps over which the rates rise, before the cosine"
     )
     early_stopping_patience: NonNegativeInt = Field(
-        10, description="epochs without a better validation RSum before the run stops; 0: never"
+        10, description="epochs without a better validation RSum before the run ends; 0: never"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
-    seed: NonNegativeInt = Field(42, description="seed of the split, the order, the captions, the augmentation")
+    seed: Seed = 42
 
 
 class RunSettings(Settings):
     """Where the run happens and what it leaves."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: Device = "auto"
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="under torchrun: the whole model in each process, or (fsdp) a share of it"
+        "ddp", description="under torchrun: the whole model on each rank, or (fsdp) a shard of it"
     )
-    output_dir: str = Field(".", description="holds model-checkpoint/, results/ and logs/")
-    cache_dir: str | None = Field(None, description="folder for kept pictures and features; none: cache in output_dir")
+    output_dir: str = Field(".", description="folder for model-checkpoint/, results/ and logs/")
+    cache_dir: str | None = Field(None, description="folder for cached images and features; none: cache/ in output_dir")
     resume: str | None = Field(
         None,
         description="continue a run: alone, the one in output_dir; or a checkpoint file",
@@ -169,14 +191,24 @@ class RunSettings(Settings):
     )
     checkpoint_every: Interval = Field(
         "10m",
-        description="steps (500) or time (90s, 10m, 2h) between states saved within an epoch; none: only at its end",
+        description="steps (500) or time (90s, 10m, 2h) between checkpoints within an epoch; none: only at its end",
     )
     keep_checkpoints: PositiveInt = Field(
-        2, description="states kept: last_model.pth and the ones before it, in case it is damaged"
+        2, description="newest checkpoints to keep: last_model.pth, and earlier ones in case it is damaged"
     )
     profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
-    log_level: LogLevel = Field("info", description="debug, info, warning, error")
+    log_level: LogLevel = "info"
+
+    @property
+    def checkpoint_every_steps(self) -> int | None:
+        """Steps between two checkpoints within an epoch; None: no such limit."""
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else None
+
+    @property
+    def checkpoint_every_seconds(self) -> int | None:
+        """Seconds between two checkpoints within an epoch; None: no such limit."""
+        return seconds_of(self.checkpoint_every) if isinstance(self.checkpoint_every, str) else None
 
 
 class Config(Settings):
@@ -188,53 +220,51 @@ class Config(Settings):
     run: RunSettings = RunSettings()
 
     @model_validator(mode="after")
-    def _keep_only_views_that_there_are(self) -> Config:
+    def _check_feature_views(self) -> Config:
+        # views are cached outputs of the image tower, so it must be frozen; views of images that are never cropped or
+        # recoloured would be copies of one
         views = self.data.feature_views
         if views and not (self.model.freeze_backbone or self.model.freeze_tower == "image"):
             raise ValueError(f"feature_views {views} needs a frozen image tower: freeze_backbone, freeze_tower image")
         if views is not None and views > 1 and self.data.augment == "none":
-            raise ValueError(f"feature_views {views}: without augment all views of a picture are the same one")
+            raise ValueError(f"feature_views {views}: without augment all views of an image are the same")
         return self
 
 
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
-    data_dir: str = Field(DEFAULT_DATA_DIR, description=DATA_DIR_HELP)
-    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
-    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
-    val_split: Share = Field(0.1, description="share of the groups kept for validation")
-    max_skipped_fraction: SkippedFraction = Field(
-        MAX_SKIPPED_FRACTION, description="share of the index's entries that may be bad"
-    )
-    check: bool = Field(False, description="decode every picture, look at every caption, print all that is wrong")
-    num_workers: NonNegativeInt | None = Field(None, description="loading processes of check; none: one a core")
-    seed: NonNegativeInt = Field(42, description="seed of the split; of the sample data as well")
-    num_samples: PositiveInt | None = Field(None, description=f"make that many samples (default there: {SAMPLE_SIZE})")
-    to_shards: str | None = Field(None, description="write the data set as shards into this folder")
+    data_dir: DataDir = DEFAULT_DATA_DIR
+    image_dir: ImageDir = None
+    caption_key: CaptionKey = None
+    val_split: ValSplit = 0.1
+    max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
+    check: bool = Field(False, description="decode every image, look at every caption, print all issues")
+    num_workers: NonNegativeInt | None = Field(None, description="worker processes of check; none: one a core")
+    seed: Seed = 42
+    num_samples: PositiveInt | None = Field(None, description=f"draw that many sample images (default: {SAMPLE_SIZE})")
+    to_shards: str | None = Field(None, description="folder to write the data set to as shards")
     shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
-    split: Literal["train", "val", "test", "all"] = Field("train", description="which images to_shards takes")
+    split: Split = Field("train", description="images that to_shards takes")
 
 
 class EvaluationSettings(Settings):
     """Settings of the evaluation stage."""
 
     checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
-    data_dir: str | None = Field(None, description="data set; none: the checkpoint's own validation images")
-    split: Literal["train", "val", "test", "all"] | None = Field(
-        None, description="split of data_dir; none: val if it declares one, else everything"
+    data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
+    split: Split | None = Field(None, description="split of data_dir; none: val if it declares one, else everything")
+    image_dir: ImageDir = None
+    caption_key: CaptionKey = None
+    max_skipped_fraction: Fraction | None = Field(
+        None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
-    image_dir: str | None = Field(None, description="folder that image paths are relative to; none: the index file's")
-    caption_key: str | None = Field(None, description="column that holds the captions; none: caption, captions, title")
-    max_skipped_fraction: SkippedFraction | None = Field(
-        None, description="share of the index's entries that may be bad; none: as the checkpoint's run"
-    )
-    batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
-    num_workers: NonNegativeInt | None = Field(None, description="loading processes; none: chosen for the machine")
-    precision: Precision | None = Field(None, description="auto, fp32, bf16, fp16; none: as the checkpoint's run")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    output_dir: str = Field(".", description="evaluation_results.json goes to its results/")
-    log_level: LogLevel = Field("info", description="debug, info, warning, error")
+    encode_batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    num_workers: NumWorkers = None
+    precision: Precision | None = Field(None, description="none: as in the checkpoint's run")
+    device: Device = "auto"
+    output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json")
+    log_level: LogLevel = "info"
 
 
 class VisualizationSettings(Settings):
@@ -247,5 +277,5 @@ class VisualizationSettings(Settings):
 
 
 def seconds_of(interval: str) -> int:
-    """Return how long a time such as `90s`, `10m` or `2h` is."""
+    """Return how many seconds a time such as `90s`, `10m` or `2h` has."""
     return int(interval[:-1]) * SECONDS_OF_UNIT[interval[-1]]

@@ -3,8 +3,17 @@ from pathlib import Path
 
 import pytest
 
-from cliptune.cli import flags_of, load_config, override, run_stage
-from cliptune.settings import Config, seconds_of
+from cliptune.cli import HELP_GROUPS, MEANT, RENAMED, flags_of, load_config, override, parse_settings, run_stage
+from cliptune.settings import (
+    Config,
+    EvaluationSettings,
+    InspectSettings,
+    Settings,
+    VisualizationSettings,
+    seconds_of,
+)
+
+STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings)
 
 
 def load(*argv: str) -> Config:
@@ -59,7 +68,10 @@ def test_booleans_can_be_switched_both_ways(argv: list[str], expected: bool) -> 
     ("argv", "message"),
     [
         (["--batch_sz", "3"], "did you mean --batch_size?"),
-        (["--batch_size", "x"], "--batch_size: expected a valid integer"),
+        (["--batch_size", "x"], "--batch_size: expected a valid integer, got 'x'"),
+        (["--micro_batch_size", "x"], "--micro_batch_size: expected a valid integer or 'auto', got 'x'"),
+        (["--freeze_backbone", "maybe"], "--freeze_backbone: expected a valid boolean, got 'maybe'"),
+        (["--on_unreadable_image", "stop"], "--on_unreadable_image: expected 'skip' or 'fail', got 'stop'"),
         (["--batch_size", "0"], "--batch_size: expected greater than 0"),
         (["--checkpoint_every", "5x"], "--checkpoint_every: expected a number of steps, or a time such as 90s, 10m"),
         (["--checkpoint_every", "0m"], "--checkpoint_every: expected a number of steps"),
@@ -71,7 +83,7 @@ def test_booleans_can_be_switched_both_ways(argv: list[str], expected: bool) -> 
         (["--freeze_tower", "both"], "--freeze_tower: expected 'image' or 'text'"),
         (["--feature_views", "2", "--augment", "crop"], "needs a frozen image tower"),
         (["--feature_views", "1", "--freeze_tower", "text"], "needs a frozen image tower"),
-        (["--feature_views", "2", "--freeze_backbone"], "without augment all views of a picture are the same"),
+        (["--feature_views", "2", "--freeze_backbone"], "without augment all views of an image are the same"),
     ],
 )
 def test_a_wrong_flag_is_named(argv: list[str], message: str) -> None:
@@ -80,9 +92,69 @@ def test_a_wrong_flag_is_named(argv: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--lr", "unknown flag --lr; did you mean --learning_rate?"),
+        ("--bs", "unknown flag --bs; did you mean --batch_size?"),
+        ("--epochs", "unknown flag --epochs; did you mean --num_epochs?"),
+        ("--wd", "unknown flag --wd; did you mean --weight_decay?"),
+        ("--model", "unknown flag --model; did you mean --model_name?"),
+        ("--data", "unknown flag --data; did you mean --data_dir?"),
+        ("--workers", "unknown flag --workers; did you mean --num_workers?"),
+        ("--output", "unknown flag --output; did you mean --output_dir?"),
+        ("--checkpoint_path", "unknown flag --checkpoint_path; did you mean --resume?"),
+        ("--batch-size", "unknown flag --batch-size; did you mean --batch_size?"),
+        ("--Num_Epochs", "unknown flag --Num_Epochs; did you mean --num_epochs?"),
+        ("--lr_scale", "unknown flag --lr_scale; did you mean --backbone_lr_scale?"),
+        ("--no_such_flag", "unknown flag --no_such_flag; --help lists the flags"),
+        ("--size", "unknown flag --size; --help lists the flags"),  # of a batch, or of a micro-batch?
+        ("--x", "unknown flag --x; --help lists the flags"),
+        ("--", "unknown flag"),
+        ("--max_bad_share", "unknown flag --max_bad_share; it is now --max_skipped_fraction"),
+        ("--warmup_share", "unknown flag --warmup_share; it is now --warmup_fraction"),
+        ("--on_bad_image", "unknown flag --on_bad_image; it is now --on_unreadable_image"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_that_is_meant(flag: str, message: str) -> None:
+    for argv in ([flag, "3"], [f"{flag}=3"]):
+        with pytest.raises(ValueError, match="unknown flag") as error:
+            load(*argv)
+        assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--batch_size", "it is now --encode_batch_size"),
+        ("--bs", "did you mean --encode_batch_size?"),
+        ("--checkpoint_path", "did you mean --checkpoint?"),
+        ("--lr", "--help lists the flags"),  # it has no learning rate
+    ],
+)
+def test_an_unknown_flag_of_evaluation(flag: str, message: str) -> None:
+    with pytest.raises(ValueError, match="unknown flag") as error:
+        parse_settings(EvaluationSettings, [flag, "3"], description="")
+    assert str(error.value) == f"unknown flag {flag}; {message}"
+
+
+def test_hints_lead_to_flags_that_exist() -> None:
+    names = {flag.name for settings in STAGES for flag in flags_of(settings)}
+    assert {*MEANT.values(), *RENAMED.values()} <= names
+    assert not {*RENAMED} & {flag.name for flag in flags_of(EvaluationSettings)}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"training": {"batchsize": 3}}', "training.batchsize: unknown key; did you mean batch_size"),
+        ('{"training": {"batchsize": 3}}', "training.batchsize: unknown key; did you mean training.batch_size?"),
+        ('{"training": {"lr": 3}}', "training.lr: unknown key; did you mean training.learning_rate?"),
+        ('{"batch_size": 3}', "batch_size: unknown key; did you mean training.batch_size?"),  # in no group
+        ('{"model": {"model_name": "RN50"}}', "model.model_name: unknown key; did you mean model.name?"),
+        ('{"training": {"warmup_share": 0}}', "training.warmup_share: unknown key; it is now training.warmup_fraction"),
+        ('{"data": {"max_bad_share": 0}}', "data.max_bad_share: unknown key; it is now data.max_skipped_fraction"),
+        ('{"data": {"on_bad_image": 0}}', "data.on_bad_image: unknown key; it is now data.on_unreadable_image"),
+        ('{"data": {"qqq": 0}}', "data.qqq: unknown key$"),
+        ('{"training": {"micro_batch_size": "x"}}', "training.micro_batch_size: expected a valid integer or 'auto', g"),
         ('{"trainig": {}}', "trainig: unknown key; did you mean training"),
         ('{"training": {"batch_size": true}}', "batch_size: true is not a value"),
         ('{"training": 3}', "training: expected an object"),
@@ -93,21 +165,77 @@ def test_a_wrong_flag_is_named(argv: list[str], message: str) -> None:
 )
 def test_a_wrong_file_is_named_with_its_place(text: str, message: str) -> None:
     Path("config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         load()
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("500", 500), ("90s", "90s"), ("10m", "10m"), ("2h", "2h"), ("none", None)]
+    ("text", "value", "steps", "seconds"),
+    [
+        ("500", 500, 500, None),
+        ("90s", "90s", None, 90),
+        ("10m", "10m", None, 600),
+        ("2h", "2h", None, 7200),
+        ("none", None, None, None),
+    ],
 )
-def test_an_interval_is_steps_or_a_time(text: str, value: object) -> None:
-    assert load("--checkpoint_every", text).run.checkpoint_every == value
-    assert isinstance(value, int | None) or seconds_of(str(value)) == {"90s": 90, "10m": 600, "2h": 7200}[text]
+def test_an_interval_is_steps_or_a_time(text: str, value: object, steps: int | None, seconds: int | None) -> None:
+    run = load("--checkpoint_every", text).run
+    assert (run.checkpoint_every, run.checkpoint_every_steps, run.checkpoint_every_seconds) == (value, steps, seconds)
+    assert seconds is None or seconds_of(text) == seconds
 
 
-def test_every_flag_name_stands_once() -> None:
-    names = [flag.name for flag in flags_of(Config)]
+@pytest.mark.parametrize("settings", STAGES)
+def test_every_flag_name_stands_once(settings: type[Settings]) -> None:
+    names = [flag.name for flag in flags_of(settings)]
     assert len(names) == len(set(names))
+
+
+def help_of(settings: type[Settings], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        if settings is Config:
+            load("--help")
+        else:
+            parse_settings(settings, ["--help"], description="what it does")
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", STAGES)
+def test_help_shows_every_flag_once_and_in_a_group(
+    settings: type[Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = help_of(settings, capsys).splitlines()
+    shown = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
+    assert sorted(shown) == sorted([flag.name for flag in flags_of(settings)] + ["config"] * (settings is Config))
+    assert "more:" not in lines
+
+
+def test_help_shows_the_daily_flags_first_then_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(Config, capsys)
+    titles = [line.removesuffix(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options", *(title for title in HELP_GROUPS if title != "shards")]
+    assert text.index("--data_dir") < text.index("--batch_size") < text.index("--resume") < text.index("--val_split")
+
+
+def test_help_shows_choices_kinds_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(help_of(Config, capsys).split())
+    for part in (
+        "--augment {none,crop,color}",
+        "--freeze_tower {image,text,none}",
+        "--micro_batch_size {auto,N}",
+        "--freeze_backbone [true|false]",
+        "--batch_size N",
+        "--learning_rate X",
+        "--backbone_lr_scale X",
+        "--data_dir DIR",
+        "--resume [FILE]",
+        "--checkpoint_every N|TIME",
+        "passes over the training images (default: 50)",
+        "none (default): the backbone's own",
+        "meant for GPUs (default: false)",
+    ):
+        assert part in text
 
 
 def test_override_changes_only_what_is_given() -> None:
@@ -121,7 +249,9 @@ def test_override_changes_only_what_is_given() -> None:
     [
         (ValueError("a\nb"), 2),
         (FileNotFoundError("gone"), 2),
-        (FloatingPointError("nan"), 1),
+        (FileNotFoundError(2, "No such file", "a\x1b[31mred\u202e\udcff.jpg"), 2),
+        (FloatingPointError("the loss is nan"), 1),
+        (MemoryError(), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -132,7 +262,11 @@ def test_errors_become_one_line_and_an_exit_code(
         raise error
 
     assert run_stage(stage, name="stage.py") == code
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("stage.py: stopped" if code == 130 else "stage.py: error: ")
+    assert printed.endswith("\n")
+    assert printed[:-1].isprintable()
+    assert code == 130 or len(printed) > len("stage.py: error: \n")
 
 
 def test_a_message_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clip_model import MAX_LOGIT_SCALE, CLIPModel, MultimodalTrainer
+from clip_model import MAX_LOGIT_SCALE, CLIPModel, MultimodalTrainer, add_self_test
+from cliptune.model.checkpoint_file import save_checkpoint
 from cliptune.model.towers import image_tower, text_tower
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import resolve_precision
-from cliptune.training.gradcache import StepResult
 from cliptune.training.loss import ContrastiveLoss
-from cliptune.training.meters import EpochTotals
+from cliptune.training.meters import EpochTotals, StepResult
 from cliptune.training.optim import build_optimizer, build_scheduler
+from tests.helpers.models import SMALL_RESNET, small_architectures
+
+__all__ = ["small_architectures"]
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -44,12 +47,12 @@ def test_outputs_are_unit_norm_float32_also_in_bf16(model: CLIPModel) -> None:
             assert torch.allclose(output.norm(dim=-1), torch.ones(2), atol=1e-5)
 
 
-def test_pictures_paths_and_strings_are_encoded_as_in_training(model: CLIPModel, tmp_path: Path) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
-    picture.save(tmp_path / "x.png")
+def test_images_paths_and_strings_are_encoded_as_in_training(model: CLIPModel, tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png")
     with torch.no_grad():
         by_path = model.encode_image(tmp_path / "x.png")
-        assert torch.equal(by_path, model.encode_image(picture))
+        assert torch.equal(by_path, model.encode_image(image))
         assert torch.equal(by_path, model.encode_image([str(tmp_path / "x.png")]))
         assert torch.allclose(model.encode_text("a dog"), model.encode_text(tokenize(["a dog"])[0]))
 
@@ -62,39 +65,39 @@ def test_another_projection_size_keeps_most_of_the_similarities(
     assert torch.equal(small.image_projection.weight, small.text_projection.weight)
     visual, text = small.backbone.visual.proj, small.backbone.text_projection
     stacked = torch.cat([visual, text]).detach()
-    kept = (stacked @ small.image_projection.weight.T).norm() ** 2
+    captured = (stacked @ small.image_projection.weight.T).norm() ** 2
     best = torch.linalg.svdvals(stacked)[:128].square().sum()
-    assert torch.allclose(kept, best, rtol=1e-4)
+    assert torch.allclose(captured, best, rtol=1e-4)
     rows = nn.functional.normalize(torch.randn(5, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert torch.allclose((large.image_projection(rows) @ large.text_projection(rows).T), rows @ rows.T, atol=1e-5)
     assert small.projection_dim == 128
 
 
 def test_frozen_means_frozen() -> None:
-    model = CLIPModel("RN50", freeze_backbone=True, pretrained="none")
+    model = CLIPModel(SMALL_RESNET.name, freeze_backbone=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"logit_scale", "image_projection.weight", "text_projection.weight"}
     before = model.backbone.visual.bn1.running_mean.clone()
     assert model.training
-    model.encode_image(torch.randn(2, 3, 224, 224))
+    model.encode_image(torch.randn(2, 3, 64, 64))
     assert torch.equal(model.backbone.visual.bn1.running_mean, before)
 
 
 @pytest.mark.parametrize(("tower", "other"), [("image", "text"), ("text", "image")])
 def test_one_tower_can_be_frozen(tower: str, other: str) -> None:
-    model = CLIPModel("RN50", pretrained="none", freeze_tower=tower)
+    model = CLIPModel(SMALL_RESNET.name, freeze_tower=tower)
     assert model.frozen_towers == (tower,)
     assert not any(value.requires_grad for value in model.tower_state(tower).values())
     assert all(value.requires_grad for value in model.tower_state(other).values() if isinstance(value, nn.Parameter))
     before = {name: value.detach().clone() for name, value in model.state_dict().items() if name.startswith("backbone")}
     trainer = trainer_of(model)
     trainer.model.train()
-    trainer.train_step(torch.randn(2, 3, 224, 224), tokenize(["a", "b"])[0])
+    trainer.train_step(torch.randn(2, 3, 64, 64), tokenize(["a", "b"])[0])
     for side in (tower, other):
         moved = [name for name in model.tower_state(side) if not torch.equal(
             model.backbone.state_dict()[name], before[f"backbone.{name}"])]  # fmt: skip
         assert bool(moved) == (side == other), moved
-    outputs = model.run_image_tower(torch.randn(2, 3, 224, 224)), model.run_text_tower(tokenize(["a", "b"])[0])
+    outputs = model.run_image_tower(torch.randn(2, 3, 64, 64)), model.run_text_tower(tokenize(["a", "b"])[0])
     assert [output.grad_fn is None for output in outputs] == [tower == "image", tower == "text"]
 
 
@@ -115,7 +118,7 @@ def test_a_towers_output_stands_for_its_input(model: CLIPModel) -> None:
 
 
 def test_batchnorm_trains_from_random_and_is_held_when_loaded() -> None:
-    model = CLIPModel("RN50", pretrained="none")
+    model = CLIPModel(SMALL_RESNET.name)
     assert model.backbone.visual.bn1.training
     model.holds_batchnorm = True
     assert not model.train().backbone.visual.bn1.training
@@ -165,9 +168,9 @@ def trainer_of(model: CLIPModel, rate: float = 1e-3, clip_norm: float = 1.0) -> 
 
 def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
     torch.manual_seed(0)
-    model = CLIPModel("ViT-Ti/32")
+    model = CLIPModel("ViT-Mini")
     trainer = trainer_of(model)
-    images, tokens = torch.randn(8, 3, 224, 224), tokenize([f"picture {word}" for word in "abcdefgh"])[0]
+    images, tokens = torch.randn(8, 3, 64, 64), tokenize([f"image {word}" for word in "abcdefgh"])[0]
     with torch.no_grad():
         model.logit_scale.fill_(MAX_LOGIT_SCALE + 1)
     result = trainer.train_epoch([(images, tokens, torch.arange(8))])
@@ -183,7 +186,8 @@ def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
 
 
 def test_an_epoch_in_two_parts_has_the_means_of_the_whole() -> None:
-    results = [StepResult(torch.tensor(1 / 3 + n), torch.tensor(n / 7), num_pairs=5 + n) for n in range(6)]
+    values = [torch.tensor([1 / 3 + n, n / 7, 1.0, 14.0]) for n in range(6)]
+    results = [StepResult(n + 1, 5 + n, {}, values[n]) for n in range(6)]
     whole, first, second = (EpochTotals(CPU) for _ in range(3))
     for result in (*results[:2], None, *results[2:]):
         whole.add(result)
@@ -194,7 +198,7 @@ def test_an_epoch_in_two_parts_has_the_means_of_the_whole() -> None:
         second.add(result)
     assert second.state_dict() == whole.state_dict()
     assert second.mean() == whole.mean()
-    assert (whole.num_batches, whole.num_steps, whole.num_pairs) == (7, 6, 45)
+    assert (whole.num_batches, whole.num_pairs) == (7, 45)
     sizes = torch.arange(5.0, 11.0)
     assert whole.mean().loss == pytest.approx(((1 / 3 + torch.arange(6.0)) * sizes).sum().item() / 45)
     with pytest.raises(ValueError, match="no batch of pairs"):
@@ -228,9 +232,32 @@ def test_a_gradient_within_the_limit_is_left_alone() -> None:
 
 
 def test_unknown_names_and_missing_files_are_said() -> None:
-    with pytest.raises(ValueError, match="did you mean ViT-B/32"):
+    with pytest.raises(ValueError, match=r"'ViT-B32'; did you mean ViT-B/32\? known: RN50, .*ViT-L/14@336px"):
         CLIPModel("ViT-B32", pretrained="none")
+    with pytest.raises(ValueError, match="'banana'; known: RN50, "):
+        CLIPModel("banana")
     with pytest.raises(FileNotFoundError, match="no such file"):
         CLIPModel(pretrained="gone.pt")
     with pytest.raises(ValueError, match="no published weights"):
         CLIPModel("ViT-Ti/32", pretrained="openai")
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other, model = CLIPModel("ViT-Ti/32", activation="gelu"), CLIPModel("ViT-Ti/32")
+    state = {"architecture": other.architecture.to_dict(), "model_state_dict": other.state_dict()}
+    content = add_self_test({**state, "epoch": 1, "global_step": 1})
+    save_checkpoint(tmp_path / "x.pth", content)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrong = {**content["self_test"], "text_features": -content["self_test"]["text_features"]}
+    save_checkpoint(tmp_path / "wrong.pth", {**content, "self_test": wrong})
+    with pytest.raises(ValueError, match=r"wrong\.pth: its model does not give the features"):
+        model.load_checkpoint(tmp_path / "wrong.pth")
+    assert model.architecture.activation == "quick_gelu"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.load_checkpoint(tmp_path / "x.pth")["epoch"] == 1
+    assert model.architecture.activation == "gelu"
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    for another in (CLIPModel("ViT-Ti/32", projection_dim=32), CLIPModel("ViT-Ti/16@112px")):
+        with pytest.raises(ValueError, match=r"holds a ViT-Ti/32 with projection_dim 256, .* builds the right one"):
+            another.load_checkpoint(tmp_path / "x.pth")

@@ -119,18 +119,16 @@ class EpochBatches(Sampler[list[int]]):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Put samples into a batch; those without an image leave it, and their issues are noted."""
-    issues = [sample.issue for sample in samples if sample.issue is not None]
+    images = [sample.image for sample in samples if sample.image is not None]
     good = [sample for sample in samples if sample.image is not None]
-    if not good:
-        no_ids = torch.empty(0, dtype=torch.long)
-        return Batch(torch.empty(0), torch.empty(0, CONTEXT_LENGTH, dtype=torch.long), no_ids, issues, no_ids, no_ids)
+    tokens = [sample.tokens for sample in good]
     return Batch(
-        images=torch.stack([sample.image for sample in good if sample.image is not None]),
-        tokens=torch.stack([sample.tokens for sample in good]),
-        image_ids=torch.tensor([sample.image_id for sample in good]),
-        issues=issues,
-        caption_ids=torch.tensor([sample.caption_id for sample in good]),
-        caption_indices=torch.tensor([sample.caption_index for sample in good]),
+        images=torch.stack(images) if good else torch.empty(0),  # [B, 3, R, R]
+        tokens=torch.stack(tokens) if good else torch.empty(0, CONTEXT_LENGTH, dtype=torch.int64),  # [B, 77]
+        image_ids=torch.tensor([sample.image_id for sample in good], dtype=torch.int64),
+        issues=[sample.issue for sample in samples if sample.issue is not None],
+        caption_ids=torch.tensor([sample.caption_id for sample in good], dtype=torch.int64),
+        caption_indices=torch.tensor([sample.caption_index for sample in good], dtype=torch.int64),
     )
 
 
@@ -233,24 +231,18 @@ def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin
     """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
     if num_pieces <= 1:
         return next(pieces) if num_pieces else collate([])
-    images: Tensor | None = None
-    parts = []
-    end = 0
+    images, end = torch.empty(0), 0
+    parts: list[Batch] = []
     for _ in range(num_pieces):
         piece = next(pieces)
         if len(piece.images):
-            # copied as they come: `torch.cat` at the end would hold every pixel twice
-            if images is None:
-                shape = (num_items, *piece.images.shape[1:])
-                images = torch.empty(shape, dtype=piece.images.dtype, pin_memory=pin_memory)  # [num_items, 3, R, R]
+            if not len(images):
+                shape = (num_items, *piece.images.shape[1:])  # [num_items, 3, R, R]
+                images = torch.empty(shape, dtype=piece.images.dtype, pin_memory=pin_memory)
+            # copied as they come: `torch.cat` at the end would hold all pixels twice
             images[end : end + len(piece.images)] = piece.images
             end += len(piece.images)
         parts.append(piece._replace(images=torch.empty(0)))
-    return Batch(
-        images=torch.empty(0) if images is None else images[:end],
-        tokens=torch.cat([part.tokens for part in parts]),
-        image_ids=torch.cat([part.image_ids for part in parts]),
-        issues=[issue for part in parts for issue in part.issues],
-        caption_ids=torch.cat([part.caption_ids for part in parts]),
-        caption_indices=torch.cat([part.caption_indices for part in parts]),
-    )
+    ids = ("tokens", "image_ids", "caption_ids", "caption_indices")
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ids}
+    return Batch(images=images[:end], issues=[issue for part in parts for issue in part.issues], **joined)

@@ -1,211 +1,358 @@
-"""Encode every image and every caption of a data set once."""
+"""From a model and a data set to features: the one loop over images, the one over texts, and what goes through them."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clip_model import CLIPModel
 from cliptune.data.issues import Issue
-from cliptune.data.loaders import make_loader
+from cliptune.data.loaders import Batch, SampleDataset, make_loader
 from cliptune.data.pairs import Pairs
-from cliptune.features.cache import Features, PairFeatures
+from cliptune.data.row_store import RowStore
+from cliptune.model.architectures import Architecture
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import Precision, autocast, default_num_workers
 from cliptune.runtime.distributed import gather_rows, rank, world_size
 from cliptune.runtime.logs import progress_bar
-from data_loader import ImageTextDataset
+from cliptune.runtime.rng import IntArray
 
 logger = logging.getLogger(__name__)
 
+TEXT_CHUNK = 16384  # texts that are tokenised and sorted by length at once
 
-def log_problem(issue: Issue) -> None:
-    """Warn of a picture that is left out."""
-    logger.warning("left out: %s", issue)
+Run = Callable[[Tensor], Tensor]
+"""A method of the model, such as `encode_image`, on one batch."""
+
+
+class EncodingModel(Protocol):
+    """What is needed of a model with two towers, such as `clip_model.CLIPModel`."""
+
+    training: bool
+
+    @property
+    def architecture(self) -> Architecture:
+        """Its sizes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def image_resolution(self) -> int:
+        """R, in pixels."""
+
+    @property
+    def projection_dim(self) -> int:
+        """D, size of the shared space."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the inverse temperature, a scalar."""
+
+    @property
+    def frozen_towers(self) -> tuple[str, ...]:
+        """Which of `image` and `text` never change."""
+
+    def tower_state(self, tower: str, /) -> dict[str, Tensor]:
+        """Return a tower's weights by name."""
+
+    def run_image_tower(self, images: Tensor, /) -> Tensor:
+        """Pixels `[B, 3, R, R]` to `[B, embed_dim]`."""
+
+    def run_text_tower(self, tokens: Tensor, /) -> Tensor:
+        """Tokens `[B, L]` to `[B, embed_dim]`."""
+
+    def project_image(self, tower_output: Tensor, /) -> Tensor:
+        """`[B, embed_dim]` to unit-norm `[B, D]`."""
+
+    def project_text(self, tower_output: Tensor, /) -> Tensor:
+        """`[B, embed_dim]` to unit-norm `[B, D]`."""
+
+    def encode_image(self, images: Tensor, /) -> Tensor:
+        """Tower and projection."""
+
+    def encode_text(self, tokens: Tensor, /) -> Tensor:
+        """Tower and projection."""
+
+    def eval(self) -> Any:
+        """Leave training mode."""
+
+    def train(self, mode: bool, /) -> Any:
+        """Set training mode."""
+
+
+class ImageDataset(SampleDataset, Protocol):
+    """What is needed of a data set, such as `data_loader.ImageTextDataset`."""
+
+    def cache_images(self, folder: Path) -> None:
+        """Cache each image in `folder` once it is decoded and shrunk."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model with all that decides how data goes through it.
+
+    Args:
+        model: on its device.
+        open_dataset: makes a data set of `(pairs, transform=..., seed=...)`, as `data_loader.ImageTextDataset` does.
+        precision: of the forward passes.
+        batch_size: images or texts that are encoded at once.
+        num_workers: of the image loader; None: chosen for the machine.
+        image_cache_dir: folder where decoded images are cached; None: they are not. The features are the same.
+    """
+
+    model: EncodingModel
+    open_dataset: Callable[..., ImageDataset]
+    precision: Precision
+    batch_size: int
+    num_workers: int | None = None
+    image_cache_dir: Path | None = None
+
+    def run_images(
+        self, dataset: SampleDataset, items: Tensor, run: Run, *, across_ranks: bool, desc: str
+    ) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Run images through the model, each once, on this rank.
+
+        Args:
+            dataset: gives an image for each item.
+            items: int64 `[N]`: which items of the data set.
+            run: what the model does with a batch of pixels.
+            across_ranks: all ranks have the same `items`, and each does its part; False: this one does all of them.
+            desc: what the progress bar says.
+
+        Yields:
+            A batch, without the images that cannot be read, and what `run` gave, `[B, ...]`; None if no image was left.
+        """
+        model = self.model
+        batches, num_rounds = _deal(items.split(self.batch_size), across_ranks=across_ranks)
+        num_workers = default_num_workers(model.device) if self.num_workers is None else self.num_workers
+        indices = [batch.tolist() for batch in batches]
+        loaded = iter(make_loader(dataset, batch_sampler=indices, num_workers=num_workers, device=model.device))
+        blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
+        for _ in progress_bar(range(num_rounds), desc=desc):
+            batch = next(loaded, None)
+            if batch is not None and len(batch.image_ids):
+                yield batch, self._run(run, batch.images)
+                continue
+            if world_size() > 1 and across_ranks:
+                self._run(run, blank)  # the other ranks may need this rank's shard of the weights for their batch
+            if batch is not None:
+                yield batch, None
+
+    def run_texts(
+        self, pairs: Pairs, items: Tensor, run: Run, *, across_ranks: bool, desc: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run captions through the model, each once, on this rank.
+
+        A batch costs as much as its longest text, so batches are made of texts of similar length:
+        lengths 9 70 8 69 in batches of two run as 8 9 | 69 70, not as 9 70 | 8 69.
+
+        Args:
+            pairs: hold the captions.
+            items: int64 `[M]`: which captions.
+            run: what the model does with a batch of tokens.
+            across_ranks, desc: as `run_images`'.
+
+        Yields:
+            Those of `items` that are a batch, `[B]`, and what `run` gave, `[B, ...]`.
+        """
+        with progress_bar(total=len(items), unit="text", desc=desc) as bar:
+            for chunk in items.split(TEXT_CHUNK):
+                captions = [pairs.captions[index] for index in chunk.tolist()]
+                tokens, _ = tokenize(captions, self.model.architecture.context_length)  # [chunk, L]
+                by_length = torch.argsort(tokens.argmax(1), stable=True)  # a text ends with the highest token there is
+                batches, num_rounds = _deal(by_length.split(self.batch_size), across_ranks=across_ranks)
+                for batch in batches:
+                    yield chunk[batch], self._run(run, tokens[batch])
+                    bar.update(len(batch) * (world_size() if across_ranks else 1))
+                for _ in range(num_rounds - len(batches)):
+                    self._run(run, tokens[:1])  # for the other ranks, as with images
+
+    def project(self, cached: TowerOutputs, indices: Tensor, run: Run) -> Tensor:
+        """Take cached outputs of a frozen tower into the shared space: float32 `[len(indices), D]` on the device."""
+        features = torch.empty(len(indices), self.model.projection_dim, device=self.model.device)
+        for start in range(0, len(indices), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            features[rows] = self._run(run, cached[indices[rows].numpy()])
+        return features
+
+    def _run(self, run: Run, inputs: Tensor) -> Tensor:
+        # not inference_mode: FSDP's buffers would be unfit for training afterwards
+        with torch.no_grad(), autocast(self.model.device, self.precision):
+            return run(inputs)
+
+
+class TowerOutputs:
+    """A frozen tower's output for the images or captions of a data set.
+
+    Attributes:
+        rows: int64 `[N]`: row of each in the store, -1 where it has no output.
+        issues: why it has none, by index.
+    """
+
+    def __init__(self, store: RowStore, rows: IntArray, issues: dict[int, Issue]) -> None:
+        self.store = store
+        self.rows = rows
+        self.issues = issues
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: IntArray) -> Tensor:
+        """Return the outputs of some, float32 `[len(indices), embed_dim]`.
+
+        Raises:
+            IndexError: one of them has none.
+        """
+        rows = self.rows[indices]
+        if (rows < 0).any():
+            raise IndexError(f"no tower output is cached for index {int(np.asarray(indices)[rows < 0][0])}")
+        return torch.from_numpy(self.store.gather(rows).view("<f4"))
+
+
+class PairOutputs(NamedTuple):
+    """Frozen towers' outputs for all images and captions of a data set; None for a tower that is trained."""
+
+    images: TowerOutputs | None
+    texts: TowerOutputs | None
 
 
 class Encoded(NamedTuple):
-    """A data set's features, in main memory, and how fast they came."""
+    """A data set's features, and how fast they came."""
 
     image_features: Tensor
     """float32 `[N, D]`."""
     text_features: Tensor
     """float32 `[M, D]`."""
     text_to_image: Tensor
-    """int64 `[M]`."""
+    """int64 `[M]`: image of each text."""
     images_per_second: float
     texts_per_second: float
 
 
+def log_issue(issue: Issue) -> None:
+    """Warn of an image that is skipped."""
+    logger.warning("skipped: %s", issue)
+
+
 def encode_pairs(
-    model: CLIPModel,
+    encoder: Encoder,
     pairs: Pairs,
     *,
-    batch_size: int,
-    num_workers: int | None,
-    precision: Precision,
-    cache_dir: Path | None = None,
-    kept: PairFeatures | None = None,
-    on_unreadable_image: Callable[[Issue], None] = log_problem,
+    cached: PairOutputs | None = None,
+    on_unreadable_image: Callable[[Issue], None] = log_issue,
 ) -> Encoded:
-    """Encode every image and every caption, without the pictures that cannot be read and their captions.
+    """Encode every image and every caption once, without the images that cannot be read and their captions.
 
-    What is `kept` of frozen towers is only projected.
+    Features leave the device batch by batch: however large the data set, a GPU holds one batch.
 
-    Each of these goes to `on_unreadable_image`. Features leave the device batch by batch: however large the data set,
-    a GPU holds one batch.
+    Args:
+        encoder: its model comes back in the mode it came in.
+        pairs: images with all their captions.
+        cached: outputs of the model's frozen towers, which are then only projected.
+        on_unreadable_image: called with each image that cannot be read, in the rank that met it.
 
     Raises:
-        ValueError: no picture could be read.
+        ValueError: no image could be read.
     """
+    model, outputs = encoder.model, cached or PairOutputs(None, None)
     training = model.training
     model.eval()
     start = time.perf_counter()
-    kept_images, kept_texts = kept or PairFeatures(None, None)
-    with torch.no_grad():  # FSDP's buffers would be unfit for training after inference_mode
-        if kept_images is not None:
-            readable = _readable(kept_images, on_unreadable_image)
-            image_features = _project(
-                model, model.project_image, kept_images, readable, batch_size=batch_size, precision=precision
-            )
-        else:
-            image_features, readable = _encode_images(
-                model,
-                pairs,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                precision=precision,
-                cache_dir=cache_dir,
-                on_unreadable_image=on_unreadable_image,
-            )
-        rows = torch.full((len(pairs),), -1)
-        rows[readable] = torch.arange(len(readable))
-        owners = rows[pairs.text_to_image]
-        middle = time.perf_counter()
-        numbers = (owners >= 0).nonzero().squeeze(1)
-        if kept_texts is not None:
-            text_features = _project(
-                model, model.project_text, kept_texts, numbers, batch_size=batch_size, precision=precision
-            )
-        else:
-            captions = [pairs.captions[text] for text in numbers.tolist()]
-            text_features = encode_captions(model, captions, batch_size=batch_size, precision=precision)
+    image_features, readable = _encode_images(encoder, pairs, outputs.images, on_unreadable_image)
+    middle = time.perf_counter()
+    # the images that could be read are counted anew: of 0 1 2 without 1, 0 -> 0 and 2 -> 1
+    new_index = torch.full((len(pairs),), -1)
+    new_index[readable] = torch.arange(len(readable))
+    text_to_image = new_index[pairs.text_to_image]
+    text_features = _encode_texts(encoder, pairs, (text_to_image >= 0).nonzero().squeeze(1), outputs.texts)
     end = time.perf_counter()
     model.train(training)
     speeds = len(image_features) / (middle - start), len(text_features) / (end - middle)
-    return Encoded(image_features, text_features, owners[owners >= 0], *speeds)
-
-
-def _readable(images: Features, on_unreadable_image: Callable[[Issue], None]) -> Tensor:
-    for issue in images.errors.values():
-        on_unreadable_image(issue)
-    readable = torch.from_numpy(images.rows >= 0).nonzero().squeeze(1)
-    if not len(readable):
-        raise ValueError("none of the pictures could be read")
-    return readable
-
-
-def _project(
-    model: CLIPModel,
-    project: Callable[[Tensor], Tensor],
-    kept: Features,
-    numbers: Tensor,
-    *,
-    batch_size: int,
-    precision: Precision,
-) -> Tensor:
-    """Take kept outputs of a frozen tower into the shared space, `[len(numbers), D]`."""
-    features = torch.empty(len(numbers), model.projection_dim, device=model.device)
-    for start in range(0, len(numbers), batch_size):
-        rows = slice(start, start + batch_size)
-        with autocast(model.device, precision):
-            features[rows] = project(kept[numbers[rows].numpy()])
-    return features
+    return Encoded(image_features, text_features, text_to_image[text_to_image >= 0], *speeds)
 
 
 def _encode_images(
-    model: CLIPModel,
-    pairs: Pairs,
-    *,
-    batch_size: int,
-    num_workers: int | None,
-    precision: Precision,
-    cache_dir: Path | None,
-    on_unreadable_image: Callable[[Issue], None],
+    encoder: Encoder, pairs: Pairs, cached: TowerOutputs | None, on_unreadable_image: Callable[[Issue], None]
 ) -> tuple[Tensor, Tensor]:
-    dataset = ImageTextDataset(pairs, transform=clip_transform(model.image_resolution))
-    if cache_dir is not None:
-        dataset.cache_images(cache_dir)
-    workers = default_num_workers(model.device) if num_workers is None else num_workers
-    batches, num_rounds = deal(torch.arange(len(pairs)).split(batch_size))
-    batch_indices = [batch.tolist() for batch in batches]
-    loader = make_loader(dataset, batch_sampler=batch_indices, num_workers=workers, device=model.device)
-    features = _Features(sum(map(len, batches)), model)
-    ids = [torch.empty(0, dtype=torch.int64)]
-    blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
-    loaded = iter(loader)
-    for _ in progress_bar(range(num_rounds), desc="encode images"):
-        batch = next(loaded, None)
-        for issue in batch.issues if batch else []:
+    """Return the features `[N, D]` of the images that could be read, and their indices `[N]`."""
+    model = encoder.model
+    if cached is not None:
+        for issue in cached.issues.values():
             on_unreadable_image(issue)
-        if batch is None or not len(batch.image_ids):
-            with autocast(model.device, precision):
-                model.encode_image(blank)  # the others may need this process's part of a sharded model
-            continue
-        with autocast(model.device, precision):
-            features.append(model.encode_image(batch.images))
-        ids.append(batch.image_ids)
-    numbers, rows = gather_rows(torch.cat(ids)), gather_rows(features.all())
-    if not len(numbers):
-        raise ValueError("none of the pictures could be read")
-    order = torch.argsort(numbers)
-    return rows[order], numbers[order]
+        readable = torch.from_numpy(cached.rows >= 0).nonzero().squeeze(1)
+        _check_any(readable)
+        return encoder.project(cached, readable, model.project_image), readable
+    dataset = encoder.open_dataset(pairs, transform=clip_transform(model.image_resolution))
+    if encoder.image_cache_dir is not None:
+        dataset.cache_images(encoder.image_cache_dir)
+    found = _FeatureRows(len(pairs), encoder)
+    items = torch.arange(len(pairs))
+    for batch, features in encoder.run_images(
+        dataset, items, model.encode_image, across_ranks=True, desc="encode images"
+    ):
+        for issue in batch.issues:
+            on_unreadable_image(issue)
+        if features is not None:
+            found.add(batch.image_ids, features)
+    features, readable = found.of_all_ranks()
+    _check_any(readable)
+    return features, readable
 
 
-def encode_captions(model: CLIPModel, captions: list[str], *, batch_size: int, precision: Precision) -> Tensor:
-    """Encode texts, in batches of similar length, since a batch costs as much as its longest text.
+def _encode_texts(encoder: Encoder, pairs: Pairs, indices: Tensor, cached: TowerOutputs | None) -> Tensor:
+    """Return the features `[M, D]` of the captions at `indices` `[M]`."""
+    model = encoder.model
+    if cached is not None:
+        return encoder.project(cached, indices, model.project_text)
 
-    Returns:
-        float32 `[M, D]` in main memory.
-    """
-    tokens, _ = tokenize(captions, model.architecture.context_length)
-    batches, num_rounds = deal(torch.argsort(tokens.argmax(1), stable=True).split(batch_size))
-    features = _Features(sum(map(len, batches)), model)
-    for number in progress_bar(range(num_rounds), desc="encode texts"):
-        with autocast(model.device, precision):
-            if number < len(batches):
-                features.append(model.encode_text(tokens[batches[number]]))
-            else:
-                model.encode_text(tokens[:1])
-    numbers = gather_rows(torch.cat([torch.empty(0, dtype=torch.int64), *batches]))
-    return gather_rows(features.all())[torch.argsort(numbers)]
+    found = _FeatureRows(len(indices), encoder)
+    for batch, features in encoder.run_texts(pairs, indices, model.encode_text, across_ranks=True, desc="encode texts"):
+        found.add(batch, features)
+    return found.of_all_ranks()[0]
 
 
-def deal(batches: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
-    """Return this process's batches, whole ones in turn, and how many the process with the most has."""
-    return batches[rank() :: world_size()], -(-len(batches) // world_size())
+def _check_any(readable: Tensor) -> None:
+    if not len(readable):
+        raise ValueError("none of the images could be read; try data_loader.py --check, which lists what is wrong")
 
 
-class _Features:
+class _FeatureRows:
     """Features on their way from the device to main memory; the device goes on while they are copied."""
 
-    def __init__(self, most: int, model: CLIPModel) -> None:
-        self.on_gpu = model.device.type == "cuda"
-        self.rows = torch.empty(most, model.projection_dim, pin_memory=self.on_gpu)
+    def __init__(self, num_all: int, encoder: Encoder) -> None:
+        self.on_gpu = encoder.model.device.type == "cuda"
+        # of each chunk of texts a rank has its part of the batches, rounded up to a whole one
+        num_own = num_all // world_size() + 2 * encoder.batch_size * (1 + num_all // TEXT_CHUNK)
+        self.rows = torch.empty(min(num_all, num_own), encoder.model.projection_dim, pin_memory=self.on_gpu)
+        self.indices = [torch.empty(0, dtype=torch.int64)]
         self.end = 0
 
-    def append(self, features: Tensor) -> None:
+    def add(self, indices: Tensor, features: Tensor) -> None:
         start, self.end = self.end, self.end + len(features)
         self.rows[start : self.end].copy_(features, non_blocking=self.on_gpu)
+        self.indices.append(indices)
 
-    def all(self) -> Tensor:
+    def of_all_ranks(self) -> tuple[Tensor, Tensor]:
+        """Return all ranks' features `[N, D]` in the order of their indices, and the indices `[N]`."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        return self.rows[: self.end]
+        indices, rows = gather_rows(torch.cat(self.indices)), gather_rows(self.rows[: self.end])
+        order = torch.argsort(indices)
+        return rows[order], indices[order]
+
+
+def _deal(batches: Sequence[Tensor], *, across_ranks: bool) -> tuple[Sequence[Tensor], int]:
+    """Return this rank's batches, whole ones in turn, and how many the rank with the most has."""
+    if not across_ranks:
+        return batches, len(batches)
+    return batches[rank() :: world_size()], -(-len(batches) // world_size())

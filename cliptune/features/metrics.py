@@ -9,11 +9,7 @@ from torch import Tensor
 
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_means
-
-RECALLS = (1, 5, 10)
-
-
-RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
+from cliptune.results import RECALLS
 
 
 def compute_retrieval_metrics(
@@ -30,8 +26,7 @@ def compute_retrieval_metrics(
     Returns:
         Recalls `i2t_r1 ... t2i_r10` in percent of the queries, `rsum` (their sum, at most 600), mean and median ranks
         (1 is best), mean cosines of matched and unmatched pairs and their difference, of two images and of two texts.
-        An image's rank is that of its
-        best caption, and its other captions do not count (Faghri et al. 2018, VSE++).
+        An image's rank is that of its best caption, and its other captions do not count (Faghri et al. 2018, VSE++).
 
     Raises:
         ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
@@ -58,15 +53,21 @@ def rank_metrics(ranks: Ranks) -> dict[str, float]:
 
 
 def chance_level(num_images: int, text_to_image: Tensor) -> dict[str, float]:
-    """Return the recalls (percent) that random ranks give: for an image with c of M texts, 1 - C(M-c, K) / C(M, K)."""
+    """Return the recalls (percent) that random ranks give: for an image with c of M texts, 1 - C(M-c, K) / C(M, K).
+
+    Args:
+        num_images: N, images in the gallery, with or without a text.
+        text_to_image: image of each text, int64 `[M]`.
+    """
     owners = torch.as_tensor(text_to_image).cpu()
     num_texts = len(owners)
     counts = torch.bincount(owners, minlength=num_images)
     chance: dict[str, float] = {}
     for k in RECALLS:
+        # K texts are drawn one by one, and each misses: 2 of 10 texts, K = 2: 8/10 * 7/9
         miss = torch.ones(num_images, dtype=torch.float64)
-        for place in range(min(k, num_texts)):
-            miss *= ((num_texts - counts - place).clamp(min=0) / (num_texts - place)).double()
+        for drawn in range(min(k, num_texts)):
+            miss *= ((num_texts - counts - drawn).clamp(min=0) / (num_texts - drawn)).double()
         chance[f"i2t_r{k}"] = 100 * (1 - miss[counts > 0]).mean().item()
     for k in RECALLS:
         chance[f"t2i_r{k}"] = 100 * min(k / num_images, 1.0)

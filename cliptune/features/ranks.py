@@ -1,4 +1,4 @@
-"""Features to similarities to ranks to metrics: pure functions on tensors, over the full gallery, in blocks."""
+"""From features to the rank of every query's best match: over the full gallery, in blocks, no score matrix is held."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cliptune.runtime.device import exact_products
 from cliptune.runtime.distributed import all_sum, rank, world_size
 
-MAX_KEPT_BYTES = 2**27  # of products that are needed twice
-CACHED_SCORES = 2**17  # that a core counts at once: 512 KiB, and as much room to count in
+MAX_CACHED_BYTES = 2**27  # of products that are needed twice
+SCORES_AT_ONCE = 2**17  # that a core counts: 512 KiB, and as much room to count in, stay in its cache
 
 
 class Ranks(NamedTuple):
@@ -36,12 +35,18 @@ def retrieval_ranks(
     image_block: int | None = None,
     text_block: int | None = None,
     device: torch.device | None = None,
+    scores_at_once: int = SCORES_AT_ONCE,
+    max_cached_bytes: int = MAX_CACHED_BYTES,
 ) -> Ranks:
     """Rank every query's best match in the full gallery.
 
-    Rank = 1 + the negatives that score higher + half of those that score the same. Every score, a match's too, is an
-    element of a float32 product of one fixed, padded block shape: a product of another shape can differ in the last
-    bit, which would break ties (a collapsed model would come out first or last, not in the middle).
+    Rank = 1 + the negatives that score higher + half of those that score the same, which is the mean rank over all
+    orders of the ties: a match that scores 0.8 among negatives of 0.9, 0.8, 0.8 and 0.1 has rank 1 + 1 + 2/2 = 3, the
+    middle of 2, 3 and 4. So a collapsed model, whose scores are all the same, comes out in the middle, not first.
+
+    For that a match's score must be the very bits of the block product that its negatives are in. A product of another
+    shape adds in another order and can differ in the last bit (0.80000001 for the match, 0.8 for all its equals: rank
+    2), so every score, a match's too, is an element of a float32 product of one fixed, padded block shape.
 
     Args:
         image_features: `[N, D]`.
@@ -51,6 +56,8 @@ def retrieval_ranks(
         text_block: texts scored at once. Beside the features, memory is proportional to the two blocks' product.
         device: where the scores are computed; None: where the text features are. Features in main memory move there
             block by block, so a GPU need not hold them.
+        scores_at_once: scores that a core of the processor counts at once.
+        max_cached_bytes: of products that hold a match and are needed twice; beyond it they are computed again.
 
     Returns:
         Ranks in main memory.
@@ -58,7 +65,7 @@ def retrieval_ranks(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
     """
-    owners = _check_features(image_features, text_features, text_to_image)
+    owners = check_features(image_features, text_features, text_to_image)
     order = torch.argsort(owners, stable=True)  # then an image's texts lie in few blocks
     if not torch.equal(order, torch.arange(len(order))):
         text_features, owners = text_features[order.to(text_features.device)], owners[order]
@@ -69,12 +76,14 @@ def retrieval_ranks(
         image_block=image_block,
         text_block=text_block,
         device=text_features.device if device is None else device,
+        scores_at_once=scores_at_once,
+        max_cached_bytes=max_cached_bytes,
     )
     with exact_products():
         own = products.own_scores(owners, num_texts_of)
         best = torch.zeros(len(image_features)).scatter_reduce_(0, owners, own, "amax", include_self=False)
         ahead_of_image, ahead_of_text = products.count_halves(best, own)
-    # an image's own captions that tie with its best are no negatives, nor is a text's own image
+    # counted as ties so far, in halves: an image's best caption and its others that score the same, a text's own image
     ahead_of_image.scatter_add_(0, owners, -(own == best[owners]).double())
     t2i = torch.empty_like(ahead_of_text)
     t2i[order] = 1 + (ahead_of_text - 1) / 2
@@ -90,16 +99,26 @@ class _Products:
     """
 
     def __init__(
-        self, images: Tensor, texts: Tensor, *, image_block: int | None, text_block: int | None, device: torch.device
+        self,
+        images: Tensor,
+        texts: Tensor,
+        *,
+        image_block: int | None,
+        text_block: int | None,
+        device: torch.device,
+        scores_at_once: int,
+        max_cached_bytes: int,
     ) -> None:
         usual = (2048, 8192) if device.type == "cuda" else (1024, 1024)
         self.image_block = _block_size(len(images), image_block or usual[0])
         self.text_block = _block_size(len(texts), text_block or usual[1])
-        strip = CACHED_SCORES * torch.get_num_threads() // self.text_block if device.type == "cpu" else self.image_block
+        self.max_cached_bytes = max_cached_bytes
+        on_cpu = device.type == "cpu"
+        strip = scores_at_once * torch.get_num_threads() // self.text_block if on_cpu else self.image_block
         self.strip = max(strip, 1)
         self.images, self.texts, self.device = images, texts, device
         self._scores = torch.empty(self.image_block, self.text_block, device=device)
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._cached: dict[tuple[int, int], Tensor] = {}
 
     def own_scores(self, owners: Tensor, num_texts_of: Tensor) -> Tensor:
         """Return each text's score with its own image, float32 `[M]`; `owners` is sorted."""
@@ -111,13 +130,17 @@ class _Products:
             images = self._block(self.images, rows, self.image_block)
             for start in range(first - first % self.text_block, end, self.text_block):
                 columns = slice(start, min(start + self.text_block, len(self.texts)))
-                scores = self._multiply(images, rows, columns, keep=True)
+                scores = self._multiply(images, rows, columns, cache=True)  # [image_block, text_block]
+                # texts are sorted by image, so those of this block's images that lie in these columns are neighbours
                 mine = torch.arange(max(first, start), min(end, columns.stop), device=self.device)
                 own[mine] = scores[owners[mine] - rows.start, mine - start]
         return all_sum(own).cpu()
 
     def count_halves(self, best: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Count, in halves of a place, which scores come before: 2 for each that is higher, 1 for each that is equal.
+        """Count in halves, which stay whole numbers: 2 for each score that is higher, 1 for each that is equal.
+
+        With signs: 2 higher + equal = (higher - lower) + (higher + equal + lower), so one sum of signs does it.
+        Scores 9 8 8 1 against 8: signs + 0 0 -, sum 0, of 4 scores: 4 halves = 2 * 1 + 2.
 
         Args:
             best: score that a row's are compared with, float32 `[N]`.
@@ -131,8 +154,8 @@ class _Products:
         difference = torch.empty_like(self._scores[: self.strip])
         for rows in self._own_blocks():
             images = self._block(self.images, rows, self.image_block)
-            for columns in _slices(len(self.texts), self.text_block):
-                scores = self._multiply(images, rows, columns)
+            for columns in slices(len(self.texts), self.text_block):
+                scores = self._multiply(images, rows, columns)  # [image_block, text_block]
                 all_columns = slice(columns.start, columns.start + self.text_block)
                 for start in range(0, self.image_block, self.strip):
                     strip = scores[start : start + self.strip]
@@ -147,39 +170,42 @@ class _Products:
         return halves_of_image.cpu(), halves_of_text.cpu()
 
     def _own_blocks(self) -> Iterator[slice]:
-        """Yield this process's blocks of images; the blocks are the same for any number of processes."""
-        blocks = _slices(len(self.images), self.image_block)
+        """Yield this rank's blocks of images; the blocks are the same for any world size, and so is every bit."""
+        blocks = slices(len(self.images), self.image_block)
         return islice(blocks, rank(), None, world_size())
 
-    def _multiply(self, images: Tensor, rows: slice, columns: slice, *, keep: bool = False) -> Tensor:
-        """Score a block; `keep` holds it, while there is room, for the next call that asks for it."""
-        place = rows.start, columns.start
-        if place in self._kept:
-            return self._kept.pop(place)
-        keep = keep and (len(self._kept) + 1) * self._scores.nbytes <= MAX_KEPT_BYTES
-        scores = torch.empty_like(self._scores) if keep else self._scores
+    def _multiply(self, images: Tensor, rows: slice, columns: slice, *, cache: bool = False) -> Tensor:
+        """Score a block; `cache` holds it, while there is room, for the next call that asks for it."""
+        block = rows.start, columns.start
+        if block in self._cached:
+            return self._cached.pop(block)
+        cache = cache and (len(self._cached) + 1) * self._scores.nbytes <= self.max_cached_bytes
+        scores = torch.empty_like(self._scores) if cache else self._scores
         torch.mm(images, self._block(self.texts, columns, self.text_block).T, out=scores)
+        # what pads the block scores lower than anything
         if rows.stop - rows.start < self.image_block:
             scores[rows.stop - rows.start :] = -math.inf
         if columns.stop - columns.start < self.text_block:
             scores[:, columns.stop - columns.start :] = -math.inf
-        if keep:
-            self._kept[place] = scores
+        if cache:
+            self._cached[block] = scores
         return scores
 
     def _block(self, features: Tensor, span: slice, size: int) -> Tensor:
         return _padded(features[span].to(self.device, torch.float32, non_blocking=True), size)
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Cut `total` rows into slices of `size`, the last one smaller."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
 
 def _block_size(total: int, most: int) -> int:
     """Divide into equal blocks, as few as possible, so that little is padding; products of few rows are slow."""
-    number = -(-total // most)
-    return max(-(-total // (number * 16)) * 16, 64)
+    # 1,100 in blocks of at most 1,024: two of 560, not 1,024 and 76
+    num_blocks = -(-total // most)
+    return max(-(-total // (num_blocks * 16)) * 16, 64)
 
 
 def _padded(values: Tensor, multiple: int) -> Tensor:
@@ -188,8 +214,12 @@ def _padded(values: Tensor, multiple: int) -> Tensor:
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
 
 
-def _check_features(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> Tensor:
-    """Return `text_to_image` in main memory, if all fits together."""
+def check_features(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> Tensor:
+    """Return `text_to_image` in main memory, if all fits together.
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
+    """
     largest_product = 1.0
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if features.ndim != 2 or not features.numel():
@@ -208,22 +238,3 @@ def _check_features(image_features: Tensor, text_features: Tensor, text_to_image
         bad = int(owners.min()) if int(owners.min()) < 0 else int(owners.max())
         raise ValueError(f"text_to_image names image row {bad}, but there are {len(image_features)} images")
     return owners
-
-
-def validation_loss(
-    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, *, scale: float, batch_size: int
-) -> float:
-    """Return the mean contrastive loss (nats) of each image's first text, in batches of the training's size.
-
-    The loss depends on the batch size, so only full batches count; a smaller set is one batch.
-    """
-    owners = torch.as_tensor(text_to_image).cpu()
-    images, first = torch.unique(owners, return_inverse=True)
-    first_text = torch.full((len(images),), len(owners)).scatter_reduce_(0, first, torch.arange(len(owners)), "amin")
-    losses = []
-    for start in range(0, max(len(images) - batch_size, 0) + 1, batch_size):
-        rows = slice(start, start + batch_size)
-        logits = scale * (image_features[images[rows]].float() @ text_features[first_text[rows]].float().T)
-        labels = torch.arange(len(logits), device=logits.device)
-        losses.append((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2)
-    return torch.stack(losses).mean().item()

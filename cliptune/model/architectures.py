@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cliptune.runtime.messages import nearest
-
+DEFAULT_MODEL_NAME = "ViT-B/32"
 QUICK_GELU, GELU = "quick_gelu", "gelu"
 
 
@@ -94,6 +94,7 @@ def _resnet(
 ) -> Architecture:
     """Describe a ResNet by its blocks a stage and its width; its text tower has 12 layers."""
     vit = _vit(name, embed_dim, resolution, 1, image=(width, 0), text=(text_width, 12))
+    # the last stage gives 32 x width channels, which attention pooling splits into heads of 64
     return replace(vit, vision_layers=layers, vision_patch_size=None, vision_heads=width // 2)
 
 
@@ -108,7 +109,7 @@ _ARCHITECTURES = (
     _vit("ViT-L/14", 768, 224, 14, image=(1024, 24), text=(768, 12)),
     _vit("ViT-L/14@336px", 768, 336, 14, image=(1024, 24), text=(768, 12)),
     # no published weights: small enough to be trained from random ones on a laptop; the second learns photos better,
-    # since a patch of its smaller picture holds a quarter of the numbers
+    # since a patch of its smaller image holds a quarter of the numbers
     _vit("ViT-Ti/32", 256, 224, 32, image=(192, 6), text=(192, 3)),
     _vit("ViT-Ti/16@112px", 256, 112, 16, image=(192, 6), text=(192, 3)),
 )
@@ -119,10 +120,12 @@ def known_architecture(name: str) -> Architecture:
     """Look a model name up.
 
     Raises:
-        ValueError: no such model; names the nearest one.
+        ValueError: no such model; lists those that there are.
     """
     if name not in ARCHITECTURES:
-        raise ValueError(f"unknown model name {name!r}{nearest(name, list(ARCHITECTURES))}")
+        close = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        meant = f" did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown model name {name!r};{meant} known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

@@ -1,4 +1,4 @@
-"""One model in several processes, whole in each (DDP) or shared out (FSDP2); its state on disk is the same.
+"""One model in several ranks, whole in each (DDP) or in shards (FSDP2); its state on disk is the same.
 
 `model` is a `CLIPModel` throughout. Sharding takes a third of a second to import, so that comes where it is needed.
 """
@@ -25,17 +25,17 @@ ENTRIES = ("encode_image", "encode_text", "run_image_tower", "run_text_tower", "
 
 
 def parallel_model(model: Any, how: str, device: torch.device) -> nn.Module | None:
-    """Prepare a model for training in several processes, before its optimiser is made.
+    """Prepare a model for training in several ranks, before its optimiser is made.
 
     Args:
         model: on any device; it comes to `device`, or its shards do.
-        how: `ddp`: every process holds the whole model, and gradients are added up while they are computed.
-            `fsdp`: each holds a share of every parameter, gradient and optimiser state, and gathers a layer's weights
+        how: `ddp`: every rank holds the whole model, and gradients are added up while they are computed.
+            `fsdp`: each holds a shard of every parameter, gradient and optimiser state, and gathers a layer's weights
             when it runs.
-        device: this process's.
+        device: this rank's.
 
     Returns:
-        What runs the model in training; None for a single process.
+        What runs the model in training; None where there is one rank.
 
     Raises:
         ValueError: a PyTorch that cannot shard the model.
@@ -48,9 +48,11 @@ def parallel_model(model: Any, how: str, device: torch.device) -> nn.Module | No
         _shard(model, device)
         return model  # type: ignore[no-any-return]
     model.to(device)
+    # BatchNorm statistics are averaged after an epoch; by default DDP would copy rank 0's before every forward pass
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    # DDP takes what has a gradient now; the temperature's comes from the loss, which is that of all processes
+    # DDP averages the gradient of what requires one now. The temperature's comes from the loss over the batch of all
+    # ranks, and is the whole one in each of them already
     model.logit_scale.requires_grad_(False)
     wrapper = DistributedDataParallel(model, gradient_as_bucket_view=True, **own_buffers)
     model.logit_scale.requires_grad_(True)
@@ -58,20 +60,21 @@ def parallel_model(model: Any, how: str, device: torch.device) -> nn.Module | No
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether running the model is an exchange, which every process must take part in."""
+    """Tell whether running the model is a collective, which every rank must take part in."""
     return hasattr(model, "unshard")
 
 
 def whole(state: Any) -> Any:
-    """Put the shards in a state dict together, in every process; an exchange if there are any."""
+    """Put the shards in a state dict together, in every rank; a collective if there are any."""
     return tree_map(lambda value: value.full_tensor() if _is_shard(value) else value, state)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a whole optimiser state; of a sharded parameter's, each process takes its share."""
+    """Load a whole optimiser state; of a sharded parameter's, each rank takes its shard."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def share_out(parameter: Any, value: Any) -> Any:
+    def shard(parameter: Any, value: Any) -> Any:
+        # moments have their parameter's shape; the count of steps is a scalar, and whole in each rank
         if _is_shard(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
             from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
@@ -79,8 +82,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         return value
 
     states = {
-        number: {name: share_out(parameters[number], value) for name, value in values.items()}
-        for number, values in state["state"].items()
+        index: {name: shard(parameters[index], value) for name, value in values.items()}
+        for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": states})
 
@@ -89,25 +92,25 @@ def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients so that their common norm is at most `max_norm`; 0: leave them as they are.
 
     Returns:
-        The norm as it was, a scalar, the same in every process.
+        The norm as it was, a scalar, the same in every rank.
     """
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    own = [each.to_local() for each in gradients if _is_shard(each)]
-    rest = [each for each in gradients if not _is_shard(each)]
+    shards = [gradient.to_local() for gradient in gradients if _is_shard(gradient)]
+    rest = [gradient for gradient in gradients if not _is_shard(gradient)]
     norm = _norm(rest)
-    if own:
-        norm = (norm.square() + all_sum(_norm(own).square())).sqrt()
-    # to look is free on the CPU, and saves a pass over all gradients
+    if shards:  # squares add up over disjoint shards; what is whole in each rank counts once
+        norm = (norm.square() + all_sum(_norm(shards).square())).sqrt()
+    # on a GPU the comparison would wait for the device; on the CPU it is free, and saves a pass over all gradients
     if max_norm == 0 or (norm.device.type == "cpu" and norm <= max_norm):
         return norm
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(own + rest, factor)
+    torch._foreach_mul_(shards + rest, factor)
     return norm
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     if gradients and gradients[0].device.type == "cpu":  # the norms of rows run on all cores, and sum more exactly
-        gradients = [torch.linalg.vector_norm(each, dim=-1) if each.ndim > 1 else each for each in gradients]
+        gradients = [torch.linalg.vector_norm(g, dim=-1) if g.ndim > 1 else g for g in gradients]
     return torch.nn.utils.get_total_norm(gradients)
 
 
@@ -128,7 +131,7 @@ def _shard(model: Any, device: torch.device) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
         register_fsdp_forward_method(layer, "run")
-    # a scalar cannot be shared out
+    # a scalar cannot be sharded
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     model.logit_scale.data = model.logit_scale.data.to(device)
     for name in ENTRIES:
@@ -136,7 +139,11 @@ def _shard(model: Any, device: torch.device) -> None:
 
 
 def _gather_around(model: Any, name: str) -> None:
-    """Let a method gather the weights it uses, unless it is called by one that has."""
+    """Let a method gather the weights it uses, unless it is called by one that has.
+
+    `encode_image` calls `project_image`: gathering in both would free the weights when the inner one returns, in the
+    middle of the outer one.
+    """
     from torch.distributed.fsdp import register_fsdp_forward_method  # noqa: PLC0415
 
     plain: Callable[..., Any] = getattr(model, name)

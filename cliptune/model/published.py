@@ -1,342 +1,258 @@
-"""A file from the network to disk: no long wait for an answer, resumed, checked by SHA-256, in place only when whole.
-
-`urllib` is enough for that, and unlike the library under `huggingface_hub` it is the same for every Python.
-"""
+"""OpenAI's published weights: found on this machine, else fetched from a mirror, from OpenAI or from a model hub."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import logging
+import os
 import re
-import shutil
+import socket
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from filelock import FileLock, Timeout
-from tqdm import tqdm
+from cliptune.runtime.messages import one_line
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-BLOCK_BYTES = 1 << 20
-# the second where a repository has no safetensors
-HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-class Patience(NamedTuple):
-    """How long a download waits, and how often it tries again where that makes sense."""
-
-    answer: float = 8.0
-    """Seconds for name look-up, connection and the first line of the answer together."""
-    silence: float = 20.0
-    """Seconds without a byte until a connection counts as broken."""
-    pause: float = 1.0
-    """Seconds before a new try; doubles with each that brings nothing."""
-    retries: int = 3
-    """New tries in a row that may bring nothing."""
+OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
+HUB_FILE = "open_clip_model.safetensors"
+"""Both towers. In timm's repositories `model.safetensors` is the image tower alone."""
+ANSWER_SECONDS = 8.0
+"""Until a source counts as one that does not answer; together with the imports ten seconds."""
+SILENCE_SECONDS = 10.0
+"""Without a byte until a download counts as broken."""
 
 
-class UnavailableError(OSError):
-    """A source did not give the file; another may."""
+ARCHIVES = {
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa/RN50x16.pt",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c/RN50x64.pt",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
+}
+"""OpenAI's own files, `<SHA-256>/<file>` below their address or a mirror's."""
+HUB_REPOS = {
+    "RN50": "timm/resnet50_clip.openai",
+    "RN101": "timm/resnet101_clip.openai",
+    "RN50x4": "timm/resnet50x4_clip.openai",
+    "RN50x16": "timm/resnet50x16_clip.openai",
+    "RN50x64": "timm/resnet50x64_clip.openai",
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+}
+"""The same weights on the Hugging Face Hub, by timm's names (as in open_clip's table of pretrained models)."""
+TRANSFORMERS_REPOS = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+"""The same by the names of transformers, which many have in their cache. There are no ResNets."""
 
 
-class _BrokenError(UnavailableError):
-    """No answer, or none to the end: worth a new try if bytes had come."""
+def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
+    """Find a model's weights on this machine, or download them.
 
-
-class _TryAgainError(UnavailableError):
-    """An answer that asks for a new try."""
-
-
-def download(url: str, path: Path, *, sha256: str, patience: Patience | None = None) -> None:
-    """Fetch a file with a progress bar, check it, and only then put it at `path`.
-
-    What has arrived is kept beside it as `<name>.part`, and the next call goes on from there. Processes that want the
-    same file wait for the one that fetches it. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are honoured.
+    Looked for without any network: OpenAI's archive in `cache_dir`, then the cache of `huggingface_hub`. Asked for:
+    `CLIP_MIRROR` (a base address with OpenAI's files at `<SHA-256>/<file>`), OpenAI, the Hugging Face Hub.
 
     Args:
-        url: its address, http or https.
-        path: where it shall lie; the folder is made.
-        sha256: of the whole file, in hexadecimal.
-        patience: how long to wait and how often to try again.
+        name: of a model in `ARCHIVES`.
+        cache_dir: where OpenAI's archives lie; None: `~/.cache/clip`, as in OpenAI's own code.
 
     Raises:
-        UnavailableError: no answer in time, refused, broken off for good, or not the file expected.
-        OSError: the disk is full or cannot be written.
+        ValueError: nothing was published under that name.
+        OSError: they cannot be had; says why, what to fetch from where and where to put it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
-        if path.is_file() and file_sha256(path) == sha256:
-            return
-        with _Part(path.with_name(f"{path.name}.part")) as part:
-            _receive_whole(url, part, sha256=sha256, patience=patience or Patience())
-        part.path.replace(path)
+    if name not in ARCHIVES:
+        raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
+    sha256, file_name = ARCHIVES[name].split("/")
+    path = (cache_dir or Path.home() / ".cache" / "clip") / file_name
+    if path.is_file():
+        if file_sha256(path) == sha256:
+            return path
+        logger.warning("%s is damaged or another file (its SHA-256 differs)", path)
+    if (cached := cached_weights(name)) is not None:
+        logger.info("%s: weights from %s", name, cached)
+        return cached
+    mirror = os.environ.get("CLIP_MIRROR")
+    urls = [f"{base.rstrip('/')}/{ARCHIVES[name]}" for base in (mirror, OPENAI_URL) if base]
+    sources = [*(archive_source(url, path, sha256=sha256) for url in urls), hub_source(HUB_REPOS[name])]
+    try:
+        return fetch_first(sources)
+    except OSError as error:
+        raise OSError(
+            f"no weights for {name}: {error}. Put {file_name} (SHA-256 {sha256}) at {path}, or name a mirror with "
+            "CLIP_MIRROR or HF_ENDPOINT, or a local file with --pretrained FILE, or start from random weights with "
+            "--pretrained none"
+        ) from None
+
+
+class Source(NamedTuple):
+    """One place to fetch a file from."""
+
+    name: str
+    ask: Callable[[float], object]
+    """Raises if nobody answers within some seconds; name look-ups may take longer."""
+    fetch: Callable[[], Path]
+    """Fetches the file and returns where it is, whole; raises if that fails."""
+
+
+def fetch_first(sources: Sequence[Source], *, answer_seconds: float = ANSWER_SECONDS) -> Path:
+    """Fetch from the first source that can; where none answers, all of them together take `answer_seconds`.
+
+    Raises:
+        OSError: none can; says why for each of them.
+    """
+    # All are asked at once, in threads, since a name look-up has no time limit of its own. They are daemons: one that
+    # hangs does not hold up the end of the program.
+    answers = [_in_background(partial(source.ask, answer_seconds)) for source in sources]
+    deadline = time.monotonic() + answer_seconds
+    reasons = []
+    for source, answer in zip(sources, answers, strict=True):
+        try:
+            answer.result(max(deadline - time.monotonic(), 0))
+        except (FutureTimeoutError, TimeoutError):
+            reasons.append(f"{source.name} cannot be had (no answer within {answer_seconds:g} s)")
+            continue
+        except Exception as error:  # of several HTTP libraries
+            reasons.append(f"{source.name} cannot be had ({_reason(error)})")
+            continue
+        logger.info("fetching the weights from %s", source.name)
+        try:
+            return source.fetch()
+        except Exception as error:
+            reasons.append(f"{source.name} cannot be had ({_reason(error)})")
+    raise OSError("; ".join(reasons))
+
+
+def archive_source(url: str, path: Path, *, sha256: str, silence_seconds: float = SILENCE_SECONDS) -> Source:
+    """Return a file at an address as a source; it stands at `path` only once it is whole and has its SHA-256."""
+
+    def ask(seconds: float) -> None:
+        with suppress(urllib.error.HTTPError):  # an answer; what it means, the download will say
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+
+    def fetch() -> Path:
+        import torch.hub  # noqa: PLC0415  (only where weights are fetched)
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(silence_seconds):
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+        return path
+
+    return Source(url, ask, fetch)
+
+
+def hub_source(repo: str, file_name: str = HUB_FILE) -> Source:
+    """Return a file on the Hugging Face Hub as a source; it comes into the cache that other tools share.
+
+    `huggingface_hub` resumes and tries again; its settings count (`HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, ...).
+    """
+
+    from huggingface_hub import (  # noqa: PLC0415  (only where weights are fetched)
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+
+    def ask(seconds: float) -> None:
+        get_hf_file_metadata(hf_hub_url(repo, file_name), timeout=seconds)
+
+    def fetch() -> Path:
+        # a file that is in the cache all the same is damaged there, and would not be asked for again
+        damaged = isinstance(try_to_load_from_cache(repo, file_name), str)
+        path = Path(hf_hub_download(repo, file_name, force_download=damaged))
+        if not _has_its_sha256(path):
+            raise OSError("not the file that the hub describes: its SHA-256 differs")
+        return path
+
+    return Source(f"{repo} on the Hugging Face Hub", ask, fetch)
+
+
+def cached_weights(name: str) -> Path | None:
+    """Find a model's intact weights in the cache of `huggingface_hub`, without any network; None: there are none."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (only where weights are looked for)
+
+    files = [(HUB_REPOS[name], HUB_FILE)]
+    if name in TRANSFORMERS_REPOS:
+        files += [(TRANSFORMERS_REPOS[name], file_name) for file_name in ("model.safetensors", "pytorch_model.bin")]
+    for repo, file_name in files:
+        found = try_to_load_from_cache(repo, file_name)
+        if isinstance(found, str):
+            if _has_its_sha256(Path(found)):
+                return Path(found)
+            logger.warning("%s is damaged (its SHA-256 differs)", found)
+    return None
 
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(BLOCK_BYTES):
+        while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logger.info("another process is downloading %s; waiting for it", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Part:
-    """The bytes that have arrived, on disk, and their digest."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = path.open("a+b", buffering=0)
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.received = 0
-        self.etag: str | None = None
-        self.file.seek(0)
-        while block := self.file.read(BLOCK_BYTES):
-            self.digest.update(block)
-            self.size += len(block)
-        self.is_leftover = self.size > 0
-
-    def __enter__(self) -> _Part:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if self.size == 0:
-            self.path.unlink()
-
-    def write(self, block: bytes) -> None:
-        rest = memoryview(block)
-        while rest:
-            try:
-                written = self.file.write(rest)
-            except OSError as error:
-                raise OSError(f"{self.path}: {_reason(error)}; what has arrived is kept for the next run") from None
-            self.digest.update(rest[:written])
-            self.size += written
-            self.received += written
-            rest = rest[written:]
-
-    def restart(self) -> None:
-        self.file.truncate(0)
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.is_leftover = False
-
-
-def _receive_whole(url: str, part: _Part, *, sha256: str, patience: Patience) -> None:
-    if part.digest.hexdigest() == sha256:
-        return
-    kind = _receive(url, part, patience)
-    if part.is_leftover and part.digest.hexdigest() != sha256:
-        logger.warning("%s: what an earlier run left does not belong to this file; starting over", part.path)
-        part.restart()
-        kind = _receive(url, part, patience)
-    if part.digest.hexdigest() != sha256:
-        size, found = part.size, part.digest.hexdigest()
-        part.restart()
-        raise UnavailableError(f"not the file published, removed: {size} bytes ({kind}) of SHA-256 {found}")
-
-
-def _receive(url: str, part: _Part, patience: Patience) -> str:
-    """Receive to the end, trying again where that makes sense; return the content's type."""
-    fruitless = 0
-    while True:
-        before = part.size
-        try:
-            return _receive_once(url, part, patience)
-        except (_BrokenError, _TryAgainError) as error:
-            fruitless = 1 if part.size > before else fruitless + 1
-            if fruitless > patience.retries or (isinstance(error, _BrokenError) and not part.received):
-                raise
-            pause = patience.pause * 2 ** (fruitless - 1)
-            logger.warning("%s: %s; trying again in %g s from byte %d", url, error, pause, part.size)
-            time.sleep(pause)
-
-
-def _receive_once(url: str, part: _Part, patience: Patience) -> str:
-    with _ask(url, part, patience) as response:
-        total = _position(part, response)
-        if total is not None:
-            _check_space(part.path.parent, total - part.size)
-        bar = tqdm(total=total, initial=part.size, unit="B", unit_scale=True, desc=part.path.stem, disable=None)
-        with bar:
-            while block := _next_block(response):
-                part.write(block)
-                bar.update(len(block))
-        if total is not None and part.size < total:
-            raise _BrokenError(f"the connection ended after {part.size} of {total} bytes")
-        return str(response.headers.get_content_type())
-
-
-def _ask(url: str, part: _Part, patience: Patience) -> Any:
-    """Ask for what is missing; return the answer, its body unread."""
-    headers = {"User-Agent": "clip-finetuning-toolkit", "Accept-Encoding": "identity"}
-    if part.size:
-        headers["Range"] = f"bytes={part.size}-"
-        if part.etag:
-            headers["If-Range"] = part.etag
-    try:
-        request = urllib.request.Request(url, headers=headers)
-        opener = urllib.request.build_opener()
-        return _answer_within(patience.answer, lambda: opener.open(request, timeout=patience.silence))
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and part.size:
-            part.restart()
-            raise _TryAgainError("the server has no such range") from None
-        kind = _TryAgainError if error.code >= 500 else UnavailableError
-        raise kind(f"HTTP {error.code} {_reason(error)}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _BrokenError(_reason(error)) from None
-    except ValueError as error:
-        raise UnavailableError(_reason(error)) from None
-
-
-def _answer_within(seconds: float, ask: Callable[[], T]) -> T:
-    """Return what `ask` returns, or raise what it raises, within a time: name look-ups have no limit of their own."""
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except Exception as error:  # raised again where the answer is awaited
-            answer.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except (FutureTimeoutError, TimeoutError):
-        raise TimeoutError(f"no answer within {seconds:.1f} s") from None
-
-
-def _position(part: _Part, response: Any) -> int | None:
-    """Bring the part to where the answer starts; return the size of the whole file if it is told."""
-    etag = response.headers.get("ETag", "")
-    part.etag = etag if etag.startswith('"') else None  # a weak one (W/"...") does not promise the same bytes
-    if response.status != 206:
-        part.restart()
-        length = response.headers.get("Content-Length")
-        return int(length) if length and length.isdigit() else None
-    told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-    if told is None or int(told[1]) != part.size:
-        part.restart()
-        raise _TryAgainError("the server sent another range than asked for")
-    return None if told[2] == "*" else int(told[2])
-
-
-def _next_block(response: Any) -> bytes:
-    try:
-        block: bytes = response.read1(BLOCK_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise _BrokenError(f"the connection broke: {_reason(error)}") from None
-    return block
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"{folder}: the download needs {needed / 1e6:.1f} MB more, and {free / 1e6:.1f} MB are free")
-
-
-def _reason(error: BaseException) -> str:
-    """Say in one line what an exception of any library says."""
-    if isinstance(error, urllib.error.URLError):
-        return _reason(error.reason) if isinstance(error.reason, BaseException) else " ".join(error.reason.split())
-    return " ".join(re.sub(r"^\[Errno -?\d+\] ", "", str(error)).split()) or type(error).__name__
-
-
-def cached_hub_model(repo: str) -> Path | None:
-    """Find a model's weights in the cache of `huggingface_hub`, without any network.
-
-    Returns:
-        The weights, with their `config.json` beside them; None if they are not there, or damaged.
-    """
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415  (only where weights are looked for)
-
-    for name in HUB_WEIGHTS:
-        found = try_to_load_from_cache(repo, name)
-        if isinstance(found, str) and Path(found).with_name("config.json").is_file():
-            if _has_its_sha256(Path(found)):
-                return Path(found)
-            logger.warning("%s is damaged (SHA-256 differs)", found)
-    return None
-
-
 def _has_its_sha256(path: Path) -> bool:
-    """Compare a file with its name in the cache, the SHA-256; where the cache has no links, it has no such name."""
+    """Compare a file with its name in the hub's cache, its SHA-256; where the cache has no links it has another."""
     name = path.resolve().name
     return not re.fullmatch("[0-9a-f]{64}", name) or file_sha256(path) == name
 
 
-def download_hub_model(repo: str, *, patience: Patience | None = None) -> Path:
-    """Fetch a model's weights and `config.json` into the cache of `huggingface_hub`, checked by SHA-256.
+def _in_background(function: Callable[[], object]) -> Future[None]:
+    future: Future[None] = Future()
 
-    That library's settings count: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, ...
-
-    Returns:
-        The weights, with their `config.json` beside them.
-
-    Raises:
-        UnavailableError: no answer in time, refused, broken off for good, or not the file that the hub describes.
-    """
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415  (only where weights are fetched)
-
-    try:
-        name, sha256 = _find_on_hub(repo, (patience or Patience()).answer)
-        hf_hub_download(repo, "config.json")
-        for again in (False, True):  # the first time it may be damaged in the cache
-            path = Path(hf_hub_download(repo, name, force_download=again))
-            found = file_sha256(path)
-            if found == sha256:
-                return path
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
-        raise UnavailableError(f"not the file that the hub describes, removed: SHA-256 {found}, expected {sha256}")
-    except UnavailableError:
-        raise
-    except Exception as error:  # of whichever HTTP library this huggingface_hub uses
-        response = getattr(error, "response", None)
-        raise UnavailableError(_reason(error) if response is None else f"HTTP {response.status_code}") from None
-
-
-def _find_on_hub(repo: str, seconds: float) -> tuple[str, str]:
-    """Ask which weights a repository has; return file name and SHA-256. The library's own download is more patient."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # noqa: PLC0415  (only where weights are fetched)
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
-
-    for name in HUB_WEIGHTS:
+    def run() -> None:
         try:
-            url = hf_hub_url(repo, name)
-            etag = _answer_within(seconds, lambda: get_hf_file_metadata(url, timeout=seconds)).etag  # noqa: B023
-        except HfHubHTTPError as error:
-            if error.response.status_code == 404:
-                continue
-            raise
-        if not re.fullmatch("[0-9a-f]{64}", etag or ""):
-            raise UnavailableError(f"{url}: the answer has no SHA-256, so it is no hub's")
-        return name, str(etag)
-    raise UnavailableError(f"has no {' or '.join(HUB_WEIGHTS)}")
+            function()
+            future.set_result(None)
+        except Exception as error:  # raised again where the result is awaited
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Set the time limit of connections whose opener sets none."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _reason(error: BaseException) -> str:
+    """Say in one line what an exception of any library says."""
+    response = getattr(error, "response", None)
+    if response is not None:  # of the library under huggingface_hub, whose message has several lines
+        return f"HTTP {response.status_code}"
+    if isinstance(error, urllib.error.HTTPError):
+        return " ".join(f"HTTP {error.code} {error.reason}".split())
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
+        return _reason(error.reason)
+    if isinstance(error, http.client.HTTPException):
+        return f"no HTTP answer: {one_line(error)}"
+    return re.sub(r"^\[Errno -?\d+\] ", "", one_line(error))

@@ -1,7 +1,7 @@
-"""What a checkpoint proves itself by: pictures and texts with the features that its model gave for them.
+"""What a checkpoint proves itself by: images and texts with the features that its model gave for them.
 
 Tensors tell neither their activation nor their preprocessing, and the wrong ones change results silently. So a
-checkpoint holds pictures as they are before preprocessing, texts, and the features of both, and whoever loads it
+checkpoint holds images as they are before preprocessing, texts, and the features of both, and whoever loads it
 computes them again.
 """
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cliptune.preprocess.transforms import clip_transform
+from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, VERSION, clip_transform
 from cliptune.runtime.device import exact_products
 
 TOLERANCE = 1e-4
@@ -27,7 +27,7 @@ def compute_self_test(model: Any) -> dict[str, Any]:
     """Compute a model's proof, for its checkpoint.
 
     Args:
-        model: a `CLIPModel` on the CPU, float32; comes back in the mode it came in.
+        model: a `CLIPModel`, float32; comes back in the mode it came in.
 
     Returns:
         `pixels` uint8 `[2, 3, 40, 56]` (RGB, not preprocessed), `texts`, and the unit-norm `image_features` and
@@ -43,11 +43,16 @@ def compute_self_test(model: Any) -> dict[str, Any]:
     return {**self_test, "image_features": image_features, "text_features": text_features}
 
 
+def describe_preprocessing(resolution: int) -> dict[str, Any]:
+    """Return what a checkpoint tells people of the preprocessing that its features depend on."""
+    return {"version": VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD), "resolution": resolution}
+
+
 def check_self_test(model: Any, self_test: Any, *, source: str) -> None:
     """Compute the features of a checkpoint's proof again.
 
     Args:
-        model: as the checkpoint says, on the CPU, float32; comes back in the mode it came in.
+        model: as the checkpoint says, float32; comes back in the mode it came in.
         self_test: what `compute_self_test` returned.
         source: where both come from.
 
@@ -76,24 +81,29 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def _patterns() -> Tensor:
-    """Draw black and white curves that differ by colour; neither square nor of a model's size, so every step counts."""
+    """Draw black and white curves that differ by colour; neither square nor of a model's size, so every step counts.
+
+    They are of integers alone, so every machine draws the same. Their frequency grows to the right and downwards: up to
+    one change a pixel, which another filter of the resize shows at once; a photo's smooth areas would hide it.
+    """
     y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    pictures = []
+    images = []
     for across, down in ((1, 2), (2, 1)):
         curves = [
             (across * x * (x + 5 * c) + down * y * (y + 3 * c) + 7 * c * x * y) // (9 + c) % 2 * 255 for c in range(3)
         ]
-        pictures.append(torch.stack(curves))
-    return torch.stack(pictures).to(torch.uint8)
+        images.append(torch.stack(curves))  # [3, HEIGHT, WIDTH]
+    return torch.stack(images).to(torch.uint8)
 
 
 def _encode(model: Any, self_test: dict[str, Any]) -> tuple[Tensor, Tensor]:
     transform = clip_transform(model.image_resolution)
-    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self_test["pixels"]]
+    images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self_test["pixels"]]
     training = model.training
     model.eval()
-    with torch.no_grad(), exact_products(), torch.autocast("cpu", enabled=False):
-        features = model.encode_image(torch.stack([transform(each) for each in pictures]))
-        result = features, model.encode_text(self_test["texts"])
+    # whatever training allows itself: the tolerance is for float32 with all its bits
+    with torch.no_grad(), exact_products(), torch.autocast(model.device.type, enabled=False):
+        image_features = model.encode_image(torch.stack([transform(image) for image in images]))
+        text_features = model.encode_text(self_test["texts"])
     model.train(training)
-    return result
+    return image_features.cpu(), text_features.cpu()

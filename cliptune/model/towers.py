@@ -3,7 +3,7 @@
 Values and gradients are those of the modules' own `forward` up to rounding:
 
 - A text is pooled at its end and its tower is causal, so positions after the end change nothing. The layers run on the
-  tokens of all texts, one text after another; only attention sees them padded to the longest text.
+  tokens of all texts, packed one text after another; only attention sees them padded to the longest text.
 - Both towers pool one position. The last layer computes keys and values for all positions, and the rest for that one.
 - A ViT's patches do not overlap, so their convolution is one matrix product.
 """
@@ -25,7 +25,8 @@ from cliptune.model.architectures import QUICK_GELU, Architecture
 from cliptune.runtime.openai_clip import import_clip
 
 RunLayer = Callable[..., Tensor]
-"""Called with a layer's function, the layer and the function's other arguments."""
+"""Called with a layer's function, the layer and the function's other arguments: the hook by which layers are compiled,
+checkpointed or sharded."""
 
 
 def image_tower(backbone: Any, pixels: Tensor, run_layer: RunLayer | None = None) -> Tensor:
@@ -44,14 +45,14 @@ def image_tower(backbone: Any, pixels: Tensor, run_layer: RunLayer | None = None
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, visual(pixels)) if run_layer is None else _resnet(visual, pixels, run_layer)
     run_layer = run_layer or _call
-    x = _embed_patches(visual, pixels)
+    x = _embed_patches(visual, pixels)  # [B, 1 + patches, width]
     layout = _Layout(*x.shape[:2])
-    rows = x.flatten(0, 1)
+    rows = x.flatten(0, 1)  # [B * (1 + patches), width]
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         rows = run_layer(_run_block, block, rows, layout)
-    pooled = torch.arange(0, len(rows), layout.length, device=rows.device)
-    rows = run_layer(_run_last_block, last, rows, layout, pooled)
+    pooled = torch.arange(0, len(rows), layout.length, device=rows.device)  # the class token, first of each image
+    rows = run_layer(_run_last_block, last, rows, layout, pooled)  # [B, width]
     return cast(Tensor, _normalise(visual.ln_post, rows) @ visual.proj)
 
 
@@ -68,21 +69,26 @@ def text_tower(backbone: Any, tokens: Tensor, run_layer: RunLayer | None = None)
         `[B, embed_dim]`, not normalised.
     """
     run_layer = run_layer or _call
-    lengths = tokens.argmax(dim=-1) + 1
+    # The end-of-text token has the largest id. Texts of 3 and 2 tokens, padded with 0, are packed like this:
+    #   tokens    [[s, a, e, 0], [s, e, 0, 0]]  -> lengths [3, 2], length 3
+    #   used      [[1, 1, 1], [1, 1, 0]]        -> indices [0, 1, 2, 3, 4] of its flat form
+    #   packed    [s, a, e, s, e]               positions [0, 1, 2, 0, 1]   pooled [2, 4] (the two e)
+    lengths = tokens.argmax(dim=-1) + 1  # [B]
     length = int(lengths.max())
-    used = torch.arange(length, device=tokens.device) < lengths[:, None]
-    places = used.flatten().nonzero().squeeze(1)
-    packed, positions, pooled = tokens[:, :length].flatten()[places], places % length, lengths.cumsum(0) - 1
+    used = torch.arange(length, device=tokens.device) < lengths[:, None]  # [B, length]
+    indices = used.flatten().nonzero().squeeze(1)  # [N], N tokens in all
+    packed, positions, pooled = tokens[:, :length].flatten()[indices], indices % length, lengths.cumsum(0) - 1
     device = backbone.token_embedding.weight.device
-    packed, positions, places, pooled, used = (
-        index.to(device, non_blocking=True) for index in (packed, positions, places, pooled, used)
+    packed, positions, indices, pooled, used = (
+        index.to(device, non_blocking=True) for index in (packed, positions, indices, pooled, used)
     )
-    layout = _Layout(len(tokens), length, None if len(packed) == len(tokens) * length else places)
-    rows = backbone.token_embedding(packed) + F.embedding(positions, backbone.positional_embedding)
+    layout = _Layout(len(tokens), length, None if len(packed) == len(tokens) * length else indices)
+    rows = backbone.token_embedding(packed) + F.embedding(positions, backbone.positional_embedding)  # [N, width]
     *blocks, last = backbone.transformer.resblocks
     for block in blocks:
         rows = run_layer(_run_block, block, rows, layout, causal=True)
-    rows = run_layer(_run_last_block, last, rows, layout, pooled, used=used)
+    # the end-of-text token comes last, so the causal mask hides nothing from it; only the padding behind must be hidden
+    rows = run_layer(_run_last_block, last, rows, layout, pooled, used=used)  # [B, width]
     return cast(Tensor, _normalise(backbone.ln_final, rows) @ backbone.text_projection)
 
 
@@ -120,12 +126,13 @@ def checkpointed_layers(run_layer: RunLayer | None) -> RunLayer:
             return inner(function, layer, *arguments, **options)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            # of the forward pass, and of its repetition, which must not move BatchNorm's statistics once more
             return nullcontext(), held_statistics(layer)
 
-        kept: Tensor = checkpoint(
+        output: Tensor = checkpoint(
             inner, function, layer, *arguments, use_reentrant=False, context_fn=contexts, **options
         )
-        return kept
+        return output
 
     return run
 
@@ -151,16 +158,27 @@ def run_by_method(run_layer: RunLayer | None) -> RunLayer:
     return run
 
 
+class StatisticsSnapshot:
+    """A copy of a module's running statistics, to put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [(buffer, buffer.clone()) for buffer in running_statistics(module)]
+
+    @torch.no_grad()
+    def restore(self, where: Tensor | None = None) -> None:
+        """Put them back; `where` is a boolean scalar on their device: only if it is true, which is not waited for."""
+        for buffer, before in self._before:
+            buffer.copy_(before if where is None else torch.where(where, before, buffer))
+
+
 @contextmanager
 def held_statistics(module: nn.Module) -> Iterator[None]:
     """Leave running statistics as they are, whatever runs inside."""
-    before = [(buffer, buffer.clone()) for buffer in running_statistics(module)]
+    before = StatisticsSnapshot(module)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        before.restore()
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
@@ -184,6 +202,7 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        # x * sigmoid(1.702 x) as autograd takes it keeps x, the sigmoid and the product: this keeps one of the three
         scaled = x * 1.702
         ctx.save_for_backward(scaled)
         return F.silu(scaled).mul_(1 / 1.702)
@@ -230,9 +249,9 @@ def build_backbone(
 
 
 def _take_in(backbone: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Make tensors the weights of a backbone that has none."""
+    """Make tensors the weights of a backbone that was built on the `meta` device."""
     backbone.load_state_dict({name: value for name, value in tensors.items() if name != "logit_scale"}, assign=True)
-    mask = backbone.build_attention_mask()  # no weight, but left without numbers, too
+    mask = backbone.build_attention_mask()  # no weight, but on `meta`, too
     for block in backbone.transformer.resblocks:
         block.attn_mask = mask
 
@@ -245,35 +264,54 @@ def set_activation(backbone: nn.Module, activation: str) -> None:
             module.mlp.gelu = make()
 
 
+def shared_projection(backbone: Any, size: int) -> Tensor:
+    """Return the common start of the projection layers on both towers, `[size, embed_dim]`.
+
+    Both layers start as the same map P, so that similarities start as the backbone's: (P x) . (P y) = x . y where P's
+    columns are orthonormal, which needs a size of at least embed_dim. A smaller space keeps the directions in which
+    both towers' outputs can differ most.
+    """
+    visual = backbone.visual
+    image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T  # [width, embed_dim]
+    embed_dim = image_map.shape[1]
+    if size == embed_dim:
+        return torch.eye(embed_dim)
+    if size > embed_dim:
+        generator = torch.Generator().manual_seed(0)
+        return cast(Tensor, torch.linalg.qr(torch.randn(size, embed_dim, generator=generator)).Q)
+    stacked = torch.cat([image_map, backbone.text_projection]).detach().float()
+    return cast(Tensor, torch.linalg.svd(stacked, full_matrices=False).Vh[:size])
+
+
 def _call(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
     return function(*arguments, **options)
 
 
 class _Layout(NamedTuple):
-    """Where rows `[N, width]` stand in a batch of sequences `[batch, length, width]`."""
+    """Where packed rows `[N, width]` belong in a padded batch of sequences `[batch, length, width]`."""
 
     batch: int
     length: int
-    places: Tensor | None = None
-    """Place of each row in the flat batch, `[N]`; None: the rows fill it."""
+    indices: Tensor | None = None
+    """Index of each row in the flat batch, `[N]`; None: the rows fill it."""
 
     def pad(self, rows: Tensor) -> Tensor:
-        if self.places is not None:
+        if self.indices is not None:
             empty = rows.new_zeros(self.batch * self.length, rows.shape[1])
-            rows = empty.index_copy(0, self.places, rows)
-        return rows.view(self.batch, self.length, -1)
+            rows = empty.index_copy(0, self.indices, rows)
+        return rows.view(self.batch, self.length, -1)  # [batch, length, width]
 
     def unpad(self, x: Tensor) -> Tensor:
         rows = x.reshape(self.batch * self.length, -1)
-        return rows if self.places is None else rows.index_select(0, self.places)
+        return rows if self.indices is None else rows.index_select(0, self.indices)  # [N, width]
 
 
 def _resnet(visual: Any, pixels: Tensor, run_layer: RunLayer) -> Tensor:
     """Run a `ModifiedResNet`: a stem of three convolutions, four stages of layers, attention pooling."""
     x = pixels
-    for number in (1, 2, 3):
-        convolution, norm = getattr(visual, f"conv{number}"), getattr(visual, f"bn{number}")
-        x = getattr(visual, f"relu{number}")(norm(convolution(x)))
+    for i in (1, 2, 3):
+        convolution, norm = getattr(visual, f"conv{i}"), getattr(visual, f"bn{i}")
+        x = getattr(visual, f"relu{i}")(norm(convolution(x)))
     x = visual.avgpool(x)
     for stage in _stages(visual):
         for layer in stage:
@@ -294,9 +332,10 @@ def _embed_patches(visual: Any, pixels: Tensor) -> Tensor:
     batch, channels, height, _ = pixels.shape
     size = visual.conv1.kernel_size[0]
     grid = height // size
+    # a convolution whose stride is its size multiplies each patch, as a vector, with the same matrix
     cut = pixels[:, :, : grid * size, : grid * size].reshape(batch, channels, grid, size, grid, size)
-    patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, -1)
-    x = F.linear(patches, visual.conv1.weight.flatten(1))
+    patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, -1)  # [B, patches, channels * size * size]
+    x = F.linear(patches, visual.conv1.weight.flatten(1))  # [B, patches, width]
     start = visual.class_embedding.to(x.dtype).expand(batch, 1, -1)
     x = torch.cat([start, x], dim=1) + visual.positional_embedding.to(x.dtype)
     return _normalise(visual.ln_pre, x)
@@ -306,23 +345,26 @@ def _run_block(block: Any, rows: Tensor, layout: _Layout, *, causal: bool = Fals
     """Run a `ResidualAttentionBlock` on rows `[N, width]`."""
     attention = block.attn
     qkv = layout.pad(F.linear(_normalise(block.ln_1, rows), attention.in_proj_weight, attention.in_proj_bias))
-    query, key, value = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed = _attend(query, key, value, causal=causal)
-    rows = rows + attention.out_proj(layout.unpad(mixed.transpose(1, 2)))
+    query, key, value = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, L, d] each
+    # Causal is enough for padded texts: padding stands behind a text, where none of its tokens looks. What padding
+    # itself gets there is thrown away by `unpad`.
+    mixed = _attend(query, key, value, causal=causal)  # [B, heads, L, d]
+    rows = rows + attention.out_proj(layout.unpad(mixed.transpose(1, 2)))  # [N, width]
     return cast(Tensor, rows + block.mlp(_normalise(block.ln_2, rows)))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    """Attention `[B, heads, length, size]`; over short sequences on the CPU as two plain products.
+    """Attention `[B, heads, L, d]`; over short sequences on the CPU as two plain products.
 
     There PyTorch's blockwise kernel is the faster one forwards, but several times slower backwards.
     """
     length, size = query.shape[-2:]
-    longest = 128 if query.dtype == torch.float32 else 320
+    longest = 128 if query.dtype == torch.float32 else 320  # measured: beyond, the blockwise kernel wins
     if query.device.type != "cpu" or length > longest or not query.requires_grad:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    scores = (query * size**-0.5) @ key.transpose(-1, -2)
+    scores = (query * size**-0.5) @ key.transpose(-1, -2)  # [B, heads, L, L]
     if causal:
+        # row i is the query's position: it sees columns 0 to i
         later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
         scores = scores.masked_fill_(later, -math.inf)
     mixed: Tensor = scores.softmax(-1) @ value
@@ -332,23 +374,26 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tenso
 def _run_last_block(block: Any, rows: Tensor, layout: _Layout, pooled: Tensor, *, used: Tensor | None = None) -> Tensor:
     """Run a `ResidualAttentionBlock` for one row of each sequence.
 
+    Its query and its MLP are needed for the pooled row alone; its attention needs keys and values of every row. That
+    leaves a sixth of the block's work per row: 2 of the 12 products of width x width.
+
     Args:
         block: the tower's last.
         rows: `[N, width]`.
         layout: where they stand.
-        pooled: numbers of the rows wanted, `[batch]`.
+        pooled: indices of the rows wanted, `[batch]`.
         used: which positions of the padded batch hold a row that the pooled one may see, `[batch, length]`; None: all.
     """
     attention, width = block.attn, rows.shape[1]
-    weights = attention.in_proj_weight.split((width, 2 * width))
+    weights = attention.in_proj_weight.split((width, 2 * width))  # of the query; of key and value
     biases = attention.in_proj_bias.split((width, 2 * width))
-    normal = _normalise(block.ln_1, rows)
+    normal = _normalise(block.ln_1, rows)  # [N, width]
     heads = (attention.num_heads, -1)
-    query = F.linear(normal[pooled], weights[0], biases[0]).unflatten(1, heads).unsqueeze(2)
+    query = F.linear(normal[pooled], weights[0], biases[0]).unflatten(1, heads).unsqueeze(2)  # [B, heads, 1, d]
     key, value = layout.pad(F.linear(normal, weights[1], biases[1])).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
     mask = None if used is None else used[:, None, None, :]
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    rows = rows[pooled] + attention.out_proj(mixed.flatten(1))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # [B, heads, 1, d]
+    rows = rows[pooled] + attention.out_proj(mixed.flatten(1))  # [B, width]
     return cast(Tensor, rows + block.mlp(_normalise(block.ln_2, rows)))
 
 

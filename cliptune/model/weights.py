@@ -1,4 +1,4 @@
-"""Published CLIP weights: find or fetch them, convert them to the names of OpenAI's classes.
+"""Weights files of every published kind, read and converted to the names of OpenAI's classes.
 
 No file is trusted to run code: TorchScript archives are read as plain tensors, `.pt` files with `weights_only=True`,
 the rest through safetensors.
@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
-import pickle
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,29 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cliptune.model.architectures import ARCHITECTURES, GELU, QUICK_GELU, Architecture, describe_architecture
-from cliptune.model.checkpoint_file import check_format, is_checkpoint, load_tensors
-from cliptune.model.published import (
-    Patience,
-    UnavailableError,
-    cached_hub_model,
-    download,
-    download_hub_model,
-    file_sha256,
+from cliptune.model.architectures import (
+    ARCHITECTURES,
+    DEFAULT_MODEL_NAME,
+    GELU,
+    QUICK_GELU,
+    Architecture,
+    describe_architecture,
+    known_architecture,
 )
-from cliptune.runtime.openai_clip import import_clip
+from cliptune.model.checkpoint_file import is_checkpoint, load_tensors
+from cliptune.model.published import ARCHIVES, published_weights
+from cliptune.model.torchscript import is_torchscript, read_torchscript
 
 logger = logging.getLogger(__name__)
 
-# for all sources together; leaves room for the imports that they need, within ten
-ANSWER_SECONDS = 7.0
-# the same models as OpenAI's, by the names of transformers; the ResNets are not there
-HUB_REPOS = {
-    "ViT-B/32": "openai/clip-vit-base-patch32",
-    "ViT-B/16": "openai/clip-vit-base-patch16",
-    "ViT-L/14": "openai/clip-vit-large-patch14",
-    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
-}
+NAMED_WEIGHTS = ("auto", "openai", "none")
+"""OpenAI's where published, OpenAI's, random ones."""
 # open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
 _UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
 
@@ -61,71 +50,47 @@ class Weights(NamedTuple):
     """Where they come from."""
 
 
-def published_url(name: str) -> str | None:
-    """Return the address of OpenAI's weights for a model name, or None if none were published."""
-    url: str | None = import_clip().clip._MODELS.get(name)
-    return url
-
-
-def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
-    """Find a model's weights on this machine, or download them; either way their SHA-256 is checked.
-
-    Looked for without any network: OpenAI's archive in `cache_dir`, the same model in the cache of `huggingface_hub`.
-    Asked in turn: `CLIP_MIRROR` (a base address with OpenAI's files at `<SHA-256>/<file>`), OpenAI, Hugging Face's hub.
+def find_weights(
+    model_name: str | None, pretrained: str | Path | Weights, *, activation: str | None = None
+) -> Weights | None:
+    """Read the weights that `--pretrained` names; None: random ones.
 
     Args:
-        name: of a model with published weights.
-        cache_dir: where OpenAI's archives lie; None: `~/.cache/clip`, as in OpenAI's own code.
+        model_name: for which `auto`, `openai` or `none` is meant; None: the default's.
+        pretrained: one of these, a file or folder (see `read_weights`), or weights that are read already.
+        activation: `quick_gelu` or `gelu`, for files that do not tell.
 
     Raises:
-        ValueError: nothing was published under that name.
-        OSError: they cannot be had; says why, what to fetch from where and where to put it.
+        ValueError: an unknown model name, or weights that cannot be used.
+        OSError: there are none; says how to get them.
     """
-    url = published_url(name)
-    if url is None:
-        raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
-    sha256, file = url.split("/")[-2:]
-    path = (cache_dir or Path.home() / ".cache" / "clip") / file
-    if path.is_file():
-        if file_sha256(path) == sha256:
-            return path
-        logger.warning("%s is damaged or another file (SHA-256 differs)", path)
-    repo = HUB_REPOS.get(name)
-    cached = cached_hub_model(repo) if repo else None
-    if cached is not None:
-        logger.info("%s: weights from %s", name, cached)
-        return cached
-    mirror = os.environ.get("CLIP_MIRROR")
-    urls = ([f"{mirror.rstrip('/')}/{sha256}/{file}"] if mirror else []) + [url]
-    return _fetch(name, urls, path, repo=repo)
+    if isinstance(pretrained, Weights):
+        return pretrained
+    name = model_name or DEFAULT_MODEL_NAME
+    if str(pretrained) not in NAMED_WEIGHTS:
+        weights = read_weights(Path(pretrained), activation=activation)
+        if model_name not in {None, weights.architecture.name}:
+            message = "%s holds a %s, and the file decides: the model name %s is not used"
+            logger.warning(message, pretrained, weights.architecture.name, model_name)
+        return weights
+    known_architecture(name)  # a wrong name is told before anything is looked for
+    if pretrained == "none" or (pretrained == "auto" and name not in ARCHIVES):
+        return None
+    return read_published(name, activation=activation)
 
 
-def _fetch(name: str, urls: list[str], path: Path, *, repo: str | None) -> Path:
-    """Ask one source after the other; where none answers, all of them together take no longer than `ANSWER_SECONDS`."""
-    sha256 = urls[0].split("/")[-2]
-    patience = Patience(answer=ANSWER_SECONDS / (len(urls) + (repo is not None)))
-    reasons = []
-    for url in urls:
-        logger.info("%s: asking %s for the weights", name, url)
-        try:
-            download(url, path, sha256=sha256, patience=patience)
-            return path
-        except UnavailableError as error:
-            reasons.append(f"{url} cannot be had ({error})")
-    if repo is not None:
-        logger.info("%s: asking the Hugging Face Hub for %s", name, repo)
-        try:
-            return download_hub_model(repo, patience=patience)
-        except UnavailableError as error:
-            reasons.append(f"{repo} on the Hugging Face Hub cannot be had ({error})")
-    raise OSError(
-        f"no weights for {name}: {'; '.join(reasons)}. Put {path.name} (SHA-256 {sha256}) at {path}, or name a mirror "
-        "with CLIP_MIRROR or HF_ENDPOINT, or a local file with --pretrained FILE, or start from random weights with "
-        "--pretrained none"
-    )
+def read_published(name: str, *, activation: str | None = None) -> Weights:
+    """Find or download OpenAI's weights for a model name, and read them.
+
+    Raises:
+        ValueError: nothing was published under that name, or it was made for another activation than the one asked for.
+        OSError: they cannot be had; says why and how to get them.
+    """
+    # told here, since the settings that hubs keep beside these files do not all say it
+    return read_weights(published_weights(name), activation=activation, told=QUICK_GELU)
 
 
-def read_weights(path: Path, *, activation: str | None = None) -> Weights:
+def read_weights(path: Path, *, activation: str | None = None, told: str | None = None) -> Weights:
     """Read CLIP weights from a file, or a folder as published on a model hub; its content tells the format.
 
     Formats: OpenAI's TorchScript archive; a state dict in OpenAI's names, bare or inside a training checkpoint
@@ -134,25 +99,24 @@ def read_weights(path: Path, *, activation: str | None = None) -> Weights:
     Args:
         path: the file; in a folder, its weights file is looked for.
         activation: `quick_gelu` or `gelu`, for files that do not tell.
+        told: the activation that the weights are known to have, whatever stands beside the file.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: damaged, of another kind of model, or its activation is not known.
     """
     path = _weights_file(path)
-    told: str | None = None
-    if _is_torchscript(path):
-        tensors, told = _read_torchscript(path), QUICK_GELU
+    if is_torchscript(path):
+        tensors, told = read_torchscript(path), QUICK_GELU
     else:
         content = _read_safetensors(path) if _is_safetensors(path) else load_tensors(path)
         if is_checkpoint(content):
-            check_format(content, path)
             weights = own_weights(content, path)
             _agree_activation(path, asked=activation, told=weights.architecture.activation)
             return weights
         tensors = _unwrap(content, path)
-        # the three entries that only OpenAI's archives have survive in the state dict of a loaded archive
-        told = QUICK_GELU if "input_resolution" in tensors else None
+        if "input_resolution" in tensors:  # only OpenAI's archives have it, and the state dict of a loaded archive
+            told = QUICK_GELU
     settings = _settings_beside(path)
     told = told or _activation_from_settings(settings)
     activation = _agree_activation(path, asked=activation, told=told)
@@ -183,6 +147,7 @@ def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
         raise ValueError(f"{source}: damaged checkpoint ({type(error).__name__}: {error})") from None
     except ValueError as error:
         raise ValueError(f"{source}: damaged checkpoint: {error}") from None
+    # what the tensors' shapes say must be what the checkpoint says: nothing is built of sizes that nobody can hold
     found = _architecture_of(
         tensors, Path(source), activation=architecture.activation, vision_heads=architecture.vision_heads
     )
@@ -195,13 +160,14 @@ def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
 
 def _weights_file(path: Path) -> Path:
     if path.is_dir():
-        names = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+        # open_clip's first: beside it timm keeps a model.safetensors of the image tower alone
+        names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(f"{path}: no weights file in this folder; looked for {', '.join(names)}")
         return found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of auto, openai, none")
+        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of {', '.join(NAMED_WEIGHTS)}")
     return path
 
 
@@ -322,11 +288,11 @@ def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         new = name
         for old, openai in _HUGGING_FACE_NAMES:
             new = new.replace(old, openai)
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # OpenAI's one in_proj is [q; k; v], stacked along the output
             parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
             new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
             converted[new] = torch.cat(parts)
-        elif name == "visual_projection.weight":
+        elif name == "visual_projection.weight":  # x @ proj there, a Linear's x @ weight.T here
             converted["visual.proj"] = tensor.T.contiguous()
         elif name == "text_projection.weight":
             converted["text_projection"] = tensor.T.contiguous()
@@ -364,7 +330,8 @@ def _architecture_of(
 
 
 def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    width, _, _, patch = tensors["visual.conv1.weight"].shape
+    width, _, _, patch = tensors["visual.conv1.weight"].shape  # [width, 3, patch, patch]
+    # one position a patch, and one for the class token
     grid = round((tensors["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     return {
         "image_resolution": patch * grid,
@@ -377,6 +344,7 @@ def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _resnet_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
     width = tensors["visual.layer1.0.conv1.weight"].shape[0]
+    # the stem and the four stages shrink an image 32-fold; attention pooling has one position a cell, and one of all
     grid = round((tensors["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
     return {
         "image_resolution": grid * 32,
@@ -389,114 +357,3 @@ def _resnet_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _count(names: Iterable[str], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
-
-
-_DTYPES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Tell a TorchScript archive from other files by its content."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.split("/")[1:2] == ["constants.pkl"] for name in archive.namelist())
-    except Exception:  # no zip file, or one damaged in one of many ways
-        return False
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a TorchScript archive, by its dotted attribute path, without running its code.
-
-    Such an archive is a zip file: `data.pkl` describes a tree of objects whose attributes are tensors, `data/<key>`
-    holds the bytes of each tensor's storage, `code/` the program. Only the first two are read, and the pickle may name
-    nothing but tensor rebuilding; its `__torch__` classes become plain containers.
-
-    Raises:
-        ValueError: damaged, or its description names something other than tensors and containers.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
-            with archive.open(f"{root}data.pkl") as file:
-                tree = _TensorUnpickler(file, archive, root).load()
-                tensors = dict(_tensors_of(tree, ""))
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path}: damaged or unsafe TorchScript archive: {error or type(error).__name__}") from None
-    return tensors
-
-
-class _Container:
-    """Stands for an object of the archived program; keeps its attributes and none of its behaviour."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.attributes: dict[str, Any] = state if isinstance(state, dict) else {}
-
-
-class _Storage:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
-def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    if not isinstance(storage, Tensor):
-        raise pickle.UnpicklingError("a tensor without storage")
-    if math.prod(size) > len(storage):
-        raise pickle.UnpicklingError("a tensor of more numbers than are stored")
-    return storage.as_strided(size, stride, offset).clone()
-
-
-def _keep_first(value: Any, *_: Any) -> Any:
-    return value
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(file)
-        self.archive = archive
-        self.root = root
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Container
-        if module == "torch" and name in _DTYPES:
-            return _Storage(_DTYPES[name])
-        allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-            ("torch._utils", "_rebuild_parameter"): _keep_first,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if module == "torch.jit._pickle":
-            return _keep_first
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        kind, storage, key, _, numel = pid
-        if kind != "storage" or not isinstance(storage, _Storage):
-            raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-        entry = self.archive.getinfo(f"{self.root}data/{key}")
-        if entry.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes it; a few bytes cannot unfold into any number
-            raise pickle.UnpicklingError("compressed tensors")
-        data = bytearray(self.archive.read(entry))
-        return (
-            torch.frombuffer(data, dtype=storage.dtype, count=numel) if numel else torch.empty(0, dtype=storage.dtype)
-        )
-
-
-def _tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    attributes = value.attributes if isinstance(value, _Container) else {}
-    for key, child in attributes.items():
-        yield from _tensors_of(child, f"{name}.{key}" if name else str(key))

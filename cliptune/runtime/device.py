@@ -1,4 +1,4 @@
-"""Where a run happens: device, precision, seeds, loading processes, logging."""
+"""Where a run computes: device, precision, memory, number of workers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from cliptune.runtime.messages import count
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,10 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"--device: no such device: {name}; known: auto, cpu, cuda, cuda:1, mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"--device {name}: PyTorch sees {found} CUDA device(s); use --device cpu or --device auto")
+        sees = "no CUDA device" if found == 0 else count(found, "CUDA device")
+        raise ValueError(f"--device {name}: PyTorch sees {sees}; try --device cpu or --device auto")
     if device.type == "mps" and not _has_mps():
-        raise ValueError("--device mps: not available here; use --device cpu or --device auto")
+        raise ValueError("--device mps: not available here; try --device cpu or --device auto")
     if device.type not in {"cpu", "cuda", "mps"}:
         raise ValueError(f"--device: {name} is not supported; known: auto, cpu, cuda, cuda:1, mps")
     return device
@@ -64,7 +67,7 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
             return _PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
         return _PRECISIONS["bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"]
     if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"--precision fp16 needs a CUDA device, not {device.type}; use bf16 or fp32")
+        raise ValueError(f"--precision fp16 needs a CUDA device, not {device.type}; try bf16 or fp32")
     return _PRECISIONS[name]
 
 
@@ -80,7 +83,7 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(_double)(torch.ones(2, device=device))
     except Exception as error:  # compilers fail in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("--compile: no compiler works here (%s); going on without", reason)
         return False
     return True
@@ -104,18 +107,20 @@ def tf32(device: torch.device) -> Iterator[None]:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
-    allowed = torch.get_float32_matmul_precision()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the most memory held so far, in GB (10^9 bytes): `process`, and `gpu` on a CUDA device.
 
-    The process's is its resident memory, without that of loading processes; it is not known on Windows.
+    The process's is its resident memory, without that of workers; it is not known on Windows.
     """
     peak: dict[str, float] = {}
     if sys.platform != "win32":
@@ -138,13 +143,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int:
     """Return how many bytes a device, or for `cpu` the machine or its control group, has free for this process."""
     if device.type == "cuda":
+        # PyTorch keeps freed memory: taken, as the driver sees it, and free for us
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     import psutil  # noqa: PLC0415  (reads /proc when it is imported)
 
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
-    try:
+    try:  # in a container the limit is the group's; pages of files that it has read are given back when needed
         limit = int((group / "memory.max").read_text())
         reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
         free = min(free, limit - int((group / "memory.current").read_text()) + int(reclaimable))
@@ -168,10 +174,10 @@ def keep_freed_memory() -> None:
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Choose the number of loading processes: on a GPU machine its cores up to 8, beside CPU training few or none.
+    """Choose the number of workers: on a GPU machine its cores up to 8, beside CPU training few or none.
 
-    There every core computes, and a process loads pictures many times as fast as a ViT-B/32 trains on them: with none
-    at all, a step on two cores waits for about a hundredth of its time.
+    There every core computes, and a worker loads images many times as fast as a ViT-B/32 trains on them: with none at
+    all, a step on two cores waits for about a hundredth of its time.
     """
     cores = num_cores()
     return min(8, cores) if device.type == "cuda" else min(4, cores // 4)

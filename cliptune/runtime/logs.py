@@ -1,4 +1,4 @@
-"""Log lines and progress bars."""
+"""Log lines and progress bars, neither of which disturbs the other."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from tqdm import tqdm
 
 from cliptune.runtime.distributed import is_main
 
+SHOWN_BY_BAR = {"shown_by_bar": True}
+"""`extra` of a log line that says what a progress bar shows as well: on a terminal it goes to the log file alone."""
+
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:
-    """Show progress on a terminal, in the main process."""
-    return tqdm(*arguments, leave=False, disable=None if is_main() else True, **options)
+    """Show progress on a terminal, in the main rank."""
+    options = {"leave": False, "disable": None if is_main() else True, **options}
+    return tqdm(*arguments, **options)
 
 
 def setup_logging(level: str, log_path: Path | None = None) -> None:
-    """Send log lines to stderr and, if given, to a text file; of several processes all but the first only warn."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    """Send log lines to stderr and, if given, to a text file; of several ranks all but the first only warn."""
+    handlers: list[logging.Handler] = [_StderrHandler(sys.stderr)]
     rank = os.environ.get("RANK", "0")
-    process = "" if rank == "0" else f"process {rank}: "
-    handlers[0].setFormatter(logging.Formatter(process + ("%(name)s: " if level == "debug" else "") + "%(message)s"))
-    if process and level == "info":
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    handlers[0].setFormatter(logging.Formatter(prefix + ("%(name)s: " if level == "debug" else "") + "%(message)s"))
+    if prefix and level == "info":
         level = "warning"
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        # names of files may be no UTF-8
+        # file names need not be UTF-8
         file_handler = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(file_handler)
@@ -36,3 +40,20 @@ def setup_logging(level: str, log_path: Path | None = None) -> None:
     for noisy in ("matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Clears the progress bars of a terminal before a line, and draws them again below it."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._process = os.getpid()
+        if stream.isatty():
+            self.addFilter(lambda record: not getattr(record, "shown_by_bar", False))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.getpid() != self._process:  # a worker, forked with a copy of the bars and of whoever held their lock
+            super().emit(record)
+            return
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)

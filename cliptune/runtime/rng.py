@@ -11,6 +11,8 @@ import torch
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 BitArray = np.ndarray[Any, np.dtype[np.uint64]]
 
+STEP_STREAM = 2
+"""Of `draw_bits`; data sets draw captions from stream 0 and augmentations from stream 1."""
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -19,6 +21,12 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the random numbers of a step, such as dropout's, depend on seed, step and rank alone."""
+    bits = draw_bits(seed, step, np.array([rank]), stream=STEP_STREAM)
+    torch.manual_seed(int(bits[0] >> np.uint64(1)))
 
 
 def draw_bits(seed: int, round_number: int, items: IntArray, *, stream: int = 0) -> BitArray:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 WIDEST_INTERVAL = 5.0
 """Half-width of R@1's 95% interval, in points, beyond which a validation set is called small."""
-STUCK_SHARE, STUCK_EPOCHS = 0.02, 2
+STUCK_FRACTION, STUCK_EPOCHS = 0.02, 2
 COLLAPSED_COSINE, NEAR_CHANCE = 0.99, 1.2
+LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
+PERFECT_RSUM = 600.0
 
 
 def small_validation(num_images: int) -> str | None:
@@ -16,6 +18,11 @@ def small_validation(num_images: int) -> str | None:
 
     The interval is the binomial one at a recall of 50%, where it is widest: 1.96 * sqrt(0.25 / n).
     """
+    if num_images == 1:
+        return (
+            "1 validation image says nothing: its recall is 100% whatever the model does, and no epoch is better than "
+            "another; hold out more (--val_split, --val_data)"
+        )
     half_width = 100 * 1.96 * math.sqrt(0.25 / num_images)
     if half_width <= WIDEST_INTERVAL:
         return None
@@ -23,6 +30,23 @@ def small_validation(num_images: int) -> str | None:
     return (
         f"{num_images} validation images tell an R@1 of 50% to within {half_width:.1f} points only, and epochs that "
         f"differ by less are alike: {enough} or more tell it to within {WIDEST_INTERVAL:g} (--val_split, --val_data)"
+    )
+
+
+def no_better_epoch(num_images: int) -> str:
+    """Say what to do about a run whose best model is the one that was loaded."""
+    if num_images == 1:
+        return "1 validation image cannot tell epochs apart: the model as loaded counts as best; hold out more images"
+    return "no epoch beat the model as loaded, which stays the best: lower --learning_rate"
+
+
+def unusual_tower_rate(rate: float) -> str | None:
+    """Find a rate of pretrained towers that they rarely gain from."""
+    if LOWEST_TOWER_RATE <= rate <= HIGHEST_TOWER_RATE:
+        return None
+    return (
+        f"pretrained towers rarely gain at a rate of {rate:.3g}; {LOWEST_TOWER_RATE:g} to {HIGHEST_TOWER_RATE:g} is "
+        "usual: change --backbone_lr_scale"
     )
 
 
@@ -55,6 +79,7 @@ def chance_loss(num_pairs: int, batch_size: int) -> float:
         batch_size: of all batches but the last; a single pair that is left joins the batch before.
     """
     batches, rest = divmod(num_pairs, batch_size)
+    # 97 pairs in batches of 32: [32, 32, 32, 1] becomes [32, 32, 33]
     sizes = [batch_size] * batches + ([rest] if rest else [])
     if rest == 1 and batches:
         sizes[-2:] = [batch_size + 1]
@@ -62,14 +87,14 @@ def chance_loss(num_pairs: int, batch_size: int) -> float:
 
 
 def stuck_loss(losses: Sequence[float], chance: float) -> str | None:
-    """Find a loss that stays what features that tell nothing have.
+    """Find a training loss that stays at chance.
 
     Args:
         losses: means of the epochs after the warm-up, in nats.
         chance: see `chance_loss`.
     """
     latest = losses[-STUCK_EPOCHS:]
-    if len(latest) < STUCK_EPOCHS or not chance or min(latest) < (1 - STUCK_SHARE) * chance:
+    if len(latest) < STUCK_EPOCHS or not chance or min(latest) < (1 - STUCK_FRACTION) * chance:
         return None
     return (
         f"the training loss has stayed at {latest[-1]:.3f} for {STUCK_EPOCHS} epochs, and {chance:.3f} is chance: "
@@ -88,7 +113,7 @@ def collapse(*, image_cosine: float, text_cosine: float, rsum: float, chance: fl
         chance: its chance level.
     """
     alike = [name for name, cosine in (("image", image_cosine), ("text", text_cosine)) if cosine > COLLAPSED_COSINE]
-    if not alike or rsum > NEAR_CHANCE * chance:
+    if not alike or rsum > NEAR_CHANCE * chance or chance >= PERFECT_RSUM:  # a single image is always found
         return None
     return (
         f"the {' and '.join(alike)} features are all alike (mean cosine of two images {image_cosine:.3f}, of two texts "

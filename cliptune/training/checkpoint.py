@@ -1,9 +1,8 @@
-"""A run's files, and when its states are written."""
+"""A run's files, what its checkpoints hold and when they are written."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,12 +14,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
-from cliptune.settings import seconds_of
+from cliptune.model.parallel import whole
+from cliptune.runtime.distributed import any_rank, is_main
+from cliptune.runtime.files import read_json_object
+from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
-
 TIMES_ITS_DURATION = 20
+FIGURES = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png")
 
 
 class RunFiles:
@@ -31,15 +33,16 @@ class RunFiles:
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.results = output_dir / "results" / "training_results.json"
-        self.bad_images = output_dir / "results" / "skipped.json"
+        self.skipped = output_dir / "results" / "skipped.json"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
+        self.steps = output_dir / "logs" / "steps.jsonl"
         self.events = output_dir / "logs" / "tensorboard"
         self.trace = output_dir / "logs" / "profile.json"
         self.cache = output_dir / "cache"
 
     def earlier(self, step: int) -> Path:
-        """Return where the state of a step is kept once `last` is a later one's."""
+        """Return where the state of a step is once `last` is a later one's."""
         return self.last.with_name(f"step_{step:08d}.pth")
 
     def states(self) -> list[Path]:
@@ -63,58 +66,139 @@ class RunFiles:
                 f"another run is writing to {self.root}: wait until it ends, or choose another --output_dir"
             ) from None
         try:
-            for partial in self.last.parent.glob(".*.tmp"):  # left by a run that was killed while it wrote
-                partial.unlink()
+            for folder in (self.last.parent, self.results.parent):
+                for partial in folder.glob(".*.tmp"):  # left by a run that was killed while it wrote
+                    partial.unlink()
             yield
         finally:
             lock.release()
 
     def set_aside_earlier_run(self) -> Path | None:
         """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any."""
-        figures = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "evaluation_results.json")
-        own = [
-            self.best,
-            *self.states(),
-            self.results,
-            self.bad_images,
-            self.log,
-            self.history,
-            self.events,
-            self.trace,
-        ]
-        left = [path for path in [*own, *(self.results.parent / name for name in figures)] if path.exists()]
-        if not left:
+        of_results = [self.results.with_name(name) for name in (*FIGURES, "evaluation_results.json")]
+        of_logs = [self.log, self.history, self.steps, self.events, self.trace]
+        found = [self.best, *self.states(), self.results, self.skipped, *of_logs, *of_results]
+        found = [path for path in found if path.exists()]
+        if not found:
             return None
-        folder = self.root / "previous" / self._start_of_earlier_run(left)
+        folder = self.root / "previous" / self._start_of_earlier_run(found)
         while folder.exists():
             folder = folder.with_name(f"{folder.name}+")
-        for path in left:
+        for path in found:
             target = folder / path.relative_to(self.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         return folder
 
-    def _start_of_earlier_run(self, left: list[Path]) -> str:
+    def _start_of_earlier_run(self, found: list[Path]) -> str:
         try:
-            started = str(json.loads(self.results.read_text(encoding="utf-8"))["started_at"])
-        except (OSError, ValueError, KeyError, TypeError):
-            oldest = min(path.stat().st_mtime for path in left)
+            started = str(read_json_object(self.results)["started_at"])
+        except (OSError, ValueError, KeyError):
+            oldest = min(path.stat().st_mtime for path in found)
             started = datetime.fromtimestamp(oldest).isoformat(timespec="seconds")
         return started.replace(":", "-")
+
+
+class Saver:
+    """Saves a run's state: what a checkpoint holds, and when it is due within an epoch.
+
+    Every rank calls its methods, since a sharded model's tensors are put together by all of them; the main one writes.
+
+    Args:
+        files: of the run.
+        trainer: a `clip_model.MultimodalTrainer`.
+        about: what every checkpoint of the run holds beside: its `config`, its `val_images`.
+        keep: how many states to resume from there are.
+        complete: adds what a checkpoint lacks, when it is written.
+        every_steps: steps between two states within an epoch; None: none is due by steps.
+        every_seconds: or the time between them; None: none is due by time.
+        clock: tells the time, in seconds.
+    """
+
+    def __init__(
+        self,
+        files: RunFiles,
+        trainer: Any,
+        *,
+        about: dict[str, Any],
+        keep: int = 1,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        every_steps: int | None = None,
+        every_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.files, self.trainer, self.about = files, trainer, about
+        towers = {name: value for name, value in trainer.model.named_parameters() if name.startswith("backbone.")}
+        are_fixed = not any(parameter.requires_grad for parameter in towers.values())
+        fixed = [name for name in trainer.model.state_dict() if name.startswith("backbone.")] if are_fixed else []
+        self._writer = CheckpointWriter(files, fixed=fixed, keep=keep, complete=complete, clock=clock)
+        self.every_steps, self.every_seconds, self._clock = every_steps, every_seconds, clock
+        self._saved_at = clock()
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a state should be saved after this step, in all ranks or in none."""
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        if self.every_seconds is None:
+            return False
+        # the main rank's clock decides
+        return any_rank(is_main() and self._clock() - self._saved_at >= self.every_seconds)
+
+    def save(self, state: RunState, *, best: bool = False) -> None:
+        """Save the state to resume from; `best`: save the model as the best one, too.
+
+        Raises:
+            FloatingPointError: steps that are not read yet are not finite.
+            OSError: a file cannot be written.
+        """
+        self.trainer.settle()
+        content = self._model(state)
+        # the best first: were it alone written, a resumed run would come to it again; the last one counts on it
+        states = {self.files.best: content} if best else {}
+        states[self.files.last] = {**content, "run_state": state.state_dict(), **self.trainer.state_dict()}
+        if is_main():
+            self._writer.save(states)
+        self._saved_at = self._clock()
+
+    def restore(self, path: Path, content: dict[str, Any]) -> RunState:
+        """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards."""
+        self.trainer.load_state_dict(content)
+        if path.resolve() == self.files.last.resolve():
+            self._writer.last_step = content["global_step"]
+        state = RunState.from_state_dict(content["run_state"], self.trainer.model.device)
+        content.clear()  # the optimiser has its own copies
+        return state
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writer.flush()
+
+    def _model(self, state: RunState) -> dict[str, Any]:
+        model = self.trainer.model
+        return {
+            **self.about,
+            "epoch": state.epoch,
+            "global_step": state.step,
+            "metrics": state.history[-1],
+            "model_state_dict": whole(model.state_dict()),
+            "architecture": model.architecture.to_dict(),
+            "starts_random": model.starts_random,
+            "holds_batchnorm": model.holds_batchnorm,
+        }
 
 
 class CheckpointWriter:
     """Writes a run's checkpoints; where most of the model never changes, no more often than is worth the time.
 
     With frozen towers an epoch can take less time than writing their weights once more. There, states that come sooner
-    after a writing than 20 times its duration are copied, and written with the next that does not, or by `flush`.
+    after a write than 20 times its duration are copied, and written with the next that does not, or by `flush`.
 
     Args:
         files: the run's.
         fixed: names of the model's tensors that never change; none: every state is written at once.
-        keep: how many states to resume from there are; those before the last as `step_<number>.pth`.
-        every: steps, or a time, between two states within an epoch; None: none is due there.
+        keep: how many states to resume from there are; those before the last as `step_<step>.pth`.
         complete: adds what a state lacks, when it is written; None: nothing.
+        clock: tells the time, in seconds.
 
     Attributes:
         last_step: step of the state in `files.last`; None: there is none, or it is damaged.
@@ -126,34 +210,26 @@ class CheckpointWriter:
         *,
         fixed: Collection[str] = (),
         keep: int = 1,
-        every: int | str | None = None,
         complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.files, self.fixed, self.keep, self.every, self.complete = files, fixed, keep, every, complete
+        self.files, self.fixed, self.keep, self.complete, self._clock = files, fixed, keep, complete, clock
         self.last_step: int | None = None
         self._waiting: dict[Path, dict[str, Any]] = {}
-        self._due = 0.0
-        self._saved_at = time.monotonic()
-
-    def is_due(self, step: int) -> bool:
-        """Tell whether a state should be saved after this step."""
-        if isinstance(self.every, str):
-            return time.monotonic() - self._saved_at >= seconds_of(self.every)
-        return self.every is not None and step % self.every == 0
+        self._next_write = clock()
 
     def save(self, states: Mapping[Path, dict[str, Any]]) -> None:
-        """Write states in their order, or keep copies of them in place of those that wait for the same files.
+        """Write states in their order, or let copies of them wait in place of those for the same files.
 
         Raises:
             OSError: a file cannot be written.
         """
-        wait = bool(self.fixed) and time.monotonic() < self._due
+        wait = bool(self.fixed) and self._clock() < self._next_write
         for path, state in states.items():
             self._waiting.pop(path, None)  # so that the order is this call's
             self._waiting[path] = self._copied(state) if wait else state
         if not wait:
             self.flush()
-        self._saved_at = time.monotonic()
 
     def flush(self) -> None:
         """Write what waits.
@@ -161,7 +237,7 @@ class CheckpointWriter:
         Raises:
             OSError: a file cannot be written.
         """
-        start = time.monotonic()
+        start = self._clock()
         for path in list(self._waiting):
             state = self._waiting[path]
             if self.complete is not None:
@@ -171,11 +247,11 @@ class CheckpointWriter:
             else:
                 save_checkpoint(path, state)
             del self._waiting[path]
-        end = time.monotonic()
-        self._due = end + TIMES_ITS_DURATION * (end - start)
+        end = self._clock()
+        self._next_write = end + TIMES_ITS_DURATION * (end - start)
 
     def _save_last(self, state: dict[str, Any]) -> None:
-        """Write the newest state; keep the one before under its own name as well, and drop those that are too many."""
+        """Write the newest state; leave the one before under its own name, and delete those that are too many."""
         step, last = state["global_step"], self.files.last
         if self.keep > 1 and self.last_step not in {None, step} and last.exists():
             _link(last, self.files.earlier(self.last_step))  # a rename would leave a moment without a last one
@@ -183,11 +259,13 @@ class CheckpointWriter:
         self.last_step = step
         others = [path for path in self.files.states() if path != last]
         before = [path for path in others if path.name < self.files.earlier(step).name]
-        for path in set(others) - set(before[: self.keep - 1]):  # later ones are of a course that was left
+        # later ones are of a course that was left: resumed at step 10, the old step 20 is no ancestor of the new one
+        for path in set(others) - set(before[: self.keep - 1]):
             path.unlink()
 
     def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
         tensors = state["model_state_dict"]
+        # the memo of deepcopy: what is fixed counts as copied already, and is shared
         return copy.deepcopy(state, {id(tensors[name]): tensors[name] for name in self.fixed})
 
 
@@ -196,7 +274,7 @@ def _link(path: Path, name: Path) -> None:
     try:
         name.hardlink_to(path)
     except OSError as error:
-        logger.warning("only %s is kept, this disk does not take a second name for a file: %s", path, error)
+        logger.warning("no state before %s is kept: this disk does not take a second name for a file: %s", path, error)
 
 
 def load_newest_state(files: RunFiles) -> tuple[Path, dict[str, Any]] | None:

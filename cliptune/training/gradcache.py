@@ -5,40 +5,56 @@ feature. Then each micro-batch runs again, with the same random numbers, and tak
 parameters: the sum over the micro-batches is the whole batch's gradient. The last one keeps its graph the first time
 and is not run again, so a batch that is one micro-batch is a plain step.
 
-With several processes each does this for its own pairs, and the last backward pass of a step adds up the gradients.
+With several ranks each does this for its own pairs, and the last backward pass of a step adds up the gradients.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cliptune.model.towers import held_statistics, running_statistics
+from cliptune.model.towers import StatisticsSnapshot, held_statistics
 from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
+from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
 
 logger = logging.getLogger(__name__)
 
-WAYS_OUT = "--gradient_checkpointing, --precision bf16, --freeze_backbone, a smaller --model_name"
+WAYS_OUT = "try --gradient_checkpointing, --precision bf16, --freeze_backbone or a smaller --model_name"
 
 T = TypeVar("T")
 
 
-class StepResult(NamedTuple):
-    """What a batch gave, over all processes."""
+class BatchLoss(NamedTuple):
+    """What a batch gave, over all ranks."""
 
     loss: Tensor
     """In nats, a scalar on the device, not yet waited for."""
     accuracy: Tensor
     """In-batch R@1, both directions averaged, in [0, 1]; a scalar on the device."""
     num_pairs: int
+
+
+@contextmanager
+def explained_out_of_memory() -> Iterator[None]:
+    """Turn a device's or the allocator's own error into one that names the ways out.
+
+    Raises:
+        MemoryError: memory ran out inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"out of memory: {WAYS_OUT}, or a smaller --batch_size") from None
 
 
 class GradCache:
@@ -48,8 +64,8 @@ class GradCache:
         model: a `CLIPModel` on its device.
         loss: over the features of the whole batch.
         precision: of the towers; the loss is computed in float32.
-        size: pairs of a micro-batch in each process; None: all there are.
-        parallel: what runs the model in several processes: DDP's wrapper of it, or the model itself once it is sharded.
+        size: pairs of a micro-batch in each rank; None: all there are.
+        parallel: what runs the model in several ranks: DDP's wrapper of it, or the model itself once it is sharded.
         scaler: scales the loss.
 
     Attributes:
@@ -68,38 +84,40 @@ class GradCache:
     ) -> None:
         self.model, self.loss, self.precision, self.size, self.scaler = model, loss, precision, size, scaler
         self.parallel = model if parallel is None else parallel
-        # the towers of a sharded model exchange weights: there no process can tell the others that its memory is full
-        self.towers_exchange = world_size() > 1 and not isinstance(self.parallel, DistributedDataParallel)
+        # the towers of a sharded model gather weights: there no rank can tell the others that its memory is full
+        self.towers_are_collective = world_size() > 1 and not isinstance(self.parallel, DistributedDataParallel)
 
-    def backward(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None) -> StepResult | None:
+    def backward(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None) -> BatchLoss | None:
         """Set every parameter's gradient to that of the batch's loss, times the scaler's scale.
 
         Args:
-            images: `[B, 3, R, R]`, or the image tower's output: this process's part of the batch, which may be empty.
-            tokens: `[B, 77]`, or the text tower's output.
-            image_ids: `[B]`, or None when every image of the batch is another.
+            images: `[B, 3, R, R]`, or the image tower's output: this rank's part of the batch, which may be empty.
+            tokens: int64 `[B, L]`, or the text tower's output.
+            image_ids: int64 `[B]`, or None when every image of the batch is another.
 
         Returns:
-            None if no process has a pair.
+            None if no rank has a pair.
 
         Raises:
-            MemoryError: one pair does not fit, or memory ran out where the processes could not agree to go on.
+            MemoryError: one pair does not fit, or memory ran out where the ranks could not agree to go on.
         """
         sizes = gather_sizes(len(tokens))
         if not sum(sizes):
             return None
         ids = None if image_ids is None else image_ids.to(self.model.device, non_blocking=True)
         batch = _Batch(images, tokens, ids)
-        before = _State(self.model)
+        before = _Snapshot(self.model)
         while True:
             self.model.zero_grad(set_to_none=True)
             size = min(self.size or max(sizes), max(sizes))
+            # the same number of chunks in every rank, since each is a collective of a sharded model; a rank that has
+            # fewer pairs runs a blank one, e.g. sizes (5, 2) in micro-batches of 3: rank 1 has [0:2] and then [3:2]
             chunks = [slice(start, min(start + size, len(tokens))) for start in range(0, max(sizes), size)]
             try:
-                return StepResult(*self._backward(batch, chunks), sum(sizes))
+                return BatchLoss(*self._backward(batch, chunks), sum(sizes))
             except _MemoryFull:
                 if size == 1:
-                    raise MemoryError(f"one pair does not fit into memory: {WAYS_OUT} need less") from None
+                    raise MemoryError(f"one pair does not fit into memory: {WAYS_OUT}") from None
             self.size = size // 2
             logger.warning("out of memory with micro-batches of %d pairs: going on with %d", size, self.size)
             before.restore()
@@ -109,33 +127,36 @@ class GradCache:
     def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:
         """Attempt a step in these micro-batches; returns loss and accuracy."""
         *early, last = chunks
-        encoded = self._attempt(lambda: self._encode_all(batch, early, last), exchanges=self.towers_exchange)
-        after = _State(self.model)
-        loss, accuracy, gradients = self._attempt(lambda: self._loss(batch, encoded), exchanges=True)
+        encoded = self._attempt(lambda: self._encode_all(batch, early, last), collective=self.towers_are_collective)
+        after = _Snapshot(self.model)
+        loss, accuracy, gradients = self._attempt(lambda: self._loss(batch, encoded), collective=True)
 
         def take_back(chunk: slice, features: _Features) -> None:
             if chunk.start < chunk.stop:
-                own = [gradient[chunk] for gradient in gradients]
+                own = [gradient[chunk] for gradient in gradients]  # [chunk, D] each
             else:
-                own = [torch.zeros_like(each) for each in features]
+                own = [torch.zeros_like(feature) for feature in features]
             with tf32(self.model.device):
                 torch.autograd.backward(features, own)
 
-        def replay(number: int, *, synchronised: bool) -> None:
-            encoded[number].state.restore()
-            take_back(early[number], self._encode(batch, early[number], synchronised=synchronised))
+        def replay(index: int, *, synchronised: bool) -> None:
+            # as it was before the first run: dropout draws the same masks, and the graph is that of the same features
+            encoded[index].before.restore()
+            take_back(early[index], self._encode(batch, early[index], synchronised=synchronised))
 
         def replay_all_but_one() -> None:
-            take_back(last, encoded.pop().features)
-            for number in range(len(early) - 1):
-                replay(number, synchronised=False)
+            take_back(last, encoded.pop().features)  # first, so that its graph is gone before another is built
+            for index in range(len(early) - 1):
+                replay(index, synchronised=False)
 
+        # the ranks' gradients are added up in one backward pass alone, which is the last; B = 8 in threes:
+        # encode [0:3], [3:6] without a graph, [6:8] with one; loss; backward [6:8]; replay [0:3]; replay [3:6] and add
         if early:
-            self._attempt(replay_all_but_one, exchanges=self.towers_exchange)
-            self._attempt(lambda: replay(len(early) - 1, synchronised=True), exchanges=True)
+            self._attempt(replay_all_but_one, collective=self.towers_are_collective)
+            self._attempt(lambda: replay(len(early) - 1, synchronised=True), collective=True)
         else:
-            self._attempt(lambda: take_back(last, encoded.pop().features), exchanges=True)
-        after.restore()
+            self._attempt(lambda: take_back(last, encoded.pop().features), collective=True)
+        after.restore()  # as if each micro-batch had run once
         return loss, accuracy
 
     def _encode_all(self, batch: _Batch, early: list[slice], last: slice) -> list[_Encoded]:
@@ -144,12 +165,12 @@ class GradCache:
         # one autocast around all, so that they use the same copies of the weights
         with torch.no_grad(), autocast(self.model.device, self.precision):
             for chunk in early:
-                state = _State(self.model)
-                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False), state))
-        return [*encoded, _Encoded(self._encode(batch, last, synchronised=not early), _State(self.model))]
+                before = _Snapshot(self.model)
+                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False), before))
+        return [*encoded, _Encoded(self._encode(batch, last, synchronised=not early), _Snapshot(self.model))]
 
     def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool) -> _Features:
-        """Run the towers on a micro-batch; `synchronised`: its backward pass is the one that adds up all processes'."""
+        """Run the towers on a micro-batch; `synchronised`: its backward pass is the one that adds up all ranks'."""
         images, tokens = batch.inputs(chunk, self.model.image_resolution)
         run, device = self.parallel if synchronised else self.model, self.model.device
         is_blank = chunk.start >= chunk.stop
@@ -158,21 +179,23 @@ class GradCache:
         return features
 
     def _loss(self, batch: _Batch, encoded: list[_Encoded]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return loss and accuracy of the whole batch, and the gradients of this process's features."""
+        """Return loss and accuracy of the whole batch, and the gradients of this rank's features."""
         num_pairs = len(batch.tokens)
+        # new leaves: the graph ends here, and their gradients are what the replays take back; blank rows are cut off
         leaves = [
-            torch.cat(parts).detach()[:num_pairs] for parts in zip(*(each.features for each in encoded), strict=True)
+            torch.cat(parts).detach()[:num_pairs]  # [B, D]
+            for parts in zip(*(micro_batch.features for micro_batch in encoded), strict=True)
         ]
         for leaf in leaves:
             leaf.requires_grad_()
         images, texts = leaves
         loss, accuracy = self.loss.with_accuracy(images, texts, self.model.logit_scale, image_ids=batch.image_ids)
         self.scaler.scale(loss).backward()
-        # DDP and FSDP divide the sum over the processes by their number
+        # DDP and FSDP divide the sum over the ranks by their number
         return loss.detach(), accuracy, [world_size() * leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def _attempt(self, work: Callable[[], T], *, exchanges: bool) -> T:
-        """Do work. If memory runs out in one process, all repeat the step, unless the work has exchanges in it.
+    def _attempt(self, work: Callable[[], T], *, collective: bool) -> T:
+        """Do work. If memory runs out in one rank, all repeat the step, unless the work has collectives in it.
 
         There the others wait for something that will not come, and only the end of the run frees them.
         """
@@ -184,11 +207,9 @@ class GradCache:
                 raise
             full = True
         # below the handler, which holds on to the tensors of what failed
-        if exchanges and world_size() > 1:
+        if collective and world_size() > 1:
             if full:
-                raise MemoryError(
-                    f"out of memory in an exchange of processes: lower --micro_batch_size; {WAYS_OUT} need less"
-                )
+                raise MemoryError(f"out of memory in a collective: {WAYS_OUT}, or a lower --micro_batch_size")
             return result
         if any_rank(full):
             raise _MemoryFull
@@ -203,10 +224,10 @@ _Features = tuple[Tensor, Tensor]
 
 
 class _Encoded(NamedTuple):
-    """Features of a micro-batch's images and texts, and the state before they were computed."""
+    """Features of a micro-batch's images and texts, `[chunk, D]` each, and the state before they were computed."""
 
     features: _Features
-    state: _State
+    before: _Snapshot
 
 
 class _Batch(NamedTuple):
@@ -215,7 +236,7 @@ class _Batch(NamedTuple):
     image_ids: Tensor | None
 
     def inputs(self, chunk: slice, resolution: int) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch; where others have a pair and this process has none, a blank one."""
+        """Return a micro-batch; where others have a pair and this rank has none, a blank one."""
         if chunk.start < chunk.stop:
             return self.images[chunk], self.tokens[chunk]
         images = self.images.new_zeros(1, *self.images.shape[1:]) if self.images.ndim > 1 else None
@@ -223,25 +244,13 @@ class _Batch(NamedTuple):
         return blank, self.tokens.new_zeros(1, *self.tokens.shape[1:])
 
 
-class _State:
+class _Snapshot:
     """What running a model changes or draws from: random numbers and running statistics."""
 
     def __init__(self, model: Any) -> None:
-        self.statistics = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
-        self.random = torch.get_rng_state()
-        self.device = model.device
-        self.random_of_device: Tensor | None = None
-        if self.device.type == "cuda":
-            self.random_of_device = torch.cuda.get_rng_state(self.device)
-        elif self.device.type == "mps":
-            self.random_of_device = torch.mps.get_rng_state()
+        self.random = RandomState(model.device)
+        self.statistics = StatisticsSnapshot(model)
 
     def restore(self) -> None:
-        torch.set_rng_state(self.random)
-        if self.random_of_device is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.random_of_device, self.device)
-        elif self.random_of_device is not None:
-            torch.mps.set_rng_state(self.random_of_device)
-        with torch.no_grad():
-            for buffer, value in self.statistics:
-                buffer.copy_(value)
+        self.random.restore()
+        self.statistics.restore()

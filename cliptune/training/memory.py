@@ -18,37 +18,45 @@ from cliptune.runtime.distributed import all_min, world_size
 
 logger = logging.getLogger(__name__)
 
-SHARE_OF_FREE_MEMORY = 0.6
+FREE_MEMORY_FRACTION = 0.6
+"""Of the free memory that is planned with: what allocators, other processes and later steps take is the rest."""
 
 
-def fitting_size(model: Any, *, precision: Precision, most: int, device: torch.device) -> int | None:
+def fitting_size(
+    model: Any, *, precision: Precision, most: int, device: torch.device, free_bytes: int | None = None
+) -> int | None:
     """Estimate how many pairs fit into memory at once, from what the gradient of few of them takes.
 
     Args:
-        model: a `CLIPModel`; on another device than `device`, if it will be sharded over the processes.
+        model: a `CLIPModel`; on another device than `device`, if it will be sharded over the ranks.
         precision: of the towers.
-        most: pairs of this process's part of a batch.
+        most: pairs of this rank's part of a batch.
         device: whose memory it is.
+        free_bytes: how much of it there is; None: what is free now.
 
     Returns:
-        A power of two; None if all fit. The smallest of all processes'.
+        A power of two; None if all fit. The smallest of all ranks'.
     """
-    few, more = (_peak_bytes(model, precision, num_pairs) for num_pairs in (2, 4))
-    a_pair = max((more - few) / 2, 1)
-    parameters = 3 * sum(each.nbytes for each in model.parameters() if each.requires_grad)  # gradient and moments
+    # peak(n) is a line: 2 pairs 10 MB and 4 pairs 16 MB are 3 MB a pair, and 4 MB whatever the batch
+    few, more = (peak_bytes(model, precision, num_pairs) for num_pairs in (2, 4))
+    pair_bytes = max((more - few) / 2, 1)
+    fixed_bytes = few - 2 * pair_bytes
+    # gradient and two moments of each trained parameter, which the first step will make
+    parameter_bytes = 3 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     if model.device.type != device.type:
-        parameters = (parameters + sum(each.nbytes for each in model.parameters())) / world_size()
-    room = SHARE_OF_FREE_MEMORY * free_memory(device) - (few - 2 * a_pair) - parameters
-    fitting = int(all_min(torch.tensor(max(int(room / a_pair), 1))).item())
+        parameter_bytes = (parameter_bytes + sum(value.nbytes for value in model.parameters())) / world_size()
+    free = free_memory(device) if free_bytes is None else free_bytes
+    room = FREE_MEMORY_FRACTION * free - fixed_bytes - parameter_bytes
+    fitting = int(all_min(torch.tensor(max(int(room / pair_bytes), 1))).item())
     if fitting >= most:
         return None
     size: int = 2 ** (fitting.bit_length() - 1)
-    logger.info("micro-batches of %d of %d pairs: a pair takes up to %.1f MB of memory", size, most, a_pair / 1e6)
+    logger.info("micro-batches of %d of %d pairs: a pair takes up to %.1f MB of memory", size, most, pair_bytes / 1e6)
     return size
 
 
-def _peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
-    """Return the most bytes that the gradient of some pairs takes, but for the gradient itself."""
+def peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
+    """Return the most bytes that the gradient of `num_pairs` pairs takes, but for the gradient itself."""
     size, length = model.image_resolution, model.architecture.context_length
     images = torch.zeros(num_pairs, 3, size, size, dtype=torch.uint8, device=model.device)
     tokens = torch.ones(num_pairs, length, dtype=torch.int64)
@@ -58,11 +66,12 @@ def _peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
     with fork_rng(devices), held_statistics(model), torch.compiler.set_stance("force_eager"), live:
         with tf32(model.device), autocast(model.device, precision):
             features = model(images, tokens)
-        # through all layers to the first parameters: with the others' gradients few pairs would not show
+        # through all layers to the first parameters, and to no others: beside their gradients, which a batch of any
+        # size has once, the memory of so few pairs would not show
         small = (model.backbone.visual.conv1.weight, model.backbone.positional_embedding)
         projections = (model.image_projection.weight, model.text_projection.weight)
         wanted = [parameter for parameter in (*small, *projections) if parameter.requires_grad]
-        torch.autograd.grad(features, wanted, [torch.ones_like(each) for each in features])
+        torch.autograd.grad(features, wanted, [torch.ones_like(feature) for feature in features])
     return live.peak
 
 
@@ -81,7 +90,8 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {self._key(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        given = {self._key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        # a view or an operation in place returns the storage of its argument, which has been counted or was there
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and self._key(tensor) not in given | self._alive:
                 self._add(tensor.untyped_storage())

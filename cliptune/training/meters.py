@@ -1,16 +1,14 @@
-"""Steps whose loss or gradient is not finite: noticed without waiting for the device at every step, and said."""
+"""The numbers of steps and epochs, read without waiting for the device at every step."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from cliptune.training.gradcache import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -19,26 +17,64 @@ OVERFLOWS_IN_A_ROW = 20
 NUM_NAMED = 3
 
 
-class StepNumbers(NamedTuple):
-    """What tells whether a step was taken."""
+class StepResult(NamedTuple):
+    """What a step gave, over all ranks."""
 
-    step: int
+    global_step: int
+    """Steps of the run so far, with this one."""
+    num_pairs: int
     rates: dict[str, float]
     """By the name of the parameter group."""
     values: Tensor
-    """Loss, norm of the whole gradient, scale of the logits: float32 `[3]` on the device, not yet waited for."""
+    """Loss, in-batch accuracy, norm of the whole gradient, scale of the logits: float32 `[4]`, not yet waited for."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Contrastive loss in nats, a scalar on the device."""
+        return self.values[0]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """In-batch R@1, both directions averaged, in [0, 1], a scalar on the device."""
+        return self.values[1]
+
+
+class Step(NamedTuple):
+    """A step of an epoch, as the trainer yields it."""
+
+    result: StepResult | None
+    """None: the batch held no pair."""
+    issues: Sequence[Any]
+    """Samples that are missing from the batch, as its loader tells them."""
+    seconds: float
+    """From asking for a batch to the end of the step; a device other than the CPU may still compute then."""
+    waited: float
+    """Seconds of these that the batch took to come."""
+
+
+class StepRecord(NamedTuple):
+    """A step's numbers, as they are recorded."""
+
+    step: int
+    loss: float
+    accuracy: float
+    gradient_norm: float
+    scale: float
+    rates: dict[str, float]
+    num_pairs: int
+    seconds: float
 
 
 class StepWatch:
-    """Looks at the numbers of steps, some at a time, and ends the run when too many in a row are not finite.
+    """Reads the numbers of steps, some at a time, and ends the run when too many in a row are not finite.
 
-    On the CPU a look is free, and every step is looked at. Elsewhere a bad step is noticed some steps later; it changed
+    On the CPU this is free, and every step is read. Elsewhere a non-finite step is noticed some steps later; it changed
     nothing, and those after it were taken.
 
     Args:
-        skip: bad steps in a row that are left out with a warning.
+        skip: non-finite steps in a row that are skipped with a warning.
         scaled: losses are scaled, as with float16: an overflow of the gradient alone is how the scale is found.
-        interval: steps between two looks on another device than the CPU; each look waits for it.
+        interval: steps between two reads on another device than the CPU; each read waits for it.
         name_samples: turns the image ids of a batch into names; None: they are only counted.
     """
 
@@ -51,17 +87,18 @@ class StepWatch:
         name_samples: Callable[[Tensor], list[str]] | None = None,
     ) -> None:
         self.skip, self.scaled, self.interval, self.name_samples = skip, scaled, interval, name_samples
-        self.bad_in_a_row = 0
-        self._pending: list[tuple[StepNumbers, Tensor | None]] = []
+        self.num_in_a_row = 0
+        self._pending: list[tuple[StepResult, Tensor | None, float]] = []
+        self._records: list[StepRecord] = []
 
-    def add(self, numbers: StepNumbers, image_ids: Tensor | None) -> None:
-        """Take in a step, and look if it is time; raises as `look` does."""
-        self._pending.append((numbers, image_ids))
-        if numbers.values.device.type == "cpu" or len(self._pending) >= self.interval:
-            self.look()
+    def add(self, result: StepResult, image_ids: Tensor | None, *, seconds: float = 0.0) -> None:
+        """Take in a step; read it and those before it if it is time. Raises as `read` does."""
+        self._pending.append((result, image_ids, seconds))
+        if result.values.device.type == "cpu" or result.global_step % self.interval == 0:
+            self.read()
 
-    def look(self) -> None:
-        """Look at all steps since the last look.
+    def read(self) -> None:
+        """Read all steps since the last time.
 
         Raises:
             FloatingPointError: too many in a row were not finite; says step, rates, scale and samples.
@@ -69,29 +106,42 @@ class StepWatch:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        values = torch.stack([numbers.values for numbers, _ in pending]).tolist()
-        for (numbers, image_ids), (loss, norm, scale) in zip(pending, values, strict=True):
-            if math.isfinite(loss) and math.isfinite(norm):
-                self.bad_in_a_row = 0
-                continue
-            self.bad_in_a_row += 1
-            said = self._describe(numbers, image_ids, loss=loss, norm=norm, scale=scale)
-            overflow = self.scaled and math.isfinite(loss)
-            if self.bad_in_a_row > (max(self.skip, OVERFLOWS_IN_A_ROW) if overflow else self.skip):
-                raise FloatingPointError(
-                    f"{said}. Lower --learning_rate, train with --precision fp32, look at these samples, or leave out "
-                    "such steps with --skip_nonfinite; the last checkpoint is untouched"
-                )
-            log = logger.debug if overflow else logger.warning
-            log("left out (%d in a row): %s", self.bad_in_a_row, said)
+        # one copy, and so one wait, for all of them
+        values = torch.stack([result.values for result, _, _ in pending]).tolist()
+        for (result, image_ids, seconds), numbers in zip(pending, values, strict=True):
+            loss, accuracy, norm, scale = numbers
+            record = StepRecord(
+                result.global_step, loss, accuracy, norm, scale, result.rates, result.num_pairs, seconds
+            )
+            self._records.append(record)
+            self._check(record, image_ids)
 
-    def _describe(
-        self, numbers: StepNumbers, image_ids: Tensor | None, *, loss: float, norm: float, scale: float
-    ) -> str:
-        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in numbers.rates.items())
+    def take(self) -> list[StepRecord]:
+        """Return what has been read since the last call."""
+        records, self._records = self._records, []
+        return records
+
+    def _check(self, record: StepRecord, image_ids: Tensor | None) -> None:
+        if math.isfinite(record.loss) and math.isfinite(record.gradient_norm):
+            self.num_in_a_row = 0
+            return
+        self.num_in_a_row += 1
+        message = self._describe(record, image_ids)
+        overflow = self.scaled and math.isfinite(record.loss)
+        if self.num_in_a_row > (max(self.skip, OVERFLOWS_IN_A_ROW) if overflow else self.skip):
+            raise FloatingPointError(
+                f"{message}. Lower --learning_rate, train with --precision fp32, look at these samples, or skip such "
+                "steps with --skip_nonfinite; the last checkpoint is untouched"
+            )
+        log = logger.debug if overflow else logger.warning
+        log("skipped (%d in a row): %s", self.num_in_a_row, message)
+
+    def _describe(self, record: StepRecord, image_ids: Tensor | None) -> str:
+        rates = ", ".join(f"{name} {rate:.3g}" for name, rate in record.rates.items())
         return (
-            f"step {numbers.step} has a loss of {loss:.4g} and a gradient of norm {norm:.4g} (rates: {rates}; scale of "
-            f"the logits: {scale:.4g}; samples: {self._name(image_ids)}) and changed no weight"
+            f"step {record.step} has a loss of {record.loss:.4g} and a gradient of norm {record.gradient_norm:.4g} "
+            f"(rates: {rates}; scale of the logits: {record.scale:.4g}; samples: {self._name(image_ids)}) and changed "
+            "no weight"
         )
 
     def _name(self, image_ids: Tensor | None) -> str:
@@ -115,7 +165,7 @@ class EpochResult(NamedTuple):
 
 
 class EpochTotals:
-    """What the batches of an epoch have given so far.
+    """Sums over the batches of an epoch so far.
 
     Args:
         device: the model's.
@@ -125,20 +175,17 @@ class EpochTotals:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # of finite losses: loss and accuracy times pairs, pairs; since the last look: loss, steps
-        self.sums = torch.zeros(5, device=device)
-        self.num_pairs = self.num_steps = self.num_batches = 0
+        self.sums = torch.zeros(3, device=device)  # of finite losses: loss and accuracy times pairs, pairs
+        self.num_pairs = self.num_batches = 0
 
     def add(self, result: StepResult | None) -> None:
         """Add a batch; None: it held no pair."""
         self.num_batches += 1
         if result is None:
             return
-        one = torch.ones_like(result.loss)
-        of_pairs = result.num_pairs * torch.stack([result.loss, result.accuracy, one])
-        added = torch.cat([of_pairs, torch.stack([result.loss, one])])
+        added = result.num_pairs * torch.cat([result.values[:2], torch.ones_like(result.values[:1])])
         self.sums += torch.where(result.loss.isfinite(), added, 0.0)
-        self.num_pairs, self.num_steps = self.num_pairs + result.num_pairs, self.num_steps + 1
+        self.num_pairs += result.num_pairs
 
     def mean(self) -> EpochResult:
         """Return the means over all pairs, without those whose loss is not finite; waits for the device.
@@ -149,16 +196,10 @@ class EpochTotals:
         """
         if not self.num_pairs:
             raise ValueError("no batch of pairs to train on")
-        loss, accuracy, num_pairs = self.sums[:3].tolist()
+        loss, accuracy, num_pairs = self.sums.tolist()
         if not num_pairs:
             raise FloatingPointError("no loss of the epoch is finite; lower --learning_rate, or use --precision fp32")
         return EpochResult(loss / num_pairs, 100 * accuracy / num_pairs, self.num_pairs)
-
-    def mean_since_last(self) -> float:
-        """Return the mean loss of the steps since the last call; waits for the device."""
-        loss, num_steps = self.sums[3:].tolist()
-        self.sums[3:] = 0
-        return float(loss / max(num_steps, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values."""

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clip_model import CLIPModel
+MAX_POINTS = 500
+BACKBONE_LR_SCALE = 0.01
+"""Rate of pretrained towers over the projection layers', unless chosen; random towers learn at the full rate."""
+
+
+class Trainable(Protocol):
+    """What an optimiser needs of a model, such as `clip_model.CLIPModel`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield each parameter with its name; the towers' begin with `backbone.`."""
 
 
 def build_optimizer(
-    model: CLIPModel, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
+    model: Trainable, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW with the towers at `backbone_lr_scale` times the rate; no decay on biases, norms, the temperature.
 
@@ -22,7 +37,7 @@ def build_optimizer(
         if parameter.requires_grad:
             part = "backbone" if name.startswith("backbone.") else "projection"
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            # apart, since it stays whole where the others are sharded
+            # the temperature apart, since FSDP leaves it whole where the others are sharded
             groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
     rates = {"projection": learning_rate, "backbone": learning_rate * backbone_lr_scale}
     return torch.optim.AdamW(
@@ -30,7 +45,7 @@ def build_optimizer(
             {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
             for (part, decay, _), parameters in groups.items()
         ],
-        betas=(0.9, 0.98),
+        betas=(0.9, 0.98),  # CLIP's, section 2.5 of Radford et al. 2021
         eps=1e-6,
         fused=model.device.type in {"cpu", "cuda"},
     )
@@ -39,18 +54,40 @@ def build_optimizer(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_fraction: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a share of the steps, then a cosine to zero; stepped once a step."""
+    """Linear warm-up over a fraction of the steps, then a cosine to zero; stepped once a step."""
     warmup_steps = num_warmup_steps(total_steps, warmup_fraction)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _factor(step, total_steps=total_steps, warmup_steps=warmup_steps)
+    )
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def schedule_points(*, total_steps: int, warmup_fraction: float, peaks: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return the course of the rates, so that it can be drawn.
+
+    Returns:
+        `(step, *rates)` at up to about 500 steps: the rates of the update that follows `step` updates. The first step,
+        the peak and the last step are among them.
+    """
+    warmup_steps = num_warmup_steps(total_steps, warmup_fraction)
+    stride = -(-total_steps // MAX_POINTS)
+    steps = sorted({*range(0, total_steps, stride), warmup_steps, total_steps})
+    factors = [_factor(step, total_steps=total_steps, warmup_steps=warmup_steps) for step in steps]
+    return [(step, *(factor * peak for peak in peaks)) for step, factor in zip(steps, factors, strict=True)]
+
+
+def _factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """Return the rate over its peak."""
+    if step < warmup_steps:  # 1/4, 2/4, 3/4 of the peak over three steps: the first one is not lost at zero
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def num_warmup_steps(total_steps: int, warmup_fraction: float) -> int:
     """Return over how many of the steps the rates rise."""
     return min(round(total_steps * warmup_fraction), total_steps - 1)
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the rates of the next step by the names of the parameter groups."""
+    return {str(group.get("name", index)): group["lr"] for index, group in enumerate(optimizer.param_groups)}

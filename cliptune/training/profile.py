@@ -4,67 +4,62 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cliptune.runtime.messages import count
+
 logger = logging.getLogger(__name__)
 
+NUM_BEFORE = 2
+"""Steps before the first that is recorded: one without the profiler, one that warms it up."""
+KINDS = (
+    ("attention", ("attention", "softmax")),
+    ("matrix products", ("mm", "linear", "convolution", "conv2d", "gemm", "cutlass")),
+    ("optimiser", ("adam",)),
+    ("copies", ("copy", "memcpy", "cat", "fill", "memset")),
+)
 
-class StepProfiler:
-    """Records some steps of training with `torch.profiler`.
+
+def step_profiler(num_steps: int, path: Path, device: torch.device) -> torch.profiler.profile:
+    """Make a profiler of some steps, to enter around them and to call `step` after each.
+
+    When it has them, or when it is left, it writes the trace and logs where the time went.
 
     Args:
-        num_steps: steps to record, after two that warm up.
+        num_steps: steps to record, after two others; 0: none.
         path: where the trace goes, for `chrome://tracing` or ui.perfetto.dev.
         device: what is recorded beside the CPU.
     """
+    on_gpu = device.type == "cuda"
 
-    WARMUP = 2
-    KINDS = (
-        ("attention", ("attention", "softmax")),
-        ("matrix products", ("mm", "linear", "convolution", "conv2d", "gemm", "cutlass")),
-        ("optimiser", ("adam",)),
-        ("copies", ("copy", "memcpy", "cat", "fill", "memset")),
+    def write(profiler: torch.profiler.profile) -> None:
+        if profiler.step_num <= NUM_BEFORE:  # the run ended before
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        parts = ", ".join(f"{kind} {100 * part:.0f}%" for kind, part in _fractions(profiler, on_gpu=on_gpu).items())
+        recorded = count(profiler.step_num - NUM_BEFORE, "step")
+        logger.info("profile of %s: %s; trace: %s", recorded, parts, path)
+
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    schedule = torch.profiler.schedule(wait=NUM_BEFORE - 1, warmup=1, active=max(num_steps, 1), repeat=1)
+    return torch.profiler.profile(
+        activities=activities,
+        schedule=schedule if num_steps else lambda _: torch.profiler.ProfilerAction.NONE,
+        on_trace_ready=write,
+        acc_events=True,
     )
 
-    def __init__(self, num_steps: int, path: Path, device: torch.device) -> None:
-        self.num_steps = num_steps
-        self.path = path
-        self.on_gpu = device.type == "cuda"
-        self.steps = 0
-        self.recording = False
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.on_gpu:
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profiler = torch.profiler.profile(activities=activities, acc_events=True)
 
-    def step(self) -> None:
-        """Note that a step begins."""
-        if self.steps == self.WARMUP:
-            self.profiler.start()
-            self.recording = True
-        if self.steps == self.WARMUP + self.num_steps:
-            self.close()
-        self.steps += 1
-
-    def close(self) -> None:
-        """End the recording, if it is on: write the trace and say where the time went."""
-        if not self.recording:
-            return
-        self.recording = False
-        self.profiler.stop()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.path))
-        shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in self._shares().items())
-        recorded = self.steps - self.WARMUP
-        logger.info("profile of %d step(s): %s; trace: %s", recorded, shares, self.path)
-
-    def _shares(self) -> dict[str, float]:
-        times: dict[str, float] = {}
-        for event in self.profiler.key_averages():
-            time = event.self_device_time_total if self.on_gpu else event.self_cpu_time_total
-            kinds = (kind for kind, words in self.KINDS if any(word in event.key.lower() for word in words))
-            kind = next(kinds, "other")
-            times[kind] = times.get(kind, 0.0) + time
-        total = sum(times.values()) or 1.0
-        return {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])}
+def _fractions(profiler: torch.profiler.profile, *, on_gpu: bool) -> dict[str, float]:
+    """Return which part of the time went to which kind of operation, the largest first."""
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        key: Any = event.key.lower()
+        kind = next((kind for kind, words in KINDS if any(word in key for word in words)), "other")
+        time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        times[kind] = times.get(kind, 0.0) + time
+    total = sum(times.values()) or 1.0
+    return {kind: time / total for kind, time in sorted(times.items(), key=lambda item: -item[1])}

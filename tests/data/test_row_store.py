@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -10,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cliptune.data import row_store as image_cache
 from cliptune.data.loaders import TrainLoader
 from cliptune.data.pairs import load_pairs
-from cliptune.data.row_store import ENTRY, ImageCache
+from cliptune.data.row_store import RECORD, ImageCache, Keys, RowStore, as_keys, digest
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.preprocess.transforms import PixelTransform, clip_transform, train_transform
 from data_loader import ImageTextDataset
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
     rng = np.random.default_rng(0)
-    names = [tmp_path / f"{number}.jpg" for number in range(6)]
+    names = [tmp_path / f"{index}.jpg" for index in range(6)]
     for name in names:
         Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(name)
     return [str(name) for name in names]
@@ -53,7 +53,7 @@ def expected(path: str) -> np.ndarray:
     return transform.shrink(transform.load(path))
 
 
-def test_each_picture_is_decoded_once_over_runs_and_equal(tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
+def test_each_image_is_decoded_once_over_runs_and_equal(tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
     first = load_all(ImageCache(tmp_path / "cache", paths, clip_transform(32)), paths)
     assert decoded == [Path(path).name for path in paths]
     decoded.clear()
@@ -90,7 +90,7 @@ def test_added_removed_and_reordered_files_keep_the_rest(tmp_path: Path, paths: 
         ImageCache(tmp_path / "cache", paths[:1], clip_transform(32)).load(paths[1])
 
 
-def test_other_preprocessing_has_its_own_pictures(tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
+def test_other_preprocessing_has_its_own_images(tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
     transforms = [
         clip_transform(32),
         clip_transform(48),
@@ -105,7 +105,7 @@ def test_other_preprocessing_has_its_own_pictures(tmp_path: Path, paths: list[st
     assert len(decoded) == 4
 
 
-def test_a_picture_that_cannot_be_read_stays_an_error(tmp_path: Path, paths: list[str]) -> None:
+def test_an_image_that_cannot_be_read_stays_an_error(tmp_path: Path, paths: list[str]) -> None:
     Path(paths[1]).write_text("broken")
     for _ in range(2):
         cache = ImageCache(tmp_path / "cache", paths, clip_transform(32))
@@ -116,59 +116,41 @@ def test_a_picture_that_cannot_be_read_stays_an_error(tmp_path: Path, paths: lis
         cache.load(paths[1])
 
 
-def cut_entries(folder: Path) -> None:
-    (file,) = folder.glob("*.entries")
-    file.write_bytes(file.read_bytes()[: -ENTRY.itemsize // 2])
+def change(folder: Path, ending: str, edit: Callable[[bytes], bytes]) -> None:
+    (file,) = folder.glob(f"*{ending}")
+    file.write_bytes(edit(file.read_bytes()))
 
 
-def spoil_entry(folder: Path) -> None:
-    (file,) = folder.glob("*.entries")
-    data = bytearray(file.read_bytes())
-    data[-3:] = b"\0\0\0"
-    file.write_bytes(data)
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "keys cut within a record": (".keys", lambda data: data[: -RECORD.itemsize // 2]),
+    "another checksum": (".keys", lambda data: data[:-8] + b"\1" + data[-7:]),
+    "another key": (".keys", lambda data: bytes(RECORD.itemsize) + data[RECORD.itemsize :]),
+    "a part of the row": (".rows", lambda data: data[: -32 * 32] + bytes(32 * 32)),
+    "rows cut": (".rows", lambda data: data[:-100]),
+}
 
 
-def spoil_pixels(folder: Path) -> None:
-    (file,) = folder.glob("*.pixels")
-    data = bytearray(file.read_bytes())
-    data[-32 * 32 :] = bytes(32 * 32)
-    file.write_bytes(data)
-
-
-def cut_pixels(folder: Path) -> None:
-    (file,) = folder.glob("*.pixels")
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage", [cut_entries, spoil_entry, spoil_pixels, cut_pixels])
-def test_a_half_written_row_is_never_used(
-    damage: Callable[[Path], None], tmp_path: Path, paths: list[str], decoded: list[str]
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_half_written_row_is_never_used(damage: str, tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
     load_all(ImageCache(tmp_path / "cache", paths, clip_transform(32)), paths)
-    damage(tmp_path / "cache")
+    change(tmp_path / "cache", *DAMAGES[damage])
     decoded.clear()
     pixels = load_all(ImageCache(tmp_path / "cache", paths, clip_transform(32)), paths)
     assert len(decoded) == 1
     assert all(np.array_equal(got, expected(path)) for got, path in zip(pixels, paths, strict=True))
 
 
-def test_a_run_killed_between_pixels_and_entry_leaves_no_row(
-    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_between_row_and_checksum_leaves_no_row(tmp_path: Path, paths: list[str]) -> None:
     cache = ImageCache(tmp_path / "cache", paths, clip_transform(32))
     cache.load(paths[0])
-
-    def killed(*_: object) -> int:
-        raise KeyboardInterrupt
-
+    (keys,) = (tmp_path / "cache").glob("*.keys")
+    keys_before = keys.read_bytes()
     file = Path(paths[0])
     content, status = file.read_bytes(), file.stat()
     Image.new("RGB", (40, 40), "red").save(file)
-    with monkeypatch.context() as patch:
-        patch.setattr(image_cache, "_checksum", killed)
-        with pytest.raises(KeyboardInterrupt):
-            cache.load(paths[0])
-    file.write_bytes(content)  # so that the old entry fits the file again, but not the pixels
+    cache.load(paths[0])
+    keys.write_bytes(keys_before)  # as if the writer had come no further than the row
+    file.write_bytes(content)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = ImageCache(tmp_path / "cache", paths, clip_transform(32))
     assert np.array_equal(again.load(paths[0])[0], expected(paths[0]))
@@ -197,8 +179,8 @@ def test_two_runs_that_begin_at_once_agree_on_the_rows(tmp_path: Path, paths: li
 
 
 def test_a_full_disk_is_said_before_the_run(tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ValueError, match=r"needs 0\.00 GB more, .* leave --cache_images away"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match=r"no room for 6 cached images: .* leave --cache_images away"):
         ImageCache(tmp_path / "cache", paths, clip_transform(32))
 
 
@@ -207,12 +189,12 @@ def test_batches_from_the_cache(augment: str, tmp_path: Path) -> None:
     create_sample_dataset(tmp_path / "data", 12)
     pairs = load_pairs(tmp_path / "data")
     plain = ImageTextDataset(pairs, transform=train_transform(64, augment))
-    kept = ImageTextDataset(pairs, transform=train_transform(64, augment))
-    kept.cache_images(tmp_path / "cache")
+    cached = ImageTextDataset(pairs, transform=train_transform(64, augment))
+    cached.cache_images(tmp_path / "cache")
     for epoch in (1, 2):
         for workers in (0, 2):
             loaders = [
-                TrainLoader(d, batch_size=6, num_workers=n, device=CPU) for d, n in ((plain, 0), (kept, workers))
+                TrainLoader(d, batch_size=6, num_workers=n, device=CPU) for d, n in ((plain, 0), (cached, workers))
             ]
             for one, two in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
                 assert torch.equal(one.image_ids, two.image_ids)
@@ -220,8 +202,82 @@ def test_batches_from_the_cache(augment: str, tmp_path: Path) -> None:
                 assert difference == 0 if augment == "none" else difference < 4
 
 
-def test_a_users_transform_cannot_be_kept(tmp_path: Path) -> None:
+def test_a_users_transform_cannot_be_cached(tmp_path: Path) -> None:
     create_sample_dataset(tmp_path / "data", 4)
     dataset = ImageTextDataset(tmp_path / "data", transform=lambda _: torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="this transform is another"):
         dataset.cache_images(tmp_path / "cache")
+
+
+def keys_of(*names: object) -> Keys:
+    return as_keys(digest(name) for name in names)
+
+
+def rows_of(*numbers: int) -> np.ndarray:
+    return np.array([[number, number + 1, 255 - number] for number in numbers], dtype=np.uint8)
+
+
+def open_store(folder: Path, *names: object) -> tuple[RowStore, np.ndarray]:
+    store = RowStore(folder / "s", 3)
+    return store, store.announce(keys_of(*names), what="row", way_out="Try less")
+
+
+def write(store: RowStore, indices: np.ndarray, *numbers: int) -> None:
+    for index, number, row in zip(indices.tolist(), numbers, rows_of(*numbers), strict=True):
+        store.write(index, digest(number), row)
+
+
+def test_a_store_finds_what_it_was_given(tmp_path: Path) -> None:
+    numbers = (31, 12, 19, 11)
+    store, indices = open_store(tmp_path, *numbers)
+    assert indices.tolist() == [0, 1, 2, 3]
+    assert not store.holds(indices, keys_of(*numbers)).any()
+    write(store, indices[:3], *numbers[:3])
+    again, more = open_store(tmp_path, 5, 19, 5, 31, 11)  # others, and one that comes twice
+    assert more.tolist() == [4, 2, 4, 0, 3]
+    for opened in (store, again):
+        found = opened.holds(more[[1, 3, 4]], keys_of(19, 31, 11))
+        assert found.tolist() == [True, True, False]
+        assert np.array_equal(opened.gather(more[[1, 3]]), rows_of(19, 31))
+    assert not again.holds(more[[1]], keys_of(31)).any()  # another key's row
+
+
+def test_keys_that_end_in_zeros_are_keys_like_others(tmp_path: Path) -> None:
+    digests = [bytes(16), b"\1" + bytes(15), b"\1\0\1" + bytes(13), bytes(15) + b"\1"]
+    store = RowStore(tmp_path / "s", 3)
+    for _ in range(2):
+        indices = store.announce(as_keys(digests), what="row", way_out="")
+        assert indices.tolist() == [0, 1, 2, 3]
+    for index, key, row in zip(indices.tolist(), digests, rows_of(1, 2, 3, 4), strict=True):
+        store.write(index, key, row)
+    assert store.holds(indices, as_keys(digests)).all()
+
+
+def test_a_part_of_a_record_is_nobodys(tmp_path: Path) -> None:
+    write(*open_store(tmp_path, 1, 2, 3), 1, 2, 3)
+    change(tmp_path, ".keys", lambda data: data[:-5])  # the writer was killed within its third key
+    store, indices = open_store(tmp_path, 1, 2, 3)
+    assert store.holds(indices, keys_of(1, 2, 3)).tolist() == [True, True, False]
+    write(store, indices, 1, 2, 3)
+    store, indices = open_store(tmp_path, 1, 2, 3)
+    assert store.holds(indices, keys_of(1, 2, 3)).all()
+    assert np.array_equal(store.gather(indices), rows_of(1, 2, 3))
+
+
+def test_a_row_that_was_never_written_is_not_there_whatever_its_content(tmp_path: Path) -> None:
+    store, indices = open_store(tmp_path, *range(200))
+    assert not store.holds(indices, keys_of(*range(200))).any()
+    assert all(store.read(index, digest(index)) is None for index in range(200))
+
+
+def test_a_disk_that_takes_a_part_of_a_row_is_an_error(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    store, indices = open_store(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"s\.rows: only 2 of 3 bytes could be written"):
+            write(store, indices, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not store.holds(indices, keys_of(1)).any()

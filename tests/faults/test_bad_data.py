@@ -254,7 +254,7 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
     assert "3 bad picture(s) and 1 bad entries were left out; they are listed in " in log
 
 
-@pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "stop"]])
+@pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "fail"]])
 def test_a_run_stops_at_too_many_bad_pictures(
     flags: list[str], spoiled: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,7 +265,7 @@ def test_a_run_stops_at_too_many_bad_pictures(
     path = output / "results" / "skipped.json"
     assert f"listed in {path}" in error
     listed = json.loads(path.read_text())
-    assert len(listed) == (2 if "stop" not in flags else 1)
+    assert len(listed) == (2 if "fail" not in flags else 1)
     assert f"{listed[0]['image']}: {listed[0]['reason']}" in error
     # the last checkpoint is there to go on from, once the data is mended or more is allowed
     assert (
@@ -284,7 +284,7 @@ def test_stop_and_the_share_hold_for_the_index(
     rows = [{**row, "image_path": str(sample_dir / row["image_path"])} for row in index] * 3
     path = write_index(tmp_path, [*rows, {"image_path": "gone.png", "caption": "x"}])
     flags = ["--data_dir", str(path), "--output_dir", str(tmp_path / "output"), *TINY]
-    for more in (["--on_unreadable_image", "stop", "--max_skipped_fraction", "1"], ["--max_skipped_fraction", "0.001"]):
+    for more in (["--on_unreadable_image", "fail", "--max_skipped_fraction", "1"], ["--max_skipped_fraction", "0.001"]):
         assert train.main([*flags, *more]) == 2
         assert "data.json: row 181: image gone.png: No such file" in one_line(capsys.readouterr().err)
 

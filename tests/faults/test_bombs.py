@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 import evaluation
 from clip_model import CLIPModel
 from cliptune.cli import load_config
-from cliptune.data.row_store import ImageCache
-from cliptune.features.cache import FeatureStore
+from cliptune.data.row_store import ImageCache, RowStore, as_keys, digest
 from cliptune.model.checkpoint_file import load_checkpoint, load_tensors
 from cliptune.model.weights import read_weights
 from cliptune.preprocess.transforms import clip_transform
@@ -137,29 +136,29 @@ def test_safetensors_that_carry_a_bomb_are_tensors() -> None:
         read_weights(Path("bomb.safetensors"), activation="gelu")
 
 
-def test_kept_features_are_numbers_whatever_is_in_their_files() -> None:
-    folder, bomb = Path("kept"), pickle.dumps([Bomb()] * 9)
-    folder.mkdir()
-    np.save(folder / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    for ending in (".rows", ".keys"):
-        (folder / f"a{ending}").write_bytes(bomb * 20)
-        (folder / f"b{ending}").write_bytes((folder / "a.npy").read_bytes())
-    store = FeatureStore(folder, 4)
-    keys = np.arange(20, dtype=np.uint64).reshape(10, 2)
-    assert len(store) > 0
-    assert (store.find(keys) == -1).all()
-    assert store.gather(np.arange(len(store))).dtype == np.float32
+def test_cached_rows_are_numbers_whatever_is_in_their_files() -> None:
+    bomb = pickle.dumps([Bomb()] * 9)
+    Path("cached").mkdir()
+    np.save(Path("cached/a.npy"), np.array([Bomb()], dtype=object), allow_pickle=True)
+    for content in (bomb * 20, Path("cached/a.npy").read_bytes()):
+        for ending in (".rows", ".keys"):
+            Path(f"cached/a{ending}").write_bytes(content)
+        store, keys = RowStore(Path("cached/a"), 16), as_keys(digest(index) for index in range(10))
+        rows = store.announce(keys, what="row", way_out="")
+        assert rows.min() > 0
+        assert not store.holds(rows, keys).any()
+        assert store.gather(np.arange(rows.max())).dtype == np.uint8
 
 
-def test_kept_pictures_are_decoded_again_whatever_is_in_their_files(sample_dir: Path) -> None:
+def test_cached_images_are_decoded_again_whatever_is_in_their_files(sample_dir: Path) -> None:
     path, transform = str(sample_dir / "images" / "scene_00000.png"), clip_transform(32)
-    expected, _ = ImageCache(Path("kept"), [path], transform).load(path)
-    for file in Path("kept").iterdir():
-        file.write_bytes((pickle.dumps(Bomb()) * 200)[: file.stat().st_size] if file.suffix == ".pixels" else b"")
+    expected, _ = ImageCache(Path("cached"), [path], transform).load(path)
+    for file in Path("cached").iterdir():
+        file.write_bytes((pickle.dumps(Bomb()) * 200)[: file.stat().st_size] if file.suffix == ".rows" else b"")
     for content in (b"", pickle.dumps(Bomb()) * 9):
-        for file in Path("kept").glob("*.entries"):
+        for file in Path("cached").glob("*.keys"):
             file.write_bytes(content)
-        pixels, _ = ImageCache(Path("kept"), [path], transform).load(path)
+        pixels, _ = ImageCache(Path("cached"), [path], transform).load(path)
         assert np.array_equal(pixels, expected)
 
 

@@ -18,7 +18,7 @@ from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.training.checkpoint import RunFiles, load_newest_state
 from tests.helpers.launch import ROOT, environment, torchrun_command
 from tests.helpers.models import SMALL_VIT
-from tests.test_train import assert_same_runs
+from tests.helpers.runs import assert_same_runs
 from train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +79,9 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_state_before(
     files = RunFiles(tmp_path)
     done = run(flags_for(sample_dir, tmp_path, 2), f"kill:6:{place}")  # best and last of epoch 0, then a file a step
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(files.last.parent.glob(".*.tmp"))) == 1
+    partial = [path.stat().st_size for path in files.last.parent.glob(".*.tmp")]
+    assert len(partial) == 1
+    assert (partial[0] < files.last.stat().st_size) == (place == "writing")
     assert [load_checkpoint(path)["global_step"] for path in files.states()] == [3, 3, 2]
     assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
     assert not list(files.last.parent.glob(".*.tmp"))

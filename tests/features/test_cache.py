@@ -1,4 +1,4 @@
-import os
+import shutil
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +13,8 @@ from cliptune.data.loaders import TrainLoader
 from cliptune.data.pairs import Pairs, load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features import cache as feature_cache
-from cliptune.features.cache import FeatureCache, FeatureLoader, Features, FeatureStore, View, tower_key
-from cliptune.features.encode import encode_pairs
+from cliptune.features.cache import FeatureCache, FeatureLoader, View, tower_key
+from cliptune.features.encode import Encoder, encode_pairs
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
@@ -31,8 +31,12 @@ def small_model(**frozen: object) -> CLIPModel:
     return CLIPModel("ViT-Ti/32", **frozen)  # type: ignore[arg-type]
 
 
+def encoder_of(model: CLIPModel) -> Encoder:
+    return Encoder(model, ImageTextDataset, precision=FP32, batch_size=16, num_workers=0)
+
+
 def cache_of(model: CLIPModel, folder: Path) -> FeatureCache:
-    return FeatureCache(model, folder, precision=FP32, batch_size=16, num_workers=0)
+    return FeatureCache(encoder_of(model), folder)
 
 
 @pytest.fixture(autouse=True)
@@ -74,73 +78,31 @@ def pairs(tmp_path: Path) -> Pairs:
     return load_pairs(tmp_path / "data")
 
 
-def keys_of(*numbers: int) -> np.ndarray:
-    return np.array([(number // 10, number) for number in numbers], dtype=np.uint64)
-
-
-def rows_of(*numbers: int) -> np.ndarray:
-    return np.array([[number, number + 0.5, -number] for number in numbers], dtype=np.float32)
-
-
-def add(store: FeatureStore, *numbers: int) -> None:
-    with store.writing(len(numbers)) as write:
-        for number in numbers:
-            write(keys_of(number), rows_of(number))
-
-
-def test_a_store_finds_what_it_was_given(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path / "s", 3)
-    assert store.find(keys_of(1, 2)).tolist() == [-1, -1]
-    add(store, 31, 12, 19, 11)  # the last three keys have the same first half
-    add(store, 5, 39)
-    for opened in (store, FeatureStore(tmp_path / "s", 3)):
-        rows = opened.find(keys_of(19, 5, 13, 31, 12, 40, 39, 11, 0))
-        assert (rows < 0).tolist() == [False, False, True, False, False, True, False, False, True]
-        assert np.array_equal(opened.gather(rows[rows >= 0]), rows_of(19, 5, 31, 12, 39, 11))
-
-
-def test_rows_keep_their_numbers_whatever_the_names_of_later_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = iter("mzab")
-    named = namedtuple("named", "hex")
-    monkeypatch.setattr(feature_cache.uuid, "uuid4", lambda: named(next(names)))
-    store = FeatureStore(tmp_path, 3)
-    add(store, 1, 2)
-    features = Features(store, store.find(keys_of(1, 2)), {})
-    for numbers in ((3, 4), (5, 6), (7, 8)):
-        add(store, *numbers)
-    assert torch.equal(features[np.array([1, 0])], torch.from_numpy(rows_of(2, 1)))
-
-
-def test_only_whole_rows_are_trusted(tmp_path: Path) -> None:
-    add(FeatureStore(tmp_path, 3), 1, 2, 3)
-    (keys,), (rows,) = tmp_path.glob("*.keys"), tmp_path.glob("*.rows")
-    os.truncate(keys, 40)  # the writer was killed within its third key
-    assert (FeatureStore(tmp_path, 3).find(keys_of(1, 2, 3)) >= 0).tolist() == [True, True, False]
-    os.truncate(rows, 20)  # or a copy of the folder was cut off within a row
-    store = FeatureStore(tmp_path, 3)
-    assert (store.find(keys_of(1, 2, 3)) >= 0).tolist() == [True, False, False]
-    add(store, 2, 3)
-    assert np.array_equal(store.gather(store.find(keys_of(1, 2, 3))), rows_of(1, 2, 3))
-
-
-def test_what_was_written_before_a_failure_is_kept(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, 3)
-    with pytest.raises(KeyboardInterrupt), store.writing(2) as write:
-        write(keys_of(1), rows_of(1))
-        raise KeyboardInterrupt
-    assert FeatureStore(tmp_path, 3).find(keys_of(1, 2)).tolist() == [0, -1]
-
-
-def test_a_full_disk_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before_writing(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9))
-    store = FeatureStore(tmp_path, 512)
-    message = r"need 2\.06 GB, but .* has 1\.00 GB left: name another --cache_dir"
-    with pytest.raises(OSError, match=message), store.writing(1_000_000):
-        pass
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**4))
+    cache = cache_of(small_model(freeze_tower="image"), tmp_path / "c")
+    with pytest.raises(OSError, match=r"no room for 30 cached tower outputs: .*Try another --cache_dir"):
+        cache.images(pairs, View())
+    assert all(file.stat().st_size == 0 for file in (tmp_path / "c").iterdir())
+
+
+def test_a_damaged_output_is_computed_again_alone(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(freeze_tower="image")
+    first = cache_of(model, tmp_path / "c").images(pairs, View())
+    assert first is not None
+    expected = first[np.arange(30)]
+    (file,) = (tmp_path / "c").glob("*.rows")
+    content = bytearray(file.read_bytes())
+    content[5 * 4 * 256 + 9] ^= 1
+    file.write_bytes(content)
+    counted = Counted(model, monkeypatch)
+    again = cache_of(model, tmp_path / "c").images(pairs, View())
+    assert counted.since() == (1, 0)
+    assert again is not None
+    assert torch.allclose(again[np.arange(30)], expected, atol=1e-5)
 
 
 LOADER_CASES = [
@@ -156,7 +118,7 @@ LOADER_CASES = [
 
 
 @pytest.mark.parametrize(("frozen", "augment", "num_views", "captions"), LOADER_CASES)
-def test_training_goes_the_same_way_with_and_without_kept_features(
+def test_training_goes_the_same_way_with_and_without_cached_outputs(
     pairs: Pairs, tmp_path: Path, frozen: dict[str, object], augment: str, num_views: int, captions: str
 ) -> None:
     def run(cached: bool) -> tuple[list[torch.Tensor], CLIPModel]:
@@ -273,23 +235,23 @@ def test_a_killed_run_goes_on_where_it_was(pairs: Pairs, tmp_path: Path, monkeyp
         cache_of(model, tmp_path / "c").images(pairs, View())
     monkeypatch.undo()
     counted = Counted(model, monkeypatch)
-    kept = cache_of(model, tmp_path / "c").images(pairs, View())
+    cached = cache_of(model, tmp_path / "c").images(pairs, View())
     assert counted.since() == (14, 0)
-    assert kept is not None
-    expected, *_ = encode_pairs(model, pairs, batch_size=16, num_workers=0, precision=FP32)
+    assert cached is not None
+    expected, *_ = encode_pairs(encoder_of(model), pairs)
     with torch.no_grad():
-        assert torch.allclose(model.project_image(kept[np.arange(30)]), expected, atol=1e-6)
+        assert torch.allclose(model.project_image(cached[np.arange(30)]), expected, atol=1e-6)
 
 
-def test_pictures_that_cannot_be_read_leave_their_batches_as_without_a_cache(pairs: Pairs, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_leave_their_batches_as_without_a_cache(pairs: Pairs, tmp_path: Path) -> None:
     Path(pairs.paths[3]).write_text("broken")
     Path(pairs.paths[8]).unlink()
     model = small_model(freeze_backbone=True)
     plain = TrainLoader(ImageTextDataset(pairs), batch_size=4, num_workers=0, device=CPU)
-    kept = FeatureLoader(plain, cache_of(model, tmp_path / "c"), augment="none", num_epochs=2)
+    cached = FeatureLoader(plain, cache_of(model, tmp_path / "c"), augment="none", num_epochs=2)
     for epoch in (1, 2):
         expected = list(plain.epoch(epoch))
-        for got, want in zip(list(kept.epoch(epoch)), expected, strict=True):
+        for got, want in zip(list(cached.epoch(epoch)), expected, strict=True):
             assert got.image_ids.tolist() == want.image_ids.tolist()
             assert got.caption_ids.tolist() == want.caption_ids.tolist()
             assert got.issues == want.issues
@@ -318,29 +280,28 @@ def test_only_captions_that_the_run_uses_are_computed(
     assert counted.since() == (0, 2)
     assert texts is not None
     assert texts[np.array([5, 0, 5])].shape == (3, 256)
-    with pytest.raises(IndexError, match="nothing is kept for number 4"):
+    with pytest.raises(IndexError, match="no tower output is cached for index 4"):
         texts[np.array([5, 4])]
     dataset = ImageTextDataset(pairs)
     loader = FeatureLoader(
         TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU), cache, augment="none", num_epochs=1
     )
     list(loader.epoch(1))
-    used = {pairs.captions[number] for number in dataset.choose(np.arange(30))[1].tolist()}
+    used = {pairs.captions[index] for index in dataset.choose(np.arange(30))[1].tolist()}
     assert counted.since() == (0, len(used - {pairs.captions[0], pairs.captions[5]}))
 
 
 @pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
-def test_evaluation_gives_the_same_with_kept_features(
+def test_evaluation_gives_the_same_with_cached_outputs(
     pairs: Pairs, tmp_path: Path, frozen: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(pairs.paths[3]).write_text("broken")
     model = small_model(**frozen)
-    options = {"batch_size": 16, "num_workers": 0, "precision": FP32, "loss_batch_size": 8}
-    expected = evaluate(model, pairs, **options)  # type: ignore[arg-type]
-    kept = cache_of(model, tmp_path / "c").of_pairs(pairs)
+    expected = evaluate(encoder_of(model), pairs, loss_batch_size=8)
+    cached = cache_of(model, tmp_path / "c").of_pairs(pairs)
     counted = Counted(model, monkeypatch)
-    got = evaluate(model, pairs, kept=kept, **options)  # type: ignore[arg-type]
-    assert counted.since() == (0 if kept.images else 29, 0 if kept.texts else 58)
+    got = evaluate(encoder_of(model), pairs, loss_batch_size=8, cached=cached)
+    assert counted.since() == (0 if cached.images else 29, 0 if cached.texts else 58)
     assert got.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
     assert (got.num_images, got.num_texts, got.chance) == (29, 58, expected.chance)
     assert model.training

@@ -6,10 +6,8 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cliptune.features import ranks as retrieval
-from cliptune.features import similarity
 from cliptune.features.metrics import chance_level, compute_retrieval_metrics, rank_metrics
-from cliptune.features.ranks import retrieval_ranks, validation_loss
+from cliptune.features.ranks import retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
 
 
@@ -56,18 +54,15 @@ def test_ranks_of_real_numbers_against_brute_force(size: int) -> None:
     assert_matches_oracle(images, texts, owners)
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 2**27])
-@pytest.mark.parametrize("cached_scores", [64, 64 * 24, 2**17])
-def test_ranks_do_not_depend_on_strips_or_kept_products(
-    cached_scores: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retrieval, "CACHED_SCORES", cached_scores)
-    monkeypatch.setattr(retrieval, "MAX_KEPT_BYTES", kept_bytes)
+@pytest.mark.parametrize("max_cached_bytes", [0, 2**27])
+@pytest.mark.parametrize("scores_at_once", [64, 64 * 24, 2**17])
+def test_ranks_do_not_depend_on_strips_or_cached_products(scores_at_once: int, max_cached_bytes: int) -> None:
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(-2, 3, (150, 6), generator=generator).float()
     owners = torch.randint(0, 140, (200,), generator=generator).tolist()
     texts = (images[owners] + torch.randint(-1, 2, (200, 6), generator=generator)).float()
-    assert_matches_oracle(images, texts, owners, image_block=96, text_block=64)
+    sizes = {"scores_at_once": scores_at_once, "max_cached_bytes": max_cached_bytes}
+    assert_matches_oracle(images, texts, owners, image_block=96, text_block=64, **sizes)
 
 
 def test_ranks_of_half_precision_features_are_those_of_their_values() -> None:
@@ -209,24 +204,10 @@ def test_similarities_against_the_whole_matrix() -> None:
         assert (torch.tensor(histograms[key]) - expected).abs().sum() <= 2, key  # one on a border may fall either way
 
 
-def test_the_histogram_of_a_large_gallery_is_of_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "MAX_HISTOGRAM_IMAGES", 10)
-    monkeypatch.setattr(similarity, "MAX_HISTOGRAM_PAIRS", 250)
+def test_the_histogram_of_a_large_gallery_is_of_a_part_of_it() -> None:
     images, texts = normalize(torch.randn(30, 8), dim=-1), normalize(torch.randn(50, 8), dim=-1)
     owners = torch.arange(50) % 30
-    histograms = similarity_histograms(images, texts, owners)
+    histograms = similarity_histograms(images, texts, owners, max_images=10, max_pairs=250)
     rows, columns = torch.arange(0, 30, 3), torch.arange(0, 50, 2)
     unmatched = (owners[columns] != rows[:, None]).sum()
     assert (sum(histograms["positive"]), sum(histograms["negative"])) == (50, unmatched)
-
-
-def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
-    images, texts = normalize(torch.randn(7, 8), dim=-1), normalize(torch.randn(14, 8), dim=-1)
-    owners = torch.arange(7).repeat_interleave(2)
-    expected = []
-    for start in (0, 3):
-        logits = 5 * images[start : start + 3] @ texts[::2][start : start + 3].T
-        rows = [logits.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
-        expected.append(-(rows[0] + rows[1]) / 2)
-    got = validation_loss(images, texts, owners, scale=5.0, batch_size=3)
-    assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)

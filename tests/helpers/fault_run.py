@@ -2,12 +2,13 @@
 
 FAULT=signal:1:4:SIGTERM python tests/helpers/fault_run.py ...
 
-sends it in step 4 to process 1 with its loading processes; `kill:5:writing` is SIGKILL in the middle of the fifth
+sends it in step 4 to rank 1 with its workers; `kill:5:writing` is SIGKILL in the middle of the fifth
 checkpoint file, `kill:5:naming` before it gets its name.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,6 @@ from typing import Any
 
 import train
 from clip_model import MultimodalTrainer
-from cliptune.model import checkpoint_file as checkpoint
 from cliptune.model.architectures import ARCHITECTURES
 from tests.helpers.models import SMALL_VIT
 
@@ -33,30 +33,30 @@ def signal_in_step(rank: str, step: str, name: str) -> None:
     MultimodalTrainer.train_step = faulty  # type: ignore[method-assign, assignment]
 
 
-def kill_in_file(number: str, place: str) -> None:
-    files = count(1)
+def kill_in_file(index: str, place: str) -> None:
+    """End the process in the middle of the checkpoint file of this index, from 1, or before it gets its name."""
+    opened, renamed = count(1), count(1)
+    open_file, replace = Path.open, Path.replace
 
-    class Deadly(checkpoint._HashedFile):
-        def __init__(self, file: Any) -> None:
-            super().__init__(file)
-            self.is_last = next(files) == int(number)
-
+    class Deadly(io.BufferedWriter):
         def write(self, data: Any) -> int:
-            if self.is_last and place == "writing" and self.tell() > 1000:
+            if self.tell() > 1000:
                 self.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().write(data)
 
-    replace = Path.replace
+    def open_deadly(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if place == "writing" and ".pth." in self.name and mode == "wb" and next(opened) == int(index):
+            return Deadly(io.FileIO(self, "wb"))
+        return open_file(self, mode, *arguments, **options)
 
-    def rename(self: Path, target: Path) -> Path:
-        if place == "naming" and target.suffix == ".pth" and next(names) == int(number):
+    def replace_deadly(self: Path, target: Path) -> Path:
+        if place == "naming" and target.suffix == ".pth" and next(renamed) == int(index):
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(self, target)
 
-    names = count(1)
-    checkpoint._HashedFile = Deadly  # type: ignore[misc]
-    Path.replace = rename  # type: ignore[assignment]
+    Path.open = open_deadly  # type: ignore[method-assign]
+    Path.replace = replace_deadly  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

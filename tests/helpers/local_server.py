@@ -16,7 +16,6 @@ class Server:
         self.base = f"http://127.0.0.1:{port}"
         self.url = f"{self.base}/w.pt"
         self.requests: list[tuple[str, str]] = []
-        self.ranges: list[tuple[str | None, str | None]] = []
 
 
 @contextmanager
@@ -26,7 +25,6 @@ def serving(answer: Answer) -> Iterator[Server]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             server.requests.append((self.command, self.path))
-            server.ranges.append((self.headers.get("Range"), self.headers.get("If-Range")))
             answer(self, len(server.requests) - 1)
 
         def do_HEAD(self) -> None:

@@ -45,7 +45,7 @@ SIZES = (21, 21, 2)
 def train(name: str, how: str, micro_batch_size: int | None, *, resume_at: int = -1) -> dict[str, Any]:
     """Train a small model; with `resume_at` another one takes over from the first's whole state before that step."""
     trainer = make_trainer(name, how, micro_batch_size)
-    trainer.micro_batches.backward(*own_batch(trainer, SIZES[0]))
+    trainer.grad_cache.backward(*own_batch(trainer, SIZES[0]))
     gradients = whole({key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None})
     losses: list[float] = []
     for step in range(STEPS):
@@ -115,9 +115,9 @@ def fill_the_memory_of_one(folder: Path) -> None:
             FullMemory(trainer.model, pairs=2, at=7)
         for step in range(4):
             if not fails and step == 1:
-                trainer.micro_batches.size = 2
+                trainer.grad_cache.size = 2
             train_step(trainer, 21)
-        assert trainer.micro_batches.size == 2
+        assert trainer.grad_cache.size == 2
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1

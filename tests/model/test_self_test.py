@@ -126,14 +126,14 @@ def test_a_swapped_activation_shows_in_both_towers(name: str) -> None:
         check_self_test(model, self_test, source="x.pth")
 
 
-def bilinear(self: CenterTransform, picture: Image.Image) -> Pixels:
+def bilinear(self: CenterTransform, image: Image.Image) -> Pixels:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image.Image, "resize", lambda image, size, _: RESIZE(image, size, Image.Resampling.BILINEAR))
-        return SHRINK(self, picture)
+        patch.setattr(Image.Image, "resize", lambda each, size, _: RESIZE(each, size, Image.Resampling.BILINEAR))
+        return SHRINK(self, image)
 
 
-def squeezed(self: CenterTransform, picture: Image.Image) -> Pixels:
-    return SHRINK(self, RESIZE(picture, (self.resolution, self.resolution)))
+def squeezed(self: CenterTransform, image: Image.Image) -> Pixels:
+    return SHRINK(self, RESIZE(image, (self.resolution, self.resolution)))
 
 
 def other_mean(pixels: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ SHRINK, RESIZE, NORMALIZE = CenterTransform.shrink, Image.Image.resize, transfor
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("place", "change"),
+    ("target", "change"),
     [
         ("cliptune.preprocess.transforms.CenterTransform.shrink", bilinear),
         ("cliptune.preprocess.transforms.CenterTransform.shrink", squeezed),
@@ -157,10 +157,10 @@ SHRINK, RESIZE, NORMALIZE = CenterTransform.shrink, Image.Image.resize, transfor
         ("clip_model.normalize", other_deviation),
     ],
 )
-def test_changed_preprocessing_shows(name: str, place: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_preprocessing_shows(name: str, target: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(name)
     self_test = compute_self_test(model)
-    monkeypatch.setattr(place, change)
+    monkeypatch.setattr(target, change)
     assert distances(model, self_test)[0] > 10 * TOLERANCE
     with pytest.raises(ValueError, match="other preprocessing"):
         check_self_test(model, self_test, source="x.pth")
@@ -194,7 +194,7 @@ def test_the_proof_does_not_depend_on_what_training_allows(path: Path) -> None:
     assert model.training
 
 
-def test_weights_without_numbers_are_not_saved() -> None:
+def test_weights_that_are_not_finite_are_not_saved() -> None:
     model = random_model()
     model.text_projection.weight.data[0, 0] = torch.inf
     with pytest.raises(FloatingPointError, match="not finite"):

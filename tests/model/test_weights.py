@@ -1,30 +1,24 @@
 """Weights of every published format, made from random ones: the real files cannot be had without a network."""
 
-import hashlib
 import json
 import pickle
-import socket
-import threading
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
 
 from clip_model import CLIPModel
-from cliptune.model import weights as pretrained
+from cliptune.model import weights
 from cliptune.model.architectures import ARCHITECTURES, Architecture
-from cliptune.model.published import Patience, UnavailableError
 from cliptune.model.weights import read_weights
 from cliptune.runtime.openai_clip import import_clip
-from tests.helpers.local_server import send, serving
 
 clip = import_clip()
 TEXTS = ["a diagram", "a dog on a mat", "a cat"]
@@ -35,7 +29,7 @@ SIZES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def random_clip(kind: str) -> nn.Module:
+def random_clip(kind: str) -> Any:
     """OpenAI's class with random weights that could tell any mistake: also biases, norms and BatchNorm statistics."""
     torch.manual_seed(0)
     model = clip.model.CLIP(*SIZES[kind])
@@ -47,8 +41,7 @@ def random_clip(kind: str) -> nn.Module:
             if "running" in name:
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
         model.logit_scale.fill_(4.6052)
-    eval_model: nn.Module = model.eval()
-    return eval_model
+    return model.eval()
 
 
 @pytest.fixture
@@ -73,11 +66,11 @@ def archives(tmp_path: Path) -> dict[str, Path]:
 def test_openai_archive_gives_the_features_of_clip_load(kind: str, archives: dict[str, Path], tmp_path: Path) -> None:
     reference, preprocess = clip.load(str(archives[kind]), device="cpu")
     ours = CLIPModel(pretrained=archives[kind]).eval()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    image_file = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     with torch.no_grad():
-        image = normalize(reference.encode_image(preprocess(picture)[None]), dim=-1)
+        image = normalize(reference.encode_image(preprocess(image_file)[None]), dim=-1)
         text = normalize(reference.encode_text(clip.tokenize(TEXTS)), dim=-1)
-        assert torch.allclose(ours.encode_image(picture), image, atol=2e-6)
+        assert torch.allclose(ours.encode_image(image_file), image, atol=2e-6)
         assert torch.allclose(ours.encode_text(TEXTS), text, atol=2e-6)
     assert ours.logit_scale.item() == pytest.approx(4.6052, abs=1e-3)
     assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
@@ -96,8 +89,6 @@ def test_open_clip_files(form: str, quick_gelu: bool, tmp_path: Path) -> None:
     state = {name: value.contiguous() for name, value in peer.state_dict().items()}
     path = tmp_path / f"weights.{form}"
     if form == "safetensors":
-        from safetensors.torch import save_file  # noqa: PLC0415
-
         save_file(state, path)
     elif form == "training":
         torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
@@ -210,126 +201,31 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "x.pt", activation="gelu")
 
 
-NAME, REPO = "ViT-B/32", "openai/clip-vit-base-patch32"
-ARCHIVE = b"weights" * 1000
-SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
+def test_of_a_folder_with_both_the_whole_model_is_read_not_timms_image_tower(tmp_path: Path) -> None:
+    model = random_clip("vit")
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()},
+              tmp_path / "open_clip_model.safetensors")  # fmt: skip
+    assert read_weights(tmp_path, activation="gelu").source.endswith("open_clip_model.safetensors")
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_proxy: None) -> Path:
-    """An empty cache of huggingface_hub; no test looks into the real one."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def publish_at(base: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    url = f"{base}/models/{SHA256}/ViT-B-32.pt"
-    monkeypatch.setattr(pretrained, "published_url", lambda name: url)
-    return url
-
-
-def hang(name: str, *_: Any, **__: Any) -> None:
-    threading.Event().wait(60)
-
-
-@pytest.mark.usefixtures("hub_cache")
-def test_the_mirror_is_asked_first_then_the_publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(handler: Any, n: int) -> None:
-        if "models" in handler.path:
-            send(handler, ARCHIVE)
-        else:
-            send(handler, status=404)
-
-    with serving(answer) as server:
-        publish_at(server.base, monkeypatch)
-        monkeypatch.setenv("CLIP_MIRROR", f"{server.base}/mirror/")
-        path = pretrained.published_weights(NAME, cache_dir=tmp_path / "cache")
-        assert path.read_bytes() == ARCHIVE
-        paths = [path for _, path in server.requests]
-        assert paths == [f"/mirror/{SHA256}/ViT-B-32.pt", f"/models/{SHA256}/ViT-B-32.pt"]
-        assert pretrained.published_weights(NAME, cache_dir=tmp_path / "cache") == path
-        assert len(server.requests) == 2
-        path.write_bytes(ARCHIVE[:-1])
-        monkeypatch.setenv("CLIP_MIRROR", f"{server.base}/models")
-        assert pretrained.published_weights(NAME, cache_dir=tmp_path / "cache").read_bytes() == ARCHIVE
-        assert len(server.requests) == 3
-
-
-@pytest.mark.usefixtures("hub_cache")
-def test_weights_that_cannot_be_had_name_every_reason_and_way_out(
+def test_published_weights_from_the_hub_are_openais_whatever_stands_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrained, "download_hub_model", refuse)
-    with serving(lambda handler, n: send(handler, b"another file")) as server:
-        url = publish_at(server.base, monkeypatch)
-        monkeypatch.setenv("CLIP_MIRROR", "http://127.0.0.1:9/mirror")
-        with pytest.raises(OSError, match="no weights for ViT-B/32") as error:
-            pretrained.published_weights(NAME, cache_dir=tmp_path)
-    message = str(error.value)
-    for part in (
-        f"http://127.0.0.1:9/mirror/{SHA256}/ViT-B-32.pt cannot be had (Connection refused)",
-        f"{url} cannot be had (not the file published",
-        f"{REPO} on the Hugging Face Hub cannot be had (HTTP 500)", "SHA-256 " + SHA256, str(tmp_path / "ViT-B-32.pt"),
-        "CLIP_MIRROR", "--pretrained none", "--pretrained FILE",
-    ):  # fmt: skip
-        assert part in message
-    assert len(message.splitlines()) == 1
-
-
-def refuse(repo: str, *, patience: Patience) -> Path:
-    raise UnavailableError("HTTP 500")
-
-
-@pytest.mark.usefixtures("hub_cache")
-def test_sources_that_do_not_answer_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pretrained.ANSWER_SECONDS <= 9
-    monkeypatch.setattr(pretrained, "ANSWER_SECONDS", 0.9)
-    monkeypatch.setattr(socket, "getaddrinfo", hang)
-    publish_at("http://weights.example", monkeypatch)
-    monkeypatch.setenv("CLIP_MIRROR", "http://mirror.example")
-    started = time.monotonic()
-    with pytest.raises(OSError, match=r"mirror\.example.* \(no answer within 0\.3 s\).* \(no answer within 0\.3 s\)"):
-        pretrained.published_weights(NAME, cache_dir=tmp_path)
-    assert time.monotonic() - started < 30  # a look-up hangs for 60 s
-
-
-def test_a_resnet_is_not_looked_for_on_the_hub(
-    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish_at("http://127.0.0.1:9", monkeypatch)
-    with pytest.raises(OSError, match="no weights for RN50") as error:
-        pretrained.published_weights("RN50", cache_dir=tmp_path)
-    assert "Hub" not in str(error.value)
-
-
-def test_every_name_of_the_hub_is_a_published_one() -> None:
-    for name in pretrained.HUB_REPOS:
-        assert str(pretrained.published_url(name)).startswith("https://")
-        assert ARCHITECTURES[name].is_vit
-
-
-def test_weights_in_the_hubs_cache_need_no_network(
-    hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peer = hugging_face_clip("quick_gelu")
-    peer.save_pretrained(tmp_path / "saved")
-    content = (tmp_path / "saved" / "model.safetensors").read_bytes()
-    folder = hub_cache / "models--openai--clip-vit-base-patch32"
-    blob, snapshot = folder / "blobs" / hashlib.sha256(content).hexdigest(), folder / "snapshots" / ("1" * 40)
-    for directory in (blob.parent, snapshot, folder / "refs"):
-        directory.mkdir(parents=True)
-    blob.write_bytes(content)
-    (folder / "refs" / "main").write_text(snapshot.name)
-    (snapshot / "model.safetensors").symlink_to(blob)
-    (snapshot / "config.json").write_bytes((tmp_path / "saved" / "config.json").read_bytes())
-    publish_at("http://127.0.0.1:9", monkeypatch)
-    monkeypatch.setattr(pretrained, "download_hub_model", refuse)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    weights = CLIPModel("ViT-B/32").eval()
+    """The same features as OpenAI's class, and its activation, which the settings on the hub may not tell."""
+    model = random_clip("resnet")
+    path = tmp_path / "cache" / "open_clip_model.safetensors"
+    path.parent.mkdir()
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 64}}))
+    monkeypatch.setattr(weights, "published_weights", lambda name: path)
+    ours = CLIPModel("RN50").eval()
+    assert ours.architecture.activation == "quick_gelu"
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = peer.visual_projection(peer.vision_model(pixel_values=images).pooler_output)
-        assert torch.allclose(weights.encode_image(images), normalize(expected, dim=-1), atol=2e-6)
-    blob.write_bytes(content[:-1])
-    with pytest.raises(OSError, match="HTTP 500"):
-        CLIPModel("ViT-B/32")
+        assert torch.allclose(ours.encode_image(images), normalize(model.encode_image(images), dim=-1), atol=2e-6)
+        assert torch.allclose(
+            ours.encode_text(TEXTS), normalize(model.encode_text(clip.tokenize(TEXTS)), dim=-1), atol=2e-6
+        )
+    with pytest.raises(ValueError, match="made for activation quick_gelu, not gelu"):
+        CLIPModel("RN50", activation="gelu")

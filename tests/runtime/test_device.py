@@ -1,5 +1,3 @@
-import json
-import logging
 import platform
 import subprocess
 import sys
@@ -9,7 +7,6 @@ import pytest
 import torch
 
 from cliptune.runtime.device import default_num_workers, peak_memory, resolve_device, resolve_precision, tf32
-from cliptune.training.profile import StepProfiler
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -71,32 +68,3 @@ print(faults() < without / 5)
 def test_freed_memory_is_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
-
-
-@pytest.mark.parametrize(("num_steps", "recorded"), [(3, 3), (9, 4)])
-def test_a_profile_of_some_steps(
-    num_steps: int, recorded: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    path = tmp_path / "logs" / "trace.json"
-    profiler = StepProfiler(num_steps, path, CPU)
-    weight = torch.randn(64, 64)
-    for step in range(6):
-        profiler.step()
-        with torch.profiler.record_function(f"step {step}"):
-            weight @ weight
-    profiler.close()
-    profiler.close()
-    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
-    assert {f"step {step}" for step in range(6)} & names == {f"step {2 + number}" for number in range(recorded)}
-    [message] = [record.getMessage() for record in caplog.records if "profile of" in record.getMessage()]
-    assert message.startswith(f"profile of {recorded} step(s): ")
-    assert "matrix products" in message
-    assert str(path) in message
-
-
-def test_too_few_steps_leave_no_profile(tmp_path: Path) -> None:
-    profiler = StepProfiler(2, tmp_path / "trace.json", CPU)
-    profiler.step()
-    profiler.close()
-    assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,7 @@ def test_frozen_features_are_shared_out(sample_dir: Path, tmp_path: Path) -> Non
 
 
 def test_a_shared_evaluation_gives_the_same_numbers(one_process: Path, tmp_path: Path) -> None:
-    flags = ["--checkpoint", str(one_process / "model-checkpoint" / "best_model.pth"), "--batch_size", "2"]
+    flags = ["--checkpoint", str(one_process / "model-checkpoint" / "best_model.pth"), "--encode_batch_size", "2"]
     assert evaluation.main([*flags, "--output_dir", str(tmp_path / "one")]) == 0
     done = torchrun(3, "evaluation.py", *flags, "--output_dir", str(tmp_path / "three"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -132,7 +132,7 @@ def test_a_process_that_fails_ends_all_with_its_error(tmp_path: Path) -> None:
     start = time.monotonic()
     done = torchrun(2, "tests/helpers/worker.py", "fail", str(tmp_path))
     assert done.returncode != 0
-    assert "worker.py (process 1): error: process one has no data" in done.stderr
+    assert "worker.py (rank 1): error: process one has no data" in done.stderr
     assert time.monotonic() - start < 60
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,10 @@ ROOT = Path(__file__).parent.parent.parent
 STUCK = """
 import ctypes, sys
 from cliptune.runtime import signals
-signals.GRACE_SECONDS = 0.2
 signals.world_size = lambda: int(sys.argv[1])
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
-with signals.StopSignals():
+with signals.StopSignals(grace_seconds=0.2):
     print("ready", flush=True)
     libc.pthread_mutex_lock(mutex)  # waits without end, and not for Python
 """
@@ -33,12 +33,11 @@ def test_a_signal_waits_until_the_processes_agree(number: signal.Signals, code: 
     before = handlers()
     stop = StopSignals()
     with pytest.raises(Stopped, match=number.name) as stopped, stop:
-        assert stop.agree(due=True)
-        assert not stop.agree()
+        stop.check()
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert stop.number == number
-        stop.agree()
+        assert stop.signal_number == number
+        stop.check()
     assert stopped.value.exit_code == code
     assert handlers() == before
 
@@ -48,7 +47,7 @@ def test_the_first_signal_counts() -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
             time.sleep(0.01)
-        assert stop.number == signal.SIGTERM
+        assert stop.signal_number == signal.SIGTERM
 
 
 def test_work_that_changes_nothing_stops_at_once() -> None:
@@ -63,6 +62,25 @@ def test_work_that_changes_nothing_stops_at_once() -> None:
     assert not reached
 
 
+def test_a_wait_for_the_next_item_stops_at_once_and_the_work_on_it_does_not() -> None:
+    def slow() -> Iterator[int]:
+        yield 1
+        yield 2
+        time.sleep(10)
+        yield 3
+
+    seen: list[int] = []
+    with StopSignals() as stop, pytest.raises(Stopped):
+        for item in stop.interruptible_items(slow()):
+            seen.append(item)
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+                seen.append(20)
+    assert seen == [1, 2, 20]
+    assert list(StopSignals().interruptible_items(range(3))) == [0, 1, 2]
+
+
 def test_in_several_processes_nothing_stops_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cliptune.runtime.signals.world_size", lambda: 2)
     with StopSignals() as stop:
@@ -70,7 +88,7 @@ def test_in_several_processes_nothing_stops_by_itself(monkeypatch: pytest.Monkey
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         with pytest.raises(Stopped):
-            stop.agree()
+            stop.check()
 
 
 def test_another_thread_takes_no_signals() -> None:
@@ -79,12 +97,13 @@ def test_another_thread_takes_no_signals() -> None:
     def enter() -> None:
         before = handlers()
         with StopSignals() as stop:
-            seen.extend([handlers() == before, stop.agree(due=True)])
+            stop.check()
+            seen.append(handlers() == before)
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert seen == [True, True]
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,23 @@
 import errno
-import io
 import os
 import subprocess
 import sys
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from cliptune.model import checkpoint_file as checkpoint
-from cliptune.model.checkpoint_file import (
-    CHECKSUM_BYTES,
-    FORMAT_VERSION,
-    load_checkpoint,
-    load_tensors,
-    save_checkpoint,
-)
-from cliptune.training import checkpoint as run_checkpoint
-from cliptune.training.checkpoint import CheckpointWriter, RunFiles, load_newest_state
+from clip_model import MultimodalTrainer, add_self_test
+from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.training.checkpoint import CheckpointWriter, RunFiles, Saver, load_newest_state
+from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.meters import StepResult
+from cliptune.training.optim import build_optimizer
+from cliptune.training.state import RunState
+from tests.helpers.models import FP32, make_batch, make_model, small_architectures
+
+__all__ = ["small_architectures"]
 
 STATE = {
     "model_state_dict": {"w": torch.arange(4.0)},
@@ -30,126 +26,47 @@ STATE = {
     "epoch": 1,
     "global_step": 2,
 }
-DISKS = ("no room", "full while writing", "full at the end")
-
-
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "x.pth"
-    save_checkpoint(path, STATE)
-    loaded = load_checkpoint(path)
-    assert torch.equal(loaded["model_state_dict"]["w"], STATE["model_state_dict"]["w"])  # type: ignore[index]
-    assert loaded["format_version"] == FORMAT_VERSION
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.pth"]
-
-
-def test_other_readers_do_not_mind_the_checksum(tmp_path: Path) -> None:
-    path = tmp_path / "x.pth"
-    save_checkpoint(path, STATE)
-    for mmap in (False, True):
-        assert torch.load(path, mmap=mmap)["model_state_dict"]["w"].tolist() == [0, 1, 2, 3]
-    assert zipfile.ZipFile(path).testzip() is None
-
-
-def test_a_file_without_checksum_is_read_only_if_it_never_had_one(tmp_path: Path) -> None:
-    path = tmp_path / "x.pth"
-    torch.save({**STATE, "format_version": 1}, path)
-    with pytest.raises(ValueError, match="checkpoint format 1, this version reads 2"):
-        load_checkpoint(path)
-    torch.save(STATE, path)
-    assert load_tensors(path)["global_step"] == 2
-    torch.save({**STATE, "format_version": FORMAT_VERSION}, path)
-    with pytest.raises(ValueError, match=r"x\.pth: damaged, or not written by checkpoint"):
-        load_checkpoint(path)
-
-
-def fill_disk(how: str, patch: pytest.MonkeyPatch) -> None:
-    """Let the disk be full: when it is asked, or after some bytes, or when the last of them leave the buffer."""
-    if how == "no room":
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=checkpoint.SPARE_BYTES))
-        return
-
-    class FullDisk(io.FileIO):
-        room = 500 if how == "full while writing" else 10**9
-
-        def write(self, data: Any) -> int:
-            self.room -= len(data)
-            if self.room < 0 or (how == "full at the end" and len(data) == CHECKSUM_BYTES):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data)
-
-    patch.setattr(checkpoint.io, "FileIO", FullDisk)
-
-
-@pytest.mark.parametrize("how", DISKS)
-def test_a_full_disk_leaves_the_old_file(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.pth"
-    big = {**STATE, "model_state_dict": {"w": torch.zeros(10_000)}}
-    save_checkpoint(path, STATE)
-    before = path.read_bytes()
-    fill_disk(how, monkeypatch)
-    message = (
-        r"no room for .*x\.pth: it needs 0\.07 GB" if how == "no room" else "x.pth cannot be written .No space left"
-    )
-    with pytest.raises(OSError, match=message):
-        save_checkpoint(path, big)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
-
-
-def test_a_state_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    replace, fsync = Path.replace, os.fsync
-
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            events.append(name)
-            return function(*args)
-
-        return call
-
-    monkeypatch.setattr(os, "fsync", noted("flush", fsync))
-    monkeypatch.setattr(Path, "replace", noted("rename", replace))
-    save_checkpoint(tmp_path / "x.pth", STATE)
-    assert events == ["flush", "rename", "flush"]  # the last one is the folder's
 
 
 class Clock:
-    """A time that passes only in writing: 2 s a file."""
+    """A time that passes only in writing: 2 s a file, as the writer completes it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 100.0
-        self.written: list[str] = []
-        monkeypatch.setattr(run_checkpoint.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(run_checkpoint, "save_checkpoint", self.save)
+        self.written: list[int] = []
 
-    def save(self, path: Path, state: dict[str, object]) -> None:
-        save_checkpoint(path, state)
+    def __call__(self) -> float:
+        return self.now
+
+    def complete(self, state: dict[str, Any]) -> dict[str, Any]:
         self.now += 2
-        self.written.append(f"{path.stem.removesuffix('_model')} {state['epoch']}")
+        self.written.append(state["epoch"])
+        return state
 
 
 def state_of(epoch: int, fixed: torch.Tensor, moving: torch.Tensor) -> dict[str, object]:
     return {**STATE, "model_state_dict": {"fixed": fixed, "moving": moving}, "epoch": epoch}
 
 
-def test_states_that_come_too_fast_wait_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, files, fixed, moving = Clock(monkeypatch), RunFiles(tmp_path), torch.zeros(3), torch.zeros(3)
-    best, last, writer = files.best, files.last, CheckpointWriter(files, fixed=["fixed"])
+def test_states_that_come_too_fast_wait_as_they_were(tmp_path: Path) -> None:
+    clock, files, fixed, moving = Clock(), RunFiles(tmp_path), torch.zeros(3), torch.zeros(3)
+    writer = CheckpointWriter(files, fixed=["fixed"], complete=clock.complete, clock=clock)
+    best, last = files.best, files.last
     writer.save({best: state_of(0, fixed, moving), last: state_of(0, fixed, moving)})
-    assert clock.written == ["best 0", "last 0"]
+    assert clock.written == [0, 0]
     for epoch in (1, 2, 3):  # the writing ended at 104 and took 4 s: nothing is due before 184
         moving += 1
         clock.now += 20
         improved = {best: state_of(epoch, fixed, moving)} if epoch < 3 else {}
         writer.save({**improved, last: state_of(epoch, fixed, moving)})
     assert clock.written[2:] == []
-    waiting = [state["model_state_dict"] for state in writer._waiting.values()]
-    assert all(tensors["fixed"] is fixed for tensors in waiting)
+    fixed += 1  # which it never is: a copy would not show it
     moving += 1
     clock.now += 20
     writer.save({last: state_of(4, fixed, moving)})
-    assert clock.written[2:] == ["best 2", "last 4"]
+    assert clock.written[2:] == [2, 4]  # the best, then the last
     assert load_checkpoint(best)["model_state_dict"]["moving"].tolist() == [2, 2, 2]
+    assert load_checkpoint(best)["model_state_dict"]["fixed"].tolist() == [1, 1, 1]
     assert load_checkpoint(last)["model_state_dict"]["moving"].tolist() == [4, 4, 4]
     moving += 1
     writer.save({last: state_of(5, fixed, moving)})
@@ -158,15 +75,15 @@ def test_states_that_come_too_fast_wait_as_they_were(tmp_path: Path, monkeypatch
     writer.flush()
     assert load_checkpoint(last)["model_state_dict"]["moving"].tolist() == [5, 5, 5]
     writer.flush()
-    assert clock.written[4:] == ["last 5"]
+    assert clock.written[4:] == [5]
 
 
-def test_without_fixed_tensors_every_state_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, files = Clock(monkeypatch), RunFiles(tmp_path)
-    writer = CheckpointWriter(files)
+def test_without_fixed_tensors_every_state_is_written_at_once(tmp_path: Path) -> None:
+    clock, files = Clock(), RunFiles(tmp_path)
+    writer = CheckpointWriter(files, complete=clock.complete, clock=clock)
     for epoch in (1, 2):
         writer.save({files.last: {**STATE, "epoch": epoch}})
-    assert clock.written == ["last 1", "last 2"]
+    assert clock.written == [1, 2]
 
 
 def saved_states(files: RunFiles, *steps: int, keep: int) -> CheckpointWriter:
@@ -206,19 +123,58 @@ def test_a_disk_without_second_names_keeps_the_last(
     assert "does not take a second name" in caplog.text
 
 
-def test_a_state_is_due_by_steps_or_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(run_checkpoint.time, "monotonic", lambda: now[0])
-    files = RunFiles(tmp_path)
-    by_steps, by_time, never = (CheckpointWriter(files, every=every) for every in (5, "2m", None))
+def trainer_of() -> MultimodalTrainer:
+    model = make_model("ViT-Mini")
+    optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=1.0, weight_decay=0.1)
+    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32)
+
+
+def test_a_state_is_due_by_steps_or_by_time(tmp_path: Path) -> None:
+    clock, trainer, files = Clock(), trainer_of(), RunFiles(tmp_path)
+    by_steps = Saver(files, trainer, about={}, clock=clock, every_steps=5)
+    by_time = Saver(files, trainer, about={}, clock=clock, every_seconds=120)
+    never = Saver(files, trainer, about={}, clock=clock)
     assert [by_steps.is_due(step) for step in (4, 5, 6, 10)] == [False, True, False, True]
-    now[0] = 119
+    clock.now += 119
     assert not by_time.is_due(5)
-    now[0] = 120
+    clock.now += 1
     assert by_time.is_due(6)
-    by_time.save({files.last: STATE})
+    by_time.save(RunState(history=[{}]))
     assert not by_time.is_due(7)
     assert not never.is_due(500)
+
+
+def test_a_run_goes_on_as_it_was_saved(tmp_path: Path) -> None:
+    files, trainer = RunFiles(tmp_path), trainer_of()
+    batch = make_batch(trainer.model, 8)
+    state = RunState(history=[{"epoch": 0}])
+    state.begin_epoch(trainer.model.device)
+    for step in trainer.steps([batch, batch]):
+        state.add(step)
+    Saver(files, trainer, about={"config": {}}, complete=add_self_test).save(state)
+    content = load_checkpoint(files.last)
+    other = trainer_of()
+    other.model.load_state_dict(content["model_state_dict"])
+    restored = Saver(files, other, about={}).restore(files.last, content)
+    assert not content  # neither held twice
+    assert restored.state_dict() == state.state_dict()
+    assert (restored.epoch, restored.step, restored.num_batches) == (1, 2, 2)
+    for each in (trainer, other):
+        each.train_step(*batch)
+    weights = zip(trainer.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in weights)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    trainer = trainer_of()
+    saver = Saver(RunFiles(tmp_path), trainer, about={})
+    bad = StepResult(1, 4, {}, torch.tensor([torch.nan, 0.0, torch.nan, 14.0]))
+    with pytest.raises(FloatingPointError, match="step 1 has a loss of nan"):
+        trainer.watch.add(bad, None)
+    trainer.watch._pending.append((bad, None, 0.0))  # of a GPU, which is not waited for
+    with pytest.raises(FloatingPointError, match="step 1 has a loss of nan"):
+        saver.save(RunState(history=[{}]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_intact_state_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -270,34 +226,3 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_does(tmp_path: Pat
                 assert not partial.exists()
         finally:
             os.killpg(run.pid, 9)  # the child, in a session of its own
-
-
-def test_any_flipped_bit_is_seen(tmp_path: Path) -> None:
-    path = tmp_path / "x.pth"
-    save_checkpoint(path, STATE)
-    data = bytearray(path.read_bytes())
-    for number in range(len(data)):
-        bit = 1 << number % 8
-        data[number] ^= bit
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"x\.pth"):
-            load_checkpoint(path)
-        data[number] ^= bit
-    path.write_bytes(data)
-    load_checkpoint(path)
-
-
-def test_any_missing_end_is_seen(tmp_path: Path) -> None:
-    path = tmp_path / "x.pth"
-    save_checkpoint(path, STATE)
-    data = path.read_bytes()
-    for size in range(len(data)):
-        path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"x\.pth"):
-            load_checkpoint(path)
-
-
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    torch.save({**STATE, "format_version": 99}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="checkpoint format 99"):
-        load_checkpoint(tmp_path / "x.pth")

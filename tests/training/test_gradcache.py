@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.runtime.device import resolve_precision
-from cliptune.training import gradcache as micro_batches
+from cliptune.runtime.rng import RandomState
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
@@ -21,7 +21,10 @@ from tests.helpers.models import (
     make_batch,
     make_model,
     plain_loss,
+    small_architectures,
 )
+
+__all__ = ["small_architectures"]
 
 
 def micro_batched(model: CLIPModel, batch: tuple[Tensor, ...], size: int | None) -> dict[str, Tensor]:
@@ -88,7 +91,7 @@ def test_masks_of_dropout_that_are_not_replayed_would_be_seen(monkeypatch: pytes
     batch = make_batch(model, 21)
     torch.manual_seed(5)
     wanted = plain(model, batch, 7)
-    monkeypatch.setattr(micro_batches._State, "restore", lambda self: None)
+    monkeypatch.setattr(RandomState, "restore", lambda self: None)
     torch.manual_seed(5)
     with pytest.raises(AssertionError):
         assert_same_gradients(micro_batched(model, batch, 7), wanted, 1e-5)
@@ -162,9 +165,9 @@ def test_full_memory_halves_the_micro_batch_and_repeats_the_step(
         torch.manual_seed(3)
         for step in range(4):
             if not fails and step == at // 5:
-                trainer.micro_batches.size = 4
+                trainer.grad_cache.size = 4
             trainer.train_step(*batch)
-        assert trainer.micro_batches.size == 4
+        assert trainer.grad_cache.size == 4
         results.append(model.state_dict())
     assert "out of memory with micro-batches of 8 pairs: going on with 4" in caplog.text
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())

@@ -1,13 +1,14 @@
 """The sliced loss against plain loops and PyTorch's own gradient."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cliptune.training import loss as contrastive
 from cliptune.training.loss import ContrastiveLoss
 
 
@@ -71,10 +72,7 @@ def plain_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, ids: Tensor |
 
 @pytest.mark.parametrize("slice_logits", [1, 37 * 17, 2**22])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_slices_give_pytorchs_own_loss_and_gradient(
-    slice_logits: int, with_ids: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(contrastive.SLICE_LOGITS, "cpu", slice_logits)
+def test_slices_give_pytorchs_own_loss_and_gradient(slice_logits: int, with_ids: bool) -> None:
     images, texts = features(37, 24, 1), features(37, 24, 2)
     texts = F.normalize(images + texts, dim=-1)
     ids = torch.arange(37) % 30 if with_ids else None
@@ -84,36 +82,38 @@ def test_slices_give_pytorchs_own_loss_and_gradient(
             each.requires_grad_()
         expected = plain_loss(inputs[0].double(), inputs[1].double(), inputs[2].double(), ids)
         wanted = torch.autograd.grad(expected, inputs)
-        got = ContrastiveLoss()(*inputs, image_ids=ids)
+        got = ContrastiveLoss(slice_logits=slice_logits)(*inputs, image_ids=ids)
         found = torch.autograd.grad(3 * got, inputs)
         assert got.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
         for have, want in zip(found, wanted, strict=True):
             assert (have - 3 * want).norm() <= 1e-4 * (3 * want).norm()
 
 
-def test_no_slice_is_larger_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contrastive.SLICE_LOGITS, "cpu", 20 * 64)
-    largest = 0
-    compute = contrastive._Logits._compute
+def test_no_slice_is_larger_than_its_budget() -> None:
+    class Products(TorchDispatchMode):
+        """Notes the largest product of images and texts."""
 
-    def watched(self: contrastive._Logits, rows: slice) -> Tensor:
-        nonlocal largest
-        logits = compute(self, rows)
-        largest = max(largest, logits.numel())
-        return logits
+        largest = 0
 
-    monkeypatch.setattr(contrastive._Logits, "_compute", watched)
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and result.shape[1] == 64:
+                self.largest = max(self.largest, result.numel())
+            return result
+
     images = features(64, 16, 1).requires_grad_()
-    ContrastiveLoss()(images, features(64, 16, 2)).backward()
-    assert 0 < largest <= 20 * 64
+    with Products() as products:
+        ContrastiveLoss(slice_logits=20 * 64)(images, features(64, 16, 2)).backward()
+    assert 0 < products.largest <= 20 * 64
+    with Products() as products:
+        ContrastiveLoss()(images, features(64, 16, 2)).backward()
+    assert products.largest == 64 * 64
 
 
 @pytest.mark.parametrize("slice_logits", [1, 2**22])
-def test_in_batch_accuracy(slice_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contrastive.SLICE_LOGITS, "cpu", slice_logits)
-
+def test_in_batch_accuracy(slice_logits: int) -> None:
     def accuracy(images: Tensor, texts: Tensor) -> float:
-        return ContrastiveLoss().with_accuracy(images, texts)[1].item()
+        return ContrastiveLoss(slice_logits=slice_logits).with_accuracy(images, texts)[1].item()
 
     rows = features(40, 16, 0)
     assert accuracy(rows, rows) == 1

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from clip_model import CLIPModel
-from cliptune.training import memory
-from cliptune.training.memory import LiveTensors, _peak_bytes, fitting_size
+from cliptune.training.memory import FREE_MEMORY_FRACTION, LiveTensors, fitting_size, peak_bytes
 from tests.helpers.launch import ROOT
 from tests.helpers.models import FP32, make_model, small_architectures
 
@@ -29,15 +28,14 @@ def test_live_tensors_are_counted_while_they_live() -> None:
     assert len(second) == 500
 
 
-def test_as_many_pairs_fit_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_pairs_fit_as_memory_allows() -> None:
     model, device = make_model("ViT-Mini"), torch.device("cpu")
     parameters = 3 * sum(parameter.nbytes for parameter in model.parameters())
-    a_pair = (_peak_bytes(model, FP32, 16) - _peak_bytes(model, FP32, 8)) / 8
+    pair_bytes = (peak_bytes(model, FP32, 16) - peak_bytes(model, FP32, 8)) / 8
 
     def fitting(num_pairs: float, most: int = 64) -> int | None:
-        free = (parameters + num_pairs * a_pair) / memory.SHARE_OF_FREE_MEMORY
-        monkeypatch.setattr(memory, "free_memory", lambda _: int(free))
-        return fitting_size(model, precision=FP32, most=most, device=device)
+        free = int((parameters + num_pairs * pair_bytes) / FREE_MEMORY_FRACTION)
+        return fitting_size(model, precision=FP32, most=most, device=device, free_bytes=free)
 
     state = torch.get_rng_state()
     assert fitting(1e6) is None
@@ -46,9 +44,9 @@ def test_as_many_pairs_fit_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     deep = CLIPModel("ViT-Ti/32")
-    plain = _peak_bytes(deep, FP32, 4)
+    plain = peak_bytes(deep, FP32, 4)
     deep.checkpoint_gradients()
-    assert _peak_bytes(deep, FP32, 4) < 0.5 * plain
+    assert peak_bytes(deep, FP32, 4) < 0.5 * plain
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")

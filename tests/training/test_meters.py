@@ -12,12 +12,13 @@ from torch import Tensor
 from clip_model import MultimodalTrainer
 from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
-from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, StepNumbers, StepWatch
+from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, StepResult, StepWatch
 from cliptune.training.optim import build_optimizer, build_scheduler
 from tests.helpers.models import make_batch, make_model, small_architectures
 
-FP32 = resolve_precision("fp32", torch.device("cpu"))
-FINE, NO_LOSS, NO_GRADIENT = (1.0, 2.0, 14.0), (math.nan, math.nan, 14.0), (1.0, math.inf, 14.0)
+CPU = torch.device("cpu")
+FP32 = resolve_precision("fp32", CPU)
+FINE, NO_LOSS, NO_GRADIENT = (1.0, 0.5, 2.0, 14.0), (math.nan, 0.0, math.nan, 14.0), (1.0, 0.5, math.inf, 14.0)
 __all__ = ["small_architectures"]
 
 
@@ -59,7 +60,7 @@ def test_a_bad_step_changes_no_weight_no_moment_no_statistic(name: str, fused: b
 
 def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer()
-    backward = trainer.micro_batches.backward
+    backward = trainer.grad_cache.backward
 
     def overflow(*batch: Any) -> Any:
         result = backward(*batch)
@@ -67,7 +68,7 @@ def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch
         trainer.model.image_projection.weight.grad[0, 0] = math.inf
         return result
 
-    monkeypatch.setattr(trainer.micro_batches, "backward", overflow)
+    monkeypatch.setattr(trainer.grad_cache, "backward", overflow)
     before = everything(trainer)
     with pytest.raises(FloatingPointError, match=r"a loss of \d\.\d+ and a gradient of norm inf"):
         trainer.train_epoch(batches(trainer, bad=set()))
@@ -75,83 +76,99 @@ def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_run_stops_and_says_where() -> None:
-    trainer = make_trainer()
-    watch = StepWatch(name_samples=lambda ids: [f"{number}.jpg" for number in ids.tolist()])
+    trainer = make_trainer(watch=StepWatch(name_samples=lambda ids: [f"{index}.jpg" for index in ids.tolist()]))
     with pytest.raises(FloatingPointError) as error:
-        trainer.train_epoch(batches(trainer, bad={2, 3}), watch=watch)
+        trainer.train_epoch(batches(trainer, bad={2, 3}))
     rates = "rates: projection 0.000976, backbone 0.000293"
     assert str(error.value).startswith("step 2 has a loss of nan and a gradient of norm nan (" + rates)
     for part in ("scale of the logits: 14.", "and 3 more) and changed no weight", "--skip_nonfinite", "untouched"):
         assert part in str(error.value)
     ids = [*batches(trainer, bad=set())][1][2][:3].tolist()
-    assert "samples: " + ", ".join(f"{number}.jpg" for number in ids) in str(error.value)
+    assert "samples: " + ", ".join(f"{index}.jpg" for index in ids) in str(error.value)
 
 
 def test_steps_in_a_row_are_left_out_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:
-    trainer, plain = make_trainer(), make_trainer()
+    trainer, plain = make_trainer(watch=StepWatch(skip=2)), make_trainer()
     trainer.scheduler = plain.scheduler = None  # which counts every step
-    watch = StepWatch(skip=2)
-    result = trainer.train_epoch(batches(trainer, bad={2, 3}), watch=watch)
+    result = trainer.train_epoch(batches(trainer, bad={2, 3}))
     first, *_, last = batches(plain, bad=set())
     expected = plain.train_epoch([first, last])
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), plain.model.parameters(), strict=True))
     assert [record.getMessage()[:25] for record in caplog.records] == [
-        "left out (1 in a row): st", "left out (2 in a row): st",
+        "skipped (1 in a row): ste", "skipped (2 in a row): ste",
     ]  # fmt: skip
     with pytest.raises(FloatingPointError, match=r"step 7 has"):
-        trainer.train_epoch(batches(trainer, bad={1, 2, 3}), watch=watch)
-    watch.bad_in_a_row = 0
-    trainer.train_epoch(batches(trainer, bad={1, 2, 4}), watch=watch)
+        trainer.train_epoch(batches(trainer, bad={1, 2, 3}))
+    trainer.watch = StepWatch(skip=2)
+    trainer.train_epoch(batches(trainer, bad={1, 2, 4}))
 
 
 def test_an_epoch_without_a_finite_loss_is_no_epoch() -> None:
     with pytest.raises(FloatingPointError, match="no loss of the epoch is finite"):
-        trainer = make_trainer()
-        trainer.train_epoch(batches(trainer, bad={1, 2}, num_batches=2), watch=StepWatch(skip=9))
+        trainer = make_trainer(watch=StepWatch(skip=9))
+        trainer.train_epoch(batches(trainer, bad={1, 2}, num_batches=2))
 
 
-def test_the_mean_since_the_last_look_leaves_bad_steps_out() -> None:
-    seen: list[tuple[int, float]] = []
-    trainer = make_trainer()
-    trainer.train_epoch(
-        batches(trainer, bad={2}), watch=StepWatch(skip=1), check_interval=2, on_check=lambda *pair: seen.append(pair)
-    )
-    assert [step for step, _ in seen] == [2, 4]
-    assert all(math.isfinite(loss) and loss > 0.5 for _, loss in seen)
-    totals = EpochTotals(torch.device("cpu"))
-    totals.load_state_dict({**totals.state_dict(), "sums": [6.0, 3.0, 3.0, 8.0, 2.0]})
-    assert (totals.mean_since_last(), totals.mean_since_last()) == (4.0, 0.0)
+def test_the_totals_of_an_epoch_leave_non_finite_steps_out() -> None:
+    totals = EpochTotals(CPU)
+    for values in (FINE, NO_LOSS, (4.0, 0.2, 1.0, 14.0)):
+        totals.add(result_of(1, values))
+    totals.add(None)
+    assert (totals.num_batches, totals.num_pairs) == (4, 18)
+    assert totals.mean().loss == pytest.approx(2.5)
+    assert totals.mean().accuracy == pytest.approx(35)
 
 
-def numbers(step: int, values: tuple[float, ...], device: str = "cpu") -> StepNumbers:
-    return StepNumbers(step, {"projection": 1e-4}, torch.tensor(values, device=device))
+def result_of(step: int, values: tuple[float, ...], device: str = "cpu") -> StepResult:
+    return StepResult(step, 6, {"projection": 1e-4}, torch.tensor(values, device=device))
 
 
-def test_another_device_is_looked_at_now_and_then_and_at_the_end() -> None:
-    watch = StepWatch(interval=3)
-    looks: list[int] = []
-    watch.look = lambda: looks.append(len(watch._pending))  # type: ignore[method-assign]
-    for step in (1, 2, 3):
-        watch.add(numbers(step, FINE, "meta"), None)
-    assert looks == [3]
+def test_every_step_is_read_with_its_numbers() -> None:
     watch = StepWatch()
-    watch._pending = [(numbers(1, FINE), None), (numbers(2, NO_LOSS), torch.arange(4)), (numbers(3, FINE), None)]
-    with pytest.raises(FloatingPointError, match=r"step 2 .*samples: 4\)"):
-        watch.look()
+    watch.add(result_of(3, FINE), None, seconds=0.5)
+    assert watch.take() == [(3, 1.0, 0.5, 2.0, 14.0, {"projection": 1e-4}, 6, 0.5)]
+    assert watch.take() == []
+
+
+def test_another_device_is_read_now_and_then_and_at_the_end() -> None:
+    class Slow(torch.Tensor):
+        """Says that it is on another device, which a read waits for."""
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+    watch = StepWatch(interval=3)
+
+    def add(step: int, values: tuple[float, ...] = FINE) -> None:
+        result = result_of(step, values)
+        watch.add(result._replace(values=result.values.as_subclass(Slow)), torch.arange(4))
+
+    taken = []
+    for step in (1, 2, 3, 4, 5):
+        add(step)
+        taken.append(len(watch.take()))
+    assert taken == [0, 0, 3, 0, 0]
+    watch.read()
+    assert [record.step for record in watch.take()] == [4, 5]
+    add(7)
+    add(8, NO_LOSS)
+    with pytest.raises(FloatingPointError, match=r"step 8 .*samples: 4\)"):
+        add(9)
 
 
 @pytest.mark.parametrize(("scaled", "values"), [(True, NO_LOSS), (False, NO_GRADIENT), (False, NO_LOSS)])
 def test_what_is_no_overflow_of_scaling_stops_at_once(scaled: bool, values: tuple[float, ...]) -> None:
     with pytest.raises(FloatingPointError):
-        StepWatch(scaled=scaled).add(numbers(1, values), None)
+        StepWatch(scaled=scaled).add(result_of(1, values), None)
 
 
 def test_overflows_of_scaled_gradients_are_how_the_scale_is_found(caplog: pytest.LogCaptureFixture) -> None:
     watch = StepWatch(scaled=True)
     with caplog.at_level(logging.INFO):
         for step in range(OVERFLOWS_IN_A_ROW):
-            watch.add(numbers(step, NO_GRADIENT), None)
+            watch.add(result_of(step, NO_GRADIENT), None)
     assert not caplog.records
     with pytest.raises(FloatingPointError):
-        watch.add(numbers(99, NO_GRADIENT), None)
+        watch.add(result_of(99, NO_GRADIENT), None)

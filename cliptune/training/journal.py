@@ -1,0 +1,289 @@
+"""What a run tells people: log lines, lines of JSON, TensorBoard events, the results file, a summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from cliptune import results
+from cliptune.results import RECALL_KEYS
+from cliptune.runtime.device import peak_memory
+from cliptune.runtime.distributed import is_main
+from cliptune.runtime.files import atomic_writer, write_text
+from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar
+from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
+from cliptune.training.checkpoint import RunFiles
+from cliptune.training.meters import Step, StepRecord, StepWatch
+from cliptune.training.state import RunState, now
+
+logger = logging.getLogger("train")
+
+
+class RunPlan(NamedTuple):
+    """What a run is going to do, if nothing ends it before."""
+
+    num_epochs: int
+    steps_per_epoch: int
+    pairs_per_epoch: int
+    batch_size: int
+    """Over all ranks."""
+    warmup_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all epochs."""
+        return self.num_epochs * self.steps_per_epoch
+
+
+class Journal:
+    """Tells people what a run does; only the main rank's does.
+
+    Args:
+        files: of the run.
+        state: where the run begins; what was told of steps after it is dropped, since they will come again.
+        plan: what the run is going to do.
+        watch: reads the steps' numbers.
+        about: what the results file holds beside: the run's settings, its schedule, what it runs on.
+        device: the model's, whose memory is told.
+        interval: steps between two log lines.
+    """
+
+    def __init__(
+        self,
+        files: RunFiles,
+        state: RunState,
+        *,
+        plan: RunPlan,
+        watch: StepWatch,
+        about: dict[str, Any],
+        device: torch.device,
+        interval: int,
+    ) -> None:
+        self.files, self.plan, self.watch, self.about = files, plan, watch, about
+        self.device, self.interval = device, interval
+        self._epoch = state.epoch
+        self._advice: set[str] = set()
+        self._recent: list[StepRecord] = []
+        """Since the last log line."""
+        self._line_at = self._epoch_at = self._validation_at = time.monotonic()
+        self._num_steps = self._num_pairs = 0
+        self._waited = self._train_seconds = self._validation_seconds = 0.0
+        self._bar = progress_bar(disable=True)
+        self._steps: Any = None
+        self._events: Any = None
+        if is_main():
+            write_text(files.history, "".join(json.dumps(record) + "\n" for record in state.history))
+            _drop_later_steps(files.steps, state.step)
+            self._steps = files.steps.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(files.events), purge_step=state.step + 1)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._bar.close()
+        for writer in (self._steps, self._events):
+            if writer is not None:
+                writer.close()
+
+    def advise(self, **findings: str | None) -> None:
+        """Warn of each finding, by its kind once in a run."""
+        for kind, finding in findings.items():
+            if finding is not None and kind not in self._advice and is_main():
+                self._advice.add(kind)
+                logger.warning(finding)
+
+    def begin_epoch(self, state: RunState) -> None:
+        """Start the clock of an epoch, or of the rest of one; and its progress bar, if it trains."""
+        self._epoch = state.epoch
+        self._line_at = self._epoch_at = time.monotonic()
+        self._num_steps = self._num_pairs = 0
+        self._waited = 0.0
+        self._recent.clear()
+        if state.epoch:
+            self._bar = progress_bar(
+                total=self.plan.pairs_per_epoch,
+                initial=0 if state.totals is None else state.totals.num_pairs,
+                unit="pair",
+                desc=f"epoch {state.epoch}/{self.plan.num_epochs}",
+            )
+
+    def log_step(self, step: Step) -> None:
+        """Count a step, and tell of those whose numbers have been read."""
+        num_pairs = 0 if step.result is None else step.result.num_pairs
+        self._num_steps += 1
+        self._num_pairs += num_pairs
+        self._waited += step.waited
+        self._bar.update(num_pairs)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write a line of JSON for each step whose numbers have been read, and one to the log every `interval`."""
+        for record in self.watch.take():
+            if not is_main():
+                continue
+            self._steps.write(json.dumps(_line_of(record, self._epoch)) + "\n")
+            self._recent.append(record)
+            if record.step % self.interval == 0:
+                self._log_recent(record)
+        if is_main():
+            self._steps.flush()
+
+    def begin_validation(self) -> None:
+        """Stop the clock and the progress bar of an epoch's steps."""
+        self.flush()
+        self._bar.close()
+        self._validation_at = time.monotonic()
+        self._train_seconds = self._validation_at - self._epoch_at
+
+    def log_epoch(self, state: RunState, *, improved: bool) -> None:
+        """Tell of an epoch that is done, and of what its numbers say about the run."""
+        self._validation_seconds = time.monotonic() - self._validation_at
+        if is_main():
+            record = state.history[-1]
+            with self.files.history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            for key, value in record.items():
+                if key not in {"epoch", "step"} and value is not None:
+                    self._events.add_scalar(f"epoch/{key}", value, record["step"])
+            self._events.flush()
+            self.write_results(state, finished=False)
+            logger.info("%s", self._epoch_line(record, improved=improved))
+        self._review(state)
+
+    def write_results(self, state: RunState, *, finished: bool) -> None:
+        """Write the results file: all that the figures are drawn from."""
+        if not is_main():
+            return
+        best, baseline = state.best, state.baseline
+        values = {
+            "started_at": state.started_at,
+            "finished_at": now() if finished else None,
+            "best_epoch": state.best_epoch,
+            "metrics": best["metrics"],
+            "baseline": baseline["metrics"],
+            "chance": best["chance"],
+            "num_images": best["num_images"],
+            "num_texts": best["num_texts"],
+            "histograms": {"baseline": baseline["histograms"], "best": best["histograms"]},
+            "peak_memory_gb": peak_memory(self.device),
+            **self.about,
+            "history": state.history,
+        }
+        results.write(self.files.results, results.TrainingResults.model_validate(values))
+
+    def summary(self, state: RunState) -> str:
+        """Lay the result beside the model as loaded."""
+        first, best, chance = state.baseline["metrics"], state.best["metrics"], state.best["chance"]
+        lines = ["", f"{'':24}{'as loaded':>12}{f'epoch {state.best_epoch}':>12}{'chance':>12}"]
+        lines += [f"{key:24}{first[key]:12.1f}{best[key]:12.1f}{chance[key]:12.1f}" for key in (*RECALL_KEYS, "rsum")]
+        lines += [
+            f"{key:24}{first[key]:12.3g}{best[key]:12.3g}"
+            for key in ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
+        ]
+        if state.best_epoch == 0:
+            lines.append(no_better_epoch(state.best["num_images"]))
+        peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
+        lines.append(f"\npeak memory: {peak}\nbest model: {self.files.best}\nresults: {self.files.results}")
+        return "\n".join(lines)
+
+    def _log_recent(self, record: StepRecord) -> None:
+        """Tell the mean loss and the speed since the last line."""
+        recent, self._recent = self._recent, []
+        elapsed, self._line_at = time.monotonic() - self._line_at, time.monotonic()
+        losses = [past.loss for past in recent if math.isfinite(past.loss)]
+        loss = fmean(losses) if losses else math.nan
+        speed = sum(past.num_pairs for past in recent) / max(elapsed, 1e-9)
+        left = self._seconds_left(record.step, time.monotonic() - self._epoch_at)
+        logger.info(
+            "epoch %d/%d, step %d/%d: loss %.3f, rates %s, %.0f pairs/s, %s left",
+            self._epoch, self.plan.num_epochs, record.step, self.plan.total_steps, loss,
+            ", ".join(f"{name} {rate:.3g}" for name, rate in record.rates.items()), speed,
+            timedelta(seconds=round(left)), extra=SHOWN_BY_BAR,
+        )  # fmt: skip
+        self._events.add_scalar("step/train_loss", loss, record.step)
+        if not self._bar.disable:
+            peak = [f"{key} {gb:.1f} GB" for key, gb in peak_memory(self.device).items()]
+            self._bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *peak]))
+
+    def _seconds_left(self, step: int, seconds: float) -> float:
+        """Estimate how long the rest of the run takes from the `seconds` of this epoch's steps so far."""
+        steps_left = max(self.plan.total_steps - step, 0)
+        validations_left = math.ceil(steps_left / self.plan.steps_per_epoch)
+        return steps_left * seconds / max(self._num_steps, 1) + validations_left * self._validation_seconds
+
+    def _epoch_line(self, record: dict[str, Any], *, improved: bool) -> str:
+        trained = pace = ""
+        if record["train_loss"] is not None:
+            seconds = self._train_seconds
+            pace = f", {seconds:.0f} s, {self._num_pairs / seconds:.1f} pairs/s"
+            pace += f", waited {100 * self._waited / seconds:.0f}% for data"
+            left = self._seconds_left(record["step"], seconds)
+            pace += f", {timedelta(seconds=round(left))} left" if left else ""
+            accuracy = f"accuracy {record['train_accuracy']:.1f}% in batches of {self.plan.batch_size}"
+            trained = f"loss {record['train_loss']:.3f}, {accuracy}, "
+        return (
+            f"epoch {record['epoch']}: {trained}val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
+            f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{pace}"
+        )
+
+    def _review(self, state: RunState) -> None:
+        """Warn of an epoch whose numbers say that the run goes wrong."""
+        plan, latest = self.plan, state.history[-1]
+        # the loss of epochs that began after the warm-up, whose steps have the full rate
+        losses = [
+            record["train_loss"] for before, record in pairwise(state.history) if before["step"] >= plan.warmup_steps
+        ]
+        collapsed = None
+        if len(state.history) > 1:
+            collapsed = collapse(
+                image_cosine=latest["image_cosine"],
+                text_cosine=latest["text_cosine"],
+                rsum=latest["rsum"],
+                chance=state.best["chance"]["rsum"],
+            )
+        stuck = stuck_loss(losses, chance_loss(plan.pairs_per_epoch, plan.batch_size))
+        self.advise(stuck_loss=stuck, collapse=collapsed)
+
+
+def describe_model(model: Any) -> str:
+    """Say which model it is, how it starts and how much of it is trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    start = "random start" if model.starts_random else "pretrained"
+    return f"{model.architecture.name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+
+
+def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
+    """Return what `steps.jsonl` holds of a step; JSON has no NaN, so what is not finite is null."""
+    loss = record.loss if math.isfinite(record.loss) else None
+    return {
+        "step": record.step,
+        "epoch": epoch,
+        "loss": loss,
+        "accuracy": None if loss is None else round(100 * record.accuracy, 4),
+        "learning_rate": record.rates.get("projection", 0.0),
+        "backbone_learning_rate": record.rates.get("backbone", 0.0),
+        "seconds": round(record.seconds, 6),
+    }
+
+
+def _drop_later_steps(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after `last_step`, and one that a killed run has left half written."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines, atomic_writer(path) as file:
+        for line in lines:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
+                file.write(line)

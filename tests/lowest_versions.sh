@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The fast tests on the lowest versions that pyproject.toml allows, in an environment of its own (some GB of downloads).
+#   tests/lowest_versions.sh [FOLDER]     FOLDER: where the environment is made (default: a temporary one)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+FOLDER=${1:-$(mktemp -d)}
+
+"$PYTHON" -m venv "$FOLDER/venv"
+# each bound `name>=1.2` becomes `name==1.2`; the peers of the extra `bench` are left away, and their tests skip
+"$FOLDER/venv/bin/python" - >"$FOLDER/lowest.txt" <<'PY'
+import re
+from pathlib import Path
+
+listed = re.search(r"^dependencies = \[\n(.*?)^\]", Path("pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+print("\n".join(line.replace(">=", "==") for line in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)))
+PY
+"$FOLDER/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+  -r "$FOLDER/lowest.txt" hypothesis import-linter pytest pytest-cov "setuptools>=77"
+"$FOLDER/venv/bin/python" -m pip list --disable-pip-version-check
+"$FOLDER/venv/bin/python" -m pytest -m "not slow" -p no:cacheprovider
