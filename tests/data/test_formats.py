@@ -154,7 +154,7 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "the file is empty"),
-        ("[]", "it has no entries"),
+        ("[]", "it has no records"),
         ('[{"image": "a.jpg", "caption": ""}]', "row 1: empty caption"),
         ('[{"image": "a.jpg",\n "capt', "line 2, column 2"),
         ('[{"file": "a.jpg", "caption": "x"}]', "no image column: found file, caption"),
