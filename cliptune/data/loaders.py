@@ -110,6 +110,7 @@ class EpochBatches(Sampler[list[int]]):
         return max(batches + (rest > 1), 1)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # a text as seed: with seed + epoch, epoch 2 of seed 0 would have the order of epoch 1 of seed 1
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
         order = torch.randperm(self.num_items, generator=generator)
         for step in range(self.start, len(self)):
@@ -120,15 +121,15 @@ class EpochBatches(Sampler[list[int]]):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Put samples into a batch; those without an image leave it, and their issues are noted."""
     images = [sample.image for sample in samples if sample.image is not None]
-    good = [sample for sample in samples if sample.image is not None]
-    tokens = [sample.tokens for sample in good]
+    readable = [sample for sample in samples if sample.image is not None]
+    tokens = [sample.tokens for sample in readable]
     return Batch(
-        images=torch.stack(images) if good else torch.empty(0),  # [B, 3, R, R]
-        tokens=torch.stack(tokens) if good else torch.empty(0, CONTEXT_LENGTH, dtype=torch.int64),  # [B, 77]
-        image_ids=torch.tensor([sample.image_id for sample in good], dtype=torch.int64),
+        images=torch.stack(images) if readable else torch.empty(0),  # [B, 3, R, R]
+        tokens=torch.stack(tokens) if readable else torch.empty(0, CONTEXT_LENGTH, dtype=torch.int64),  # [B, 77]
+        image_ids=torch.tensor([sample.image_id for sample in readable], dtype=torch.int64),
         issues=[sample.issue for sample in samples if sample.issue is not None],
-        caption_ids=torch.tensor([sample.caption_id for sample in good], dtype=torch.int64),
-        caption_indices=torch.tensor([sample.caption_index for sample in good], dtype=torch.int64),
+        caption_ids=torch.tensor([sample.caption_id for sample in readable], dtype=torch.int64),
+        caption_indices=torch.tensor([sample.caption_index for sample in readable], dtype=torch.int64),
     )
 
 

@@ -226,6 +226,7 @@ def test_a_run_on_shards(shard_run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["num_images"] == 54
 
 
+@pytest.mark.slow
 def test_two_ranks_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_run / "train", tmp_path / "train", ignore=shutil.ignore_patterns(INDEX_NAME))
     data = ["--data_dir", f"{tmp_path}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]

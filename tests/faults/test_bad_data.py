@@ -100,6 +100,7 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(monkeypatch: pytes
             read(tmp_path / "x.jpg", max_pixels=64 * 48 - 1)
 
 
+@pytest.mark.slow
 def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> None:
     names = [*GOOD, *BAD, *ABSENT]
     write_index(zoo, [{"image": name, "caption": f"picture {number}"} for number, name in enumerate(names)])
@@ -123,6 +124,7 @@ def untouched(output: Path) -> bool:
     return {path.name for path in output.rglob("*")} <= {".lock"}
 
 
+@pytest.mark.slow
 def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [*GOOD, *BAD, *ABSENT]
     index = write_index(zoo, [{"image": name, "caption": f"picture {n}"} for n, name in enumerate(names)])
@@ -289,6 +291,7 @@ def test_stop_and_the_share_hold_for_the_index(
         assert "data.json: row 181: image gone.png: No such file" in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_one_process_that_finds_too_many_stops_all(spoiled: Callable[[int], Path], tmp_path: Path) -> None:
     output = tmp_path / "output"
     flags = ["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.01"]
