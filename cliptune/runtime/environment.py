@@ -31,19 +31,9 @@ def git_commit() -> str | None:
     """Return the checkout's commit, with `-dirty` if tracked files differ from it; None: not a checkout, or no Git."""
     if not (ROOT / ".git").exists():  # else Git would find a repository of the user's around an installed package
         return None
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    describe = ["--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *describe], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

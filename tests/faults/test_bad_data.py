@@ -263,7 +263,7 @@ def test_a_run_stops_at_too_many_bad_pictures(
     output = tmp_path / "output"
     assert train.main(["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, *flags]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"train.py: error: {2 if 'stop' not in flags else 1} of 60 images and records cannot be used: " in error
+    assert f"train.py: error: {2 if 'fail' not in flags else 1} of 60 images and records cannot be used: " in error
     path = output / "results" / "skipped.json"
     assert f"listed in {path}" in error
     listed = json.loads(path.read_text())
