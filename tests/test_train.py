@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -402,7 +401,7 @@ def test_wrong_model_names_and_missing_weights(
     assert "did you mean ViT-B/32?" in capsys.readouterr().err
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody there
     urllib.request.install_opener(None)  # the next one reads the environment
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["--data_dir", str(sample_dir)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
