@@ -51,7 +51,7 @@ from cliptune.training.optim import rates_of
 
 logger = logging.getLogger(__name__)
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # both as in section 2.5 of CLIP's paper
 MAX_LOGIT_SCALE = math.log(100)
 TOWERS = ("image", "text")
 

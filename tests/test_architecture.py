@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cliptune import settings
+from cliptune.model import architectures
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("train", "evaluation", "data_loader", "visualization")
 MODULES = {
@@ -57,6 +60,7 @@ def test_nobody_imports_train() -> None:
         "cliptune.data.sample_data",
         "cliptune.model.architectures",
         "cliptune.model.published",
+        "cliptune.results",
         "cliptune.settings",
         "visualization",
     ],
@@ -149,3 +153,7 @@ def test_importing_touches_no_file_network_generator_log_or_device(tmp_path: Pat
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + WATCH_IMPORTS.replace("MODULES", ", ".join(MODULES))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_default_model_is_one() -> None:
+    assert settings.DEFAULT_MODEL_NAME == architectures.DEFAULT_MODEL_NAME

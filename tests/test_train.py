@@ -451,7 +451,7 @@ def test_missing_weights(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody there
     urllib.request.install_opener(None)  # the next one reads the environment
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["--data_dir", str(sample_dir)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -96,7 +96,7 @@ def _check_format(state: dict[str, Any], path: Path) -> None:
     version = state.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         older = type(version) is int and version < FORMAT_VERSION
-        way_out = "of an earlier version of this toolkit: train again" if older else "try the version that wrote it"
+        way_out = "such files cannot be read any more: train again" if older else "try the version that wrote it"
         raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}; {way_out}")
     if state.get("self_test") is None:
         raise ValueError(f"{path}: damaged, or written by other means than this toolkit: it holds no self_test")

@@ -82,7 +82,7 @@ def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
         OSError: they cannot be had; says why, what to fetch from where and where to put it.
     """
     if name not in ARCHIVES:
-        raise ValueError(f"{name} has no published weights; use --pretrained none to start from random ones")
+        raise ValueError(f"{name} has no published weights; try --pretrained none, which starts from random ones")
     sha256, file_name = ARCHIVES[name].split("/")
     path = (cache_dir or Path.home() / ".cache" / "clip") / file_name
     if path.is_file():
@@ -166,7 +166,6 @@ def hub_source(repo: str, file_name: str = HUB_FILE) -> Source:
 
     `huggingface_hub` resumes and tries again; its settings count (`HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, ...).
     """
-
     from huggingface_hub import (  # noqa: PLC0415  (only where weights are fetched)
         get_hf_file_metadata,
         hf_hub_download,

@@ -70,7 +70,7 @@ def check_self_test(model: Any, self_test: Any, *, source: str) -> None:
         raise ValueError(
             f"{source}: its model does not give the features that it was saved with (distance of images {image:.2g}, "
             f"of texts {text:.2g}, at most {TOLERANCE:g}): damaged weights, another activation, or other "
-            "preprocessing than this version's; take an earlier one, or the version of this toolkit that wrote it"
+            "preprocessing than this version's; try an earlier one, or the version of this toolkit that wrote it"
         )
 
 

@@ -183,7 +183,8 @@ def held_statistics(module: nn.Module) -> Iterator[None]:
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
     """List the buffers that running the module changes: those of BatchNorm in training."""
-    norms = (each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training)
+    kind = nn.modules.batchnorm._BatchNorm  # the base of all its forms
+    norms = (layer for layer in module.modules() if isinstance(layer, kind) and layer.training)
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
