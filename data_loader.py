@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from cliptune.data.doctor import check_data, describe_data
 from cliptune.data.issues import image_issue
 from cliptune.data.loaders import Sample, caption_id
-from cliptune.data.pairs import Pairs, holds_only_placeholders, load_pairs
+from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders, load_pairs
 from cliptune.data.row_store import ImageCache
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
@@ -86,7 +86,7 @@ class ImageTextDataset(Dataset[Sample]):
         if captions not in {"random", "all"}:
             raise ValueError(f"captions must be 'random' or 'all', got {captions!r}")
         if not isinstance(data_dir, Pairs):
-            pairs = load_pairs(data_dir, image_dir=image_dir, caption_key=caption_key)
+            pairs = load_pairs(DataSource(data_dir, image_dir=image_dir, caption_key=caption_key))
             data_dir = pairs if split is None else split_pairs(pairs, val_split=val_split, seed=seed)[split]
         if not len(data_dir):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
@@ -175,12 +175,8 @@ def _inspect(argv: list[str] | None) -> int:
     if settings.num_samples is not None or (wants_sample and holds_only_placeholders(folder)):
         index = create_sample_dataset(folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed)
         print(f"made sample data: {index}")
-    pairs = load_pairs(
-        folder,
-        image_dir=settings.image_dir,
-        caption_key=settings.caption_key,
-        max_skipped_fraction=1.0 if settings.check else settings.max_skipped_fraction,
-    )
+    fraction = 1.0 if settings.check else settings.max_skipped_fraction
+    pairs = load_pairs(DataSource(folder, settings.image_dir, settings.caption_key, fraction))
     if settings.check:
         check = check_data(pairs, num_workers=settings.num_workers)
         print("\n".join(check.lines()))

@@ -27,7 +27,7 @@ from torch import Tensor
 from clip_model import CLIPModel
 from cliptune import results
 from cliptune.data.issues import Issue
-from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import evaluation_pairs
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, compute_retrieval_metrics
@@ -105,13 +105,8 @@ def _find_pairs(settings: EvaluationSettings, content: dict[str, Any]) -> tuple[
             content["val_images"], run_data, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction
         )
         return pairs, {"data": run_data.val_data or run_data.data_dir, "split": "val"}
-    pairs = evaluation_pairs(
-        settings.data_dir,
-        split=settings.split,
-        image_dir=settings.image_dir,
-        caption_key=settings.caption_key,
-        max_skipped_fraction=max_skipped_fraction,
-    )
+    source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, max_skipped_fraction)
+    pairs = evaluation_pairs(source, split=settings.split)
     return pairs, {"data": settings.data_dir, "split": settings.split or "default"}
 
 
@@ -119,18 +114,14 @@ def _own_validation_pairs(
     val_images: list[str], run_data: DataSettings, *, image_dir: str | None, max_skipped_fraction: float
 ) -> Pairs:
     """Find the images that the checkpoint's run validated on."""
-    pairs = load_pairs(
-        run_data.val_data or run_data.data_dir,
-        image_dir=image_dir or run_data.image_dir,
-        caption_key=run_data.caption_key,
-        max_skipped_fraction=max_skipped_fraction,
-    )
+    data_dir, image_dir = run_data.val_data or run_data.data_dir, image_dir or run_data.image_dir
+    pairs = load_pairs(DataSource(data_dir, image_dir, run_data.caption_key, max_skipped_fraction))
     indices = pairs.find(val_images)
     missing = [path for path, index in zip(val_images, indices, strict=True) if index < 0]
     if missing:
         raise ValueError(
             f"the checkpoint's run validated on {count(len(val_images), 'image')}, of which {len(missing):,} cannot be "
-            f"found in {run_data.val_data or run_data.data_dir}: {first_few(missing, 1)}; try another data set with "
+            f"found in {data_dir}: {first_few(missing, 1)}; try another data set with "
             "--data_dir"
         )
     return pairs.select(indices)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
-from cliptune.data.pairs import Pairs, holds_only_placeholders
+from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import Shards, is_shards
@@ -242,17 +242,12 @@ def _read_data(config: Config, given: dict[str, Any]) -> tuple[Pairs | Shards, P
     if "data_dir" not in given and settings.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE)
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
+    source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction)
     if is_shards(settings.data_dir):
         return training_shards(
-            settings.data_dir,
-            val_data=settings.val_data,
-            max_skipped_fraction=settings.allowed_skipped_fraction,
-            image_dir=settings.image_dir,
-            caption_key=settings.caption_key,
-            captions=settings.captions,
-            cache_images=settings.cache_images,
+            source, val_data=settings.val_data, captions=settings.captions, cache_images=settings.cache_images
         )
-    pairs = training_pairs(settings, seed=config.training.seed)
+    pairs = training_pairs(source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed)
     return pairs["train"], pairs["val"]
 
 
@@ -351,7 +346,7 @@ def _open_data(
 
     indexes = [pairs for pairs in (train, val) if isinstance(pairs, Pairs)]
     allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
-    skipped = SkippedData(indexes, num_images=num_images, max_share=allowed, path=files.skipped)
+    skipped = SkippedData(indexes, num_images=num_images, max_fraction=allowed, path=files.skipped)
     # computed or read when they are first wanted: the model as loaded gives what every epoch's would
     val_outputs = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
 

@@ -30,7 +30,7 @@ MAX_WORKERS = 16
 def describe_data(pairs: Pairs, splits: dict[str, Pairs]) -> list[str]:
     """Say what a data set holds, a line a fact."""
     lengths = np.array([count_tokens(caption) for caption in progress_bar(pairs.captions, desc="tokens")])
-    occurrences = np.bincount(pairs.captions.find(pairs.captions))  # by the first caption of each wording
+    occurrences = np.bincount(pairs.captions.first_equal())  # by the first caption of each wording
     repeated = int(occurrences[occurrences > 1].sum())
     fewest, most = (int(limit(np.diff(pairs.starts))) for limit in (np.min, np.max))
     per_image = count(most, "caption") if fewest == most else f"{fewest} to {count(most, 'caption')}"
@@ -139,7 +139,7 @@ def check_data(pairs: Pairs, *, num_workers: int | None = None) -> DataCheck:
     _check_images(pairs.paths, check, num_workers=num_workers)
     for caption in progress_bar(pairs.captions, desc="captions", unit="caption"):
         check.num_truncated += count_tokens(caption) > CONTEXT_LENGTH
-    check.num_repeated = int((pairs.captions.find(pairs.captions) != np.arange(pairs.num_pairs)).sum())
+    check.num_repeated = int((pairs.captions.first_equal() != np.arange(pairs.num_pairs)).sum())
     return check
 
 

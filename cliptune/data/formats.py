@@ -1,8 +1,8 @@
 """An index file of any known form, as rows of images with their captions.
 
 The form is found by the content, never by the file's ending. This module only reads: whether the images exist is
-checked by the caller. What is wrong with single entries is collected with its place, so that all of it can be
-reported at once; a file that cannot be read at all is a `ValueError`.
+checked by the caller. What is wrong with single records is collected with its source location, so that
+all of it can be reported at once; a file that cannot be read at all is a `ValueError`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cliptune.data.index import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     SPLITS,
     ColumnCounts,
-    Entries,
     Index,
+    Records,
     count_columns,
     is_id,
     kind,
     quote,
-    short,
 )
 from cliptune.data.text_stream import TextFile, json_reason
+from cliptune.runtime.messages import one_line, shorten
 
 IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
-INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt"))
+INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet"))
 KNOWN_FORMS = (
     'known forms: a JSON list or JSON lines of {"image_path", "caption"}; CSV or TSV with a header such as '
-    "image,caption; COCO captions; Karpathy; a JSON mapping {file name: [captions]}; lines of name.jpg#0<TAB>caption; "
-    "a folder with images/ and captions/"
+    "image,caption; Parquet with such columns; COCO captions; Karpathy; a JSON mapping {file name: [captions]}; lines "
+    "of name.jpg#0<TAB>caption; a folder with images/ and captions/"
 )
 
 _ENDING = "|".join(sorted(ending[1:] for ending in IMAGE_ENDINGS))
@@ -46,6 +48,8 @@ _TOKEN_LINE = re.compile(rf"([^\t]+?\.(?:{_ENDING})[^#\s]{{0,16}})#\S*(.*)", re.
 _IMAGE_NAME = re.compile(rf"\.(?:{_ENDING})\b", re.IGNORECASE)
 _FIRST_LINE = re.compile(r"\s*([^\n]*)")
 _MAX_HEADER = 65536
+_PARQUET_MAGIC = b"PAR1"
+_PARQUET_ROWS = 1 << 14
 
 
 def read_index(path: Path, *, caption_key: str | None = None) -> Index:
@@ -59,8 +63,10 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
         if caption_key is not None:
             raise ValueError(f"{path}: caption_key {quote(caption_key)}: a folder with captions/ has no columns")
         return read_directory(path)
+    found = Records(path, caption_key)
+    if is_parquet(path):
+        return found.index(_read_parquet(found))
     text = TextFile(path)
-    found = Entries(path, caption_key)
     number, line = text.first_line(2 * _MAX_HEADER)
     first = line.strip()
     if not first:
@@ -89,18 +95,18 @@ def read_directory(folder: Path) -> Index:
     for part in ("images", "captions"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder}: no folder {part}/; the directory form needs images/ and captions/")
-    found = Entries(folder, None)
+    found = Records(folder, None)
     images = _by_stem(found, folder, "images", IMAGE_ENDINGS)
     texts = _by_stem(found, folder, "captions", frozenset((".txt",)))
     for stem, image in images.items():
         text = texts.get(stem)
         if image is not None and stem not in texts:
-            found.issue(image, f"no captions (no captions/{short(stem)}.txt)", image=image)
+            found.issue(image, f"no captions (no captions/{shorten(stem)}.txt)", image=image)
         elif image is not None and text is not None:
             found.add(image, image, _caption_lines(found, folder, text))
     for stem, text in texts.items():
         if text is not None and stem not in images:
-            found.issue(text, f"captions without an image (no images/{short(stem)}.*)")
+            found.issue(text, f"captions without an image (no images/{shorten(stem)}.*)")
     return found.index("directory")
 
 
@@ -137,12 +143,12 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     if candidates:
         raise ValueError(f"{folder}: several index files: {_names(candidates)}; name one with --data_dir FILE")
     raise FileNotFoundError(
-        f"{folder}: no data set: looked for train.*, val.*, test.*, data.json, one file *.json, *.jsonl, *.csv, *.tsv "
-        "or *.txt, and images/ with captions/; `python data_loader.py` makes sample data"
+        f"{folder}: no data set: looked for train.*, val.*, test.*, data.json, one file *.json, *.jsonl, *.csv, *.tsv, "
+        "*.txt or *.parquet, and images/ with captions/; `python data_loader.py` makes sample data"
     )
 
 
-def _read_rows(found: Entries, rows: Callable[[], Iterator[tuple[int, Any]]], unit: str) -> None:
+def _read_rows(found: Records, rows: Callable[[], Iterator[tuple[int, Any]]], unit: str) -> None:
     """Take numbered objects with an image column and a caption column; one that could not be parsed is its ValueError.
 
     All rows have a say in which columns are meant, and they pass by one at a time. So they are read with the choice
@@ -160,7 +166,7 @@ def _read_rows(found: Entries, rows: Callable[[], Iterator[tuple[int, Any]]], un
         found.ignore(columns, (image_column, caption_column, "split", "group"))
 
 
-def _take_rows(found: Entries, rows: Iterator[tuple[int, Any]], names: dict[str, None]) -> Counter[str] | None:
+def _take_rows(found: Records, rows: Iterator[tuple[int, Any]], names: dict[str, None]) -> Counter[str] | None:
     """Take the rows with the columns that `names` give; None once a row has names that give others."""
     image_column, caption_column = chosen = found.preferred(names)
     columns = ColumnCounts()
@@ -181,12 +187,57 @@ def _take_rows(found: Entries, rows: Iterator[tuple[int, Any]], names: dict[str,
     return columns.counts()
 
 
-def _read_json_list(found: Entries, text: TextFile) -> str:
+def is_parquet(path: Path) -> bool:
+    """Tell whether a file begins as Parquet does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+
+
+def _read_parquet(found: Records) -> str:
+    """Take the rows of the columns that matter, some thousands at a time; no other column is read."""
+    import pyarrow.parquet as pq  # noqa: PLC0415  (only where such a file is read)
+
+    found.unit = "row"
+    try:
+        with pq.ParquetFile(found.path) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+            columns = Counter(dict.fromkeys(schema.names, num_rows))
+            texts = Counter({name: num_rows for name in schema.names if not _holds_bytes(schema.field(name).type)})
+            held = next((name for name in found.image_columns if name in columns and name not in texts), None)
+            if held is not None and texts.keys().isdisjoint(found.image_columns):
+                raise ValueError(
+                    f"{found.path}: the column {held} holds the images themselves, which is not read: write them to "
+                    "files and name these in a column image_path"
+                )
+            image_column = found.choose(texts, found.image_columns, "image")
+            caption_column = found.choose_caption(columns)
+            used = [image_column, caption_column, *({"split", "group"} & columns.keys())]
+            found.ignore(columns, used)
+            for number, row in enumerate(_parquet_rows(file, used), 1):
+                found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
+    return "parquet"
+
+
+def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Tell a column of images from one of their paths; the Hub has both in one, `{"bytes": ..., "path": ...}`."""
+    return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _read_json_list(found: Records, text: TextFile) -> str:
     _read_rows(found, lambda: enumerate(text.json_items(), 1), "row")
     return "json"
 
 
-def _read_json_lines(found: Entries, text: TextFile) -> str:
+def _read_json_lines(found: Records, text: TextFile) -> str:
     _read_rows(found, lambda: _json_lines(text), "line")
     return "jsonl"
 
@@ -209,7 +260,7 @@ def _json_lines(text: TextFile) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _read_object(found: Entries, text: TextFile) -> str:
+def _read_object(found: Records, text: TextFile) -> str:
     """Read one JSON object: the form is told by its keys."""
     try:
         document = json.loads(text.read())
@@ -225,11 +276,11 @@ def _read_object(found: Entries, text: TextFile) -> str:
     if not document.keys().isdisjoint(IMAGE_COLUMNS):
         _read_rows(found, lambda: iter([(1, document)]), "line")
         return "jsonl"
-    keys = ", ".join(short(key) for key in list(document)[:10])
+    keys = ", ".join(shorten(key) for key in list(document)[:10])
     raise ValueError(f"{found.path}: a JSON object of no known form (keys: {keys}); {KNOWN_FORMS}")
 
 
-def _read_coco(found: Entries, images: list[Any], annotations: list[Any]) -> str:
+def _read_coco(found: Records, images: list[Any], annotations: list[Any]) -> str:
     found.unit = "image"
     image_columns, caption_columns = count_columns(images), count_columns(annotations)
     name_column = found.choose(image_columns, ("file_name", *IMAGE_COLUMNS), "image")
@@ -245,11 +296,11 @@ def _read_coco(found: Entries, images: list[Any], annotations: list[Any]) -> str
             listed[image_id] = (number, image)
     captions: dict[int | str, list[str]] = {}
     for number, annotation in found.objects(annotations, "annotation"):
-        image_id, place = annotation.get("image_id"), found.place(number, "annotation")
+        image_id, location = annotation.get("image_id"), found.location(number, "annotation")
         if not is_id(image_id) or image_id not in listed:
-            found.issue(place, f"image_id {quote(image_id)} is the id of no image")
+            found.issue(location, f"image_id {quote(image_id)} is the id of no image")
         else:
-            usable = found.captions(place, annotation.get(caption_column))
+            usable = found.captions(location, annotation.get(caption_column))
             captions.setdefault(image_id, []).extend(usable)
     for image_id, (number, image) in listed.items():
         if captions.get(image_id):
@@ -258,7 +309,7 @@ def _read_coco(found: Entries, images: list[Any], annotations: list[Any]) -> str
     return "coco"
 
 
-def _read_karpathy(found: Entries, images: list[Any]) -> str:
+def _read_karpathy(found: Records, images: list[Any]) -> str:
     found.unit = "image"
     columns = count_columns(images)
     lists = (image.get("sentences") for image in images if isinstance(image, dict))
@@ -283,7 +334,7 @@ def _read_karpathy(found: Entries, images: list[Any]) -> str:
     return "karpathy"
 
 
-def _read_mapping(found: Entries, text: TextFile) -> str:
+def _read_mapping(found: Records, text: TextFile) -> str:
     found.refuse_caption_key("mapping")
     found.unit = "row"
     # Read as pairs: a plain JSON object keeps only the last captions of a name that stands twice.
@@ -292,7 +343,7 @@ def _read_mapping(found: Entries, text: TextFile) -> str:
     return "mapping"
 
 
-def _read_table(found: Entries, text: TextFile, delimiter: str, names: list[str]) -> str:
+def _read_table(found: Records, text: TextFile, delimiter: str, names: list[str]) -> str:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{found.path}: column {quote(twice[0])} stands twice in the header")
@@ -324,7 +375,7 @@ def _table_row(names: list[str], cells: list[str]) -> dict[str, str] | ValueErro
     return ValueError(f"{len(cells)} cells, the header has {len(names)} (cells that hold the delimiter need quotes)")
 
 
-def _read_token_lines(found: Entries, text: TextFile) -> str:
+def _read_token_lines(found: Records, text: TextFile) -> str:
     found.refuse_caption_key("token")
     found.unit = "line"
     for number, line in enumerate(text.lines(), 1):
@@ -347,7 +398,7 @@ def _header(line: str, caption_key: str | None) -> tuple[str, list[str]] | None:
     return best[1:] if best[0] else None
 
 
-def _by_stem(found: Entries, folder: Path, part: str, endings: frozenset[str]) -> dict[str, str | None]:
+def _by_stem(found: Records, folder: Path, part: str, endings: frozenset[str]) -> dict[str, str | None]:
     """Return the files below folder/part by their path without ending, sorted; None where several clash.
 
     Names that differ only by case clash too: they are one file on some file systems.
@@ -366,7 +417,7 @@ def _by_stem(found: Entries, folder: Path, part: str, endings: frozenset[str]) -
     return by_stem
 
 
-def _caption_lines(found: Entries, folder: Path, name: str) -> list[str]:
+def _caption_lines(found: Records, folder: Path, name: str) -> list[str]:
     """Return the captions of one text file; blank lines are no captions."""
     try:
         lines = list(TextFile(folder / name).lines())
@@ -400,4 +451,4 @@ def _one_for_each(folder: Path, splits: dict[str, list[Path]]) -> dict[str, Path
 
 
 def _names(paths: list[Path]) -> str:
-    return short(", ".join(path.name for path in paths))
+    return shorten(", ".join(path.name for path in paths))

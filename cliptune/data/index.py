@@ -1,4 +1,4 @@
-"""The entries of one index while it is read: checked, and joined by image at the end."""
+"""The records of one index while it is read: checked, and joined by image at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, each, first_given
-from cliptune.runtime.messages import nearest
+from cliptune.runtime.messages import count, first_few, nearest, shorten
 
 IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "title")
@@ -23,14 +23,13 @@ SPLITS = {
     "train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
     "dev": "val", "test": "test", "testing": "test",
 }  # fmt: skip
-_MAX_MESSAGE = 200
 
 
 class Index(NamedTuple):
     """What an index file holds.
 
     `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
-    objects each unused key stood; `issues` are those of single entries, with their places.
+    objects each unused key stood; `issues` are those of single records.
     """
 
     rows: Rows
@@ -39,8 +38,8 @@ class Index(NamedTuple):
     issues: Issues
 
 
-class Entries:
-    """What has been read so far of one index: an entry for each row, and issues."""
+class Records:
+    """What has been read so far of one index: records and issues."""
 
     def __init__(self, path: Path, caption_key: str | None) -> None:
         self.path = path
@@ -51,62 +50,61 @@ class Entries:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all entries and issues."""
-        self.entries = RowBuffer()
-        self.issues: list[tuple[int, Issue]] = []  # the first ones, with the number of entries before each
-        self.num_problems = 0
+        """Forget all records and issues."""
+        self.records = RowBuffer()
+        self.issues: list[tuple[int, Issue]] = []  # the first ones, each with the number of records before it
+        self.num_issues = 0
 
-    def place(self, number: int, unit: str | None = None) -> str:
-        """Tell where an entry stands."""
+    def location(self, number: int, unit: str | None = None) -> str:
+        """Return where a record stands, as `data.json: row 17`."""
         return f"{self.name}: {unit or self.unit} {number}"
 
-    def issue(self, place: int | str, message: str, *, image: Any = "", num_before: int | None = None) -> None:
-        """Note a issue at its place, which may be the number of its entry, behind all entries or the first few."""
-        self.num_problems += 1
+    def issue(self, location: int | str, message: str, *, image: Any = "", num_before: int | None = None) -> None:
+        """Note an issue at a source location, or of the record of a number; it comes behind `num_before` records."""
+        self.num_issues += 1
         if len(self.issues) < MAX_ISSUES:
-            where = place if isinstance(place, str) else self.place(place)
-            position = len(self.entries) if num_before is None else num_before
-            name = short(image) if isinstance(image, str) else ""
-            self.issues.append((position, Issue(short(message), image=name, place=short(where))))
+            where = location if isinstance(location, str) else self.location(location)
+            position = len(self.records) if num_before is None else num_before
+            name = shorten(image) if isinstance(image, str) else ""
+            self.issues.append((position, Issue(shorten(message), image=name, location=shorten(where))))
 
-    def captions(self, place: int | str, values: Any, *, image: Any = "") -> list[str]:
-        """Return the usable captions of one entry; the others become issues."""
+    def captions(self, location: int | str, values: Any, *, image: Any = "") -> list[str]:
+        """Return the usable captions of one record; the others become issues."""
         usable = []
         for value in values if isinstance(values, list) else [values]:
             try:
                 usable.append(check_text("caption", value))
             except ValueError as error:
-                self.issue(place, str(error), image=image)
+                self.issue(location, str(error), image=image)
         if values == []:
-            self.issue(place, "no caption", image=image)
+            self.issue(location, "no caption", image=image)
         return usable
 
-    def add(self, place: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
-        """Take one entry; what is wrong with it becomes a issue."""
-        usable = self.captions(place, captions, image=image)
+    def add(self, location: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
+        """Take one record; what is wrong with it becomes an issue."""
+        usable = self.captions(location, captions, image=image)
         try:
             image, split, group = check_text("image", image), check_split(split), check_group(group)
         except ValueError as error:
-            self.issue(place, str(error), image=image)
+            self.issue(location, str(error), image=image)
             return
         if usable:
-            number = place if isinstance(place, int) else 0
-            self.entries.append(image, usable, split=split, group=group, number=number)
+            number = location if isinstance(location, int) else 0
+            self.records.append(image, usable, split=split, group=group, number=number)
 
     def index(self, form: str) -> Index:
-        """Join the entries of each image; no entry at all is a ValueError that quotes the first issues."""
-        if not len(self.entries):
-            reasons = "; ".join(str(issue) for _, issue in self.issues[:3]) or "it has no entries"
-            more = f"; and {self.num_problems - 3} more issues" if self.num_problems > 3 else ""
-            raise ValueError(f"{self.path}: no image with a caption: {reasons}{more}")
-        rows = self.entries.rows(f"{self.name}: {self.unit}" if self.unit else "")
-        first = rows.images.find(rows.images)
+        """Join the records of each image; none at all is a ValueError that quotes the first issues."""
+        if not len(self.records):
+            reasons = first_few([issue for _, issue in self.issues], total=self.num_issues) or "it has no records"
+            raise ValueError(f"{self.path}: no image with a caption: {reasons}")
+        rows = self.records.rows(f"{self.name}: {self.unit}" if self.unit else "")
+        first = rows.images.first_equal()
         self.note_conflicts(rows, first)
-        issues = Issues([issue for _, issue in self.issues], self.num_problems)
+        issues = Issues([issue for _, issue in self.issues], self.num_issues)
         return Index(rows.joined(first), form, dict(self.ignored), issues)
 
     def note_conflicts(self, rows: Rows, first: IntArray) -> None:
-        """Note the entries whose split or group is another than an earlier entry of their image gave."""
+        """Note the records whose split or group is another than an earlier record of their image gave."""
         split_given, group_given = rows.splits != NO_SPLIT, ~rows.groups.empty
         split_of, group_of = first_given(split_given, first), first_given(group_given, first)
         differs = split_given & (rows.splits != rows.splits[split_of])
@@ -116,9 +114,9 @@ class Entries:
             split, group = rows.split_name(split_of[row]), rows.groups[group_of[row]]
             for name, value, before in (("split", rows.split_name(row), split), ("group", rows.groups[row], group)):
                 if value and value != before:
-                    said = f"{name} {quote(value)}, but {quote(before)} at {rows.place(first[row])}"
+                    said = f"{name} {quote(value)}, but {quote(before)} at {rows.location(first[row])}"
                     image = rows.images[row]
-                    self.issue(rows.place(row), f"{quote(image)}: {said}", image=image, num_before=row)
+                    self.issue(rows.location(row), f"{quote(image)}: {said}", image=image, num_before=row)
         self.issues = sorted([*earlier, *self.issues], key=itemgetter(0))[:MAX_ISSUES]
 
     @property
@@ -141,7 +139,7 @@ class Entries:
         for name in known:
             if name in columns:
                 return name
-        present = [short(name) for name, _ in columns.most_common(20)]
+        present = [shorten(name) for name, _ in columns.most_common(20)]
         if what == "caption" and self.caption_key is not None:
             hint = nearest(self.caption_key, present)
             raise ValueError(f"{self.path}: no row has caption_key {quote(self.caption_key)}{hint}")
@@ -168,13 +166,13 @@ class Entries:
             if isinstance(value, dict):
                 yield number, value
             else:
-                self.issue(self.place(number, unit), f"expected an object, found {kind(value)}")
+                self.issue(self.location(number, unit), f"expected an object, found {kind(value)}")
 
     def uncaptioned(self, numbers: list[int]) -> None:
         """Note the images that no caption belongs to; many of them in one line."""
         if len(numbers) > 5:
             first = ", ".join(f"{self.unit} {number}" for number in numbers[:3])
-            self.issue(self.name, f"{len(numbers)} images have no caption ({first}, ...)")
+            self.issue(self.name, f"{count(len(numbers), 'image')} have no caption ({first}, ...)")
         else:
             for number in numbers:
                 self.issue(number, "no caption")
@@ -256,9 +254,4 @@ def kind(value: Any) -> str:
 
 def quote(value: Any) -> str:
     """Show a value in a message: a text or number itself, the kind of anything else."""
-    return repr(short(value, 60)) if isinstance(value, str) else str(value) if is_id(value) else kind(value)
-
-
-def short(text: str, limit: int = _MAX_MESSAGE) -> str:
-    """Cut a text for a message."""
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return repr(shorten(value, 60)) if isinstance(value, str) else str(value) if is_id(value) else kind(value)

@@ -20,10 +20,9 @@ from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows
 from cliptune.data.table import SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
-from cliptune.settings import DEFAULT_DATA_DIR, MAX_SKIPPED_FRACTION
+from cliptune.runtime.messages import count, first_few
 
 logger = logging.getLogger(__name__)
-
 
 MIN_PAIRS = 50
 
@@ -37,8 +36,8 @@ class Pairs:
         captions: every caption, image by image.
         starts: int64 `[N + 1]`: image i has captions `starts[i]` to `starts[i + 1]`.
         groups: unit of the split of each image; its path where the index names none.
-        splits: int8 `[N]`: position in `SPLITS` of the split that the index declares for each image, or -1.
-        issues: the entries of the index that were left out, the same for every selection.
+        splits: int8 `[N]`: index in `SPLITS` of the split that the data set declares for each image, or -1.
+        issues: why records of the index were skipped, the same for every selection.
     """
 
     paths: Strings
@@ -67,7 +66,7 @@ class Pairs:
         return captions
 
     def select(self, images: IntArray | Sequence[int]) -> Pairs:
-        """Return some of the images, by their numbers `[M]` and in their order; the text is shared."""
+        """Return some of the images, by their indices `[M]` and in that order; the text is shared."""
         images = np.asarray(images, dtype=np.int64)
         captions, starts = take_runs(self.starts, images)
         paths = self.paths.take(images)
@@ -81,7 +80,7 @@ class Pairs:
         )
 
     def find(self, paths: Sequence[str]) -> IntArray:
-        """Return the numbers of images, `[len(paths)]`; -1 for a path that is not here."""
+        """Return the indices of images, `[len(paths)]`; -1 for a path that is not here."""
         return self.paths.find(Strings.of(paths))
 
     def declared(self) -> set[str]:
@@ -96,31 +95,36 @@ def holds_only_placeholders(folder: Path) -> bool:
     return not any(not path.name.startswith(".") and not path.is_dir() for path in folder.rglob("*"))
 
 
-def load_pairs(
-    data_dir: str | Path,
-    *,
-    image_dir: str | Path | None = None,
-    caption_key: str | None = None,
-    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
-) -> Pairs:
-    """Read a data set: its index, the identity of its images, and which of them are there.
+@dataclass(frozen=True)
+class DataSource:
+    """Where a data set lies and how its index is read.
 
-    Args:
-        data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose pictures stay where they are.
+    Attributes:
+        data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose images stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions.
-        max_skipped_fraction: share of the entries that may be bad; they are left out.
+        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        max_skipped_fraction: how many of the records may be skipped, in [0, 1].
+    """
+
+    data_dir: str | Path
+    image_dir: str | Path | None = None
+    caption_key: str | None = None
+    max_skipped_fraction: float = 0.01
+
+
+def load_pairs(source: DataSource | str | Path) -> Pairs:
+    """Read a data set: its index, the identity of its images, and which of them are there.
 
     Raises:
         FileNotFoundError: nothing there; mentions the stage that makes sample data.
-        ValueError: an index that cannot be read, or too many of its entries are bad; lists the first.
+        ValueError: an index that cannot be read, or too many of its records have issues; lists the first.
     """
-    path = Path(data_dir)
-    if is_shards(data_dir):
-        rows, issues = read_rows(str(data_dir), caption_key=caption_key)
+    source = source if isinstance(source, DataSource) else DataSource(source)
+    if is_shards(source.data_dir):
+        rows, issues = read_rows(str(source.data_dir), caption_key=source.caption_key)
     else:
-        rows, issues = _read_files(path, image_dir=image_dir, caption_key=caption_key)
-    _judge(issues, num_good=len(rows), max_skipped_fraction=max_skipped_fraction, path=path)
+        rows, issues = _read_files(source)
+    _judge(issues, num_images=len(rows), source=source)
     return Pairs(
         paths=rows.images,
         captions=rows.captions,
@@ -131,14 +135,15 @@ def load_pairs(
     )
 
 
-def _read_files(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Issues]:
+def _read_files(source: DataSource) -> tuple[Rows, Issues]:
     """Read the images of a folder or an index file, each once, and what is wrong with some."""
+    path = Path(source.data_dir)
     if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
         what = "holds no data" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in {DEFAULT_DATA_DIR}")
-    if image_dir is not None and not Path(image_dir).is_dir():
-        raise FileNotFoundError(f"--image_dir: no such folder: {image_dir}")
-    rows, issues = _read_rows(path, image_dir=image_dir, caption_key=caption_key)
+        raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in ./data")
+    if source.image_dir is not None and not Path(source.image_dir).is_dir():
+        raise FileNotFoundError(f"--image_dir: no such folder: {source.image_dir}")
+    rows, issues = _read_rows(path, source)
     rows, repeated = _merge(rows)
     issues.extend(repeated)
     return rows, issues
@@ -157,15 +162,16 @@ def _report_columns(index: Index, path: Path) -> None:
         logger.info("%s: columns ignored (rows): %s", path, columns)
 
 
-def _read_rows(path: Path, *, image_dir: str | Path | None, caption_key: str | None) -> tuple[Rows, Issues]:
+def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
     """Read the indexes of a data set, with the images resolved and the splits that the files are."""
     parts: list[Rows] = []
     issues = Issues()
     for index_path, declared in _index_paths(path):
         is_folder = index_path.is_dir()
-        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=caption_key)
+        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
         _report_columns(index, index_path)
-        root = Path(image_dir) if image_dir is not None else index_path if is_folder else index_path.parent
+        beside = index_path if is_folder else index_path.parent
+        root = beside if source.image_dir is None else Path(source.image_dir)
         rows, missing = _resolve_images(index.rows, root)
         parts.append(replace(rows, splits=np.full_like(rows.splits, SPLITS.index(declared))) if declared else rows)
         issues.extend(index.issues)
@@ -179,19 +185,19 @@ def _resolve_images(rows: Rows, root: Path) -> tuple[Rows, Issues]:
     found, issues = np.zeros(len(rows), dtype=bool), Issues()
 
     def resolved() -> Iterator[str]:
-        for number, image in enumerate(rows.images):
+        for row, image in enumerate(rows.images):
             try:
                 path = _resolve(os.path.join(root, image), real_folder)  # noqa: PTH118  (see _resolve)
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                issues.add(Issue(f"image {image}: {reason}", image=image, place=rows.place(number)))
+                issues.add(Issue(f"image {image}: {reason}", image=image, location=rows.location(row)))
             else:
-                found[number] = True
+                found[row] = True
                 yield path
 
     paths = Strings.of(resolved())
-    kept = rows if found.all() else rows.take(np.flatnonzero(found))
-    return replace(kept, images=paths), issues
+    rows = rows if found.all() else rows.take(np.flatnonzero(found))
+    return replace(rows, images=paths), issues
 
 
 def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
@@ -212,30 +218,31 @@ def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
 
 
 def _merge(rows: Rows) -> tuple[Rows, Issues]:
-    """Join rows that turn out to be the same file; those of another split than its first row are left out."""
-    first = rows.images.find(rows.images)
+    """Join rows that turn out to be the same file; those of another split than its first row are skipped."""
+    first = rows.images.first_equal()
     agrees = rows.splits == rows.splits[first]
     issues = Issues()
     if not agrees.all():
         conflicts = np.flatnonzero(~agrees)
         for row in conflicts[:MAX_ISSUES].tolist():
             here, there = rows.split_name(row), rows.split_name(first[row])
-            image, first_place = rows.images[row], rows.place(first[row])
-            reason = f"{image} is in {here} here and in {there} at {first_place}"
-            issues.add(Issue(reason, image=image, place=rows.place(row)))
+            image, first_location = rows.images[row], rows.location(first[row])
+            reason = f"{image} is in {here} here and in {there} at {first_location}"
+            issues.add(Issue(reason, image=image, location=rows.location(row)))
         issues.count = len(conflicts)
         rows, first = rows.take(np.flatnonzero(agrees)), (np.cumsum(agrees) - 1)[first[agrees]]
     return rows.joined(first), issues
 
 
-def _judge(issues: Issues, *, num_good: int, max_skipped_fraction: float, path: Path) -> None:
-    """Say which entries are left out; too many of them are an error."""
+def _judge(issues: Issues, *, num_images: int, source: DataSource) -> None:
+    """Say which records are skipped; too many of them are an error."""
     if not issues.count:
         return
-    shown = "; ".join(map(str, issues.first[:10])) + (f"; and {issues.count - 10} more" if issues.count > 10 else "")
-    if issues.count > max_skipped_fraction * (num_good + issues.count):
+    total, shown = issues.count + num_images, first_few(issues.first, 10, total=issues.count)
+    if issues.count > source.max_skipped_fraction * total:
         raise ValueError(
-            f"{path}: {issues.count} bad entries beside {num_good} good images: {shown} "
-            f"(allowed is {max_skipped_fraction:g} of all: --max_skipped_fraction; data_loader.py --check lists all)"
+            f"{source.data_dir}: {issues.count:,} of {count(total, 'record')} cannot be used: {shown}. At most "
+            f"{source.max_skipped_fraction:g} of all may be skipped: mend them, or try a larger --max_skipped_fraction "
+            "(data_loader.py --check lists all)"
         )
-    logger.warning("%s: %d bad entries are left out: %s", path, issues.count, shown)
+    logger.warning("%s: skipped %s: %s", source.data_dir, count(issues.count, "record"), shown)

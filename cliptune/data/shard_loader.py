@@ -16,9 +16,9 @@ from webdataset.filters import shuffle
 
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, join_pieces, make_loader
-from cliptune.data.pairs import Pairs
+from cliptune.data.pairs import DataSource, Pairs
 from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
-from cliptune.data.splits import evaluation_pairs
+from cliptune.data.splits import separate_validation
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
@@ -30,21 +30,18 @@ NUM_CHECKED = 20
 
 
 def training_shards(
-    data_dir: str,
+    source: DataSource,
     *,
     val_data: str | None,
-    max_skipped_fraction: float,
-    image_dir: str | None = None,
-    caption_key: str | None = None,
     captions: str = "random",
     cache_images: bool = False,
 ) -> tuple[Shards, Pairs]:
     """Return a run's training shards and its validation pairs.
 
     Args:
-        data_dir: names the shards, `path/{00000..00099}.tar`.
-        val_data: the validation set: an index, a folder or other shards; `image_dir` and `max_skipped_fraction` are of
-            this one, `caption_key` of both.
+        source: its `data_dir` names the shards, `path/{00000..00099}.tar`; the rest is how `val_data` is read, and the
+            `caption_key` of both.
+        val_data: the validation set: an index, a folder or other shards.
         captions: of a run's settings; shards have no `all`.
         cache_images: of a run's settings; shards have no such cache.
 
@@ -53,6 +50,7 @@ def training_shards(
         FileNotFoundError: some shards are missing.
         OSError: one of them cannot be read.
     """
+    data_dir = str(source.data_dir)
     if val_data is None:
         raise ValueError(f"{data_dir}: shards need --val_data: an index, a folder, or other shards")
     if cache_images:
@@ -62,11 +60,8 @@ def training_shards(
     shards = open_shards(data_dir)
     if len(shards) < 2:
         raise ValueError(f"{data_dir}: {count(len(shards), 'sample')}, at least 2 are needed")
-    _check_first_samples(shards, caption_key)
-    val = evaluation_pairs(
-        val_data, split=None, image_dir=image_dir, caption_key=caption_key, max_skipped_fraction=max_skipped_fraction
-    )
-    return shards, val
+    _check_first_samples(shards, source.caption_key)
+    return shards, separate_validation(source, val_data)
 
 
 def _check_first_samples(shards: Shards, caption_key: str | None) -> None:

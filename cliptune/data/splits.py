@@ -1,15 +1,15 @@
-"""An index's images with their captions: found, identified, split."""
+"""Which images train, validate and test: by group and by image, seeded, the same on every machine."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
-from cliptune.data.pairs import MIN_PAIRS, Pairs, load_pairs
+from cliptune.data.pairs import MIN_PAIRS, DataSource, Pairs, load_pairs
 from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
-from cliptune.settings import MAX_SKIPPED_FRACTION, DataSettings
+from cliptune.runtime.messages import count
 
 logger = logging.getLogger(__name__)
 
@@ -33,65 +33,50 @@ def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict
     return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
 
 
-def training_pairs(settings: DataSettings, *, seed: int) -> dict[str, Pairs]:
+def training_pairs(source: DataSource, *, val_data: str | None, val_split: float, seed: int) -> dict[str, Pairs]:
     """Return a run's `train` and `val` pairs, checked to be enough.
+
+    Args:
+        source: the data set to train on.
+        val_data: a data set to validate on; None: split off `source`.
+        val_split: fraction of the images that validate, where the data set declares no split.
+        seed: of the split.
 
     Raises:
         ValueError: fewer than 2 training images or 1 validation image.
     """
-    pairs = load_pairs(
-        settings.data_dir,
-        image_dir=settings.image_dir,
-        caption_key=settings.caption_key,
-        max_skipped_fraction=settings.allowed_skipped_fraction,
-    )
-    if settings.val_data is None:
-        splits = split_pairs(pairs, val_split=settings.val_split, seed=seed)
+    pairs = load_pairs(source)
+    if val_data is None:
+        splits = split_pairs(pairs, val_split=val_split, seed=seed)
     else:
         own = pairs.select(np.flatnonzero((pairs.splits == NO_SPLIT) | (pairs.splits == SPLITS.index("train"))))
-        splits = {"train": own, "val": separate_validation(settings)}
+        splits = {"train": own, "val": separate_validation(source, val_data)}
     train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
     if len(train) < 2 or len(val) < 1:
-        found = f"{len(train)} training and {len(val)} validation image(s)"
-        raise ValueError(f"{settings.data_dir}: {found}; at least 2 and 1 are needed")
+        found = f"{count(len(train), 'training image')} and {count(len(val), 'validation image')}"
+        raise ValueError(f"{source.data_dir}: {found}; at least 2 and 1 are needed")
     num_pairs = train.num_pairs + val.num_pairs
     if num_pairs < MIN_PAIRS:
-        logger.warning("only %d pairs: at least %d are needed for more than a try-out", num_pairs, MIN_PAIRS)
+        logger.warning("only %s: at least %d are needed for more than a try-out", count(num_pairs, "pair"), MIN_PAIRS)
     return {"train": train, "val": val}
 
 
-def separate_validation(settings: DataSettings) -> Pairs:
-    """Return the pairs of a run's `val_data`.
+def separate_validation(source: DataSource, val_data: str) -> Pairs:
+    """Return the pairs of a data set to validate on, which is read as `source` is.
 
     Raises:
-        ValueError: too many of its entries are bad, or it cannot be read.
+        ValueError: too many of its records have issues, or it cannot be read.
     """
-    assert settings.val_data is not None
-    return evaluation_pairs(
-        settings.val_data,
-        split=None,
-        image_dir=settings.image_dir,
-        caption_key=settings.caption_key,
-        max_skipped_fraction=settings.allowed_skipped_fraction,
-    )
+    return evaluation_pairs(replace(source, data_dir=val_data), split=None)
 
 
-def evaluation_pairs(
-    data_dir: str | Path,
-    *,
-    split: str | None,
-    image_dir: str | Path | None = None,
-    caption_key: str | None = None,
-    max_skipped_fraction: float = MAX_SKIPPED_FRACTION,
-) -> Pairs:
+def evaluation_pairs(source: DataSource, *, split: str | None) -> Pairs:
     """Return the pairs to evaluate on: a declared split, `all`, or (None) `val` if declared, else everything.
 
     Raises:
         ValueError: the data set declares no such split.
     """
-    pairs = load_pairs(
-        data_dir, image_dir=image_dir, caption_key=caption_key, max_skipped_fraction=max_skipped_fraction
-    )
+    pairs = load_pairs(source)
     declared = pairs.declared()
     if split is None:
         split = "val" if "val" in declared else "all"
@@ -99,12 +84,12 @@ def evaluation_pairs(
         return pairs
     if split not in declared:
         known = ", ".join(sorted(declared)) or "none"
-        raise ValueError(f"{data_dir} has no split {split!r} (declared: {known}); use --split all for everything")
+        raise ValueError(f"{source.data_dir} has no split {split!r} (declared: {known}); try --split all")
     return pairs.select(np.flatnonzero(pairs.splits == SPLITS.index(split)))
 
 
 def _choose_validation(pairs: Pairs, pool: IntArray, *, val_split: float, seed: int) -> IntArray:
-    """Draw whole groups from the pool of images; returns their images' numbers."""
+    """Draw whole groups from the pool of images; returns the indices of their images."""
     ranks = _ranks(pairs.groups.take(pool))
     sizes = np.bincount(ranks)
     # RandomState's stream is frozen for good, the newer generators' is not
@@ -123,7 +108,7 @@ def _choose_validation(pairs: Pairs, pool: IntArray, *, val_split: float, seed: 
 
 def _ranks(groups: Strings) -> IntArray:
     """Return the position of each group among the different ones in sorted order, int64 `[N]`."""
-    first = groups.find(groups)
+    first = groups.first_equal()
     heads = np.flatnonzero(first == np.arange(len(first)))
     heads = heads[groups.take(heads).sorted_order()]
     ranks = np.empty_like(first)
@@ -132,8 +117,9 @@ def _ranks(groups: Strings) -> IntArray:
 
 
 def _without_shared_images(train: Pairs, val: Pairs) -> Pairs:
-    kept = np.flatnonzero(val.paths.find(train.paths) < 0)
-    if len(kept) == len(train):
-        return train
-    logger.warning("%d image(s) of the validation set were left out of training", len(train) - len(kept))
-    return train.select(kept)
+    only_train = np.flatnonzero(val.paths.find(train.paths) < 0)
+    num_shared = len(train) - len(only_train)
+    if num_shared:
+        logger.warning("%s of the validation set stay out of training", count(num_shared, "image"))
+        return train.select(only_train)
+    return train

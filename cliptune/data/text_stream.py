@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from cliptune.runtime.messages import shorten
+
 _BLOCK = 1 << 20
 _NUL_MARK = "\udc00"  # cannot come from UTF-8; the csv and json modules refuse a file for one NUL byte
 _SPACE = re.compile(r"[ \t\n\r]*")
 _COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=[^ \t\n\r])")
 _LONGEST_TOKEN = 16  # more than -Infinity or the escapes of a surrogate pair
-_MAX_MESSAGE = 200
 
 
 class TextFile:
@@ -53,15 +54,19 @@ class TextFile:
                     return number, line.replace("\0", _NUL_MARK)
         return 1, ""
 
-    def json_items(self) -> Iterator[Any]:
-        """Yield the values of the JSON list that the file holds, keeping no more text than a block and one value.
+    def json_items(self, *, block: int = _BLOCK) -> Iterator[Any]:
+        """Yield the values of the JSON list that the file holds; of its text a block and one value are in memory.
+
+        Python's own decoder reads each value, so it is what `json.loads` gives. (ijson would be the library for this.
+        Its fast parser makes a question mark of half a character without a word, and its paths need gigabytes for a
+        file of a hundred thousand opening brackets.)
 
         Raises:
             ValueError: not valid JSON; tells line, column and reason.
         """
         with self._open() as file:
             try:
-                yield from _JsonList(file)
+                yield from _JsonList(file, block)
             except UnicodeDecodeError:
                 raise
             except (ValueError, RecursionError) as error:
@@ -98,8 +103,8 @@ class TextFile:
 class _JsonList:
     """A JSON list read through a window on its text, which moves on value by value."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
+    def __init__(self, file: TextIO, block: int) -> None:
+        self.file, self.block = file, block
         self.decode = json.JSONDecoder().raw_decode
         self.text = ""
         self.position = 0
@@ -157,7 +162,7 @@ class _JsonList:
     def more(self) -> bool:
         """Drop the text before the position and read on, twice as far for a long value; False at the end."""
         rest = self.text[self.position :]
-        block = self.file.read(max(_BLOCK, len(rest))).replace("\0", _NUL_MARK)
+        block = self.file.read(max(self.block, len(rest))).replace("\0", _NUL_MARK)
         if not block:
             return False
         new_lines = self.text.count("\n", 0, self.position)
@@ -179,6 +184,4 @@ def json_reason(error: ValueError | RecursionError) -> str:
     """Say in a few words why a text is not valid JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"line {error.lineno}, column {error.colno}: {error.msg}"
-    message = str(error)
-    short = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
-    return "nested too deeply" if isinstance(error, RecursionError) else short
+    return "nested too deeply" if isinstance(error, RecursionError) else shorten(str(error))

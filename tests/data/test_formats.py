@@ -1,7 +1,10 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +63,49 @@ def test_every_form_is_found_by_its_content(form: str, tmp_path: Path) -> None:
     assert index.issues.count == 0
 
 
+def parquet(folder: Path, columns: dict[str, Any], name: str = "data.parquet", **options: Any) -> Path:
+    pq.write_table(pa.table(columns), folder / name, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_is_read_by_row_group(text: pa.DataType, tmp_path: Path) -> None:
+    images = pa.array(["a b.jpg", "a b.jpg", "c.png"], text)
+    captions = pa.array(["one", "two, three", "四"], text)
+    path = parquet(tmp_path, {"image": images, "caption": captions, "score": [1.0, None, 2.0]}, row_group_size=2)
+    index = read_index(path)
+    assert (index.form, index.ignored_columns, index.issues.count) == ("parquet", {"score": 3}, 0)
+    assert [(row.image, row.captions) for row in index.rows] == EXPECTED
+    assert index.rows[1].location == "data.parquet: row 3"
+    assert find_index(tmp_path) == path
+
+
+def test_parquet_may_hold_lists_and_nothing(tmp_path: Path) -> None:
+    columns = {"file_name": ["a.jpg", None, "b.jpg", "c.jpg"], "captions": [["x", "y"], ["x"], None, []]}
+    index = read_index(parquet(tmp_path, {**columns, "split": ["val", None, None, None]}))
+    assert [(row.image, row.captions, row.split) for row in index.rows] == [("a.jpg", ("x", "y"), "val")]
+    assert [str(issue) for issue in index.issues.first] == [
+        "data.parquet: row 2: image is null, not text",
+        "data.parquet: row 3: caption is null, not text",
+        "data.parquet: row 4: no caption",
+    ]
+
+
+def test_images_inside_parquet_are_named(tmp_path: Path) -> None:
+    columns = {"image": [{"bytes": b"x", "path": None}], "caption": ["x"]}
+    with pytest.raises(ValueError, match=r"the column image holds the images themselves.*image_path"):
+        read_index(parquet(tmp_path, columns))
+
+
+def test_damaged_parquet_is_one_clean_error(tmp_path: Path) -> None:
+    path = parquet(tmp_path, {"image": ["a.jpg"], "caption": ["x"]})
+    content = path.read_bytes()
+    for end in range(4, len(content), 7):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match="damaged Parquet file"):
+            read_index(path)
+
+
 def test_splits_and_groups_are_read(tmp_path: Path) -> None:
     assert [row.split for row in read_index(write(tmp_path, FORMS["karpathy"])).rows] == ["train", "test"]
     text = '{"image": "a.jpg", "caption": "x", "split": "dev", "group": "g"}\n{"image": "b.jpg", "caption": "y"}'
@@ -94,7 +140,7 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
     ]
     rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
-    assert [issue.place.split(":")[1] for issue in index.issues.first] == [
+    assert [issue.location.split(":")[1] for issue in index.issues.first] == [
         " row 2",
         " row 3",
         " row 4",
@@ -163,7 +209,7 @@ def test_all_rows_choose_the_columns(tmp_path: Path) -> None:
     rows: list[object] = [{}, 3, {"image": "old.jpg", "title": "t"}, {"image": "b.jpg", "caption": "x", "n": 1}]
     rows += [{"image_path": "a.jpg", "title": "t", "caption": "y"}, {"image": "c.jpg", "n": 2}]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
-    assert [(row.image, row.captions, row.place) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
+    assert [(row.image, row.captions, row.location) for row in index.rows] == [("a.jpg", ("y",), "i.json: row 5")]
     assert [str(issue)[8:] for issue in index.issues.first] == [
         "row 1: no image_path",
         "row 2: expected an object, found a number",

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cliptune.data.pairs import Pairs, holds_only_placeholders, load_pairs
+from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders, load_pairs
 from cliptune.data.splits import MAX_VAL_IMAGES, evaluation_pairs, split_pairs, training_pairs
 from cliptune.data.table import RowBuffer
-from cliptune.settings import DataSettings
 from data_loader import ImageTextDataset
 from tests.helpers.datasets import make_images, make_index
 
@@ -73,7 +72,6 @@ def test_the_split_is_that_of_the_plain_rule(groups: list[str], val_split: float
 
 
 def test_the_split_of_many_images_is_that_of_the_plain_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cliptune.data.table._BLOCK", 64)  # so that the names are sorted in many parts
     pairs = made_pairs([""] * 1000)
     assert [int(caption) for caption in split_pairs(pairs)["val"].captions] == split_plainly(
         pairs.paths, val_split=0.1, seed=42
@@ -86,8 +84,8 @@ def test_declared_splits_are_honoured(tmp_path: Path) -> None:
     rows = [{"image_path": f"{n}.png", "caption": "x", "split": split} for n, split in enumerate(splits)]
     pairs = load_pairs(make_index(tmp_path, rows))
     assert {name: len(part) for name, part in split_pairs(pairs).items()} == {"train": 4, "val": 1, "test": 1}
-    assert len(evaluation_pairs(tmp_path, split=None)) == 1
-    assert len(evaluation_pairs(tmp_path, split="all")) == 6
+    assert len(evaluation_pairs(DataSource(tmp_path), split=None)) == 1
+    assert len(evaluation_pairs(DataSource(tmp_path), split="all")) == 6
     assert len(ImageTextDataset(tmp_path, split="test")) == 1
 
 
@@ -106,9 +104,9 @@ def test_separate_validation_set_and_no_image_on_both_sides(tmp_path: Path, capl
     train = make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in range(4)], "train.json")
     val = make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in (3, 4)], "held.json")
     with caplog.at_level(logging.WARNING):
-        splits = training_pairs(DataSettings(data_dir=str(train), val_data=str(val)), seed=0)
+        splits = training_pairs(DataSource(train), val_data=str(val), val_split=0.1, seed=0)
     assert {name: len(part) for name, part in splits.items()} == {"train": 3, "val": 2}
-    assert "1 image(s) of the validation set were left out" in caplog.text
+    assert "1 image of the validation set stay out of training" in caplog.text
     assert "only 5 pairs" in caplog.text
 
 
@@ -117,7 +115,7 @@ def test_few_missing_images_are_left_out_many_are_an_error(tmp_path: Path, caplo
     rows: list[dict[str, object]] = [{"image": f"{n}.png", "caption": "x"} for n in range(151)]
     assert len(load_pairs(make_index(tmp_path, rows))) == 150
     assert "row 151: image 150.png: No such file" in caplog.text
-    with pytest.raises(ValueError, match=r"10 bad entries beside 150 good images: data.json: row 151"):
+    with pytest.raises(ValueError, match=r"10 of 160 records cannot be used: data.json: row 151"):
         load_pairs(make_index(tmp_path, [*rows, *({"image": f"x{n}.png", "caption": "x"} for n in range(9))]))
 
 
@@ -139,7 +137,7 @@ def test_too_few_images_are_an_error(tmp_path: Path) -> None:
     make_images(tmp_path, "a.png", "b.png")
     make_index(tmp_path, [{"image": name, "caption": "x"} for name in ("a.png", "b.png")])
     with pytest.raises(ValueError, match="at least 2 and 1 are needed"):
-        training_pairs(DataSettings(data_dir=str(tmp_path)), seed=0)
+        training_pairs(DataSource(tmp_path), val_data=None, val_split=0.1, seed=0)
 
 
 def test_placeholders(tmp_path: Path) -> None:
@@ -154,7 +152,7 @@ def test_placeholders(tmp_path: Path) -> None:
 def test_real_flickr8k_and_emoji(real_data: Path) -> None:
     splits = split_pairs(load_pairs(real_data / "flickr8k"))
     assert {name: len(part) for name, part in splits.items()} == {"train": 6000, "val": 1000, "test": 0}
-    emoji = split_pairs(load_pairs(real_data / "noto_emoji", caption_key="caption_de"))
+    emoji = split_pairs(load_pairs(DataSource(real_data / "noto_emoji", caption_key="caption_de")))
     assert not set(emoji["train"].groups) & set(emoji["val"].groups)
     assert len(emoji["train"]) + len(emoji["val"]) == 3569
     sample = ImageTextDataset(emoji["val"])[0]

@@ -13,6 +13,7 @@ import data_loader
 import evaluation
 import train
 from cliptune.data.loaders import Batch, caption_id
+from cliptune.data.pairs import DataSource
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import INDEX_NAME, open_shards
 from cliptune.preprocess.transforms import clip_transform, train_transform
@@ -196,7 +197,7 @@ def test_remote_shards_are_streamed(tmp_path: Path) -> None:
 def test_a_wrong_caption_key_is_told_before_the_first_epoch(tmp_path: Path) -> None:
     data_dir = make_shards(tmp_path, 4)
     with pytest.raises(ValueError, match=r"none of the first 4 samples is usable: .*no caption under 'prompt'"):
-        training_shards(data_dir, val_data=data_dir, max_skipped_fraction=0, caption_key="prompt")
+        training_shards(DataSource(data_dir, caption_key="prompt"), val_data=data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,7 @@ def test_what_does_not_go_with_shards_is_refused(
     assert train.main(["--data_dir", data_dir, "--output_dir", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(ValueError, match=r"1 sample, at least 2"):
-        training_shards(make_shards(tmp_path / "one", 1), val_data=data_dir, max_skipped_fraction=0)
+        training_shards(DataSource(make_shards(tmp_path / "one", 1)), val_data=data_dir)
 
 
 @pytest.mark.parametrize("buffer", [1, 5, 20])

@@ -11,7 +11,7 @@ from PIL import Image
 from webdataset.tariterators import tarfile_samples
 
 import data_loader
-from cliptune.data.pairs import load_pairs
+from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.row_store import ImageCache
 from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, read_samples, write_shards
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
@@ -97,9 +97,9 @@ def test_the_form_of_img2dataset_is_read(tmp_path: Path) -> None:
     assert_read_as_by_webdataset(data_dir)
     assert [sample.captions() for sample in read_samples(data_dir)] == [("text 0",), ("number 1",), ("number 2",)]
     assert [sample.captions("alt") for sample in read_samples(data_dir, 1, 2)] == [("alt 1",)]
-    assert list(load_pairs(data_dir, caption_key="alt").captions) == ["alt 0", "alt 1", "alt 2"]
+    assert list(load_pairs(DataSource(data_dir, caption_key="alt")).captions) == ["alt 0", "alt 1", "alt 2"]
     with pytest.raises(ValueError, match="no caption under 'prompt'"):
-        load_pairs(data_dir, caption_key="prompt")
+        load_pairs(DataSource(data_dir, caption_key="prompt"))
 
 
 def test_samples_are_counted_once_and_again_when_a_shard_changes(

@@ -1,10 +1,10 @@
-import random
-from itertools import product
+import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cliptune.data import table as rows
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.table import RowBuffer, Rows, Strings
 
@@ -31,11 +31,7 @@ def test_taken_concatenated_and_filled_strings() -> None:
     assert Strings.of(["", ""]).filled(taken) is taken
 
 
-@pytest.mark.parametrize("collide", [False, True])
-def test_equal_strings_are_found_by_their_bytes(collide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if collide:  # hashes that tell nothing
-        monkeypatch.setattr(Strings, "_hashes", lambda self: np.full(len(self), -1))
-    monkeypatch.setattr(rows, "_MAX_PART", 4)
+def test_equal_strings_are_found_by_their_bytes() -> None:
     strings, wanted = Strings.of(TEXTS), Strings.of(["a", "none", "\udcff", "", "\ue000", "c"])
     assert strings.find(wanted).tolist() == [1, -1, -1, 2, 8, -1]
     assert strings.find(strings).tolist() == [TEXTS.index(text) for text in TEXTS]
@@ -43,18 +39,19 @@ def test_equal_strings_are_found_by_their_bytes(collide: bool, monkeypatch: pyte
     assert strings.find(Strings.of([])).tolist() == []
 
 
-@pytest.mark.parametrize("block", [16, 1 << 16])
-def test_the_order_is_that_of_sorted(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_BLOCK", block)
-    texts = [*TEXTS, *("".join(letters) for letters in product("ab\udc80四", repeat=4))]
-    random.Random(0).shuffle(texts)
-    expected = sorted(range(len(texts)), key=texts.__getitem__)
-    assert Strings.of(texts).sorted_order().tolist() == expected
-    assert Strings.of([]).sorted_order().tolist() == []
+@given(st.lists(st.text("ab\udc80\udcff\ue000四\U0001f600", max_size=3)), st.integers(1, 9))
+def test_first_equal_and_order_are_those_of_lists(texts: list[str], block: int) -> None:
+    strings = Strings.of([*texts, "x"]).take(np.arange(len(texts)))
+    assert strings.first_equal(block=block).tolist() == [texts.index(text) for text in texts]
+    assert strings.sorted_order().tolist() == sorted(range(len(texts)), key=texts.__getitem__)
+
+
+def test_strings_travel_to_other_processes() -> None:
+    assert list(pickle.loads(pickle.dumps(Strings.of(TEXTS).take(np.array([6, 0]))))) == [TEXTS[6], TEXTS[0]]
 
 
 def buffered(*given: tuple[str, list[str], str | None, str | None]) -> Rows:
-    buffer = RowBuffer()
+    buffer = RowBuffer(batch=2)
     for number, (image, captions, split, group) in enumerate(given, 1):
         buffer.append(image, captions, split=split, group=group, number=number)
     return buffer.rows("d.json: row")
@@ -69,17 +66,16 @@ ROWS = [
 ]
 
 
-def test_rows_come_back_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_BATCH", 2)
+def test_rows_come_back_as_given() -> None:
     found = buffered(*ROWS)
     assert [(row.image, list(row.captions), row.split, row.group) for row in found] == ROWS
-    assert found[-1].place == "d.json: row 5"
+    assert found[-1].location == "d.json: row 5"
     assert list(found.take(np.array([4, 1]))) == [found[4], found[1]]
 
 
 def test_rows_of_one_image_are_joined() -> None:
     found = buffered(*ROWS)
-    joined = found.joined(found.images.find(found.images))
+    joined = found.joined(found.images.first_equal())
     assert list(joined) == [
         ("a", ("1", "2", "4", "6"), "test", "g", "d.json: row 1"),
         ("b", ("3", "5"), "val", "g", "d.json: row 2"),

@@ -10,6 +10,8 @@ DOCUMENTS = [
     "[]",
     " \n[ ] \n",
     '[1, 23456, -1.5e3, NaN, -Infinity, true, null, "a\\u00e9\\ud83d\\ude00]", "", [[], {}]]',
+    "[1, 123456789012345678901234567890, 1e400]",
+    r'["\ud800", "\udc00x"]',
     '[{"a": [1, {"b": "],[ 四"}]}, -2.5]',
     '[\n {"a": 1},\r\n\t{"b": "' + "x" * 500 + '"} ,\n 7\n]\n',
 ]
@@ -28,9 +30,7 @@ BROKEN = [
 ]
 
 
-@pytest.fixture(params=[1, 7, 1 << 20], autouse=True)
-def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_stream, "_BLOCK", request.param)
+BLOCKS = [1, 7, 1 << 20]
 
 
 def write(folder: Path, content: bytes) -> TextFile:
@@ -38,27 +38,28 @@ def write(folder: Path, content: bytes) -> TextFile:
     return TextFile(folder / "text")
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_a_list_is_read_value_by_value(document: str, tmp_path: Path) -> None:
-    assert repr(list(write(tmp_path, document.encode()).json_items())) == repr(json.loads(document))
+def test_a_list_is_read_value_by_value(document: str, block: int, tmp_path: Path) -> None:
+    assert repr(list(write(tmp_path, document.encode()).json_items(block=block))) == repr(json.loads(document))
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("document", BROKEN)
-def test_a_broken_list_is_told_as_the_json_module_tells_it(document: str, tmp_path: Path) -> None:
+def test_a_broken_list_is_told_as_the_json_module_tells_it(document: str, block: int, tmp_path: Path) -> None:
     with pytest.raises(json.JSONDecodeError) as expected:
         json.loads(document)
     with pytest.raises(ValueError, match="not valid JSON") as found:
-        list(write(tmp_path, document.encode()).json_items())
+        list(write(tmp_path, document.encode()).json_items(block=block))
     assert str(found.value).endswith(
         f"line {expected.value.lineno}, column {expected.value.colno}: {expected.value.msg}"
     )
 
 
-def test_no_more_than_a_block_and_a_value_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_stream, "_BLOCK", 50)
+def test_no_more_than_a_block_and_a_value_is_held(tmp_path: Path) -> None:
     text = write(tmp_path, json.dumps([f"{number:020}" for number in range(1000)]).encode())
     with text._open() as file:
-        values = text_stream._JsonList(file)
+        values = text_stream._JsonList(file, 50)
         longest = max(len(values.text) for _ in values)
     assert longest < 150
 

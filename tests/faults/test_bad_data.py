@@ -14,7 +14,6 @@ from PIL import Image
 
 import data_loader
 import train
-from cliptune.data import skipped as skipped_data
 from cliptune.data.issues import Issue, Issues
 from cliptune.data.pairs import Pairs, load_pairs
 from cliptune.data.sample_data import create_sample_dataset
@@ -133,7 +132,7 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
     assert one_line(capsys.readouterr().err).startswith(f"train.py: error: {index}: {len(ABSENT)} bad entries beside ")
     assert untouched(output)
     assert train.main([*flags, "--max_skipped_fraction", "1"]) == 0
-    listed = json.loads((output / "results" / "bad_images.json").read_text())
+    listed = json.loads((output / "results" / "skipped.json").read_text())
     assert sorted(Path(each["image"]).name[:200] for each in listed) == sorted(name[:200] for name in (*BAD, *ABSENT))
 
 
@@ -204,7 +203,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
     output = tmp_path / "output"
     assert train.main([*flags[:2], "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.9"]) == 0
     assert "Traceback" not in capsys.readouterr().err
-    assert len(json.loads((output / "results" / "bad_images.json").read_text())) == 3
+    assert len(json.loads((output / "results" / "skipped.json").read_text())) == 3
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -243,7 +242,7 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
     assert (
         train.main(["--data_dir", str(index), "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.1"]) == 0
     )
-    listed = json.loads((output / "results" / "bad_images.json").read_text())
+    listed = json.loads((output / "results" / "skipped.json").read_text())
     assert listed[0] == {
         "image": "gone.png", "reason": "image gone.png: No such file or directory",
         "place": f"data.json: row {len(rows)}",
@@ -262,8 +261,8 @@ def test_a_run_stops_at_too_many_bad_pictures(
     output = tmp_path / "output"
     assert train.main(["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, *flags]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"train.py: error: {2 if 'stop' not in flags else 1} of 60 pictures and entries are bad: " in error
-    path = output / "results" / "bad_images.json"
+    assert f"train.py: error: {2 if 'stop' not in flags else 1} of 60 images and records cannot be used: " in error
+    path = output / "results" / "skipped.json"
     assert f"listed in {path}" in error
     listed = json.loads(path.read_text())
     assert len(listed) == (2 if "fail" not in flags else 1)
@@ -295,26 +294,26 @@ def test_one_process_that_finds_too_many_stops_all(spoiled: Callable[[int], Path
     flags = ["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.01"]
     done = torchrun(2, "train.py", *flags)
     assert done.returncode != 0
-    assert "of 60 pictures and entries are bad: " in done.stderr
-    assert json.loads((output / "results" / "bad_images.json").read_text())
+    assert "of 60 images and records cannot be used: " in done.stderr
+    assert json.loads((output / "results" / "skipped.json").read_text())
 
 
-def test_what_is_left_out_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_skipped_is_counted_once(tmp_path: Path) -> None:
     create_sample_dataset(tmp_path / "data", 8)
     pairs = load_pairs(tmp_path / "data")
-    pairs.issues.extend(Issues([Issue("empty caption", place="data.json: row 9")], 1))
+    pairs.issues.extend(Issues([Issue("empty caption", location="data.json: row 9")], 1))
     path = tmp_path / "bad.json"
-    monkeypatch.setattr(skipped_data, "MAX_LOGGED", 2)
-    found = SkippedData([pairs.select([0, 1]), pairs.select([2])], num_images=9, max_share=0.3, path=path)
+    parts = [pairs.select([0, 1]), pairs.select([2])]
+    found = SkippedData(parts, num_images=9, max_fraction=0.3, path=path, max_logged=2)
     for name in ("a.jpg", "a.jpg", "b.jpg"):
         found.note(Issue("broken", image=name))
     found.agree()
     assert len(found) == 3
     assert [entry.get("image") for entry in json.loads(path.read_text())] == [None, "a.jpg", "b.jpg"]
-    with pytest.raises(ValueError, match=r"4 of 10 pictures and entries are bad: a.jpg: broken; b.jpg: broken"):
+    with pytest.raises(ValueError, match=r"4 of 10 images and records cannot be used: a.jpg: broken; b.jpg: broken"):
         found.note(Issue("broken", image="c.jpg"))
     assert len(json.loads(path.read_text())) == 4
-    SkippedData([], num_images=9, max_share=0.3, path=path).agree()
+    SkippedData([], num_images=9, max_fraction=0.3, path=path).agree()
     assert not path.exists()
 
 

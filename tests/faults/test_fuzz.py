@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cliptune.cli import load_config
-from cliptune.data.pairs import load_pairs
+from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.shards import open_shards, write_shards
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.transforms import CropTransform
@@ -207,7 +207,7 @@ def read_or_refuse(path: Path, read: Callable[[], Any]) -> Any:
 def check_index(folder: Path, content: bytes, *, caption_key: str | None) -> None:
     path = folder / "index.fuzz"
     path.write_bytes(content)
-    pairs = read_or_refuse(path, lambda: load_pairs(path, caption_key=caption_key, max_skipped_fraction=1.0))
+    pairs = read_or_refuse(path, lambda: load_pairs(DataSource(path, None, caption_key, 1.0)))
     if pairs is not None:
         assert {Path(image).name for image in pairs.paths} <= {"a.jpg", "b.jpg", "c.jpg", "index.fuzz"}
         assert len(set(pairs.paths)) == len(pairs)
@@ -291,7 +291,7 @@ def test_a_spoiled_shard(folder: Path, shard: bytes, data: st.DataObject) -> Non
     content = data.draw(spoiled_bytes([shard]))
     path = folder / "fuzz.tar"
     path.write_bytes(content)
-    pairs = read_or_refuse(path, lambda: load_pairs(path, max_skipped_fraction=1.0))
+    pairs = read_or_refuse(path, lambda: load_pairs(DataSource(path, max_skipped_fraction=1.0)))
     assert pairs is None or all(caption.strip() for caption in pairs.captions)
     counted = read_or_refuse(path, lambda: open_shards(str(path)))
     assert counted is None or pairs is None or len(counted) >= len(pairs)
