@@ -42,34 +42,19 @@ from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_wei
 from cliptune.preprocess.transforms import train_transform
 from cliptune.results import command_line, run_info
 from cliptune.runtime.device import Precision, can_compile, default_num_workers, keep_freed_memory, resolve_precision
-from cliptune.runtime.distributed import (
-    barrier,
-    broadcast,
-    is_main,
-    main_first,
-    process_group,
-    rank_device,
-    world_size,
-)
+from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import Stopped, StopSignals
 from cliptune.settings import SAMPLE_SIZE
+from cliptune.training import optim
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver, load_newest_state
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
 from cliptune.training.meters import StepWatch
-from cliptune.training.optim import (
-    BACKBONE_LR_SCALE,
-    build_optimizer,
-    build_scheduler,
-    num_warmup_steps,
-    rates_of,
-    schedule_points,
-)
 from cliptune.training.profile import step_profiler
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
@@ -165,7 +150,9 @@ def _fit(
                     evaluation = data.validate()
                 data.skipped.agree()
                 evaluation = broadcast(evaluation)  # so that all ranks decide the same
-                improved = state.finish_epoch(evaluation.to_dict(), means=means, rates=rates_of(trainer.optimizer))
+                improved = state.finish_epoch(
+                    evaluation.to_dict(), means=means, rates=optim.rates_of(trainer.optimizer)
+                )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
             if len(state.history) <= settings.num_epochs:
@@ -389,11 +376,6 @@ def _caches_features(config: Config, model: CLIPModel) -> bool:
     return wanted and not is_sharded(model)
 
 
-def _tower_rate_scale(config: Config, model: CLIPModel) -> float:
-    scale = config.training.backbone_lr_scale
-    return (1.0 if model.starts_random else BACKBONE_LR_SCALE) if scale is None else scale
-
-
 def _make_trainer(
     config: Config,
     model: CLIPModel,
@@ -404,10 +386,10 @@ def _make_trainer(
     parallel: nn.Module | None,
 ) -> MultimodalTrainer:
     settings = config.training
-    optimizer = build_optimizer(
+    optimizer = optim.build_optimizer(
         model,
         learning_rate=settings.learning_rate,
-        backbone_lr_scale=_tower_rate_scale(config, model),
+        backbone_lr_scale=settings.backbone_lr_scale,
         weight_decay=settings.weight_decay,
     )
     total_steps = settings.num_epochs * len(data.loader)
@@ -415,7 +397,7 @@ def _make_trainer(
         model,
         ContrastiveLoss(),
         optimizer,
-        build_scheduler(optimizer, total_steps=total_steps, warmup_fraction=settings.warmup_fraction),
+        optim.build_scheduler(optimizer, total_steps=total_steps, warmup_fraction=settings.warmup_fraction),
         precision=precision,
         gradient_clip_norm=settings.gradient_clip_norm,
         micro_batch_size=micro_batch_size,
@@ -461,9 +443,9 @@ def _open_journal(
     """Open what tells people of the run; say what will be trained on what, and what is unusual about it."""
     model, settings = trainer.model, config.training
     steps = len(data.loader)
-    warmup_steps = num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
+    warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
     plan = RunPlan(settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps)
-    rates = settings.learning_rate, settings.learning_rate * _tower_rate_scale(config, model)
+    peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
     about = {
         "config": config.model_dump(),
@@ -475,8 +457,8 @@ def _open_journal(
             model_name=model.architecture.name,
             model_settings=model.architecture.to_dict(),
         ),
-        "schedule": schedule_points(
-            total_steps=plan.total_steps, warmup_fraction=settings.warmup_fraction, peaks=rates
+        "schedule": optim.schedule_points(
+            total_steps=plan.total_steps, warmup_fraction=settings.warmup_fraction, peaks=peaks
         ),
     }
     journal = Journal(
@@ -494,7 +476,7 @@ def _open_journal(
     if world_size() > 1:
         logger.info("%d ranks (%s), each with its part of a batch", world_size(), config.run.parallel)
     frozen = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
-    logger.info("peak rates: projection layers %.3g, towers %.3g%s", *rates, frozen)
+    logger.info("peak rates: projection layers %.3g, towers %.3g%s", *peaks, frozen)
     journal.advise(
         small_validation=small_validation(len(val)),
         long_warmup=long_warmup(
@@ -502,7 +484,7 @@ def _open_journal(
             total_steps=plan.total_steps,
             patience_steps=settings.early_stopping_patience * steps,
         ),
-        tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(rates[1]),
+        tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
     )
     return journal
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 MAX_POINTS = 500
 BACKBONE_LR_SCALE = 0.01
-"""Rate of pretrained towers over the projection layers', unless chosen; random towers learn at the full rate."""
+"""Rate of pretrained towers over that of the projection layers, unless chosen."""
 
 
 class Trainable(Protocol):
     """What an optimiser needs of a model, such as `clip_model.CLIPModel`."""
+
+    starts_random: bool
 
     @property
     def device(self) -> torch.device:
@@ -26,9 +28,9 @@ class Trainable(Protocol):
 
 
 def build_optimizer(
-    model: Trainable, *, learning_rate: float, backbone_lr_scale: float, weight_decay: float
+    model: Trainable, *, learning_rate: float, backbone_lr_scale: float | None, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with the towers at `backbone_lr_scale` times the rate; no decay on biases, norms, the temperature.
+    """AdamW with the towers at a rate of their own, see `peak_rates`; no decay on biases, norms, the temperature.
 
     The groups are named `projection` and `backbone` (their `name` entry), each with and without decay.
     """
@@ -39,7 +41,8 @@ def build_optimizer(
             decay = weight_decay if parameter.ndim >= 2 else 0.0
             # the temperature apart, since FSDP leaves it whole where the others are sharded
             groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
-    rates = {"projection": learning_rate, "backbone": learning_rate * backbone_lr_scale}
+    peaks = peak_rates(model, learning_rate=learning_rate, backbone_lr_scale=backbone_lr_scale)
+    rates = dict(zip(("projection", "backbone"), peaks, strict=True))
     return torch.optim.AdamW(
         [
             {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
@@ -49,6 +52,12 @@ def build_optimizer(
         eps=1e-6,
         fused=model.device.type in {"cpu", "cuda"},
     )
+
+
+def peak_rates(model: Trainable, *, learning_rate: float, backbone_lr_scale: float | None) -> tuple[float, float]:
+    """Return the rates of the projection layers and of the towers; a scale of None: 0.01, or 1 for a random start."""
+    default = 1.0 if model.starts_random else BACKBONE_LR_SCALE
+    return learning_rate, learning_rate * (default if backbone_lr_scale is None else backbone_lr_scale)
 
 
 def build_scheduler(
