@@ -1,7 +1,7 @@
 """The ranks of a run, and their collectives.
 
-`torchrun` starts a process for each rank. Without it the world has size one: nothing is initialised, and each collective
-below gives back what it was given.
+`torchrun` starts a process for each rank. Without it the world has size one: nothing is initialised, and collectives
+give back what they were given.
 """
 
 from __future__ import annotations
