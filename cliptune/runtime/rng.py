@@ -35,8 +35,9 @@ def draw_bits(seed: int, round_number: int, items: IntArray, *, stream: int = 0)
     SplitMix64 (Steele, Lea, Flood 2014) over seed, stream and round gives a start, and over start and item the bits.
     """
     state = np.zeros(1, dtype=np.uint64)
-    for number in (seed, stream, round_number):
-        state = _split_mix(state + np.uint64(number % 2**64))
+    for value in (seed, stream, round_number):
+        state = _split_mix(state + np.uint64(value % 2**64))
+    # a counter in place of a state: item 7 has the same bits whoever draws it, in any order, however many are drawn
     return _split_mix(state + items.astype(np.uint64) * _GOLDEN_GAMMA)
 
 

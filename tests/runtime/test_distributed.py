@@ -67,7 +67,7 @@ def test_a_run_of_two_processes_is_that_of_one(one_process: Path, sample_dir: Pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_history(history(tmp_path), history(one_process))
     assert done.stdout.count("best model: ") == 1
-    assert done.stderr.count("2 processes (ddp), each with its part of a batch") == 1
+    assert done.stderr.count("2 ranks (ddp), each with its part of a batch") == 1
     ours, theirs = (
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "events." not in path.name)
         for folder in (tmp_path, one_process)
@@ -187,7 +187,7 @@ def test_each_process_takes_its_own_gpu(launched: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="cannot share one device"):
         distributed.rank_device("cuda:1")
     launched.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=r"3 processes on this machine, but 2 GPU\(s\)"):
+    with pytest.raises(ValueError, match=r"3 ranks on this machine, but 2 GPUs"):
         distributed.rank_device("cuda")
 
 

@@ -8,7 +8,15 @@ import torch
 
 from cliptune.data.loaders import EpochBatches
 from cliptune.features.similarity import similarity_means
-from cliptune.training.advice import chance_loss, collapse, long_warmup, small_validation, stuck_loss
+from cliptune.training.advice import (
+    chance_loss,
+    collapse,
+    long_warmup,
+    no_better_epoch,
+    small_validation,
+    stuck_loss,
+    unusual_tower_rate,
+)
 from cliptune.training.optim import num_warmup_steps
 from train import main
 
@@ -22,6 +30,18 @@ def test_a_small_validation_set_is_said_with_its_interval(num_images: int, half_
         assert found is not None
         assert f"to within {half_width} points" in found
         assert "385 or more" in found
+
+
+def test_one_validation_image_says_nothing() -> None:
+    assert "1 validation image says nothing" in str(small_validation(1))
+    assert "lower --learning_rate" not in no_better_epoch(1)
+    assert "lower --learning_rate" in no_better_epoch(2)
+    assert collapse(image_cosine=1.0, text_cosine=1.0, rsum=600, chance=600) is None
+
+
+@pytest.mark.parametrize(("rate", "usual"), [(1e-7, False), (3e-7, True), (1e-6, True), (5e-5, True), (1e-4, False)])
+def test_rates_of_pretrained_towers(rate: float, usual: bool) -> None:
+    assert (unusual_tower_rate(rate) is None) == usual
 
 
 def test_a_warm_up_that_outlasts_the_run() -> None:
@@ -74,6 +94,7 @@ def test_the_mean_cosine_of_two() -> None:
     assert means["text_cosine"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_collapses_says_so_once(
     sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,67 @@
+"""Log lines on a terminal, beside a progress bar."""
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from cliptune.runtime.logs import SHOWN_BY_BAR, setup_logging
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_bar_shows_goes_to_the_log_file_alone_on_a_terminal(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    setup_logging("info", tmp_path / "x.log")
+    logging.getLogger("train").info("loss 1.0", extra=SHOWN_BY_BAR)
+    logging.getLogger("train").info("epoch 1")
+    assert ("loss 1.0" in stream.getvalue()) == (not terminal)
+    assert "epoch 1\n" in stream.getvalue()
+    assert [line.split(": ")[1] for line in (tmp_path / "x.log").read_text().splitlines()] == ["loss 1.0", "epoch 1"]
+
+
+def test_a_line_does_not_stand_in_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    setup_logging("info")
+    with tqdm(total=3, file=stream, ncols=40, disable=False) as bar:
+        bar.update()
+        bar.refresh()
+        stream.seek(0)
+        stream.truncate()
+        logging.getLogger("train").info("epoch 1")
+    written = stream.getvalue()
+    before, _, behind = written.partition("epoch 1\n")
+    assert before.endswith("\r")  # the bar was cleared
+    assert not before.strip()
+    assert "1/3" in behind  # and drawn again
+
+
+def test_a_closed_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    setup_logging("info")
+    stream.close()
+    logging.getLogger("train").info("epoch 1", extra=SHOWN_BY_BAR)
