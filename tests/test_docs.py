@@ -55,8 +55,9 @@ def without_comments(language: str, block: str) -> str:
     `train.py --resume   # go on` -> `train.py --resume`; `├── data/   index formats` -> `├── data/`.
     """
     is_tree = language == "text" and "├──" in block
-    comment = {"python": r"(^|\s+)#.*$", "bash": r"(^|\s+)#.*$", "text": r"\s{2,}\S.*$" if is_tree else r"$^"}
-    return re.sub(comment.get(language, r"$^"), "", block, flags=re.MULTILINE)
+    if language in {"python", "bash"}:
+        return re.sub(r"(^|[ \t]+)#.*$", "", block, flags=re.MULTILINE)
+    return re.sub(r" {2,}\S.*$", "", block, flags=re.MULTILINE) if is_tree else block
 
 
 def code_cells(text: str) -> list[list[str]]:
