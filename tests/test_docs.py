@@ -1,7 +1,10 @@
-"""The README is true: its flags are the parser's, both languages agree, its code runs."""
+"""The docs are true: flags are the parser's, commands and code run, both READMEs agree, what is named exists."""
 
 import json
 import re
+import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,60 +13,132 @@ import data_loader
 import evaluation
 import train
 import visualization
-from cliptune.cli import flags_of, load_config
+from cliptune.cli import flags_of, load_config, parse_settings
 from cliptune.data.sample_data import create_sample_dataset
-from cliptune.settings import Config
+from cliptune.settings import Config, EvaluationSettings, InspectSettings, Settings, VisualizationSettings
 
 ROOT = Path(__file__).parent.parent
-ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
-CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+DOCS = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = {"train": train, "data_loader": data_loader, "evaluation": evaluation, "visualization": visualization}
+SETTINGS: dict[str, type[Settings]] = {
+    "train": Config,
+    "data_loader": InspectSettings,
+    "evaluation": EvaluationSettings,
+    "visualization": VisualizationSettings,
+}
+COMMANDS = {
+    "cliptune-train": "train",
+    "cliptune-data": "data_loader",
+    "cliptune-evaluate": "evaluation",
+    "cliptune-visualize": "visualization",
+}
+"""The installed commands, and the stages that they run."""
+FLAGS_OF_THE_SPEC = {
+    "data_dir", "model_name", "batch_size", "num_epochs", "learning_rate", "freeze_backbone", "device",
+}  # fmt: skip
+FLAG_ROW = re.compile(r"^\| `--(\w+)` \| `([^|]+)` \|", re.MULTILINE)
 
 
-def blocks(text: str, language: str = r"\w*") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def without_comments(language: str, block: str) -> str:
+    """What no translation changes: code without its comments, a tree's names without what they are said to hold.
+
+    `train.py --resume   # go on` -> `train.py --resume`; `├── data/   index formats` -> `├── data/`.
+    """
+    is_tree = language == "text" and "├──" in block
+    if language in {"python", "bash"}:
+        return re.sub(r"(^|[ \t]+)#.*$", "", block, flags=re.MULTILINE)
+    return re.sub(r" {2,}\S.*$", "", block, flags=re.MULTILINE) if is_tree else block
 
 
 def code_cells(text: str) -> list[list[str]]:
     """The parts of every table row that are code, which no translation changes."""
-    return [re.findall(r"`[^`]+`", line) for line in text.splitlines() if line.startswith("| `")]
+    return [re.findall(r"`[^`]+`", line)[:2] for line in text.splitlines() if line.startswith("| `")]
 
 
-def test_both_languages_have_the_same_code_tables_and_sections() -> None:
-    assert blocks(ENGLISH) == blocks(CHINESE)
-    first = [cells[:2] for cells in code_cells(ENGLISH)]
-    assert [cells[0] for cells in first] == [cells[0] for cells in code_cells(CHINESE)]
-    assert len(re.findall("^## ", ENGLISH, re.MULTILINE)) == len(re.findall("^## ", CHINESE, re.MULTILINE))
+def commands(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Stage and arguments of every command in a document's shell blocks, whatever starts it."""
+    for language, block in blocks(read(path)):
+        for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            words = shlex.split(line, comments=True)
+            for position, word in enumerate(words):
+                stage = COMMANDS.get(word, word.removesuffix(".py") if word.endswith(".py") else "")
+                if stage in STAGES:
+                    yield stage, tuple(words[position + 1 :])
 
 
-@pytest.mark.parametrize("text", [ENGLISH, CHINESE])
-def test_the_flag_table_is_the_parsers(text: str) -> None:
-    rows = re.findall(r"^\| `--(\w+)` \| `([^|]+)` \|", text, re.MULTILINE)
-    assert rows == [(flag.name, json.dumps(flag.field.default)) for flag in flags_of(Config)]
+def rows_of(settings: type[Settings]) -> list[tuple[str, str]]:
+    return sorted((flag.name, json.dumps(flag.field.default)) for flag in flags_of(settings))
 
 
-def test_every_training_command_of_the_readme_is_accepted() -> None:
-    commands = [line for block in blocks(ENGLISH, "bash") for line in block.splitlines() if "train.py" in line]
-    assert len(commands) >= 6
-    for line in commands:
-        load_config(line.split("train.py", 1)[1].split(), description="")
+def test_both_readmes_have_the_same_sections_code_and_tables() -> None:
+    english, chinese = read(ENGLISH), read(CHINESE)
+    assert len(re.findall("^##+ ", english, re.MULTILINE)) == len(re.findall("^##+ ", chinese, re.MULTILINE))
+    for ours, theirs in zip(blocks(english), blocks(chinese), strict=True):
+        assert (ours[0], without_comments(*ours)) == (theirs[0], without_comments(*theirs))
+    for row, translated in zip(code_cells(english), code_cells(chinese), strict=True):
+        assert row[0] == translated[0]
+        assert len(row) == len(translated)
 
 
-def test_the_readmes_code_and_stages_run(
+def test_what_may_differ_between_the_readmes_is_told_apart() -> None:
+    assert without_comments("bash", "a --b 1   # why\n# all\nc\n") == "a --b 1\n\nc\n"
+    assert without_comments("text", "train.py   stage\n├── a.py, b/   two\n") == "train.py\n├── a.py, b/\n"
+    assert without_comments("text", "L     = (x) / 2\n") == "L     = (x) / 2\n"
+    assert without_comments("json", '{"a":  "#1"}\n') == '{"a":  "#1"}\n'
+
+
+@pytest.mark.parametrize("path", [ENGLISH, CHINESE], ids=lambda path: path.name)
+def test_the_daily_flags_are_the_parsers(path: Path) -> None:
+    rows = FLAG_ROW.findall(read(path))
+    assert {name for name, _ in rows} >= FLAGS_OF_THE_SPEC
+    assert set(rows) <= set(rows_of(Config))
+
+
+@pytest.mark.parametrize(
+    ("document", "stages"),
+    [("TRAINING.md", ["train"]), ("DATA.md", ["data_loader"]), ("EVALUATION.md", ["evaluation", "visualization"])],
+)
+def test_the_complete_flag_tables_are_the_parsers(document: str, stages: list[str]) -> None:
+    expected = [row for stage in stages for row in rows_of(SETTINGS[stage])]
+    assert sorted(FLAG_ROW.findall(read(ROOT / "docs" / document))) == sorted(expected)
+
+
+def test_every_command_is_accepted() -> None:
+    found = [command for path in DOCS for command in commands(path)]
+    assert {stage for stage, _ in found} == set(STAGES)
+    assert len(found) >= 40
+    for stage, arguments in found:
+        if stage == "train":
+            load_config(list(arguments), description="")
+        else:
+            parse_settings(SETTINGS[stage], list(arguments), description="")
+
+
+def test_the_code_and_the_light_stages_run(
     trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Every Python snippet and every command but training, in a folder with data and a trained model."""
     monkeypatch.chdir(tmp_path)
     create_sample_dataset("data", 30)
-    for name in ("model-checkpoint", "results"):
-        (tmp_path / name).symlink_to(trained_dir / name)
-    for code in blocks(ENGLISH, "python"):
+    (tmp_path / "model-checkpoint").symlink_to(trained_dir / "model-checkpoint")
+    shutil.copytree(trained_dir / "results", "results")
+    snippets = [block for path in DOCS for block in blocks(read(path)) if block[0] == "python"]
+    for code in dict.fromkeys(without_comments(*snippet) for snippet in snippets):  # both READMEs have the same ones
         exec(code, {})
     assert "tensor" in capsys.readouterr().out
-    for block in blocks(ENGLISH, "bash"):
-        for line in block.splitlines():
-            match = re.fullmatch(r"\.venv/bin/python (data_loader|evaluation|visualization)\.py (.*)", line)
-            if match:
-                assert STAGES[match[1]].main(match[2].split()) == 0, line
+    for stage, arguments in dict.fromkeys(command for path in DOCS for command in commands(path)):
+        if stage != "train":
+            assert STAGES[stage].main(list(arguments)) == 0, (stage, arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -74,7 +149,28 @@ def test_help_of_every_stage(stage: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "--" in capsys.readouterr().out
 
 
-def test_links_lead_somewhere() -> None:
-    for text in (ENGLISH, CHINESE):
-        for link in re.findall(r"\]\(([^)]+)\)", text):
-            assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", read(path)):
+        assert (path.parent / link).exists(), link
+
+
+def test_the_structure_is_the_one_on_the_disk() -> None:
+    tree = next(block for language, block in blocks(read(ENGLISH)) if language == "text" and "cliptune/" in block)
+    parent = ""
+    for line in without_comments("text", tree).splitlines():
+        indented = line.startswith(("├", "└"))
+        names = [name.strip() for name in line.lstrip("├└─ ").split(",")]
+        parent = parent if indented else names[0]
+        for name in names:
+            assert name == "cache/" or (ROOT / (parent if indented else "") / name).exists(), name
+
+
+def test_the_files_and_tests_that_docs_name_exist() -> None:
+    sources = "\n".join(read(path) for path in sorted((ROOT / "tests").rglob("*.py")))
+    defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
+    for path in DOCS:
+        text = read(path)
+        named = re.findall(r"`((?:cliptune|tests|docs|benchmarks)/[\w/.]+)`", text)
+        assert not [name for name in named if not (ROOT / name).exists()], path.name
+        assert not set(re.findall(r"`(test_\w+)`", text)) - defined, path.name
