@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
