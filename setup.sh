@@ -188,7 +188,7 @@ except (ImportError, RuntimeError, AttributeError) as error:
         "They must come from the same place. Start again with: rm -rf .venv && ./setup.sh\n"
         "or install both together: .venv/bin/python -m pip install --force-reinstall torch torchvision && ./setup.sh"
     )
-import filelock, huggingface_hub, ijson, matplotlib, numba, numpy, PIL, psutil, pyarrow, pydantic, safetensors, simplejpeg, tqdm
+import filelock, huggingface_hub, matplotlib, numba, numpy, PIL, psutil, pyarrow, pydantic, safetensors, simplejpeg, tqdm
 from torch.utils.tensorboard import SummaryWriter
 
 from cliptune.runtime.openai_clip import import_clip

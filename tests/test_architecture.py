@@ -130,7 +130,7 @@ def test_importing_everything_prints_and_writes_nothing(tmp_path: Path) -> None:
 
 WATCH_IMPORTS = """
 import logging, random
-import ijson, numba, numpy, PIL.Image, pyarrow, pydantic, simplejpeg, torch, torch.utils.tensorboard, torchvision, tqdm
+import numba, numpy, PIL.Image, pyarrow, pydantic, simplejpeg, torch, torch.utils.tensorboard, torchvision, tqdm
 pydantic.create_model("First")  # pydantic looks for plugins once, in the files of all packages
 
 def watch(event, arguments):
