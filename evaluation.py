@@ -78,14 +78,8 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
                 model_name=model.architecture.name,
                 model_settings=model.architecture.to_dict(),
             )
-            values = {
-                "started_at": started_at,
-                "finished_at": datetime.now().isoformat(timespec="seconds"),
-                "run": run,
-                "checkpoint": settings.checkpoint,
-                **source,
-                **evaluation.to_dict(),
-            }
+            times = {"started_at": started_at, "finished_at": datetime.now().isoformat(timespec="seconds")}
+            values = {**times, "run": run, "checkpoint": settings.checkpoint, **source, **evaluation.to_dict()}
             path = Path(settings.output_dir) / "results" / "evaluation_results.json"
             results.write(path, results.EvaluationResults.model_validate(values))
             print(f"written: {path}")
@@ -121,8 +115,7 @@ def _own_validation_pairs(
     if missing:
         raise ValueError(
             f"the checkpoint's run validated on {count(len(val_images), 'image')}, of which {len(missing):,} cannot be "
-            f"found in {data_dir}: {first_few(missing, 1)}; try another data set with "
-            "--data_dir"
+            f"found in {data_dir}: {first_few(missing, 1)}; try another data set with --data_dir"
         )
     return pairs.select(indices)
 

@@ -81,7 +81,7 @@ class RowStore:
 
         Args:
             keys: `[N]`; one may come several times.
-            what: what the rows are, in the plural, for the message of a full disk.
+            what: what a row is, for the message of a full disk.
             way_out: what to do instead, for the same message.
 
         Raises:
@@ -94,15 +94,16 @@ class RowStore:
         require_free_space(
             self.path.parent,
             num_empty * (self.row_bytes + RECORD.itemsize),
-            what=count(num_empty, f"cached {what}", f"cached {what}s"),
+            what=count(num_empty, f"cached {what}"),
             way_out=way_out,
         )
-        records = np.zeros(len(new), dtype=RECORD)
-        records["key"] = new
-        with self._keys_path.open("ab") as file:
-            # a writer that was killed may have left a part of a record
-            _write(file, b"\0" * (-file.tell() % RECORD.itemsize) + records.tobytes())
-        indices, _ = self._find(keys)  # another run may have added its keys before ours, or ours
+        if len(new):
+            records = np.zeros(len(new), dtype=RECORD)
+            records["key"] = new
+            with self._keys_path.open("ab") as file:
+                # a writer that was killed may have left a part of a record
+                _write(file, b"\0" * (-file.tell() % RECORD.itemsize) + records.tobytes())
+            indices, _ = self._find(keys)  # another run may have added its keys before ours, or ours
         self._make_room(1 + int(indices.max(initial=-1)))
         self.reopen()
         return indices
@@ -117,9 +118,9 @@ class RowStore:
         """Tell which rows are whole, bool `[N]`; reads all of those that were ever written."""
         files = self._open()
         whole = np.zeros(len(indices), dtype=bool)
-        for place in np.flatnonzero(files.records["seal"][indices]).tolist():
-            index, key = indices[place], keys[place : place + 1].tobytes()
-            whole[place] = files.records["seal"][index] == _seal(key, files.rows[index])
+        for i in np.flatnonzero(files.records["seal"][indices]).tolist():
+            row = files.rows[indices[i]]
+            whole[i] = files.records["seal"][indices[i]] == _seal(keys[i : i + 1].tobytes(), row)
         return whole
 
     def gather(self, indices: IntArray) -> Rows:
@@ -127,17 +128,22 @@ class RowStore:
         gathered: Rows = np.take(self._open().rows, indices, axis=0)
         return gathered
 
-    def write(self, index: int, key: bytes, row: Rows) -> None:
-        """Write one row.
+    def write(self, indices: IntArray, keys: Keys, rows: Rows) -> None:
+        """Write rows, uint8 `[N, row_bytes]`, of keys that were announced.
 
         Raises:
             OSError: the disk is full, or took a part only.
         """
         files = self._open()
-        files.rows_file.seek(index * self.row_bytes)
-        _write(files.rows_file, row.data)
-        files.keys_file.seek(index * RECORD.itemsize)
-        _write(files.keys_file, np.array([(key, _seal(key, row))], dtype=RECORD).tobytes())
+        records = np.empty(len(rows), dtype=RECORD)
+        records["key"] = keys
+        records["seal"] = [_seal(keys[i : i + 1].tobytes(), rows[i]) for i in range(len(rows))]
+        # neighbours go in one piece: of rows 4 5 6 9 two pieces, 4 5 6 and 9
+        ends = [*(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(rows)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            for file, content in ((files.rows_file, rows), (files.keys_file, records)):
+                file.seek(int(indices[start]) * content[0].nbytes)
+                _write(file, content[start:end].tobytes())
 
     def reopen(self) -> None:
         """Look at the files anew: a file system over the network shows only then what other machines have written."""
@@ -225,7 +231,8 @@ class ImageCache:
         image = self.transform.load(path)
         pixels, size = self.transform.shrink(image), size_of(image)
         header = np.array([(stamp, *size)], dtype=HEADER).view(np.uint8)
-        self._store.write(index, key, np.concatenate([header, pixels.reshape(-1)]))
+        content = np.concatenate([header, pixels.reshape(-1)])
+        self._store.write(np.array([index]), as_keys([key]), content[None])
         return pixels, size
 
 

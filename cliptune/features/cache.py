@@ -150,12 +150,11 @@ class FeatureCache:
         )  # fmt: skip
         if any_rank(bool(len(missing))):
             # each rank computes its part. Ranks that share no disk still miss the others' parts, and compute them too
-            for share in (missing[rank_slice(len(missing))], missing):
-                part = share[~store.holds(rows[share], keys[share]) & ~np.isin(share, list(issues))]
-                for indices, outputs in compute(part) if len(part) else ():
+            for part in (missing[rank_slice(len(missing))], missing):
+                still = part[~store.holds(rows[part], keys[part]) & ~np.isin(part, list(issues))]
+                for indices, outputs in compute(still) if len(still) else ():
                     content = outputs.float().cpu().numpy().astype("<f4", copy=False).view(np.uint8)
-                    for index, row in zip(indices.tolist(), content, strict=True):
-                        store.write(int(rows[index]), keys[index : index + 1].tobytes(), row)
+                    store.write(rows[indices], keys[indices], content)
                 for found in gather_values(dict(issues)):
                     issues.update(found)
                 store.reopen()
@@ -184,6 +183,8 @@ class FeatureLoader:
         self._augment = augment
         self._num_epochs = num_epochs
         self._views: dict[int, TowerOutputs | None] = {}
+        # a step on cached outputs is so short that hashing its captions anew each epoch would show; -1: not yet known
+        self._caption_ids = np.full(self.dataset.pairs.num_pairs, -1, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -211,13 +212,19 @@ class FeatureLoader:
         readable = images.rows[image_ids] >= 0
         issues = [images.issues[index] for index in image_ids[~readable].tolist()]
         image_ids, caption_indices = image_ids[readable], caption_indices[readable]
-        captions = [self.dataset.pairs.captions[index] for index in caption_indices.tolist()]
+        captions = self.dataset.pairs.captions
+        if texts is None:
+            tokens = tokenize([captions[index] for index in caption_indices.tolist()])[0]
+        else:
+            tokens = texts[caption_indices]
+        new = caption_indices[self._caption_ids[caption_indices] < 0]
+        self._caption_ids[new] = [caption_id(captions[index]) for index in new.tolist()]
         return Batch(
             images=images[image_ids],
-            tokens=tokenize(captions)[0] if texts is None else texts[caption_indices],
+            tokens=tokens,
             image_ids=torch.from_numpy(image_ids),
             issues=issues,
-            caption_ids=torch.tensor([caption_id(caption) for caption in captions], dtype=torch.int64),
+            caption_ids=torch.from_numpy(self._caption_ids[caption_indices]),
             caption_indices=torch.from_numpy(caption_indices),
         )
 

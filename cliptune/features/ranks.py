@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cliptune.runtime.device import exact_products
-from cliptune.runtime.distributed import all_sum, rank, world_size
+from cliptune.runtime.distributed import all_sum, rank_slice
 
 MAX_CACHED_BYTES = 2**27  # of products that are needed twice
 SCORES_AT_ONCE = 2**17  # that a core counts: 512 KiB, and as much room to count in, stay in its cache
@@ -169,10 +168,10 @@ class _Products:
         halves_of_text = all_sum(of_text)[: len(self.texts)] + len(best)
         return halves_of_image.cpu(), halves_of_text.cpu()
 
-    def _own_blocks(self) -> Iterator[slice]:
-        """Yield this rank's blocks of images; the blocks are the same for any world size, and so is every bit."""
-        blocks = slices(len(self.images), self.image_block)
-        return islice(blocks, rank(), None, world_size())
+    def _own_blocks(self) -> list[slice]:
+        """Return this rank's blocks of images; the blocks are the same for any world size, and so is every bit."""
+        blocks = list(slices(len(self.images), self.image_block))
+        return blocks[rank_slice(len(blocks))]
 
     def _multiply(self, images: Tensor, rows: slice, columns: slice, *, cache: bool = False) -> Tensor:
         """Score a block; `cache` holds it, while there is room, for the next call that asks for it."""

@@ -156,7 +156,7 @@ def test_a_run_killed_between_row_and_checksum_leaves_no_row(tmp_path: Path, pat
     assert np.array_equal(again.load(paths[0])[0], expected(paths[0]))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_several_processes_share_one_cache(method: str, tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
     cache = ImageCache(tmp_path / "cache", paths, clip_transform(32))
     cache.load(paths[0])
@@ -223,8 +223,7 @@ def open_store(folder: Path, *names: object) -> tuple[RowStore, np.ndarray]:
 
 
 def write(store: RowStore, indices: np.ndarray, *numbers: int) -> None:
-    for index, number, row in zip(indices.tolist(), numbers, rows_of(*numbers), strict=True):
-        store.write(index, digest(number), row)
+    store.write(indices, keys_of(*numbers), rows_of(*numbers))
 
 
 def test_a_store_finds_what_it_was_given(tmp_path: Path) -> None:
@@ -248,9 +247,16 @@ def test_keys_that_end_in_zeros_are_keys_like_others(tmp_path: Path) -> None:
     for _ in range(2):
         indices = store.announce(as_keys(digests), what="row", way_out="")
         assert indices.tolist() == [0, 1, 2, 3]
-    for index, key, row in zip(indices.tolist(), digests, rows_of(1, 2, 3, 4), strict=True):
-        store.write(index, key, row)
+    store.write(indices, as_keys(digests), rows_of(1, 2, 3, 4))
     assert store.holds(indices, as_keys(digests)).all()
+
+
+def test_rows_are_written_in_any_order_neighbours_together(tmp_path: Path) -> None:
+    store, indices = open_store(tmp_path, *range(10))
+    order = np.array([4, 5, 6, 9, 2, 1, 0])
+    write(store, indices[order], *order.tolist())
+    assert np.flatnonzero(store.holds(indices, keys_of(*range(10)))).tolist() == sorted(order.tolist())
+    assert np.array_equal(store.gather(indices[order]), rows_of(*order.tolist()))
 
 
 def test_a_part_of_a_record_is_nobodys(tmp_path: Path) -> None:
