@@ -395,7 +395,7 @@ class MultimodalTrainer:
         rates = rates_of(self.optimizer)
         is_bad = ~(result.loss.isfinite() & norm.isfinite())
         self._step_unless(is_bad)
-        statistics.restore(where=is_bad)
+        statistics.restore(where=is_bad)  # the forward pass has moved them
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -82,22 +82,27 @@ def _train(argv: list[str] | None) -> int:
     device = rank_device(config.run.device)
     resolve_precision(config.training.precision, device)  # what is wrong is told before the ranks meet
     with process_group(device), ExitStack() as held, explained_out_of_memory():
+        # settings: a resumed run has its own
         config, files, resumed = _open_run(config, given, held)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
         seed_everything(config.training.seed)
         keep_freed_memory()
 
+        # data and model
         weights = _find_weights(config, given, resumed)  # a wrong name or file is told before any data is read
         with main_first():
             train_source, val = _read_data(config, given)
         with main_first():  # the other ranks find the weights downloaded
             model = _make_model(config, weights, resumed)
+        del weights  # the model's own now, or copied to it
         if is_main():
             _set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = _place_model(config, model, precision=precision, device=device)
         data = _open_data(config, model, train_source, val=val, files=files, precision=precision)
+
+        # loop, evaluation, results
         trainer = _make_trainer(
             config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
@@ -129,7 +134,7 @@ def _fit(
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
         try:
-            # epoch 0 is the model as loaded
+            # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
             while len(state.history) <= settings.num_epochs and not state.is_stale(settings.early_stopping_patience):
                 stop.check()
                 state.begin_epoch(device)
@@ -140,12 +145,14 @@ def _fit(
                     journal.log_step(step)
                     data.note_issues(step.issues)
                     profiler.step()
+                    # after the last step the epoch's own state is saved, with its evaluation
                     if saver.is_due(state.step) and state.num_batches < len(data.loader):
                         saver.save(state)
                     stop.check()
                 trainer.settle()
                 means = state.train_means()
                 journal.begin_validation()
+                # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
                 with stop.interruptible():
                     evaluation = data.validate()
                 data.skipped.agree()
@@ -282,7 +289,7 @@ def _place_model(
         model.compile_towers()
     if config.training.gradient_checkpointing:
         model.checkpoint_gradients()
-    if config.run.parallel != "fsdp" or world_size() == 1:
+    if config.run.parallel != "fsdp" or world_size() == 1:  # a device may have no room for all of a sharded model
         model.to(device)
     size: Any = config.training.micro_batch_size
     if size == "auto":
@@ -341,6 +348,7 @@ def _open_data(
             dataset.cache_images(image_cache_dir)
         loader = TrainLoader(dataset, **options)
         if cache is not None:
+            # pixels of a tower that moves are augmented anew in every epoch
             dataset.num_views = _num_views(config) if "image" in model.frozen_towers else 0
             loader = FeatureLoader(loader, cache, augment=settings.augment, num_epochs=training.num_epochs)
 

@@ -238,7 +238,10 @@ def resumed_from_a_copy(run: Broken) -> None:
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        *((settings, stopped_by_signals) for settings in ("augmented", "text frozen", "image frozen", "both frozen")),
+        ("augmented", stopped_by_signals),
+        pytest.param("text frozen", stopped_by_signals, marks=pytest.mark.slow),
+        pytest.param("image frozen", stopped_by_signals, marks=pytest.mark.slow),
+        ("both frozen", stopped_by_signals),
         ("augmented", stopped_in_validation),
         ("augmented", last_file_damaged),
         ("augmented", disk_full),

@@ -83,6 +83,7 @@ class Journal:
         self._events: Any = None
         if is_main():
             write_text(files.history, "".join(json.dumps(record) + "\n" for record in state.history))
+            # a run that is resumed at step 40 was killed at step 47: 41 to 47 come again
             _drop_later_steps(files.steps, state.step)
             self._steps = files.steps.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(files.events), purge_step=state.step + 1)
@@ -138,7 +139,7 @@ class Journal:
             if record.step % self.interval == 0:
                 self._log_recent(record)
         if is_main():
-            self._steps.flush()
+            self._steps.flush()  # to the system: a killed run keeps its lines
 
     def begin_validation(self) -> None:
         """Stop the clock and the progress bar of an epoch's steps."""
@@ -202,7 +203,7 @@ class Journal:
         """Tell the mean loss and the speed since the last line."""
         recent, self._recent = self._recent, []
         elapsed, self._line_at = time.monotonic() - self._line_at, time.monotonic()
-        losses = [past.loss for past in recent if math.isfinite(past.loss)]
+        losses = [past.loss for past in recent if math.isfinite(past.loss)]  # without skipped steps
         loss = fmean(losses) if losses else math.nan
         speed = sum(past.num_pairs for past in recent) / max(elapsed, 1e-9)
         left = self._seconds_left(record.step, time.monotonic() - self._epoch_at)
@@ -219,6 +220,7 @@ class Journal:
 
     def _seconds_left(self, step: int, seconds: float) -> float:
         """Estimate how long the rest of the run takes from the `seconds` of this epoch's steps so far."""
+        # 5 steps of 72 s, and the validations of this epoch and the next at 6 s each: 372 s
         steps_left = max(self.plan.total_steps - step, 0)
         validations_left = math.ceil(steps_left / self.plan.steps_per_epoch)
         return steps_left * seconds / max(self._num_steps, 1) + validations_left * self._validation_seconds
@@ -241,7 +243,7 @@ class Journal:
     def _review(self, state: RunState) -> None:
         """Warn of an epoch whose numbers say that the run goes wrong."""
         plan, latest = self.plan, state.history[-1]
-        # the loss of epochs that began after the warm-up, whose steps have the full rate
+        # losses of epochs that began after the warm-up: before, a loss at chance is no news
         losses = [
             record["train_loss"] for before, record in pairwise(state.history) if before["step"] >= plan.warmup_steps
         ]

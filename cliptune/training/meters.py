@@ -113,7 +113,7 @@ class StepWatch:
             record = StepRecord(
                 result.global_step, loss, accuracy, norm, scale, result.rates, result.num_pairs, seconds
             )
-            self._records.append(record)
+            self._records.append(record)  # the bad one too: steps.jsonl shows where the run ended
             self._check(record, image_ids)
 
     def take(self) -> list[StepRecord]:
@@ -127,6 +127,7 @@ class StepWatch:
             return
         self.num_in_a_row += 1
         message = self._describe(record, image_ids)
+        # a finite loss with an infinite gradient: the scaler halves its scale, and the next step may fit
         overflow = self.scaled and math.isfinite(record.loss)
         if self.num_in_a_row > (max(self.skip, OVERFLOWS_IN_A_ROW) if overflow else self.skip):
             raise FloatingPointError(
@@ -183,6 +184,7 @@ class EpochTotals:
         self.num_batches += 1
         if result is None:
             return
+        # on the device: where() leaves out what is not finite without asking whether it is, which would wait
         added = result.num_pairs * torch.cat([result.values[:2], torch.ones_like(result.values[:1])])
         self.sums += torch.where(result.loss.isfinite(), added, 0.0)
         self.num_pairs += result.num_pairs

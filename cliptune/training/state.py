@@ -91,9 +91,10 @@ class RunState:
             "backbone_learning_rate": rates.get("backbone", 0.0),
         }
         self.history.append({"epoch": self.epoch, "step": self.step, **means, **of_groups, **evaluation["metrics"]})
-        self.totals = None
+        self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:
             self.baseline = evaluation
+        # 190.0 and 190.00000000000003 are the same six recalls, added up in another order
         improved = not self.best or evaluation["metrics"]["rsum"] > self.best["metrics"]["rsum"] * (1 + TIE)
         self.epochs_since_best = 0 if improved else self.epochs_since_best + 1
         if improved:

@@ -21,7 +21,7 @@ from tests.helpers.models import SMALL_VIT
 from tests.helpers.runs import assert_same_runs
 from train import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SCRIPT = "tests/helpers/fault_run.py"
 IS_LONG = bool(os.environ.get("CLIP_TOOLKIT_LONG_TESTS"))

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from clip_model import MultimodalTrainer
 from cliptune.cli import run_stage
+from cliptune.data.pairs import load_pairs
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.features.cache import FeatureCache
+from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
@@ -34,6 +38,7 @@ from cliptune.runtime.distributed import (
 )
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
+from data_loader import ImageTextDataset
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
@@ -143,13 +148,43 @@ def exchange(folder: Path) -> None:
         assert (folder / "made").exists()
 
 
+def cache_features(folder: Path) -> None:
+    """Each image and each caption is computed by one rank, and each rank computes some."""
+    with main_first():
+        if is_main():
+            create_sample_dataset(folder / "data", 21)
+    pairs = load_pairs(folder / "data")
+    model = make_model("ViT-Mini")
+    model.frozen_towers = ("image", "text")
+    encoded = {"image": 0, "text": 0}
+    for tower, run in (("image", model.run_image_tower), ("text", model.run_text_tower)):
+
+        def counted(inputs: Tensor, tower: str = tower, run: Any = run) -> Tensor:
+            encoded[tower] += len(inputs)
+            return run(inputs)  # type: ignore[no-any-return]
+
+        setattr(model, f"run_{tower}_tower", counted)
+    precision = resolve_precision("fp32", CPU)
+    encoder = Encoder(model, ImageTextDataset, precision=precision, batch_size=4, num_workers=0)
+    cache = FeatureCache(encoder, folder / "cache")
+    for _ in range(2):
+        cache.of_pairs(pairs)
+    counts = gather_values(encoded)
+    assert sum(count["image"] for count in counts) == len(pairs), counts
+    assert sum(count["text"] for count in counts) == len(set(pairs.captions)), counts
+    assert all(min(count.values()) > 0 for count in counts), counts
+
+
 def fail(folder: Path) -> None:
     if rank() == 1:
         raise ValueError("process one has no data")
     any_rank(False)
 
 
-TASKS = {"train": train_every_way, "memory": fill_the_memory_of_one, "exchange": exchange, "fail": fail}
+TASKS = {
+    "train": train_every_way, "memory": fill_the_memory_of_one, "exchange": exchange, "features": cache_features,
+    "fail": fail,
+}  # fmt: skip
 
 
 def main(task: str, folder: Path) -> int:
