@@ -10,11 +10,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clip_model import MultimodalTrainer
+from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.cli import run_stage
+from cliptune.data.pairs import load_pairs
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.features.cache import FeatureCache, View
+from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
@@ -34,6 +39,7 @@ from cliptune.runtime.distributed import (
 )
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
+from data_loader import ImageTextDataset
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
@@ -143,13 +149,51 @@ def exchange(folder: Path) -> None:
         assert (folder / "made").exists()
 
 
+def cache_features(folder: Path) -> None:
+    """Each rank runs the towers for its part; what is found damaged is shared out again."""
+    with main_first():
+        if is_main():
+            create_sample_dataset(folder / "data", 30)
+            next((folder / "data" / "images").glob("*3.png")).write_text("broken")
+    pairs = load_pairs(folder / "data")
+    torch.manual_seed(0)
+    model = CLIPModel("ViT-Ti/32", freeze_tower="image")
+    run_image_tower, num_run = model.run_image_tower, []
+    model.run_image_tower = lambda images: (num_run.append(len(images)), run_image_tower(images))[1]  # type: ignore
+    encoder = Encoder(model, ImageTextDataset, precision=resolve_precision("fp32", CPU), batch_size=4, num_workers=0)
+    (broken,) = (index for index, path in enumerate(pairs.paths) if Path(path).stat().st_size == len("broken"))
+    outputs = []
+    for expected in (29, 0):
+        num_run.clear()
+        found = FeatureCache(encoder, folder / "shared").images(pairs, View())
+        assert found is not None
+        assert list(found.issues) == [broken]
+        outputs.append(found[np.delete(np.arange(30), broken)])
+        counts = gather_values(sum(num_run))
+        assert sum(counts) == expected
+        assert max(counts) - min(counts) <= 1
+    assert torch.equal(*outputs)
+    # ranks that share no disk compute everything, each for itself
+    num_run.clear()
+    apart = FeatureCache(encoder, folder / f"apart-{rank()}").images(pairs, View())
+    assert apart is not None
+    assert sum(num_run) == 29
+    assert torch.allclose(apart[np.delete(np.arange(30), broken)], outputs[0], atol=1e-5)
+
+
 def fail(folder: Path) -> None:
     if rank() == 1:
         raise ValueError("process one has no data")
     any_rank(False)
 
 
-TASKS = {"train": train_every_way, "memory": fill_the_memory_of_one, "exchange": exchange, "fail": fail}
+TASKS = {
+    "train": train_every_way,
+    "memory": fill_the_memory_of_one,
+    "exchange": exchange,
+    "features": cache_features,
+    "fail": fail,
+}
 
 
 def main(task: str, folder: Path) -> int:
