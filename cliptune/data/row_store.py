@@ -116,10 +116,11 @@ class RowStore:
     def holds(self, indices: IntArray, keys: Keys) -> NDArray[np.bool_]:
         """Tell which rows are whole, bool `[N]`; reads all of those that were ever written."""
         files = self._open()
+        seals = files.records["seal"][indices]
         whole = np.zeros(len(indices), dtype=bool)
-        for place in np.flatnonzero(files.records["seal"][indices]).tolist():
-            index, key = indices[place], keys[place : place + 1].tobytes()
-            whole[place] = files.records["seal"][index] == _seal(key, files.rows[index])
+        for position in np.flatnonzero(seals).tolist():
+            key = keys[position : position + 1].tobytes()  # an element alone would lose the zeros at its end
+            whole[position] = int(seals[position]) == _seal(key, files.rows[indices[position]])
         return whole
 
     def gather(self, indices: IntArray) -> Rows:
@@ -153,8 +154,8 @@ class RowStore:
         indices, seals = np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=np.uint64)
         if len(records):
             order = np.argsort(records["key"], kind="stable")
-            spot = np.searchsorted(records["key"], keys, sorter=order)
-            candidates = order[np.minimum(spot, len(order) - 1)]
+            nearest = np.searchsorted(records["key"], keys, sorter=order)
+            candidates = order[np.minimum(nearest, len(order) - 1)]
             hits = records["key"][candidates] == keys
             indices[hits], seals[hits] = candidates[hits], records["seal"][candidates[hits]]
         return indices, seals
