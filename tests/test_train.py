@@ -456,7 +456,7 @@ def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(sam
         assert re.search(r"epoch 1: .* s, \d+\.\d pairs/s, waited \d+% for data", log)
     assert histories[0] == histories[1] == histories[2]  # the sample pictures are PNG files
     kept = list((tmp_path / "kept" / "cache" / "images").iterdir())
-    assert {path.suffix for path in kept} == {".entries", ".pixels"}
+    assert {path.suffix for path in kept} == {".keys", ".rows"}
     assert not (tmp_path / "plain" / "cache").exists()
 
 

@@ -156,7 +156,7 @@ def test_a_run_killed_between_row_and_checksum_leaves_no_row(tmp_path: Path, pat
     assert np.array_equal(again.load(paths[0])[0], expected(paths[0]))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_several_processes_share_one_cache(method: str, tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
     cache = ImageCache(tmp_path / "cache", paths, clip_transform(32))
     cache.load(paths[0])
