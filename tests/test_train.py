@@ -507,7 +507,8 @@ def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(
         log = (tmp_path / name / "logs" / "train.log").read_text()
         assert re.search(r"epoch 1: .* s, \d+\.\d pairs/s, waited \d+% for data", log)
     assert histories[0] == histories[1] == histories[2]  # the sample images are PNG files
-    assert list((tmp_path / "cached" / "cache" / "images").iterdir())
+    cached = list((tmp_path / "cached" / "cache" / "images").iterdir())
+    assert {path.suffix for path in cached} == {".keys", ".rows"}
     assert not (tmp_path / "plain" / "cache").exists()
 
 

@@ -117,10 +117,11 @@ class RowStore:
     def holds(self, indices: IntArray, keys: Keys) -> NDArray[np.bool_]:
         """Tell which rows are whole, bool `[N]`; reads all of those that were ever written."""
         files = self._open()
+        seals = files.records["seal"][indices]
         whole = np.zeros(len(indices), dtype=bool)
-        for i in np.flatnonzero(files.records["seal"][indices]).tolist():
-            row = files.rows[indices[i]]
-            whole[i] = files.records["seal"][indices[i]] == _seal(keys[i : i + 1].tobytes(), row)
+        for position in np.flatnonzero(seals).tolist():
+            key = keys[position : position + 1].tobytes()  # an element alone would lose the zeros at its end
+            whole[position] = int(seals[position]) == _seal(key, files.rows[indices[position]])
         return whole
 
     def gather(self, indices: IntArray) -> Rows:
@@ -159,8 +160,8 @@ class RowStore:
         indices, seals = np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=np.uint64)
         if len(records):
             order = np.argsort(records["key"], kind="stable")
-            spot = np.searchsorted(records["key"], keys, sorter=order)
-            candidates = order[np.minimum(spot, len(order) - 1)]
+            nearest = np.searchsorted(records["key"], keys, sorter=order)
+            candidates = order[np.minimum(nearest, len(order) - 1)]
             hits = records["key"][candidates] == keys
             indices[hits], seals[hits] = candidates[hits], records["seal"][candidates[hits]]
         return indices, seals

@@ -10,14 +10,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from clip_model import MultimodalTrainer
+from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.cli import run_stage
 from cliptune.data.pairs import load_pairs
 from cliptune.data.sample_data import create_sample_dataset
-from cliptune.features.cache import FeatureCache
+from cliptune.features.cache import FeatureCache, View
 from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import load_optimizer_state, parallel_model, whole
@@ -149,30 +150,35 @@ def exchange(folder: Path) -> None:
 
 
 def cache_features(folder: Path) -> None:
-    """Each image and each caption is computed by one rank, and each rank computes some."""
+    """Each rank runs the towers for its part; what is found damaged is shared out again."""
     with main_first():
         if is_main():
-            create_sample_dataset(folder / "data", 21)
+            create_sample_dataset(folder / "data", 30)
+            next((folder / "data" / "images").glob("*3.png")).write_text("broken")
     pairs = load_pairs(folder / "data")
-    model = make_model("ViT-Mini")
-    model.frozen_towers = ("image", "text")
-    encoded = {"image": 0, "text": 0}
-    for tower, run in (("image", model.run_image_tower), ("text", model.run_text_tower)):
-
-        def counted(inputs: Tensor, tower: str = tower, run: Any = run) -> Tensor:
-            encoded[tower] += len(inputs)
-            return run(inputs)  # type: ignore[no-any-return]
-
-        setattr(model, f"run_{tower}_tower", counted)
-    precision = resolve_precision("fp32", CPU)
-    encoder = Encoder(model, ImageTextDataset, precision=precision, batch_size=4, num_workers=0)
-    cache = FeatureCache(encoder, folder / "cache")
-    for _ in range(2):
-        cache.of_pairs(pairs)
-    counts = gather_values(encoded)
-    assert sum(count["image"] for count in counts) == len(pairs), counts
-    assert sum(count["text"] for count in counts) == len(set(pairs.captions)), counts
-    assert all(min(count.values()) > 0 for count in counts), counts
+    torch.manual_seed(0)
+    model = CLIPModel("ViT-Ti/32", freeze_tower="image")
+    run_image_tower, num_run = model.run_image_tower, []
+    model.run_image_tower = lambda images: (num_run.append(len(images)), run_image_tower(images))[1]  # type: ignore
+    encoder = Encoder(model, ImageTextDataset, precision=resolve_precision("fp32", CPU), batch_size=4, num_workers=0)
+    (broken,) = (index for index, path in enumerate(pairs.paths) if Path(path).stat().st_size == len("broken"))
+    outputs = []
+    for expected in (29, 0):
+        num_run.clear()
+        found = FeatureCache(encoder, folder / "shared").images(pairs, View())
+        assert found is not None
+        assert list(found.issues) == [broken]
+        outputs.append(found[np.delete(np.arange(30), broken)])
+        counts = gather_values(sum(num_run))
+        assert sum(counts) == expected
+        assert max(counts) - min(counts) <= 1
+    assert torch.equal(*outputs)
+    # ranks that share no disk compute everything, each for itself
+    num_run.clear()
+    apart = FeatureCache(encoder, folder / f"apart-{rank()}").images(pairs, View())
+    assert apart is not None
+    assert sum(num_run) == 29
+    assert torch.allclose(apart[np.delete(np.arange(30), broken)], outputs[0], atol=1e-5)
 
 
 def fail(folder: Path) -> None:
@@ -182,9 +188,12 @@ def fail(folder: Path) -> None:
 
 
 TASKS = {
-    "train": train_every_way, "memory": fill_the_memory_of_one, "exchange": exchange, "features": cache_features,
+    "train": train_every_way,
+    "memory": fill_the_memory_of_one,
+    "exchange": exchange,
+    "features": cache_features,
     "fail": fail,
-}  # fmt: skip
+}
 
 
 def main(task: str, folder: Path) -> int:

@@ -110,6 +110,15 @@ def test_frozen_features_are_shared_out(sample_dir: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_history(history(tmp_path), history(single))
 
+    def cached(folder: Path) -> dict[str, int]:
+        files = (folder / "cache" / "features").glob("*.keys")
+        return {file.name: len(file.read_bytes()) for file in files}
+
+    assert len(cached(tmp_path)) == 2  # a file for each tower
+    assert cached(tmp_path) == cached(single)  # nothing is computed twice
+
+
+def test_ranks_share_the_work_of_frozen_towers(tmp_path: Path) -> None:
     done = torchrun(2, "tests/helpers/worker.py", "features", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
