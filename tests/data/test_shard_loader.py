@@ -240,7 +240,7 @@ def test_two_ranks_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp
 def test_frozen_towers_train_on_shards_without_cached_features(shard_run: Path, tmp_path: Path) -> None:
     data = ["--data_dir", f"{shard_run}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
     assert train.main([*data, *FLAGS, "--freeze_backbone", "--output_dir", str(tmp_path)]) == 0
-    assert "for shards is not kept" in (tmp_path / "logs" / "train.log").read_text()
+    assert "are not cached for shards" in (tmp_path / "logs" / "train.log").read_text()
     assert not (tmp_path / "cache").exists()
 
 

@@ -131,7 +131,7 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
     output = tmp_path / "output"
     flags = ["--data_dir", str(index), "--output_dir", str(output), *TINY, "--augment", "color", "--fast_decode"]
     assert train.main(flags) == 2
-    assert one_line(capsys.readouterr().err).startswith(f"train.py: error: {index}: {len(ABSENT)} bad entries beside ")
+    assert one_line(capsys.readouterr().err).startswith(f"train.py: error: {index}: {len(ABSENT)} of ")
     assert untouched(output)
     assert train.main([*flags, "--max_skipped_fraction", "1"]) == 0
     listed = json.loads((output / "results" / "skipped.json").read_text())
@@ -247,7 +247,7 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
     listed = json.loads((output / "results" / "skipped.json").read_text())
     assert listed[0] == {
         "image": "gone.png", "reason": "image gone.png: No such file or directory",
-        "place": f"data.json: row {len(rows)}",
+        "location": f"data.json: row {len(rows)}",
     }  # fmt: skip
     assert sorted(each["image"] for each in listed[1:]) == sorted(row["image_path"] for row in rows[:3])
     assert {each["reason"] for each in listed[1:]} == {"cannot be read as an image: of no known format"}
