@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cliptune.cli import check_command_line, load_config, override, run_stage
+from cliptune.cli import check_command_line, load_config, resumed_config, run_stage
 from cliptune.settings import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config
 
 if __name__ == "__main__":
@@ -63,11 +63,6 @@ from visualization import draw_figures
 
 logger = logging.getLogger("train")
 
-MAY_CHANGE_ON_RESUME = {
-    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
-    "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
-}  # fmt: skip
 AUGMENTED_VIEWS = 4
 
 
@@ -182,6 +177,12 @@ class Resumed(NamedTuple):
     path: Path
     content: dict[str, Any]
 
+    def settings(self, given: dict[str, Any]) -> Config:
+        """Return its run's settings, changed by the flags that are given and may change."""
+        if "run_state" not in self.content:
+            raise ValueError(f"{self.path} holds no training state to resume from; use last_model.pth")
+        return resumed_config(self.content["config"], given)
+
 
 def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
     """Keep other runs out of the output folder while `held` is, and find what to resume from.
@@ -196,7 +197,7 @@ def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[C
     resume, resumed = config.run.resume, None
     if resume not in {None, "latest"}:
         resumed = Resumed(Path(str(resume)), load_checkpoint(str(resume)))
-        config = _resumed_settings(resumed, given)
+        config = resumed.settings(given)
     files = RunFiles(Path(config.run.output_dir))
     if is_main():
         held.enter_context(files.locked())
@@ -207,27 +208,11 @@ def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[C
             logger.info("nothing to resume in %s: starting from the beginning", files.root)
         else:
             resumed = Resumed(*found)
-            config = _resumed_settings(resumed, {**given, "output_dir": config.run.output_dir})
+            config = resumed.settings({**given, "output_dir": config.run.output_dir})
     if resumed is not None:
         epoch, step = resumed.content["epoch"], resumed.content["global_step"]
         logger.info("resuming at epoch %d, step %d from %s", epoch, step, resumed.path)
     return config, files, resumed
-
-
-def _resumed_settings(resumed: Resumed, given: dict[str, Any]) -> Config:
-    """Return the settings of a checkpoint, changed by the flags that are given and may change."""
-    if "run_state" not in resumed.content:
-        raise ValueError(f"{resumed.path} holds no training state to resume from; use last_model.pth")
-    stored = Config.model_validate(resumed.content["config"])
-    changed = {name: value for name, value in given.items() if override(stored, {name: value}) != stored}
-    refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
-    if refused:
-        flags = ", ".join(f"--{name}" for name in refused)
-        raise ValueError(f"{flags} cannot change when a run is resumed: start a new one, or leave the flag away")
-    for name, value in changed.items():
-        if name != "resume":
-            logger.info("resumed with --%s %s", name, value)
-    return override(stored, changed)
 
 
 def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None) -> str | Weights:

@@ -20,7 +20,15 @@ from cliptune.runtime.files import read_json_object
 from cliptune.runtime.messages import first_few, one_line, printable, shorten
 from cliptune.settings import Config, Settings
 
+logger = logging.getLogger(__name__)
+
 CONFIG_PATH = Path("config.json")
+MAY_CHANGE_ON_RESUME = {
+    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
+    "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
+    "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
+}  # fmt: skip
+"""Flags that change how a run is computed or what it writes, but not what it is."""
 MAX_ISSUES = 10
 
 HELP_GROUPS = {
@@ -157,6 +165,28 @@ def check_command_line(settings: type[Settings], description: str) -> None:
 def override(config: Config, given: dict[str, Any]) -> Config:
     """Return `config` with some flags set anew (`given` as `load_config` returned it)."""
     return _validate(Config, config.model_dump(), given, source=None)
+
+
+def resumed_config(stored: dict[str, Any], given: dict[str, Any]) -> Config:
+    """Return the settings of a run that is resumed.
+
+    Args:
+        stored: its settings, as its checkpoint holds them.
+        given: the flags of this start, as `load_config` returned them.
+
+    Raises:
+        ValueError: one of them changes what cannot change within a run.
+    """
+    config = Config.model_validate(stored)
+    changed = {name: value for name, value in given.items() if override(config, {name: value}) != config}
+    refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
+    if refused:
+        flags = ", ".join(f"--{name}" for name in refused)
+        raise ValueError(f"{flags} cannot change when a run is resumed: start a new one, or leave the flag away")
+    for name, value in changed.items():
+        if name != "resume":
+            logger.info("resumed with --%s %s", name, value)
+    return override(config, changed)
 
 
 def run_stage(stage: Callable[[], int], *, name: str) -> int:
