@@ -114,8 +114,8 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     """Decide which index a folder holds.
 
     Returns:
-        The files of the splits ({"train": ..., "val": ...}) if there is a train file, else data.json, else the only
-        index file, else the folder itself if it has images/ and captions/; a `folder` that is a file is returned.
+        The files of the splits ({"train": ..., "val": ...}) if there is a train file, else data.json, else
+        data.parquet, else the only index file, else the folder itself if it has images/ and captions/; a `folder` that is a file is returned.
 
     Raises:
         FileNotFoundError: there is no such folder, or no index in it.
@@ -132,8 +132,9 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
             splits.setdefault(SPLITS[path.stem.lower()], []).append(path)
     if "train" in splits:
         return _one_for_each(folder, splits)
-    if folder / "data.json" in candidates:
-        return folder / "data.json"
+    for name in ("data.json", "data.parquet"):
+        if folder / name in candidates:
+            return folder / name
     if len(candidates) == 1:
         return candidates[0]
     if (folder / "images").is_dir() and (folder / "captions").is_dir():
@@ -143,8 +144,8 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     if candidates:
         raise ValueError(f"{folder}: several index files: {_names(candidates)}; name one with --data_dir FILE")
     raise FileNotFoundError(
-        f"{folder}: no data set: looked for train.*, val.*, test.*, data.json, one file *.json, *.jsonl, *.csv, *.tsv, "
-        "*.txt or *.parquet, and images/ with captions/; `python data_loader.py` makes sample data"
+        f"{folder}: no data set: looked for train.*, val.*, test.*, data.json, data.parquet, one file *.json, *.jsonl, "
+        "*.csv, *.tsv, *.txt or *.parquet, and images/ with captions/; `python data_loader.py` makes sample data"
     )
 
 
@@ -203,6 +204,7 @@ def _read_parquet(found: Records) -> str:
     try:
         with pq.ParquetFile(found.path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
+            _refuse_repeated(found, schema.names)
             columns = Counter(dict.fromkeys(schema.names, num_rows))
             texts = Counter({name: num_rows for name in schema.names if not _holds_bytes(schema.field(name).type)})
             held = next((name for name in found.image_columns if name in columns and name not in texts), None)
@@ -216,15 +218,40 @@ def _read_parquet(found: Records) -> str:
             used = [image_column, caption_column, *({"split", "group"} & columns.keys())]
             found.ignore(columns, used)
             for number, row in enumerate(_parquet_rows(file, used), 1):
-                found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+                if isinstance(row, ValueError):
+                    found.issue(number, str(row))
+                else:
+                    found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
     return "parquet"
 
 
-def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any] | ValueError]:
+    """Yield the cells by name of each row; instead of one that Python cannot hold (not UTF-8, year 30,000) its error."""
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-        yield from batch.to_pylist()
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError):  # one by one, so that a bad cell costs its row alone
+            rows = [_parquet_row(batch.slice(row, 1)) for row in range(len(batch))]
+        yield from rows
+
+
+def _parquet_row(batch: pa.RecordBatch) -> dict[str, Any] | ValueError:
+    try:
+        row: dict[str, Any] = batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return ValueError("text is not UTF-8")
+    except (ValueError, OverflowError) as error:
+        return ValueError(one_line(error))
+    return row
+
+
+def _refuse_repeated(found: Records, names: list[str]) -> None:
+    """Raise if two columns have one name: either could be meant."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{found.path}: column {quote(twice[0])} stands twice in the header")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -344,9 +371,7 @@ def _read_mapping(found: Records, text: TextFile) -> str:
 
 
 def _read_table(found: Records, text: TextFile, delimiter: str, names: list[str]) -> str:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{found.path}: column {quote(twice[0])} stands twice in the header")
+    _refuse_repeated(found, names)
     _read_rows(found, lambda: _table_rows(text, delimiter, names), "line")
     return "tsv" if delimiter == "\t" else "csv"
 

@@ -97,6 +97,34 @@ def test_images_inside_parquet_are_named(tmp_path: Path) -> None:
         read_index(parquet(tmp_path, columns))
 
 
+def test_a_parquet_cell_that_python_cannot_hold_costs_its_row(tmp_path: Path) -> None:
+    encoded = pa.array([b"a.jpg", b"\xff.jpg", b"c.jpg"])
+    images = pa.StringArray.from_buffers(3, *encoded.buffers()[1:])
+    groups = pa.array([None, None, 2**60], pa.timestamp("us"))
+    index = read_index(parquet(tmp_path, {"image": images, "caption": ["x", "y", "z"], "group": groups}))
+    assert [row.image for row in index.rows] == ["a.jpg"]
+    assert [str(issue) for issue in index.issues.first] == [
+        "data.parquet: row 2: text is not UTF-8",
+        "data.parquet: row 3: date value out of range",
+    ]
+
+
+@pytest.mark.parametrize("names", [["image", "image", "caption"], ["z", "z", "image", "caption"]])
+def test_parquet_with_two_columns_of_one_name_is_refused(names: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a.jpg"])] * len(names), names=names), path)
+    with pytest.raises(ValueError, match=rf"data\.parquet: column '{names[0]}' stands twice"):
+        read_index(path)
+
+
+def test_data_parquet_comes_before_other_index_files(tmp_path: Path) -> None:
+    path = parquet(tmp_path, {"image": ["a.jpg"], "caption": ["x"]})
+    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,x\n", encoding="utf-8")
+    assert find_index(tmp_path) == path
+    (tmp_path / "data.json").write_text("[]", encoding="utf-8")
+    assert find_index(tmp_path) == tmp_path / "data.json"
+
+
 def test_damaged_parquet_is_one_clean_error(tmp_path: Path) -> None:
     path = parquet(tmp_path, {"image": ["a.jpg"], "caption": ["x"]})
     content = path.read_bytes()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -228,6 +230,23 @@ def test_a_spoiled_index(folder: Path, content: bytes, caption_key: str | None) 
 @MANY
 @given(content=swapped_types(DOCUMENTS))
 def test_an_index_of_swapped_types(folder: Path, content: bytes) -> None:
+    check_index(folder, content, caption_key=None)
+
+
+def parquet_bytes() -> list[bytes]:
+    columns = {"image": ["a.jpg", "b.jpg", "c.jpg"], "split": ["train", None, "val"], "group": [1, None, 2]}
+    contents = []
+    for captions in (["a cat", "", "猫"], [["a cat", "x"], None, ["a dog"]]):
+        for options in ({}, {"compression": "none", "row_group_size": 2}, {"use_dictionary": False}):
+            buffer = BytesIO()
+            pq.write_table(pa.table({**columns, "caption": captions}), buffer, **options)
+            contents.append(buffer.getvalue())
+    return contents
+
+
+@MANY
+@given(content=spoiled_bytes(parquet_bytes()))
+def test_a_spoiled_parquet_index(folder: Path, content: bytes) -> None:
     check_index(folder, content, caption_key=None)
 
 
