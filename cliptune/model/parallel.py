@@ -64,6 +64,13 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "unshard")
 
 
+def can_shard() -> bool:
+    """Tell whether this PyTorch, 2.7 or later, can leave the temperature, a scalar, out of sharding."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    return "ignored_params" in inspect.signature(fully_shard).parameters
+
+
 def whole(state: Any) -> Any:
     """Put the shards in a state dict together, in every rank; a collective if there are any."""
     return tree_map(lambda value: value.full_tensor() if _is_shard(value) else value, state)
@@ -122,7 +129,7 @@ def _is_shard(value: Any) -> bool:
 def _shard(model: Any, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
 
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+    if not can_shard():
         raise ValueError(f"--parallel fsdp needs PyTorch 2.7 or later, this is {torch.__version__}; use --parallel ddp")
     model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -21,7 +21,7 @@ from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features.cache import FeatureCache, View
 from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
-from cliptune.model.parallel import load_optimizer_state, parallel_model, whole
+from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import (
     all_sum,
@@ -105,7 +105,7 @@ def train_step(trainer: MultimodalTrainer, size: int) -> float:
 
 
 def train_every_way(folder: Path) -> None:
-    for how, size in product(("ddp", "fsdp"), (None, 3)):
+    for how, size in product(("ddp", "fsdp") if can_shard() else ("ddp",), (None, 3)):
         for name in ("ViT-Mini", "RN-Ti") if size else ("ViT-Mini",):
             result = train(name, how, size, resume_at=STEPS // 2 if size else -1)
             if is_main():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cliptune.model.architectures import ARCHITECTURES
-from cliptune.model.parallel import clip_gradient
+from cliptune.model.parallel import can_shard, clip_gradient
 from tests.helpers.launch import torchrun
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients
 from tests.helpers.worker import train
@@ -28,7 +28,7 @@ def test_processes_train_as_one_does(world_size: int, one_process: dict[str, Any
     done = torchrun(world_size, "tests/helpers/worker.py", "train", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     files = sorted(tmp_path.glob("*.pt"))
-    assert len(files) == 6
+    assert len(files) == (6 if can_shard() else 3)
     for file in files:
         got, expected = torch.load(file), one_process[file.stem.split("-", 1)[1].rsplit("-", 2)[0]]
         tolerance = 1e-5 if "ViT" in file.stem else 1e-4
