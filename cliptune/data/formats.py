@@ -115,7 +115,8 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
 
     Returns:
         The files of the splits ({"train": ..., "val": ...}) if there is a train file, else data.json, else
-        data.parquet, else the only index file, else the folder itself if it has images/ and captions/; a `folder` that is a file is returned.
+        data.parquet, else the only index file, else the folder itself if it has images/ and captions/; a `folder` that
+        is a file is returned.
 
     Raises:
         FileNotFoundError: there is no such folder, or no index in it.
@@ -228,7 +229,7 @@ def _read_parquet(found: Records) -> str:
 
 
 def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any] | ValueError]:
-    """Yield the cells by name of each row; instead of one that Python cannot hold (not UTF-8, year 30,000) its error."""
+    """Yield the cells of each row by name; for one that Python cannot hold (not UTF-8, year 30,000) its error."""
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
         try:
             rows = batch.to_pylist()
