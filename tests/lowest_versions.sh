@@ -16,7 +16,8 @@ from pathlib import Path
 listed = re.search(r"^dependencies = \[\n(.*?)^\]", Path("pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
 print("\n".join(line.replace(">=", "==") for line in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)))
 PY
+# later versions of pyparsing warn of how matplotlib 3.8 calls them, and a test asks for no warning
 "$FOLDER/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  -r "$FOLDER/lowest.txt" hypothesis import-linter pytest pytest-cov "setuptools>=77"
+  -r "$FOLDER/lowest.txt" hypothesis import-linter pytest pytest-cov "setuptools>=77" "pyparsing<3.3"
 "$FOLDER/venv/bin/python" -m pip list --disable-pip-version-check
 "$FOLDER/venv/bin/python" -m pytest -m "not slow" -p no:cacheprovider

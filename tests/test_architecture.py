@@ -133,7 +133,11 @@ import logging, random
 import numba, numpy, PIL.Image, pyarrow, pydantic, simplejpeg, torch, torch.utils.tensorboard, torchvision, tqdm
 pydantic.create_model("First")  # pydantic looks for plugins once, in the files of all packages
 
+watching = True
+
 def watch(event, arguments):
+    if not watching:
+        return
     is_code = event == "open" and str(arguments[0]).endswith((".py", ".pyc", ".so"))
     if event.startswith("socket.") or event in {"open", "os.mkdir", "subprocess.Popen"} and not is_code:
         raise SystemExit(f"{event} {arguments}")
@@ -146,6 +150,7 @@ before = state()
 sys.addaudithook(watch)
 import MODULES
 assert state() == before
+watching = False  # what libraries do at the end of the process is not asked
 """
 
 
