@@ -223,7 +223,7 @@ def _read_parquet(found: Records) -> str:
                     found.issue(number, str(row))
                 else:
                     found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column name
         raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
     return "parquet"
 
