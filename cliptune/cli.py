@@ -122,7 +122,7 @@ def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, di
         ValueError: an unknown key or flag, or a value that does not fit, naming the place.
         FileNotFoundError: the file named by `--config` is not there.
     """
-    given = _parse_flags(Config, argv, description=description, with_config=True)
+    given = _parse_flags(Config, argv, description=description)
     named = given.pop("config", None)
     path = Path(named) if named is not None else CONFIG_PATH
     if named is not None and not path.is_file():
@@ -189,9 +189,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _parse_flags(
-    settings: type[Settings], argv: list[str] | None, *, description: str, with_config: bool = False
-) -> dict[str, Any]:
+def _parse_flags(settings: type[Settings], argv: list[str] | None, *, description: str) -> dict[str, Any]:
     parser = _Parser(
         description=description.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -200,7 +198,7 @@ def _parse_flags(
         argument_default=argparse.SUPPRESS,
     )
     arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
-    if with_config:
+    if settings is Config:
         arguments["config"] = {
             "metavar": METAVARS["config"],
             "help": "JSON file with settings (default: ./config.json if there)",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
-from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, each, first_given
+from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, first_given
 from cliptune.runtime.messages import count, first_few, nearest, shorten
 
 IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
@@ -110,7 +110,7 @@ class Records:
         differs = split_given & (rows.splits != rows.splits[split_of])
         repeats = group_given & (group_of != np.arange(len(rows)))
         earlier, self.issues = self.issues, []
-        for row in each(np.flatnonzero(differs | repeats)):
+        for row in map(int, np.flatnonzero(differs | repeats)):  # one by one: a list of millions would be large
             split, group = rows.split_name(split_of[row]), rows.groups[group_of[row]]
             for name, value, before in (("split", rows.split_name(row), split), ("group", rows.groups[row], group)):
                 if value and value != before:
@@ -176,31 +176,6 @@ class Records:
         else:
             for number in numbers:
                 self.issue(number, "no caption")
-
-
-class ColumnCounts:
-    """In how many rows each column stands; most rows have the columns of the row before."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._latest: tuple[str, ...] = ()
-        self._run = 0
-
-    def add(self, row: dict[str, Any]) -> bool:
-        """Count one row; tells whether it has a column that no row before it had."""
-        names = tuple(row)
-        if names == self._latest:
-            self._run += 1
-            return False
-        self.counts()
-        self._latest, self._run = names, 1
-        return not self._counts.keys() >= row.keys()
-
-    def counts(self) -> Counter[str]:
-        """Return the number of rows of each column, in order of appearance."""
-        self._counts.update(dict.fromkeys(self._latest, self._run))
-        self._latest, self._run = (), 0
-        return self._counts
 
 
 def count_columns(rows: Iterable[Any]) -> Counter[str]:

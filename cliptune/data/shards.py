@@ -104,14 +104,12 @@ class TarSample(NamedTuple):
         found = _json_captions(self.texts.get("json"), CAPTION_KEYS if caption_key is None else (caption_key,))
         if not found and caption_key is None:
             found = self.texts.get("txt", b"").decode("utf-8").split("\n")  # bad UTF-8 is a ValueError too
-        captions = tuple(check_text("caption", caption) for caption in found if not _is_blank(caption))
+        # a blank line is no caption; what is no text at all is a mistake
+        given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
+        captions = tuple(check_text("caption", caption) for caption in given)
         if not captions:
             raise ValueError("no caption" if caption_key is None else f"no caption under {caption_key!r}")
         return captions
-
-
-def _is_blank(caption: Any) -> bool:
-    return isinstance(caption, str) and not caption.strip()
 
 
 def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
