@@ -172,14 +172,15 @@ def _take_rows(found: Records, rows: Iterator[tuple[int, Any]], names: dict[str,
     """Take the rows with the columns that `names` give; None once a row has names that give others."""
     image_column, caption_column = chosen = found.preferred(names)
     # millions of rows have a few shapes: ("image", "caption") 999,990 times, ("image", "caption", "split") 10 times
-    shapes: Counter[tuple[str, ...]] = Counter()
+    shapes: dict[tuple[str, ...], int] = {}
     for number, row in rows:
         if not isinstance(row, dict):
             found.issue(number, str(row) if isinstance(row, ValueError) else f"expected an object, found {kind(row)}")
             continue
         shape = tuple(row)
-        shapes[shape] += 1
-        if shapes[shape] == 1:
+        num_before = shapes.get(shape, 0)
+        shapes[shape] = num_before + 1
+        if not num_before:
             names.update(dict.fromkeys(shape))
             if found.preferred(names) != chosen:
                 return None
