@@ -272,9 +272,12 @@ def _hint(name: str, known: dict[str, str]) -> str:
 
 
 def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], *, source: Path | None) -> S:
+    # flags are laid over the file's values, {"training": {"seed": 1}} and --seed 2 -> {"training": {"seed": "2"}};
+    # pydantic then turns texts into numbers and checks everything at once
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     flags = {name: (key, field) for name, key, field in flags_of(settings)}
     for name, value in given.items():
+        # ("training", "seed") -> groups ["training"], last "seed"
         (*groups, last), field = flags[name]
         target = merged
         for group in groups:

@@ -333,7 +333,7 @@ def _read_karpathy(found: Records, images: list[Any]) -> str:
 def _read_mapping(found: Records, text: TextFile) -> str:
     found.refuse_caption_key("mapping")
     found.unit = "row"
-    # Read as pairs: a plain JSON object keeps only the last captions of a name that stands twice.
+    # read as pairs: a plain JSON object keeps only the last captions of a name that stands twice.
     for number, (image, captions) in enumerate(json.loads(text.read(), object_pairs_hook=tuple), 1):
         found.add(number, image, captions)
     return "mapping"

@@ -107,6 +107,7 @@ class Records:
         """Note the records whose split or group is another than an earlier record of their image gave."""
         split_given, group_given = rows.splits != NO_SPLIT, ~rows.groups.empty
         split_of, group_of = first_given(split_given, first), first_given(group_given, first)
+        # rows of one image with splits train, none, val: only the third differs from the first that is given
         differs = split_given & (rows.splits != rows.splits[split_of])
         repeats = group_given & (group_of != np.arange(len(rows)))
         earlier, self.issues = self.issues, []
@@ -117,6 +118,7 @@ class Records:
                     said = f"{name} {quote(value)}, but {quote(before)} at {rows.location(first[row])}"
                     image = rows.images[row]
                     self.issue(rows.location(row), f"{quote(image)}: {said}", image=image, num_before=row)
+        # issues of reading and these, in the order of the records that they stand behind
         self.issues = sorted([*earlier, *self.issues], key=itemgetter(0))[:MAX_ISSUES]
 
     @property
@@ -209,6 +211,7 @@ def check_group(value: Any) -> str | None:
     """Return a group as text, or None; what is no name or number is a ValueError."""
     if value is None or value == "":
         return None
+    # a number is a name, too: groups 7 and "7" are the same
     return str(value) if is_id(value) and not isinstance(value, str) else check_text("group", value)
 
 
