@@ -169,11 +169,11 @@ class Rows(Sequence[Row]):
         images: path of each image, `[N]`.
         captions: every caption, image by image.
         starts: int64 `[N + 1]`: row i has captions `starts[i]` to `starts[i + 1]`.
-        splits: int8 `[N]`: position in `SPLITS`, or `NO_SPLIT`.
+        splits: int8 `[N]`: index in `SPLITS`, or `NO_SPLIT`.
         groups: group of each image, or an empty string.
         numbers: int64 `[N]`: number of each row in its file.
-        origins: int8 `[N]`: position in `units` of where each row is from.
-        units: what a number counts ("data.json: row"), or an empty string where the image itself is its location.
+        origins: int8 `[N]`: index in `units` of where each row is from.
+        units: what a number counts ("data.json: row"), or an empty string where the image itself says it.
     """
 
     images: Strings
@@ -228,6 +228,7 @@ class Rows(Sequence[Row]):
         heads = np.flatnonzero(first == np.arange(len(self)))
         if len(heads) == len(self):
             return self
+        # rows of cat, dog, cat (first = 0 1 0): in the order 0 2 1 a cat's captions are neighbours
         captions, _ = take_runs(self.starts, np.argsort(first, kind="stable"))
         counts = np.zeros(len(self), dtype=np.int64)
         np.add.at(counts, first, np.diff(self.starts))
@@ -327,13 +328,8 @@ def take_runs(starts: IntArray, indices: IntArray) -> tuple[IntArray, IntArray]:
 
 def first_given(given: BoolArray, first: IntArray) -> IntArray:
     """Return for each row the first row of its image that is `given`, or the image's first row if none is."""
+    # rows 0 1 2 of one image (first = 0 0 0), given = no yes yes -> 1 1 1; none given -> 0 0 0
     rows = np.flatnonzero(given)
     best = np.full(len(first), len(first), dtype=np.int64)
     np.minimum.at(best, first[rows], rows)
     return np.where(best[first] < len(first), best[first], first)
-
-
-def each(numbers: IntArray) -> Iterator[int]:
-    """Yield Python integers, without a list of all of them."""
-    for start in range(0, len(numbers), _BLOCK):
-        yield from numbers[start : start + _BLOCK].tolist()
