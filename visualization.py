@@ -103,32 +103,35 @@ def training_curves_figure(results: TrainingResults) -> Figure:
 
 def model_metrics_figure(results: TrainingResults) -> Figure:
     """Draw a run's retrieval and similarities, the best epoch beside the model as loaded."""
-    figure = _figure(16, 6)
-    bars, densities = figure.subplots(1, 2, width_ratios=(3, 2))
-    best, baseline = results.metrics, results.baseline
-    gained = results.best_epoch != 0  # else the two are one and the same
-    columns = {"as loaded": baseline} | ({f"final (epoch {results.best_epoch})": best} if gained else {})
-    _draw_recalls(bars, columns, results)
-    before = {"rsum": f", as loaded {baseline.rsum:.1f}", "gap": f", as loaded {_gap(baseline)}"} if gained else {}
-    bars.set_title(f"Retrieval: RSum {best.rsum:.1f}{before.get('rsum', '')}")
-    _draw_similarities(densities, results.histograms.best, results.histograms.baseline if gained else None)
-    densities.set_title(f"Similarity: gap {_gap(best)}{before.get('gap', '')}")
-    _set_title(figure, f"{results.model_name}: {_verdict(results)}")
-    return figure
+    title, histograms = f"{results.model_name}: {_verdict(results)}", results.histograms
+    if results.best_epoch == 0:  # then the two are one and the same
+        return _metrics_figure(results, {"as loaded": results.baseline}, [histograms.best], title=title)
+    columns = {"as loaded": results.baseline, f"final (epoch {results.best_epoch})": results.metrics}
+    return _metrics_figure(results, columns, [histograms.baseline, histograms.best], title=title)
 
 
 def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
     """Draw an evaluation's retrieval and similarities."""
-    figure = _figure(16, 6)
-    bars, densities = figure.subplots(1, 2, width_ratios=(3, 2))
-    metrics = results.metrics
-    _draw_recalls(bars, {"evaluated": metrics}, results)
-    bars.set_title(f"Retrieval: RSum {metrics.rsum:.1f}")
-    _draw_similarities(densities, results.histograms, None)
-    densities.set_title(f"Similarity: gap {_gap(metrics)}")
     model = "" if results.run is None else results.run.model_name
     named = {"checkpoint": Path(results.checkpoint).name, "data": Path(results.data).name, "split": results.split}
-    _set_title(figure, ", ".join([*filter(None, [model]), *(f"{key} {name}" for key, name in named.items() if name)]))
+    title = ", ".join([*filter(None, [model]), *(f"{key} {name}" for key, name in named.items() if name)])
+    return _metrics_figure(results, {"evaluated": results.metrics}, [results.histograms], title=title)
+
+
+def _metrics_figure(
+    results: Results, columns: dict[str, Metrics], histograms: list[Histograms], *, title: str
+) -> Figure:
+    """Draw retrieval beside similarities: of the last column and the last histograms, and of one as loaded before."""
+    figure = _figure(16, 6)
+    bars, densities = figure.subplots(1, 2, width_ratios=(3, 2))
+    *before, metrics = columns.values()
+    _draw_recalls(bars, columns, results)
+    loaded = "".join(f", as loaded {baseline.rsum:.1f}" for baseline in before)
+    bars.set_title(f"Retrieval: RSum {metrics.rsum:.1f}{loaded}")
+    _draw_similarities(densities, histograms[-1], histograms[0] if before else None)
+    loaded = "".join(f", as loaded {_gap(baseline)}" for baseline in before)
+    densities.set_title(f"Similarity: gap {_gap(metrics)}{loaded}")
+    _set_title(figure, title)
     return figure
 
 

@@ -130,7 +130,7 @@ def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, di
         ValueError: an unknown key or flag, or a value that does not fit, naming the place.
         FileNotFoundError: the file named by `--config` is not there.
     """
-    given = _parse_flags(Config, argv, description=description, with_config=True)
+    given = _parse_flags(Config, argv, description=description)
     named = given.pop("config", None)
     path = Path(named) if named is not None else CONFIG_PATH
     if named is not None and not path.is_file():
@@ -219,9 +219,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _parse_flags(
-    settings: type[Settings], argv: list[str] | None, *, description: str, with_config: bool = False
-) -> dict[str, Any]:
+def _parse_flags(settings: type[Settings], argv: list[str] | None, *, description: str) -> dict[str, Any]:
     parser = _Parser(
         description=description.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -230,7 +228,7 @@ def _parse_flags(
         argument_default=argparse.SUPPRESS,
     )
     arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
-    if with_config:
+    if settings is Config:
         arguments["config"] = {
             "metavar": METAVARS["config"],
             "help": "JSON file with settings (default: ./config.json if there)",
@@ -304,9 +302,12 @@ def _hint(name: str, known: dict[str, str]) -> str:
 
 
 def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], *, source: Path | None) -> S:
+    # flags are laid over the file's values, {"training": {"seed": 1}} and --seed 2 -> {"training": {"seed": "2"}};
+    # pydantic then turns texts into numbers and checks everything at once
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     flags = {name: (key, field) for name, key, field in flags_of(settings)}
     for name, value in given.items():
+        # ("training", "seed") -> groups ["training"], last "seed"
         (*groups, last), field = flags[name]
         target = merged
         for group in groups:

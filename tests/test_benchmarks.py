@@ -23,6 +23,7 @@ from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "step.json"
     flags = ["--quick", "--precisions", "fp32", "--json", str(figures)]
@@ -58,6 +59,7 @@ def test_a_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[3:] == ["|           | n   |", "|-----------|-----|", "| long name | 1   |", "| x         | 100 |"]
 
 
+@pytest.mark.slow
 def test_the_data_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--quick", "--num_large", "1", "--num_small", "2", "--large_width", "640", "--repeats", "1"]
     assert data_pipeline.main([*flags, "--model_name", "ViT-Ti/32", "--json", str(tmp_path / "x.json")]) == 0
@@ -78,6 +80,7 @@ def test_a_folder_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert data_pipeline.main(["--images", str(tmp_path / "gone")]) == 2
 
 
+@pytest.mark.slow
 def test_retrieval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found.json"
     flags = ["--images", "40", "--texts", "120", "--size", "16", "--repeats", "2", "--json", str(path)]
@@ -108,6 +111,7 @@ def test_the_whole_matrix_is_seen_in_the_peak() -> None:
     assert 60 < peak < 120
 
 
+@pytest.mark.slow
 def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "found.json"
     assert startup.main(["--repeats", "1", "--only", "visualization.py", "--json", str(path)]) == 0
@@ -121,6 +125,7 @@ def test_a_command_that_does_not_end_as_it_should_is_an_error() -> None:
         startup.starter(["-c", "raise SystemExit(3)"], 0)()
 
 
+@pytest.mark.slow
 def test_frozen_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--num_images", "20", "--batch_size", "8", "--num_later", "2", "--rounds", "1", "--device", "cpu"]
     flags += ["--model_name", "ViT-Ti/32", "--precision", "fp32", "--json", str(tmp_path / "x.json")]
@@ -144,6 +149,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason=
 
 
 @LINUX
+@pytest.mark.slow
 def test_index_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--num_rows", "3000", "--num_images", "1500", "--folder", str(tmp_path)]
     assert index_memory.main([*flags, "--json", str(tmp_path / "x.json")]) == 0
@@ -161,6 +167,7 @@ def test_a_loading_process_does_not_copy_the_index(tmp_path: Path) -> None:
     assert grown < 2 * 2**20
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_a_plain_loop(sample_dir: Path, tmp_path: Path) -> None:
     flags = ["--data_dir", str(sample_dir), "--quick", "--batch_size", "12", "--json", str(tmp_path / "x.json")]
     assert train_losses.main(flags) == 0
@@ -170,6 +177,7 @@ def test_losses_are_those_of_a_plain_loop(sample_dir: Path, tmp_path: Path) -> N
     assert runs[0]["plain"][0] != runs[0]["plain"][-1]
 
 
+@pytest.mark.slow
 def test_large_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "large.json"
     assert large_batch.main(["--quick", "--json", str(figures)]) == 0
@@ -179,6 +187,7 @@ def test_large_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(point["peak"] > 1e8 for point in model["points"])
 
 
+@pytest.mark.slow
 def test_the_model_of_a_steps_cost(capsys: pytest.CaptureFixture[str]) -> None:
     costs = large_batch.Costs(0.5, 0.01, 1e-9, start=1e9, parameters=100, pair_bytes=1000, pixel_bytes=10)
     assert costs.seconds(32, 32) == pytest.approx(0.5 + 0.32, rel=1e-4)

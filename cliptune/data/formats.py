@@ -23,7 +23,6 @@ from cliptune.data.index import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     SPLITS,
-    ColumnCounts,
     Index,
     Records,
     count_columns,
@@ -72,9 +71,11 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
     if not first:
         raise ValueError(f"{path}: the file is empty; {KNOWN_FORMS}")
     if first[0] == "[":
-        form = _read_json_list(found, text)
+        form = _read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
+    elif first[0] == "{" and _is_json_lines(text):
+        form = _read_rows(found, "jsonl", lambda: _json_lines(text), unit="line")
     elif first[0] == "{":
-        form = _read_json_lines(found, text) if _is_json_lines(text) else _read_object(found, text)
+        form = _read_object(found, text)
     elif header := _header(line.lstrip().removesuffix("\n"), caption_key):
         form = _read_table(found, text, *header)
     elif _TOKEN_LINE.match(first):
@@ -115,7 +116,8 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
 
     Returns:
         The files of the splits ({"train": ..., "val": ...}) if there is a train file, else data.json, else
-        data.parquet, else the only index file, else the folder itself if it has images/ and captions/; a `folder` that is a file is returned.
+        data.parquet, else the only index file, else the folder itself if it has images/ and captions/; a `folder` that
+        is a file is returned.
 
     Raises:
         FileNotFoundError: there is no such folder, or no index in it.
@@ -149,7 +151,7 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     )
 
 
-def _read_rows(found: Records, rows: Callable[[], Iterator[tuple[int, Any]]], unit: str) -> None:
+def _read_rows(found: Records, form: str, rows: Callable[[], Iterator[tuple[int, Any]]], *, unit: str) -> str:
     """Take numbered objects with an image column and a caption column; one that could not be parsed is its ValueError.
 
     All rows have a say in which columns are meant, and they pass by one at a time. So they are read with the choice
@@ -165,18 +167,23 @@ def _read_rows(found: Records, rows: Callable[[], Iterator[tuple[int, Any]]], un
         image_column = found.choose(columns, found.image_columns, "image")
         caption_column = found.choose_caption(columns)
         found.ignore(columns, (image_column, caption_column, "split", "group"))
+    return form
 
 
 def _take_rows(found: Records, rows: Iterator[tuple[int, Any]], names: dict[str, None]) -> Counter[str] | None:
     """Take the rows with the columns that `names` give; None once a row has names that give others."""
     image_column, caption_column = chosen = found.preferred(names)
-    columns = ColumnCounts()
+    # millions of rows have a few shapes: ("image", "caption") 999,990 times, ("image", "caption", "split") 10 times
+    shapes: dict[tuple[str, ...], int] = {}
     for number, row in rows:
         if not isinstance(row, dict):
             found.issue(number, str(row) if isinstance(row, ValueError) else f"expected an object, found {kind(row)}")
             continue
-        if columns.add(row):
-            names.update(dict.fromkeys(row))
+        shape = tuple(row)
+        num_before = shapes.get(shape, 0)
+        shapes[shape] = num_before + 1
+        if not num_before:
+            names.update(dict.fromkeys(shape))
             if found.preferred(names) != chosen:
                 return None
         if image_column in row and caption_column in row:
@@ -185,7 +192,10 @@ def _take_rows(found: Records, rows: Iterator[tuple[int, Any]], names: dict[str,
             found.issue(number, f"no {caption_column if image_column in row else image_column}")
         else:
             found.issue(number, "no image and no caption")
-    return columns.counts()
+    columns: Counter[str] = Counter()
+    for shape, num_rows in shapes.items():
+        columns.update(dict.fromkeys(shape, num_rows))
+    return columns
 
 
 def is_parquet(path: Path) -> bool:
@@ -222,13 +232,13 @@ def _read_parquet(found: Records) -> str:
                     found.issue(number, str(row))
                 else:
                     found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column name
         raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
     return "parquet"
 
 
 def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any] | ValueError]:
-    """Yield the cells by name of each row; instead of one that Python cannot hold (not UTF-8, year 30,000) its error."""
+    """Yield the cells of each row by name; for one that Python cannot hold (not UTF-8, year 30,000) its error."""
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
         try:
             rows = batch.to_pylist()
@@ -257,16 +267,6 @@ def _refuse_repeated(found: Records, names: list[str]) -> None:
 def _holds_bytes(kind: pa.DataType) -> bool:
     """Tell a column of images from one of their paths; the Hub has both in one, `{"bytes": ..., "path": ...}`."""
     return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _read_json_list(found: Records, text: TextFile) -> str:
-    _read_rows(found, lambda: enumerate(text.json_items(), 1), "row")
-    return "json"
-
-
-def _read_json_lines(found: Records, text: TextFile) -> str:
-    _read_rows(found, lambda: _json_lines(text), "line")
-    return "jsonl"
 
 
 def _is_json_lines(text: TextFile) -> bool:
@@ -301,8 +301,7 @@ def _read_object(found: Records, text: TextFile) -> str:
         del document  # it is parsed once more, as pairs
         return _read_mapping(found, text)
     if not document.keys().isdisjoint(IMAGE_COLUMNS):
-        _read_rows(found, lambda: iter([(1, document)]), "line")
-        return "jsonl"
+        return _read_rows(found, "jsonl", lambda: iter([(1, document)]), unit="line")
     keys = ", ".join(shorten(key) for key in list(document)[:10])
     raise ValueError(f"{found.path}: a JSON object of no known form (keys: {keys}); {KNOWN_FORMS}")
 
@@ -340,7 +339,9 @@ def _read_karpathy(found: Records, images: list[Any]) -> str:
     found.unit = "image"
     columns = count_columns(images)
     lists = (image.get("sentences") for image in images if isinstance(image, dict))
-    sentence_columns = count_columns(chain.from_iterable(each for each in lists if isinstance(each, list)))
+    sentence_columns = count_columns(
+        chain.from_iterable(sentences for sentences in lists if isinstance(sentences, list))
+    )
     found.choose(columns, ("filename",), "image")
     caption_column = found.choose_caption(sentence_columns, ("raw",))
     found.ignore(columns, ("filename", "filepath", "split", "group", "sentences"))
@@ -354,7 +355,7 @@ def _read_karpathy(found: Records, images: list[Any]) -> str:
         elif not isinstance(sentences, list):
             found.issue(number, f"sentences is {kind(sentences)}, not a list")
         else:
-            captions = [each.get(caption_column) if isinstance(each, dict) else None for each in sentences]
+            captions = [value.get(caption_column) if isinstance(value, dict) else None for value in sentences]
             path = f"{folder}/{name}" if isinstance(name, str) and name.strip() and folder else name
             found.add(number, path, captions, image.get("split"), image.get("group"))
     found.uncaptioned(uncaptioned)
@@ -364,7 +365,7 @@ def _read_karpathy(found: Records, images: list[Any]) -> str:
 def _read_mapping(found: Records, text: TextFile) -> str:
     found.refuse_caption_key("mapping")
     found.unit = "row"
-    # Read as pairs: a plain JSON object keeps only the last captions of a name that stands twice.
+    # read as pairs: a plain JSON object keeps only the last captions of a name that stands twice.
     for number, (image, captions) in enumerate(json.loads(text.read(), object_pairs_hook=tuple), 1):
         found.add(number, image, captions)
     return "mapping"
@@ -372,8 +373,8 @@ def _read_mapping(found: Records, text: TextFile) -> str:
 
 def _read_table(found: Records, text: TextFile, delimiter: str, names: list[str]) -> str:
     _refuse_repeated(found, names)
-    _read_rows(found, lambda: _table_rows(text, delimiter, names), "line")
-    return "tsv" if delimiter == "\t" else "csv"
+    form = "tsv" if delimiter == "\t" else "csv"
+    return _read_rows(found, form, lambda: _table_rows(text, delimiter, names), unit="line")
 
 
 def _table_rows(text: TextFile, delimiter: str, names: list[str]) -> Iterator[tuple[int, Any]]:
@@ -431,7 +432,7 @@ def _by_stem(found: Records, folder: Path, part: str, endings: frozenset[str]) -
     clashing: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((folder / part).rglob("*")):
         name = path.relative_to(folder / part)
-        if path.suffix.lower() in endings and not any(each.startswith(".") for each in name.parts) and path.is_file():
+        if path.suffix.lower() in endings and not any(part.startswith(".") for part in name.parts) and path.is_file():
             stem = unicodedata.normalize("NFC", name.with_suffix("").as_posix())
             clashing.setdefault(stem.casefold(), []).append((stem, f"{part}/{name.as_posix()}"))
     by_stem: dict[str, str | None] = {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
-from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, each, first_given
+from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, first_given
 from cliptune.runtime.messages import count, first_few, nearest, shorten
 
 IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
@@ -107,16 +107,18 @@ class Records:
         """Note the records whose split or group is another than an earlier record of their image gave."""
         split_given, group_given = rows.splits != NO_SPLIT, ~rows.groups.empty
         split_of, group_of = first_given(split_given, first), first_given(group_given, first)
+        # rows of one image with splits train, none, val: only the third differs from the first that is given
         differs = split_given & (rows.splits != rows.splits[split_of])
         repeats = group_given & (group_of != np.arange(len(rows)))
         earlier, self.issues = self.issues, []
-        for row in each(np.flatnonzero(differs | repeats)):
+        for row in map(int, np.flatnonzero(differs | repeats)):  # one by one: a list of millions would be large
             split, group = rows.split_name(split_of[row]), rows.groups[group_of[row]]
             for name, value, before in (("split", rows.split_name(row), split), ("group", rows.groups[row], group)):
                 if value and value != before:
                     said = f"{name} {quote(value)}, but {quote(before)} at {rows.location(first[row])}"
                     image = rows.images[row]
                     self.issue(rows.location(row), f"{quote(image)}: {said}", image=image, num_before=row)
+        # issues of reading and these, in the order of the records that they stand behind
         self.issues = sorted([*earlier, *self.issues], key=itemgetter(0))[:MAX_ISSUES]
 
     @property
@@ -178,31 +180,6 @@ class Records:
                 self.issue(number, "no caption")
 
 
-class ColumnCounts:
-    """In how many rows each column stands; most rows have the columns of the row before."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._latest: tuple[str, ...] = ()
-        self._run = 0
-
-    def add(self, row: dict[str, Any]) -> bool:
-        """Count one row; tells whether it has a column that no row before it had."""
-        names = tuple(row)
-        if names == self._latest:
-            self._run += 1
-            return False
-        self.counts()
-        self._latest, self._run = names, 1
-        return not self._counts.keys() >= row.keys()
-
-    def counts(self) -> Counter[str]:
-        """Return the number of rows of each column, in order of appearance."""
-        self._counts.update(dict.fromkeys(self._latest, self._run))
-        self._latest, self._run = (), 0
-        return self._counts
-
-
 def count_columns(rows: Iterable[Any]) -> Counter[str]:
     """Return in how many of the objects each key stands."""
     return Counter(chain.from_iterable(row for row in rows if isinstance(row, dict)))
@@ -234,6 +211,7 @@ def check_group(value: Any) -> str | None:
     """Return a group as text, or None; what is no name or number is a ValueError."""
     if value is None or value == "":
         return None
+    # a number is a name, too: groups 7 and "7" are the same
     return str(value) if is_id(value) and not isinstance(value, str) else check_text("group", value)
 
 

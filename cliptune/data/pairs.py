@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cliptune.data.formats import find_index, read_directory, read_index
-from cliptune.data.index import Index
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows
@@ -149,27 +148,17 @@ def _read_files(source: DataSource) -> tuple[Rows, Issues]:
     return rows, issues
 
 
-def _index_paths(path: Path) -> list[tuple[Path, str | None]]:
-    found = find_index(path) if path.is_dir() else path
-    if isinstance(found, dict):
-        return [(index_path, split) for split, index_path in found.items()]
-    return [(found, None)]
-
-
-def _report_columns(index: Index, path: Path) -> None:
-    if index.ignored_columns:
-        columns = ", ".join(f"{name} ({count})" for name, count in index.ignored_columns.items())
-        logger.info("%s: columns ignored (rows): %s", path, columns)
-
-
 def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
     """Read the indexes of a data set, with the images resolved and the splits that the files are."""
     parts: list[Rows] = []
     issues = Issues()
-    for index_path, declared in _index_paths(path):
+    found = find_index(path)
+    for declared, index_path in [(None, found)] if isinstance(found, Path) else found.items():
         is_folder = index_path.is_dir()
         index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
-        _report_columns(index, index_path)
+        if index.ignored_columns:
+            columns = ", ".join(f"{name} ({num_rows})" for name, num_rows in index.ignored_columns.items())
+            logger.info("%s: columns ignored (rows): %s", index_path, columns)
         beside = index_path if is_folder else index_path.parent
         root = beside if source.image_dir is None else Path(source.image_dir)
         rows, missing = _resolve_images(index.rows, root)

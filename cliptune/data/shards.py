@@ -104,14 +104,12 @@ class TarSample(NamedTuple):
         found = _json_captions(self.texts.get("json"), CAPTION_KEYS if caption_key is None else (caption_key,))
         if not found and caption_key is None:
             found = self.texts.get("txt", b"").decode("utf-8").split("\n")  # bad UTF-8 is a ValueError too
-        captions = tuple(check_text("caption", caption) for caption in found if not _is_blank(caption))
+        # a blank line is no caption; what is no text at all is a mistake
+        given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
+        captions = tuple(check_text("caption", caption) for caption in given)
         if not captions:
             raise ValueError("no caption" if caption_key is None else f"no caption under {caption_key!r}")
         return captions
-
-
-def _is_blank(caption: Any) -> bool:
-    return isinstance(caption, str) and not caption.strip()
 
 
 def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
@@ -131,6 +129,7 @@ def is_shards(data_dir: str | Path) -> bool:
         first = next(iter(braceexpand(str(data_dir))))
     except ValueError:  # braces that do not close: a path like any other
         return False
+    # the first of path/{00..99}.tar stands for all; of a URL any part may name it: pipe:curl https://x/00.tar?key=1
     is_tar = first.endswith(".tar") if _is_local(first) else _SHARD_NAME.search(first) is not None
     return is_tar and not Path(first).is_dir()
 
@@ -309,7 +308,8 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
     new: dict[str, Any] = {}
     for url in urls:
         known = records.get(_name(url), {})
-        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url):  # new, or written again since
+        # new, or written again since: a shard of the same size and time is not read to be counted
+        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url):
             new[_name(url)] = _record(url, _count(url))
         bar.update()
     if new:

@@ -150,7 +150,7 @@ class Row(NamedTuple):
     """One image of the index with its captions.
 
     `image` is the path as written (relative to the folder in the directory form), `captions` holds at least one,
-    stripped, in order of appearance, `split` is "train", "val", "test" or None, and `place` tells where the image
+    stripped, in order of appearance, `split` is "train", "val", "test" or None, and `location` tells where the image
     first appears ("data.json: row 17"; rows and lines count from 1).
     """
 
@@ -169,11 +169,11 @@ class Rows(Sequence[Row]):
         images: path of each image, `[N]`.
         captions: every caption, image by image.
         starts: int64 `[N + 1]`: row i has captions `starts[i]` to `starts[i + 1]`.
-        splits: int8 `[N]`: position in `SPLITS`, or `NO_SPLIT`.
+        splits: int8 `[N]`: index in `SPLITS`, or `NO_SPLIT`.
         groups: group of each image, or an empty string.
         numbers: int64 `[N]`: number of each row in its file.
-        origins: int8 `[N]`: position in `units` of where each row is from.
-        units: what a number counts ("data.json: row"), or an empty string where the image itself is the place.
+        origins: int8 `[N]`: index in `units` of where each row is from.
+        units: what a number counts ("data.json: row"), or an empty string where the image itself says it.
     """
 
     images: Strings
@@ -205,18 +205,18 @@ class Rows(Sequence[Row]):
         unit = self.units[self.origins[index]]
         return f"{unit} {self.numbers[index]}" if unit else str(self.images[index])
 
-    def take(self, numbers: IntArray) -> Rows:
+    def take(self, indices: IntArray) -> Rows:
         """Return some of the rows, in the order given."""
-        captions, starts = take_runs(self.starts, numbers)
+        captions, starts = take_runs(self.starts, indices)
         return replace(
             self,
-            images=self.images.take(numbers),
+            images=self.images.take(indices),
             captions=self.captions.take(captions),
             starts=starts,
-            splits=self.splits[numbers],
-            groups=self.groups.take(numbers),
-            numbers=self.numbers[numbers],
-            origins=self.origins[numbers],
+            splits=self.splits[indices],
+            groups=self.groups.take(indices),
+            numbers=self.numbers[indices],
+            origins=self.origins[indices],
         )
 
     def joined(self, first: IntArray) -> Rows:
@@ -228,6 +228,7 @@ class Rows(Sequence[Row]):
         heads = np.flatnonzero(first == np.arange(len(self)))
         if len(heads) == len(self):
             return self
+        # rows of cat, dog, cat (first = 0 1 0): in the order 0 2 1 a cat's captions are neighbours
         captions, _ = take_runs(self.starts, np.argsort(first, kind="stable"))
         counts = np.zeros(len(self), dtype=np.int64)
         np.add.at(counts, first, np.diff(self.starts))
@@ -315,22 +316,20 @@ class RowBuffer:
         )
 
 
-def take_runs(starts: IntArray, numbers: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the positions in the runs `starts[i]:starts[i + 1]` of the numbers, and the starts of the new runs."""
-    counts = starts[numbers + 1] - starts[numbers]
+def take_runs(starts: IntArray, indices: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the positions in the runs `starts[i]:starts[i + 1]` of the `indices` i, and the starts of the new runs.
+
+    With starts [0, 2, 3, 6] and indices [2, 0]: positions [3, 4, 5, 0, 1], new starts [0, 3, 5].
+    """
+    counts = starts[indices + 1] - starts[indices]
     new_starts = np.concatenate([[0], np.cumsum(counts)])
-    return np.arange(new_starts[-1]) + np.repeat(starts[numbers] - new_starts[:-1], counts), new_starts
+    return np.arange(new_starts[-1]) + np.repeat(starts[indices] - new_starts[:-1], counts), new_starts
 
 
 def first_given(given: BoolArray, first: IntArray) -> IntArray:
     """Return for each row the first row of its image that is `given`, or the image's first row if none is."""
+    # rows 0 1 2 of one image (first = 0 0 0), given = no yes yes -> 1 1 1; none given -> 0 0 0
     rows = np.flatnonzero(given)
     best = np.full(len(first), len(first), dtype=np.int64)
     np.minimum.at(best, first[rows], rows)
     return np.where(best[first] < len(first), best[first], first)
-
-
-def each(numbers: IntArray) -> Iterator[int]:
-    """Yield Python integers, without a list of all of them."""
-    for start in range(0, len(numbers), _BLOCK):
-        yield from numbers[start : start + _BLOCK].tolist()

@@ -132,6 +132,9 @@ def test_damaged_parquet_is_one_clean_error(tmp_path: Path) -> None:
         path.write_bytes(content[:end])
         with pytest.raises(ValueError, match="damaged Parquet file"):
             read_index(path)
+    path.write_bytes(content.replace(b"caption", b"\xffaption"))
+    with pytest.raises(ValueError, match=r"data\.parquet: damaged Parquet file"):
+        read_index(path)
 
 
 def test_splits_and_groups_are_read(tmp_path: Path) -> None:

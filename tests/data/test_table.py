@@ -82,13 +82,13 @@ def test_rows_of_one_image_are_joined() -> None:
     ]
 
 
-def test_parts_keep_their_places() -> None:
+def test_parts_keep_their_source_locations() -> None:
     parts = [buffered(*ROWS[:2]), buffered(*ROWS[2:])]
     assert list(Rows.concatenate(parts)) == [*parts[0], *parts[1]]
     assert [row.captions for row in Rows.concatenate(parts)] == [tuple(captions) for _, captions, _, _ in ROWS]
 
 
-def test_problems_are_counted_and_the_first_kept() -> None:
+def test_issues_are_counted_and_the_first_are_listed() -> None:
     issues = Issues()
     for number in range(MAX_ISSUES - 1):
         issues.add(Issue(f"{number}"))

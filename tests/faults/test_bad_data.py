@@ -234,7 +234,7 @@ def spoiled(sample_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
     return spoil
 
 
-def test_a_run_leaves_bad_pictures_out_and_lists_them(
+def test_a_run_skips_unreadable_images_and_lists_them(
     spoiled: Callable[[int], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = spoiled(3)
@@ -252,12 +252,12 @@ def test_a_run_leaves_bad_pictures_out_and_lists_them(
     assert sorted(each["image"] for each in listed[1:]) == sorted(row["image_path"] for row in rows[:3])
     assert {each["reason"] for each in listed[1:]} == {"cannot be read as an image: of no known format"}
     log = (output / "logs" / "train.log").read_text()
-    assert log.count("left out: ") == 3
-    assert "3 bad picture(s) and 1 bad entries were left out; they are listed in " in log
+    assert log.count(" skipped: ") == 3
+    assert "skipped 3 images and 1 record, see " in log
 
 
 @pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "fail"]])
-def test_a_run_stops_at_too_many_bad_pictures(
+def test_a_run_stops_at_too_many_unreadable_images(
     flags: list[str], spoiled: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "output"

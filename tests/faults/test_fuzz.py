@@ -61,7 +61,7 @@ TEXTS = [
     "filepath\ttitle\na.jpg\ta cat\nb.jpg\ta dog\n",
     "a.jpg#0\ta cat .\na.jpg#1\tanother\nb.jpg#0\ta dog\n",
 ]
-PICTURES: list[tuple[str, dict[str, Any]]] = [
+IMAGES: list[tuple[str, dict[str, Any]]] = [
     ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {"save_all": True}), ("WEBP", {}),
     ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {}), ("PPM", {}),
 ]  # fmt: skip
@@ -274,7 +274,7 @@ def test_a_config_of_swapped_types(folder: Path, content: bytes) -> None:
 
 def picture_bytes() -> list[bytes]:
     contents = []
-    for form, options in PICTURES:
+    for form, options in IMAGES:
         buffer = BytesIO()
         corners().save(buffer, form, **options)
         contents.append(buffer.getvalue())
@@ -283,7 +283,7 @@ def picture_bytes() -> list[bytes]:
 
 @MANY
 @given(content=spoiled_bytes(picture_bytes()))
-def test_a_spoiled_picture(folder: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_spoiled_image(folder: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     path = folder / "picture.fuzz"
     path.write_bytes(content)

@@ -41,6 +41,7 @@ def test_what_does_not_fit_is_said(images: torch.Tensor, texts: torch.Tensor, ow
         compute_retrieval_metrics(images, texts, torch.tensor(owners))
 
 
+@pytest.mark.slow
 def test_chance_is_what_random_ranks_give() -> None:
     generator = torch.Generator().manual_seed(0)
     owners = torch.tensor([0] * 5 + [1] * 2 + list(range(2, 25)))

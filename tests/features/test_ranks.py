@@ -101,6 +101,7 @@ class LargestTensor(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_block() -> None:
     owners = torch.arange(5000).repeat_interleave(2)
     images, texts = torch.randn(5000, 8), torch.randn(10000, 8)

@@ -22,6 +22,7 @@ def one_process() -> Iterator[dict[str, Any]]:
         yield {name: train(name, "ddp", None) for name in ("ViT-Mini", "RN-Ti")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_train_as_one_does(world_size: int, one_process: dict[str, Any], tmp_path: Path) -> None:
     """DDP and FSDP2, in micro-batches (and there with a whole state taken over half-way) and without."""

@@ -97,6 +97,7 @@ def test_every_way_of_loading_refuses_a_changed_one(path: Path, change: Callable
             load()
 
 
+@pytest.mark.slow
 def test_parts_that_contradict_each_other_are_refused(path: Path) -> None:
     content = load_checkpoint(path)
     wrong: dict[str, dict[str, Any]] = {

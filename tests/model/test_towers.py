@@ -54,8 +54,11 @@ def assert_same(got: Tensor, expected: Tensor, parameters: list[nn.Parameter]) -
         assert (have - want).norm() <= max(1e-5 * want.norm(), 1e-6 * whole)
 
 
+FAST = {"ViT-Ti/32", "ViT-Ti/16@112px", "ViT-B/32", "RN50"}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "RN50x64")) for name in ARCHITECTURES]
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in ARCHITECTURES]
 )
 def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
     shape = ARCHITECTURES[name]
@@ -68,7 +71,10 @@ def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
         assert_same(text_tower(backbone, rows), own_text_forward(backbone, rows), parameters)
 
 
-@pytest.mark.parametrize("name", ["ViT-Ti/32", "ViT-Ti/16@112px", "ViT-B/32", "ViT-B/16", "ViT-L/14", "RN50", "RN101"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B/16", "ViT-L/14", "RN101")]
+
+
+@pytest.mark.parametrize("name", [*sorted(FAST), *LARGE])
 def test_images_equal_the_module(name: str) -> None:
     backbone = build(shallow(name))
     pixels = torch.randn(2, 3, *[backbone.visual.input_resolution] * 2)

@@ -118,6 +118,7 @@ def test_frozen_features_are_shared_out(sample_dir: Path, tmp_path: Path) -> Non
     assert cached(tmp_path) == cached(single)  # nothing is computed twice
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_of_frozen_towers(tmp_path: Path) -> None:
     done = torchrun(2, "tests/helpers/worker.py", "features", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
