@@ -154,6 +154,7 @@ watching = False  # what libraries do at the end of the process is not asked
 """
 
 
+@pytest.mark.slow
 def test_importing_touches_no_file_network_generator_log_or_device(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + WATCH_IMPORTS.replace("MODULES", ", ".join(MODULES))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -159,6 +159,7 @@ def test_index_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(f"| {name} " in output for name in costs)
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_loading_process_does_not_copy_the_index(tmp_path: Path) -> None:
     path = index_memory.make_index(tmp_path, 40_000, 1000)

@@ -102,12 +102,14 @@ def test_a_command_does_what_its_stage_does(site: Path, notebook_dir: Path) -> N
     assert (notebook_dir / "data" / "data.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["clip_model", "data_loader"])
 def test_a_checkout_on_the_path_is_not_shadowed(module: str, notebook_dir: Path) -> None:
     done = run(sys.executable, "-c", f"import {module}", folder=notebook_dir, path=str(ROOT))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_pkg_resources", [True, False])
 def test_clip_needs_no_pkg_resources_and_leaves_none(has_pkg_resources: bool, tmp_path: Path) -> None:
     """With setuptools 81 or later there is none; where there is one, it is not touched."""

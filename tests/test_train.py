@@ -70,6 +70,7 @@ def test_a_run_leaves_what_the_readme_says(trained_dir: Path) -> None:
     assert [record["epoch"] for record in lines_of(trained_dir / "logs" / "history.jsonl")] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_every_step_is_recorded_and_every_few_are_told(whole: Callable[[str], Path], sample_dir: Path) -> None:
     folder = whole("many states")  # with --log_interval 3
     steps = lines_of(folder / "logs" / "steps.jsonl")
@@ -237,6 +238,7 @@ def resumed_from_a_copy(run: Broken) -> None:
     assert main(["--resume", str(run.folder.parent / "copy.pth"), "--output_dir", str(run.folder)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [

@@ -212,6 +212,7 @@ def shard_run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_on_shards(shard_run: Path, tmp_path: Path) -> None:
     results = json.loads((shard_run / "results" / "training_results.json").read_text())
     assert [record["step"] for record in results["history"]] == [0, 3]
@@ -237,6 +238,7 @@ def test_two_ranks_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp
     assert [record["step"] for record in results["history"]] == [0, 3]
 
 
+@pytest.mark.slow
 def test_frozen_towers_train_on_shards_without_cached_features(shard_run: Path, tmp_path: Path) -> None:
     data = ["--data_dir", f"{shard_run}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
     assert train.main([*data, *FLAGS, "--freeze_backbone", "--output_dir", str(tmp_path)]) == 0
@@ -244,6 +246,7 @@ def test_frozen_towers_train_on_shards_without_cached_features(shard_run: Path, 
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [["--freeze_backbone"], ["--cache_images"]])
 def test_shards_may_be_the_validation_set_of_other_data(
     shard_run: Path, sample_dir: Path, tmp_path: Path, frozen: list[str]

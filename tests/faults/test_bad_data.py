@@ -188,6 +188,7 @@ def test_a_broken_index_costs_one_line(kind: str, tmp_path: Path, capsys: pytest
     assert untouched(output)
 
 
+@pytest.mark.slow
 def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / os.fsdecode(b"caf\xe9 \xf0\x9f\xa6\x8a")
     for folder in ("images", "captions"):
@@ -234,6 +235,7 @@ def spoiled(sample_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
     return spoil
 
 
+@pytest.mark.slow
 def test_a_run_skips_unreadable_images_and_lists_them(
     spoiled: Callable[[int], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,6 +258,7 @@ def test_a_run_skips_unreadable_images_and_lists_them(
     assert "skipped 3 images and 1 record, see " in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--max_skipped_fraction", "0.03"], ["--on_unreadable_image", "fail"]])
 def test_a_run_stops_at_too_many_unreadable_images(
     flags: list[str], spoiled: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -137,6 +137,7 @@ fuzz = settings(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 @fuzz
 @given(kinds=DAMAGE)
@@ -156,6 +157,7 @@ def test_a_damaged_checkpoint(
         assert all(torch.equal(value, whole[name]) for name, value in content["model_state_dict"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @fuzz
 @given(kinds=DAMAGE)

@@ -117,6 +117,7 @@ LOADER_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frozen", "augment", "num_views", "captions"), LOADER_CASES)
 def test_training_goes_the_same_way_with_and_without_cached_outputs(
     pairs: Pairs, tmp_path: Path, frozen: dict[str, object], augment: str, num_views: int, captions: str

@@ -334,6 +334,7 @@ def test_a_hub_that_lies_or_refuses_is_not_believed(tmp_path: Path) -> None:
         assert f"{REPO} on the Hugging Face Hub cannot be had (HTTP 403)" in ask_hub(server.base, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"

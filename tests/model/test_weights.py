@@ -186,6 +186,7 @@ def test_an_archive_cannot_unfold(archives: dict[str, Path], tmp_path: Path) -> 
         read_weights(tmp_path / "wide.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 100, 5000, 0.5, 0.99])
 def test_a_cut_archive_is_refused(keep: float, archives: dict[str, Path], tmp_path: Path) -> None:
     data = archives["vit"].read_bytes()

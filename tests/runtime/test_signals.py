@@ -106,6 +106,7 @@ def test_another_thread_takes_no_signals() -> None:
     assert seen == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "sent", "code"),
     [

@@ -149,6 +149,7 @@ def trainer_of(model: CLIPModel, size: int | None) -> MultimodalTrainer:
     return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, micro_batch_size=size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(10, 17))
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
 def test_full_memory_halves_the_micro_batch_and_repeats_the_step(

@@ -49,6 +49,7 @@ def test_as_many_pairs_fit_as_memory_allows() -> None:
     assert peak_bytes(deep, FP32, 4) < 0.5 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on the address space")
 def test_memory_that_really_is_full_is_recognised() -> None:
     code = """
