@@ -99,7 +99,7 @@ class Strings(Sequence[str]):
     def first_equal(self, *, block: int = _BLOCK) -> IntArray:
         """Return the index of the first string that equals each one, int64 `[N]`; its own where none is before it.
 
-        As `find(self)`, but sorted instead of hashed, which needs a fifth of the memory.
+        As `find(self)`, but sorted instead of hashed: a hash table of all strings would hold the text once more.
         """
         order = self.sorted_order()
         begins_run = np.ones(len(self), dtype=bool)
