@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils._pytree import tree_leaves
 
+from cliptune.model.bounds import check_size_on_disk, check_tensors, check_torch_file
 from cliptune.runtime.files import atomic_writer, require_free_space
 
 FORMAT_VERSION = 3
@@ -69,10 +70,13 @@ def load_tensors(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
+    check_size_on_disk(path)
     try:
+        check_torch_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it refuses afterwards
             content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content, path.stat().st_size)
     except pickle.UnpicklingError:  # whose message tells how to load it all the same
         raise ValueError(
             f"{path}: cannot be opened safely: it is damaged, or holds more than tensors and plain values, which could "
