@@ -92,7 +92,7 @@ def check_pickle(data: bytes) -> None:
     """
     _check_pickle_size(len(data), MAX_PICKLE_BYTES_OF_OTHERS)
     # the memo is an array: LONG_BINPUT 4294967295 alone would make it 64 GB
-    if any(opcode.name in _MEMO and int(argument) > len(data) for opcode, argument, _ in genops(data)):
+    if any(opcode.name in _MEMO and int(index or 0) > len(data) for opcode, index, _ in genops(data)):
         raise ValueError("a pickle with a memo larger than itself")
 
 

@@ -231,16 +231,21 @@ def larger_than_stored(path: Path) -> None:
         for name in archive.namelist():
             data = archive.read(name)
             if name.endswith("data.pkl"):
-                assert (shape := b"K\x04\x85") in data
-                data = data.replace(shape, b"J" + struct.pack("<i", 10**8) + b"\x85")
+                data = with_another_size(data)
             changed.writestr(name, data)
 
 
 def legacy_larger_than_stored(path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"x": torch.zeros(4)}, buffer, _use_new_zipfile_serialization=False)
-    assert (shape := b"K\x04\x85") in buffer.getvalue()
-    path.write_bytes(buffer.getvalue().replace(shape, b"J" + struct.pack("<i", 10**8) + b"\x85"))
+    path.write_bytes(with_another_size(buffer.getvalue()))
+
+
+def with_another_size(data: bytes) -> bytes:
+    """Let a pickled tensor of 4 numbers claim 100 million."""
+    shape = b"K\x04\x85"
+    assert shape in data
+    return data.replace(shape, b"J" + struct.pack("<i", 10**8) + b"\x85")
 
 
 def one_storage_for_many(path: Path) -> None:
@@ -248,14 +253,14 @@ def one_storage_for_many(path: Path) -> None:
 
 
 def scripted_storage_for_many(path: Path) -> None:
-    module = torch.nn.Module()
+    module, shared = torch.nn.Module(), torch.zeros(25_000)
     for number in range(500):
-        module.register_buffer(f"x{number}", torch.zeros(25_000) if number == 0 else module.x0)
+        module.register_buffer(f"x{number}", shared)
     torch.jit.save(torch.jit.script(module), path)
 
 
 def lists_of_the_same_list(path: Path) -> None:
-    values = [0]
+    values: list[Any] = [0]
     for _ in range(60):
         values = [values] * 10
     torch.save({"x": values}, path)
