@@ -167,17 +167,27 @@ def override(config: Config, given: dict[str, Any]) -> Config:
     return _validate(Config, config.model_dump(), given, source=None)
 
 
-def resumed_config(stored: dict[str, Any], given: dict[str, Any]) -> Config:
+def stored_config(stored: dict[str, Any], source: str | Path) -> Config:
+    """Return the settings that a checkpoint holds.
+
+    Raises:
+        ValueError: they are none that a run can have; names the checkpoint and the key.
+    """
+    return _validate(Config, stored, {}, source=Path(source))
+
+
+def resumed_config(stored: dict[str, Any], given: dict[str, Any], *, source: str | Path) -> Config:
     """Return the settings of a run that is resumed.
 
     Args:
         stored: its settings, as its checkpoint holds them.
         given: the flags of this start, as `load_config` returned them.
+        source: the checkpoint.
 
     Raises:
-        ValueError: one of them changes what cannot change within a run.
+        ValueError: one of them changes what cannot change within a run, or they are none that a run can have.
     """
-    config = Config.model_validate(stored)
+    config = stored_config(stored, source)
     changed = {name: value for name, value in given.items() if override(config, {name: value}) != config}
     refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
     if refused:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from cliptune.model.bounds import check_size_on_disk, check_tensors, check_torch_file
+from cliptune.model.checkpoint_fields import check_fields
 from cliptune.runtime.files import atomic_writer, require_free_space
 
 FORMAT_VERSION = 3
@@ -46,16 +48,22 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror or error}); the one before is untouched") from error
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, needs: Collection[str] = ()) -> dict[str, Any]:
     """Read a checkpoint of this toolkit onto the CPU.
+
+    Args:
+        path: of the file.
+        needs: keys that it must have beside those that every checkpoint has, such as `checkpoint_fields.CONFIG_KEYS`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, not a checkpoint of this toolkit, or of a format that this version does not read.
+        ValueError: damaged, not a checkpoint of this toolkit, of a format that this version does not read, or its keys
+            are missing or of another type.
     """
     state = load_tensors(path)
     if not is_checkpoint(state):
         raise ValueError(f"{path}: not a checkpoint of this toolkit (weights of others go to --pretrained)")
+    check_fields(state, path, needs=needs)
     return state  # type: ignore[no-any-return]
 
 
