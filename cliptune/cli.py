@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cliptune.runtime.files import read_json_object
+from cliptune.runtime.memory import explain_out_of_memory, out_of_memory, says_out_of_memory, try_imports
 from cliptune.runtime.messages import first_few, one_line, printable, shorten
 from cliptune.settings import Config, Settings
 
@@ -157,9 +158,11 @@ def check_command_line(settings: type[Settings], description: str) -> None:
             parse_settings(settings, None, description=description)
         return 0
 
-    code = run_stage(read, name=Path(sys.argv[0]).name)
+    name = Path(sys.argv[0]).name
+    code = run_stage(read, name=name) or run_stage(try_imports, name=name)
     if code:
         sys.exit(code)
+    sys.excepthook = explain_out_of_memory
 
 
 def override(config: Config, given: dict[str, Any]) -> Config:
@@ -209,14 +212,21 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
-    rank = os.environ.get("RANK", "0")
+    rank = printable(os.environ.get("RANK", "0"))[:20]
     name += "" if rank == "0" else f" (rank {rank})"
     try:
         return stage()
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
-        print(f"{name}: error: {printable(one_line(error))}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | MemoryError) else 2
+        no_memory = says_out_of_memory(error)
+        message = out_of_memory(error) if no_memory else one_line(error)
+        print(f"{name}: error: {printable(message)}", file=sys.stderr)
+        return 1 if no_memory or isinstance(error, FloatingPointError) else 2
+    except RuntimeError as error:  # of PyTorch and of threads
+        if not says_out_of_memory(error):
+            raise
+        print(f"{name}: error: {printable(out_of_memory(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
