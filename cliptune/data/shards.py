@@ -309,7 +309,7 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
     for url in urls:
         known = records.get(_name(url), {})
         # new, or written again since: a shard of the same size and time is not read to be counted
-        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url):
+        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url)[:2]:
             new[_name(url)] = _record(url, _count(url))
         bar.update()
     if new:
@@ -349,7 +349,7 @@ def _records(index: Any, url: str) -> dict[str, dict[str, Any]]:
 
 
 def _record(path: str, num_samples: int) -> dict[str, Any]:
-    size, changed = file_stamp(path)
+    size, changed, *_ = file_stamp(path)
     return {"url": _name(path), "nsamples": num_samples, "filesize": size, "mtime_ns": changed}
 
 

@@ -171,7 +171,7 @@ def test_an_image_in_a_tar_file_is_read_like_a_file(sample_dir: Path, tmp_path: 
     assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(tmp_path), "--split", "all"]) == 0
     pairs = load_pairs(tmp_path / "00000.tar")
     path = pairs.paths[0]
-    size, changed = file_stamp(path)
+    size, changed, *_ = file_stamp(path)
     assert (size, changed) == (len(read_bytes(path)), (tmp_path / "00000.tar").stat().st_mtime_ns)
     expected = np.asarray(Image.open(io.BytesIO(read_bytes(path))).convert("RGB"))
     assert np.array_equal(np.asarray(load_image(path)), expected)
