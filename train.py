@@ -76,7 +76,7 @@ def _train(argv: list[str] | None) -> int:
         # data and model
         weights = _find_weights(config, started.given, resumed)  # a wrong name or file is told before any data is read
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
-        reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.parquet"}
+        reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
         with main_first():
             splits, snapshots = (
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)

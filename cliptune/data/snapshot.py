@@ -65,7 +65,7 @@ def take_snapshots(splits: Mapping[str, Pairs | Shards], *, cache_file: Path | N
     files_of = dict(zip(pairs, np.split(files, ends[:-1]), strict=True))
     main_root = getattr(splits["train"], "root", "")
     return {
-        split: _of_pairs(data, files_of[split], mark=_mark(data, main_root, split))
+        split: _of_pairs(data, files_of[split], seed=_seed(data, main_root))
         if isinstance(data, Pairs)
         else _of_shards(data)
         for split, data in splits.items()
@@ -103,7 +103,7 @@ def keep_sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: P
         before: what a run had.
         cache_file: see `file_identities`.
     """
-    now = _of_pairs(pairs, file_identities(pairs.paths, cache_file=cache_file), mark=_mark(pairs, main_root, "val"))
+    now = _of_pairs(pairs, file_identities(pairs.paths, cache_file=cache_file), seed=_seed(pairs, main_root))
     was_val = _is_in(now, before.get("val", EMPTY))
     was_train = _is_in(now, before.get("train", EMPTY)) & ~was_val
     had = np.where(was_val, VAL, np.where(was_train, TRAIN, NO_SPLIT))
@@ -161,20 +161,19 @@ def _numbered(files: Hashes) -> Hashes:
     return numbered
 
 
-def _mark(pairs: Pairs, main_root: str, split: str) -> str:
-    """Return what is hashed with a path: a validation set of its own may have images of the same relative paths."""
-    return "" if pairs.root == main_root else f"{split}:"
+def _seed(pairs: Pairs, main_root: str) -> int:
+    """Return what is mixed into the hashes of paths: a validation set of its own may have the same relative paths."""
+    return int(pairs.root != main_root)
 
 
-def _of_pairs(pairs: Pairs, files: Hashes, *, mark: str = "") -> Snapshot:
-    root = f"{pairs.root}/"
-    paths = text_hashes(mark + path.removeprefix(root) for path in pairs.paths)
+def _of_pairs(pairs: Pairs, files: Hashes, *, seed: int) -> Snapshot:
+    paths = text_hashes(pairs.paths, prefix=f"{pairs.root}/", seed=seed)
     # a sum, so that the order of images and captions does not count; each caption's hash is mixed with its image's
-    captions = text_hashes(pairs.captions) * (2 * files[pairs.text_to_image.numpy()] + 1)
+    captions = text_hashes(pairs.captions) * (2 * np.repeat(files, np.diff(pairs.starts)) + 1)
     return Snapshot(paths, files, captions=int(captions.sum()) & 0x7FFFFFFFFFFFFFFF)
 
 
 def _of_shards(shards: Shards) -> Snapshot:
-    names = text_hashes(shard.name for shard in shards.shards)
-    contents = text_hashes(f"{shard.num_bytes} {shard.num_samples}" for shard in shards.shards)
+    names = text_hashes(Strings.of(shard.name for shard in shards.shards))
+    contents = text_hashes(Strings.of(f"{shard.num_bytes} {shard.num_samples}" for shard in shards.shards))
     return Snapshot(names, contents, what="shard")
