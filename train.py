@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cliptune.cli import Started, check_command_line, load_config, resumed_config, run_stage
+from cliptune.cli import Started, check_command_line, load_config, resumed_config, run_stage, stored_config
 from cliptune.settings import DEFAULT_MODEL_NAME, Config
 
 if __name__ == "__main__":
@@ -38,7 +38,7 @@ from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import Stopped, StopSignals
 from cliptune.training import optim
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import RunFiles, Saver, load_newest_state
+from cliptune.training.checkpoint import RunFiles, Saver, check_state, load_newest_state
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
@@ -181,9 +181,8 @@ class Resumed(NamedTuple):
 
     def settings(self, started: Started) -> Config:
         """Return its run's settings, changed by the flags that are given and may change."""
-        if "run_state" not in self.content:
-            raise ValueError(f"{self.path} holds no training state to resume from; use last_model.pth")
-        return resumed_config(self.content, started)
+        check_state(self.content, self.path)
+        return resumed_config(self.content, started, source=self.path)
 
 
 def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
@@ -322,7 +321,8 @@ def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, 
 
 def _restore(config: Config, trainer: MultimodalTrainer, saver: Saver, *, resumed: Resumed) -> RunState:
     """Continue from a checkpoint; the model holds its weights already."""
-    if resumed.content["config"]["training"]["micro_batch_size"] == config.training.micro_batch_size:
+    stored = stored_config(resumed.content["config"], resumed.path)
+    if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
     return saver.restore(*resumed)
 

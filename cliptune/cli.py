@@ -175,7 +175,16 @@ def override(config: Config, given: dict[str, Any]) -> Config:
     return _validate(Config, config.model_dump(), given, source=None)
 
 
-def resumed_config(content: dict[str, Any], started: Started) -> Config:
+def stored_config(stored: dict[str, Any], source: str | Path) -> Config:
+    """Return the settings that a checkpoint holds.
+
+    Raises:
+        ValueError: they are none that a run can have; names the checkpoint and the key.
+    """
+    return _validate(Config, stored, {}, source=Path(source))
+
+
+def resumed_config(content: dict[str, Any], started: Started, *, source: str | Path) -> Config:
     """Return the settings of a run that is resumed: its own, but for flags that may change.
 
     Where it writes is not taken from them: a checkpoint is a file like any other, and may come from elsewhere. Nor is
@@ -184,12 +193,13 @@ def resumed_config(content: dict[str, Any], started: Started) -> Config:
     Args:
         content: its checkpoint's `config`, and `config_file`: what the config file held when the run began.
         started: what this start was given.
+        source: the checkpoint.
 
     Raises:
-        ValueError: a flag changes what cannot change within a run.
+        ValueError: a flag changes what cannot change within a run, or the settings are none that a run can have.
     """
     here = {name: getattr(started.config.run, name) for name in ("output_dir", "cache_dir", "allow_data_change")}
-    config = override(_validate(Config, content["config"], {}, source=Path("checkpoint")), here)
+    config = override(stored_config(content["config"], source), here)
     changed = {name: value for name, value in started.given.items() if override(config, {name: value}) != config}
     refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
     if refused:

@@ -27,7 +27,7 @@ from cliptune.data.formats import IMAGE_ENDINGS
 from cliptune.data.index import check_text
 from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.table import RowBuffer, Rows
-from cliptune.preprocess.decode import file_stamp, image_format, part_path, read_bytes
+from cliptune.preprocess.decode import MAX_BYTES, file_stamp, image_format, part_path, read_bytes
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import count, first_few, shorten
@@ -38,6 +38,10 @@ INDEX_NAME = "shardindex.json"
 INDEX_KIND = "wids-shard-index-v1"
 CAPTION_KEYS = ("caption", "captions")
 TEXT_ENDINGS = frozenset(("json", "txt"))
+MAX_TEXT_BYTES = 2**24
+"""Of a sample's captions; an image's limit is any image file's."""
+MAX_READ = 2**20
+"""Bytes of a shard that are read at once: no name and no header of a file in it is longer."""
 
 _SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
 _SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
@@ -88,13 +92,17 @@ class TarSample(NamedTuple):
     """The files with an image's ending: their bytes, or their paths for `read_bytes`."""
     texts: dict[str, bytes]
     """The files that end in `json` and `txt`."""
+    refused: str = ""
+    """Why a file of it is not read."""
 
     def image(self) -> str | bytes:
         """Return the image's bytes, or its path for `read_bytes`.
 
         Raises:
-            ValueError: there is none, or several.
+            ValueError: there is none, or several, or a file of the sample is not read.
         """
+        if self.refused:
+            raise ValueError(self.refused)
         if len(self.images) != 1:
             raise ValueError(f"{len(self.images)} images" if self.images else "no image")
         return self.images[0]
@@ -105,8 +113,10 @@ class TarSample(NamedTuple):
         Without that key it is what the JSON holds under `caption` or `captions`, else each line of the text.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or a file of the sample is not read.
         """
+        if self.refused:
+            raise ValueError(self.refused)
         found = _json_captions(self.texts.get("json"), CAPTION_KEYS if caption_key is None else (caption_key,))
         if not found and caption_key is None:
             found = self.texts.get("txt", b"").decode("utf-8").split("\n")  # bad UTF-8 is a ValueError too
@@ -383,13 +393,41 @@ def _opened(url: str) -> Iterator[tarfile.TarFile]:
     """Open a shard; one that is no whole tar file is an OSError that names it."""
     stream = gopen(url)
     try:
-        with tarfile.open(fileobj=stream, mode="r:" if _is_local(url) else "r|") as tar:
+        with tarfile.open(fileobj=_Forward(stream, can_seek=_is_local(url)), mode="r:") as tar:  # type: ignore[call-overload]
             yield tar
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError) as error:  # of a damaged header
         raise OSError(f"{url}: cannot be read as a tar file: {error}") from None
     finally:
         with suppress(OSError):  # a `pipe:` command that is stopped before its end complains
             stream.close()
+
+
+class _Forward:
+    """A shard's bytes from its beginning to its end, few of them at once: a header may claim to be 5 GB long.
+
+    A local file skips what nobody reads; of another stream it is read and dropped.
+    """
+
+    def __init__(self, stream: Any, *, can_seek: bool) -> None:
+        self._stream, self._can_seek, self._position = stream, can_seek, 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_READ:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        content: bytes = self._stream.read(size)
+        self._position += len(content)
+        return content
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.ReadError("a header that leads back")
+        if self._can_seek:
+            self._position = self._stream.seek(position)
+        while self._position < position and self.read(min(position - self._position, MAX_READ)):
+            pass
 
 
 class _Member(NamedTuple):
@@ -416,16 +454,29 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
 def _sample(url: str, tar: tarfile.TarFile, members: Iterable[_Member], *, by_path: bool) -> TarSample:
     images: list[str | bytes] = []
     texts: dict[str, bytes] = {}
+    refused = ""
     for _, key, ending, info in members:  # noqa: B007  (one key for all of them)
-        if ending in TEXT_ENDINGS:
+        is_text = ending in TEXT_ENDINGS
+        if not is_text and f".{ending}" not in IMAGE_ENDINGS:
+            continue
+        if reason := _refusal(info, MAX_TEXT_BYTES if is_text else MAX_BYTES):
+            refused = refused or f".{ending} is {reason}"
+        elif is_text:
             texts[ending] = _content(tar, info)
-        elif f".{ending}" in IMAGE_ENDINGS:
+        else:
             path = part_path(url, info.offset_data, info.size, info.name)
             images.append(path if by_path else _content(tar, info))
-    return TarSample(key, images, texts)
+    return TarSample(key, images, texts, refused)
+
+
+def _refusal(info: tarfile.TarInfo, limit: int) -> str:
+    """Say why a file of a shard is not read; nothing where it is."""
+    if info.issparse():
+        return f"a sparse file, which unfolds to {info.size:,} bytes: write the shard without --sparse"
+    return f"a file of {info.size:,} bytes; at most {limit:,} are read" if info.size > limit else ""
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(info)
     assert file is not None  # it is no folder and no link
-    return file.read()
+    return b"".join(iter(lambda: file.read(MAX_READ), b""))
