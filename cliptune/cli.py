@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
+    "data_dir", "image_dir", "val_data", "allow_data_change",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -38,7 +39,7 @@ HELP_GROUPS = {
     ),
     "data": (
         "val_data", "split", "val_split", "image_dir", "caption_key", "captions", "augment", "on_unreadable_image",
-        "max_skipped_fraction",
+        "max_skipped_fraction", "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation"),
     "training": (
@@ -86,6 +87,16 @@ class Flag(NamedTuple):
     field: FieldInfo
 
 
+class Started(NamedTuple):
+    """What a run was started with."""
+
+    config: Config
+    given: dict[str, Any]
+    """The flags that were given, by their own names, with their values as typed."""
+    file_values: dict[str, Any]
+    """What the config file holds."""
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -118,13 +129,10 @@ def parse_settings(settings: type[S], argv: list[str] | None, *, description: st
     return _validate(settings, {}, given, source=None), given
 
 
-def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, dict[str, Any]]:
+def load_config(argv: list[str] | None, *, description: str) -> Started:
     """Read a run's settings: defaults, then the file named by `--config`, then flags.
 
     Without `--config`, the `config.json` of the current folder is read if there is one.
-
-    Returns:
-        The settings, and the given flags (their own names) with their values as typed.
 
     Raises:
         ValueError: an unknown key or flag, or a value that does not fit, naming the place.
@@ -136,7 +144,7 @@ def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, di
     if named is not None and not path.is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
     values = read_json_object(path) if path.is_file() else {}
-    return _validate(Config, values, given, source=path), given
+    return Started(_validate(Config, values, given, source=path), given, values)
 
 
 def check_command_line(settings: type[Settings], description: str) -> None:
@@ -167,18 +175,22 @@ def override(config: Config, given: dict[str, Any]) -> Config:
     return _validate(Config, config.model_dump(), given, source=None)
 
 
-def resumed_config(stored: dict[str, Any], given: dict[str, Any]) -> Config:
-    """Return the settings of a run that is resumed.
+def resumed_config(content: dict[str, Any], started: Started) -> Config:
+    """Return the settings of a run that is resumed: its own, but for flags that may change.
+
+    Where it writes is not taken from them: a checkpoint is a file like any other, and may come from elsewhere. Nor is
+    --allow_data_change: what one start allowed, the next one asks for again.
 
     Args:
-        stored: its settings, as its checkpoint holds them.
-        given: the flags of this start, as `load_config` returned them.
+        content: its checkpoint's `config`, and `config_file`: what the config file held when the run began.
+        started: what this start was given.
 
     Raises:
-        ValueError: one of them changes what cannot change within a run.
+        ValueError: a flag changes what cannot change within a run.
     """
-    config = Config.model_validate(stored)
-    changed = {name: value for name, value in given.items() if override(config, {name: value}) != config}
+    here = {name: getattr(started.config.run, name) for name in ("output_dir", "cache_dir", "allow_data_change")}
+    config = override(_validate(Config, content["config"], {}, source=Path("checkpoint")), here)
+    changed = {name: value for name, value in started.given.items() if override(config, {name: value}) != config}
     refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
     if refused:
         flags = ", ".join(f"--{name}" for name in refused)
@@ -186,7 +198,23 @@ def resumed_config(stored: dict[str, Any], given: dict[str, Any]) -> Config:
     for name, value in changed.items():
         if name != "resume":
             logger.info("resumed with --%s %s", name, value)
-    return override(config, changed)
+    config = override(config, changed)
+    before, now, used = map(_flat, (content.get("config_file", {}), started.file_values, config.model_dump()))
+    ignored = [
+        f"{key} {now[key]!r} (it is {used[key]!r})" for key in now if now[key] not in (before.get(key), used[key])
+    ]
+    if ignored:
+        logger.warning(
+            "a resumed run goes on with its own settings; of the config file it does not use %s. What may change is "
+            "changed by a flag",
+            first_few(ignored, MAX_ISSUES),
+        )
+    return config
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by their full keys: `{"training": {"seed": 1}}` as `{"training.seed": 1}`."""
+    return {f"{group}.{name}": value for group, values_of in values.items() for name, value in values_of.items()}
 
 
 def run_stage(stage: Callable[[], int], *, name: str) -> int:

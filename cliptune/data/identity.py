@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,10 +59,9 @@ def file_identities(paths: Strings, *, cache_file: Path | None = None) -> Hashes
     return identities
 
 
-def text_hashes(texts: Strings) -> Hashes:
+def text_hashes(texts: Iterable[str]) -> Hashes:
     """Return a hash of each text, uint64 `[N]`."""
-    hashes = (_hash(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.fromiter(hashes, dtype=np.uint64, count=len(texts))
+    return np.fromiter((_hash(text.encode("utf-8", "surrogatepass")) for text in texts), dtype=np.uint64)
 
 
 def _hash(*parts: bytes) -> int:

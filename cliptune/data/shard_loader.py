@@ -36,8 +36,8 @@ def training_shards(
     val_data: str | None,
     captions: str = "random",
     cache_images: bool = False,
-) -> tuple[Shards, Pairs]:
-    """Return a run's training shards and its validation pairs.
+) -> dict[str, Shards | Pairs]:
+    """Return a run's `train` shards and its `val` pairs.
 
     Args:
         source: its `data_dir` names the shards, `path/{00000..00099}.tar`; the rest is how `val_data` is read, and the
@@ -58,11 +58,11 @@ def training_shards(
         raise ValueError("--cache_images does not go with shards: their images are streamed, never cached")
     if captions == "all":
         raise ValueError("--captions all does not go with shards: each image has one caption an epoch")
-    shards = open_shards(data_dir)
+    shards = open_shards(data_dir, may_run_commands=source.may_run_commands)
     if len(shards) < 2:
         raise ValueError(f"{data_dir}: {count(len(shards), 'sample')}, at least 2 are needed")
     _check_first_samples(shards, source.caption_key)
-    return shards, separate_validation(source, val_data)
+    return {"train": shards, "val": separate_validation(source, val_data)}
 
 
 def _check_first_samples(shards: Shards, caption_key: str | None) -> None:

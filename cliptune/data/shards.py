@@ -30,7 +30,7 @@ from cliptune.data.table import RowBuffer, Rows
 from cliptune.preprocess.decode import file_stamp, image_format, part_path, read_bytes
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ CAPTION_KEYS = ("caption", "captions")
 TEXT_ENDINGS = frozenset(("json", "txt"))
 
 _SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
+_SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 
 
@@ -56,6 +57,11 @@ class Shard(NamedTuple):
     def name(self) -> str:
         """The file's name, without its folder."""
         return _name(self.url)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file; 0 for one that is not on this machine."""
+        return Path(self.url).stat().st_size if _is_local(self.url) else 0
 
 
 class Shards:
@@ -134,17 +140,21 @@ def is_shards(data_dir: str | Path) -> bool:
     return is_tar and not Path(first).is_dir()
 
 
-def open_shards(data_dir: str) -> Shards:
+def open_shards(data_dir: str, *, may_run_commands: bool = False) -> Shards:
     """Find the shards that braces name, and how many samples each holds.
 
     One of several ranks should come first: the others find its counts in the index.
+
+    Args:
+        data_dir: as `path/{00000..00099}.tar`.
+        may_run_commands: a `pipe:` address may be in it, whose command is run by the shell.
 
     Raises:
         FileNotFoundError: some of them are missing.
         ValueError: one of them is named twice, or remote shards have no index.
         OSError: one of them cannot be read.
     """
-    urls = _expand(data_dir)
+    urls = _expand(data_dir, may_run_commands=may_run_commands)
     return Shards(urls, _counts(urls))
 
 
@@ -176,7 +186,7 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, I
         FileNotFoundError: some of them are missing.
         OSError: one of them cannot be read.
     """
-    urls = _expand(data_dir)
+    urls = _expand(data_dir, may_run_commands=False)
     remote = [url for url in urls if not _is_local(url)]
     if remote:
         raise ValueError(f"{remote[0]}: remote shards are only for training; copy them to this machine")
@@ -265,8 +275,18 @@ def _is_local(url: str) -> bool:
     return not urlparse(url).scheme
 
 
-def _expand(data_dir: str) -> list[str]:
+def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
     urls = list(braceexpand(data_dir))
+    # asked of each one, since braces may hide it: {a.tar,{p}ipe:command .tar}
+    command = None if may_run_commands else next((url for url in urls if urlparse(url).scheme == "pipe"), None)
+    if command is not None:
+        raise ValueError(
+            f"{shorten(command)} would run a command. Commands are run only if --data_dir gives them on the command "
+            "line of this very run: none from a config file, a checkpoint or other data, and none as a validation set"
+        )
+    odd = next((url for url in urls if urlparse(url).scheme not in {"", "file", "pipe"} and _SHELL.search(url)), None)
+    if odd is not None:
+        raise ValueError(f"{shorten(odd)}: a URL holds no spaces, quotes or backslashes; write them as %20, %27, ...")
     if len(set(urls)) < len(urls):
         twice = next(url for url in urls if urls.count(url) > 1)
         raise ValueError(f"{data_dir}: {twice} is named twice")

@@ -80,6 +80,8 @@ class Strings(Sequence[str]):
 
     def take(self, indices: IntArray) -> Strings:
         """Return some of the strings, in the order given."""
+        if len(indices) == len(self) and (indices == np.arange(len(self))).all():
+            return self  # whose column needs no copy
         return Strings(self._column, indices if self._rows is None else self._rows[indices])
 
     def filled(self, others: Strings) -> Strings:
@@ -102,18 +104,24 @@ class Strings(Sequence[str]):
         As `find(self)`, but sorted instead of hashed: a hash table of all strings would hold the text once more.
         """
         order = self.sorted_order()
-        begins_run = np.ones(len(self), dtype=bool)
-        for start in range(0, len(self) - 1, block):  # the last of a block is the first of the next
-            strings = self.column(order[start : start + block + 1])
-            begins_run[start + 1 : start + len(strings)] = pc.not_equal(strings[1:], strings[:-1])
-        # the order is stable, so each run of equal strings begins with the first of them
-        first = np.empty(len(self), dtype=np.int64)
-        first[order] = order[np.flatnonzero(begins_run)][np.cumsum(begins_run) - 1]
+        first = np.empty_like(order)
+        for start in range(0, len(self), block):
+            rows = order[max(start - 1, 0) : start + block]  # from the last one of the block before
+            strings = self.column(rows)
+            begins_run = np.ones(len(rows), dtype=bool)
+            begins_run[1:] = pc.not_equal(strings[1:], strings[:-1])
+            # strings a a b b: runs begin at 0 and 2, so the heads are 0 0 2 2
+            heads = np.maximum.accumulate(np.where(begins_run, np.arange(len(rows)), 0))
+            # the order is stable, so each run of equal strings begins with the first of them
+            first_of_run = rows[heads]
+            if start:  # a run may have begun in the block before
+                first_of_run[heads == 0] = first[rows[0]]
+            first[rows] = first_of_run
         return first
 
     def sorted_order(self) -> IntArray:
         """Return the indices of the strings as Python sorts them; equal ones keep their order."""
-        order: IntArray = pc.sort_indices(self.column()).to_numpy().astype(np.int64)
+        order: IntArray = pc.sort_indices(self.column()).to_numpy().view(np.int64)
         return order
 
     def column(self, indices: slice | IntArray | None = None) -> pa.LargeBinaryArray:
