@@ -15,10 +15,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from cliptune.data.issues import Issue
-from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, join_pieces, make_loader
+from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, collate, join_pieces
 from cliptune.data.pairs import DataSource, Pairs
 from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
 from cliptune.data.splits import separate_validation
+from cliptune.data.workers import fitting_workers, make_loader, shared_number
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
@@ -113,11 +114,14 @@ class ShardLoader:
         shuffle_buffer: int = SHUFFLE_BUFFER,
     ) -> None:
         self.dataset = shards
+        num_workers = fitting_workers(num_workers)
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
         self.stream = _Stream(
             shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer
         )
-        self.loader = make_loader(self.stream, num_workers=num_workers, device=device, persistent=True)
+        self.loader = make_loader(
+            self.stream, num_workers=num_workers, device=device, collate_fn=collate, persistent=True
+        )
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -214,9 +218,7 @@ class _Stream(IterableDataset[list[Sample]]):
         self.seed = seed
         self.caption_key = caption_key
         self.shuffle_buffer = shuffle_buffer
-        # shared memory, so that workers that stay alive see a new epoch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._first_step = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch, self._first_step = shared_number(), shared_number()  # workers that stay alive see a new epoch
 
     def set_epoch(self, epoch: int, first_step: int) -> None:
         self._epoch.fill_(epoch)
