@@ -7,6 +7,11 @@ python data_loader.py --data_dir ./data --to_shards ./shards
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cliptune.runtime.stopping import leave_at_signals
+
+    leave_at_signals()  # the imports take seconds
+
 import logging
 import random
 import sys

@@ -7,6 +7,11 @@ Started by `torchrun`, several processes encode and rank a part each.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cliptune.runtime.stopping import leave_at_signals
+
+    leave_at_signals()  # the imports take seconds
+
 import logging
 import math
 import sys

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
+import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +20,7 @@ from cliptune.data.table import IntArray
 from cliptune.preprocess.tokens import CONTEXT_LENGTH
 from cliptune.runtime.distributed import rank_slice
 from cliptune.runtime.signals import leave_signals_to_main
+from cliptune.runtime.stopping import KilledWorkerError
 
 PIECE_SIZE = 64  # samples: a worker hands over no more at a time
 
@@ -215,8 +218,11 @@ def make_loader(
         device: where the batches will be used; a GPU copies from pinned memory while it computes. None: nowhere.
         collate_fn: makes a batch of samples, or of what an item is where there are no batches; None: PyTorch's.
         persistent: keep the workers from one epoch to the next.
+
+    Raises:
+        KilledWorkerError: by the loader's iterator, once a worker is gone.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=1 if batch_sampler is not None else batch_size,  # 1 is how PyTorch says that it was not given
         batch_sampler=batch_sampler,
@@ -226,6 +232,32 @@ def make_loader(
         persistent_workers=persistent and num_workers > 0,
         worker_init_fn=leave_signals_to_main,
     )
+
+
+class _Loader(DataLoader[Any]):
+    """Says that a worker was killed where its batch is waited for, and nowhere else.
+
+    PyTorch raises at once, from a handler of SIGCHLD: in the middle of an update of the weights, which then could not
+    be saved. Without the handler its iterator finds out by itself, within five seconds.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
+        batches = super().__iter__()
+        if takes_signals:
+            signal.signal(signal.SIGCHLD, before)
+        return self._told(batches) if self.num_workers else batches
+
+    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
+            raise KilledWorkerError from None
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker (pid"):
+                raise KilledWorkerError from None
+            raise
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
