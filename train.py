@@ -251,7 +251,7 @@ def _read_data(config: Config, given: dict[str, Any]) -> tuple[Pairs | Shards, P
     """Read what to train and what to validate on; make sample data where the user named none and has none."""
     settings, folder = config.data, Path(DEFAULT_DATA_DIR)
     if "data_dir" not in given and settings.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
-        index = create_sample_dataset(folder, SAMPLE_SIZE)
+        index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
     source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction)
     if is_shards(settings.data_dir):

@@ -35,6 +35,7 @@ def run(redirections: str, folder: Path, script: str = STAGE) -> subprocess.Comp
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "redirections", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-", "2>&1 | head -1", "| true", "2> >(true)", "2>/dev/full"]
 )
