@@ -32,6 +32,8 @@ from cliptune.runtime.rng import IntArray
 
 logger = logging.getLogger(__name__)
 
+MAX_EPOCHS_LOOKED_AT = 200
+
 Compute = Callable[[IntArray], Iterator[tuple[IntArray, Tensor]]]
 """Computes the outputs for some indices; yields those that it has, `[B]` and `[B, embed_dim]`."""
 
@@ -236,8 +238,11 @@ class FeatureLoader:
 
     @cached_property
     def _texts(self) -> TowerOutputs | None:
-        wanted = np.zeros(self.dataset.pairs.num_pairs, dtype=bool)
+        # many epochs use nearly every caption; looking through a million of them would take hours
+        wanted = np.full(self.dataset.pairs.num_pairs, self._num_epochs > MAX_EPOCHS_LOOKED_AT)
         for epoch in range(1, self._num_epochs + 1):
+            if wanted.all():
+                break
             self.dataset.set_epoch(epoch)
             wanted[self.dataset.choose(np.arange(len(self.dataset)))[1]] = True
         return self._cache.texts(self.dataset.pairs, np.flatnonzero(wanted))
