@@ -7,6 +7,11 @@ With several GPUs or machines `torchrun --nproc_per_node N train.py ...` starts 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cliptune.runtime.stopping import leave_at_signals
+
+    leave_at_signals()  # the imports take seconds
+
 import logging
 import sys
 from contextlib import ExitStack, closing
@@ -35,7 +40,8 @@ from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_everything
-from cliptune.runtime.signals import Stopped, StopSignals
+from cliptune.runtime.signals import StopSignals
+from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver, check_state, load_newest_state
@@ -121,10 +127,13 @@ def _fit(
 ) -> int:
     """Evaluate the model as loaded, then train epoch by epoch until the last one, the early stop or a signal.
 
-    SIGTERM and SIGINT stop it after the step that they come in, and its state is saved.
+    SIGTERM, SIGINT and SIGHUP stop it after the step that they come in, and its state is saved.
 
     Returns:
-        The exit code: 0, or 143 or 130 after a signal.
+        The exit code: 0, or 143, 130 or 129 after a signal.
+
+    Raises:
+        KilledWorkerError: a loader worker was killed; the state after the last step is saved.
     """
     settings, device, code = config.training, trainer.model.device, 0
     stop = StopSignals()
@@ -163,14 +172,24 @@ def _fit(
                 epochs = count(state.epochs_since_best, "epoch")
                 logger.info("early stop: no better RSum for %s (--early_stopping_patience)", epochs)
             journal.write_results(state, finished=True)
-        except Stopped as signal:
-            code = signal.exit_code
-            if state.history and state.totals is not None:  # between two epochs it is saved already
-                saver.save(state)
-            where = f"at epoch {state.epoch}, step {state.step}, which are saved: --resume goes on from there"
-            logger.info("%s %s", signal, where if state.history else "before anything was trained")
-            data.skipped.agree()
+        except (Stopped, KilledWorkerError) as end:
+            code = _end_early(end, data, state=state, saver=saver)
     return code
+
+
+def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:
+    """Save the state after the last step and say so; return a signal's exit code, or raise the error."""
+    if isinstance(end, KilledWorkerError) and world_size() > 1:  # the other ranks are in the middle of a step
+        raise end
+    if state.history and state.totals is not None:  # between two epochs it is saved already
+        saver.save(state)
+    where = f"at epoch {state.epoch}, step {state.step}, which are saved: --resume goes on from there"
+    what = "stopped" if isinstance(end, KilledWorkerError) else str(end)
+    logger.info("%s %s", what, where if state.history else "before anything was trained")
+    data.skipped.agree()
+    if isinstance(end, KilledWorkerError):
+        raise end
+    return end.exit_code
 
 
 class Resumed(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
 import logging
 import os
 import sys
@@ -17,7 +16,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cliptune.runtime.files import read_json_object
-from cliptune.runtime.messages import first_few, one_line, printable, shorten
+from cliptune.runtime.messages import first_few, message_line, one_line, shorten
+from cliptune.runtime.stopping import KilledWorkerError, Stopped, stoppable
+from cliptune.runtime.streams import open_streams
 from cliptune.settings import Config, Settings
 
 logger = logging.getLogger(__name__)
@@ -228,26 +229,27 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_stage(stage: Callable[[], int], *, name: str) -> int:
-    """Run a stage's body; turn errors that a user can mend into one line on stderr.
+    """Run a stage's body; turn errors that a user can mend, and signals, into one line on stderr.
 
     Returns:
-        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a non-finite loss or too
-        little memory, 130 after Ctrl-C.
+        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a non-finite loss, too little
+        memory or a worker that was killed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
+    open_streams()
     rank = os.environ.get("RANK", "0")
     name += "" if rank == "0" else f" (rank {rank})"
     try:
-        return stage()
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+        with stoppable(name):
+            code = stage()
+            sys.stdout.flush()  # on a disk that is full this fails, which Python itself would not tell
+            return code
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, KilledWorkerError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
-        print(f"{name}: error: {printable(one_line(error))}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | MemoryError) else 2
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return 130
+        print(f"{name}: error: {message_line(one_line(error))}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError | MemoryError | KilledWorkerError) else 2
+    except KeyboardInterrupt as error:
+        print(f"{name}: {error if isinstance(error, Stopped) else 'stopped'}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else 130
 
 
 class _Parser(argparse.ArgumentParser):

@@ -46,7 +46,7 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
     """
     folder = Path(DEFAULT_DATA_DIR)
     if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
-        index = create_sample_dataset(folder, SAMPLE_SIZE)
+        index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
     splits = _read_splits(config, given)
     return splits, take_snapshots(splits, cache_file=cache_file)

@@ -6,9 +6,11 @@ import errno
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cliptune.runtime.messages import printable
+from cliptune.runtime.messages import printable, shorten
 
 MAX_ISSUES = 100_000
+MAX_SHOWN = 1000
+"""Characters of a path or a reason."""
 
 
 class Issue(NamedTuple):
@@ -21,7 +23,7 @@ class Issue(NamedTuple):
     """Where a record stands ("data.json: row 17"); empty for an image."""
 
     def __str__(self) -> str:
-        return printable(f"{self.location or self.image}: {self.reason}")
+        return printable(f"{shorten(self.location or self.image, MAX_SHOWN)}: {shorten(self.reason, MAX_SHOWN)}")
 
     def to_dict(self) -> dict[str, str | None]:
         """Return image, reason and, for a record, its source location."""

@@ -19,11 +19,12 @@ from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows
 from cliptune.data.table import SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS = 50
+MAX_COLUMNS = 10  # shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,9 @@ def holds_only_placeholders(folder: Path) -> bool:
     """Tell whether a folder is missing, holds nothing but hidden files and empty folders, or unfinished sample data."""
     if (folder / UNFINISHED).is_dir():
         return True
-    return not any(not path.name.startswith(".") and not path.is_dir() for path in folder.rglob("*"))
+    # a link is somebody's data, though the walk leads to no file: images/ may be on another disk
+    paths = (Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files))
+    return not any(not path.name.startswith(".") and (path.is_symlink() or not path.is_dir()) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,8 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
         is_folder = index_path.is_dir()
         index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
         if index.ignored_columns:
-            columns = ", ".join(f"{name} ({num_rows})" for name, num_rows in index.ignored_columns.items())
-            logger.info("%s: columns ignored (rows): %s", index_path, columns)
+            columns = [f"{shorten(name)} ({num_rows})" for name, num_rows in index.ignored_columns.items()]
+            logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
         beside = index_path if is_folder else index_path.parent
         root = beside if source.image_dir is None else Path(source.image_dir)
         rows, missing = _resolve_images(index.rows, root)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate, chain, groupby, islice
@@ -45,6 +47,14 @@ MAX_READ = 2**20
 
 _SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
 _SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
+MAX_SHARDS = 1_000_000
+MAX_NESTING = 20
+"""Of braces."""
+UNFINISHED = ".shards.unfinished"
+"""Stands beside shards while they are written."""
+
+_RANGE = re.compile(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?")
+_INNERMOST = re.compile(r"\{([^{}]*)\}")
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 
 
@@ -140,7 +150,12 @@ def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
 
 
 def is_shards(data_dir: str | Path) -> bool:
-    """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one."""
+    """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one.
+
+    Raises:
+        ValueError: it names more files than a data set has.
+    """
+    _check_number(str(data_dir))
     try:
         first = next(iter(braceexpand(str(data_dir))))
     except ValueError:  # braces that do not close: a path like any other
@@ -230,18 +245,48 @@ def write_shards(
     Raises:
         ValueError: the folder holds tar files already, or none of the images can be read.
     """
+    _refuse_unfinished(folder)
     if any(folder.glob("*.tar")):
         raise ValueError(f"{folder} holds tar files already: name another folder, or delete them")
     issues: list[Issue] = []
     samples = _to_write(images, issues)
     counts: dict[str, int] = {}
-    while (first := next(samples, None)) is not None:
-        path = folder / f"{len(counts):05}.tar"
-        counts[str(path)] = _write_shard(chain([first], islice(samples, shard_size - 1)), path)
-    if not counts:
-        raise ValueError(f"no image can be read: {first_few(issues)}")
-    _write_index(folder / INDEX_NAME, {_name(path): _record(path, n) for path, n in counts.items()})
+    with _all_or_none(folder, counts):
+        while (first := next(samples, None)) is not None:
+            path = folder / f"{len(counts):05}.tar"
+            counts[str(path)] = 0
+            counts[str(path)] = _write_shard(chain([first], islice(samples, shard_size - 1)), path)
+        if not counts:
+            raise ValueError(f"no image can be read: {first_few(issues)}")
+        _write_index(folder / INDEX_NAME, {_name(path): _record(path, n) for path, n in counts.items()})
     return Shards(list(counts), list(counts.values())), issues
+
+
+@contextmanager
+def _all_or_none(folder: Path, paths: Iterable[str]) -> Iterator[None]:
+    """Mark a folder as unfinished within the block; if it raises, delete the files that `paths` then gives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / UNFINISHED
+    marker.touch(exist_ok=False)  # it fails where another process has just begun
+    try:
+        yield
+    except BaseException:  # a signal above all
+        for path in map(Path, paths):
+            path.unlink(missing_ok=True)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something of the user's
+            folder.rmdir()
+        raise
+    marker.unlink()
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if (folder / UNFINISHED).exists():
+        raise ValueError(
+            f"{folder} holds shards that are being written, or were not finished: wait, or delete the folder and write "
+            "them once more"
+        )
 
 
 def _to_write(images: Iterable[tuple[str, Sequence[str]]], issues: list[Issue]) -> Iterator[dict[str, Any]]:
@@ -286,6 +331,7 @@ def _is_local(url: str) -> bool:
 
 
 def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
+    _check_number(data_dir)
     urls = list(braceexpand(data_dir))
     # asked of each one, since braces may hide it: {a.tar,{p}ipe:command .tar}
     command = None if may_run_commands else next((url for url in urls if urlparse(url).scheme == "pipe"), None)
@@ -298,7 +344,7 @@ def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
     if odd is not None:
         raise ValueError(f"{shorten(odd)}: a URL holds no spaces, quotes or backslashes; write them as %20, %27, ...")
     if len(set(urls)) < len(urls):
-        twice = next(url for url in urls if urls.count(url) > 1)
+        [(twice, _)] = Counter(urls).most_common(1)
         raise ValueError(f"{data_dir}: {twice} is named twice")
     scheme = urlparse(urls[0]).scheme
     if scheme and scheme != "file" and scheme not in gopen_schemes:
@@ -309,7 +355,42 @@ def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
     return urls
 
 
+def _check_number(pattern: str) -> None:
+    """Refuse braces that name too many shards, before they are expanded."""
+    if _num_expansions(pattern) > MAX_SHARDS:
+        raise ValueError(f"{shorten(pattern)}: its braces name more than {MAX_SHARDS:,} shards, which is the limit")
+
+
+def _num_expansions(pattern: str) -> int:
+    """Count what braces name, the innermost first: `{a,b{0..9}}` becomes `{a,b<10>}`, which becomes `<11>`.
+
+    It counts no further than a little over `MAX_SHARDS`.
+    """
+    text = re.sub(r"\\.", "", pattern.replace("\0", ""), flags=re.DOTALL)
+    for _ in range(MAX_NESTING):
+        text, num_replaced = _INNERMOST.subn(lambda braces: f"\0{_num_alternatives(braces[1])}\0", text)
+        if not num_replaced:
+            return _num_combinations(text)
+    raise ValueError(f"{shorten(pattern)}: its braces are nested more than {MAX_NESTING} deep")
+
+
+def _num_alternatives(inside: str) -> int:
+    """Count what one pair of braces stands for; within it, `<10>` stands for ten."""
+    if match := _RANGE.fullmatch(inside):
+        first, last = (ord(end) if end.isalpha() else int(end[:19]) for end in match.groups()[:2])
+        return min(abs(last - first) // max(int((match[3] or "1")[:19]), 1), MAX_SHARDS) + 1
+    if "," not in inside:
+        return _num_combinations(inside)
+    return min(sum(map(_num_combinations, inside.split(","))), MAX_SHARDS + 1)
+
+
+def _num_combinations(text: str) -> int:
+    return min(math.prod(map(int, re.findall("\0(\\d+)\0", text))), MAX_SHARDS + 1)
+
+
 def _check_files(urls: Sequence[str]) -> None:
+    for folder in {os.path.dirname(url) for url in urls}:  # noqa: PTH120  (of a million shards)
+        _refuse_unfinished(Path(folder))
     missing = [url for url in urls if not Path(url).is_file()]
     if missing:
         raise FileNotFoundError(f"missing {len(missing)} of {count(len(urls), 'shard')} (first: {missing[0]})")
@@ -391,6 +472,8 @@ def _write_index(path: Path, records: dict[str, dict[str, Any]]) -> None:
 @contextmanager
 def _opened(url: str) -> Iterator[tarfile.TarFile]:
     """Open a shard; one that is no whole tar file is an OSError that names it."""
+    if _is_local(url):
+        _check_files([url])  # it may have become a pipe since, whose opening would never return
     stream = gopen(url)
     try:
         with tarfile.open(fileobj=_Forward(stream, can_seek=_is_local(url)), mode="r:") as tar:  # type: ignore[call-overload]

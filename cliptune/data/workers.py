@@ -13,6 +13,8 @@ import mmap
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.queues import Queue
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cliptune.runtime.messages import one_line
 from cliptune.runtime.signals import leave_signals_to_main
+from cliptune.runtime.stopping import KilledWorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,9 @@ def make_loader(
         device: where the batches will be used; a GPU copies from pinned memory while it computes. None: nowhere.
         collate_fn: makes a batch of samples, or of what an item is where there are no batches; None: PyTorch's.
         persistent: keep the workers from one epoch to the next.
+
+    Raises:
+        KilledWorkerError: by the loader's iterator, once a worker is gone.
     """
     num_workers = fitting_workers(num_workers)
     if num_workers:
@@ -102,10 +108,20 @@ def make_loader(
 
 
 class Loader(DataLoader[Any]):
-    """A `DataLoader` that takes what `_hand_over` makes, and raises a worker's errors as they were there."""
+    """A `DataLoader` that takes what `_hand_over` makes, and raises a worker's errors as they were there.
+
+    It says that a worker was killed where its batch is waited for, and nowhere else. PyTorch raises at once, from a
+    handler of SIGCHLD: in the middle of an update of the weights, which then could not be saved. Without the handler
+    its iterator finds out by itself, within five seconds.
+    """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return self._received(super().__iter__())
+        takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
+        batches = super().__iter__()
+        if takes_signals:
+            signal.signal(signal.SIGCHLD, before)
+        return self._received(batches) if self.num_workers else batches
 
     def _received(self, items: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -113,7 +129,11 @@ class Loader(DataLoader[Any]):
                 item = next(items)
             except StopIteration:
                 return
+            except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
+                raise KilledWorkerError from None
             except RuntimeError as error:
+                if str(error).startswith("DataLoader worker (pid"):
+                    raise KilledWorkerError from None
                 if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
                     raise OSError(f"too many open files: {FEWER_FILES}") from None
                 raise

@@ -34,6 +34,8 @@ from cliptune.runtime.rng import IntArray
 
 logger = logging.getLogger(__name__)
 
+MAX_EPOCHS_LOOKED_AT = 200
+
 
 class View(NamedTuple):
     """Which pixels of an image are meant: those of an augmentation, a seed and the view's index."""
@@ -245,8 +247,11 @@ class FeatureLoader:
 
     @cached_property
     def _texts(self) -> TowerOutputs | None:
-        wanted = np.zeros(self.dataset.pairs.num_pairs, dtype=bool)
+        # many epochs use nearly every caption; looking through a million of them would take hours
+        wanted = np.full(self.dataset.pairs.num_pairs, self._num_epochs > MAX_EPOCHS_LOOKED_AT)
         for epoch in range(1, self._num_epochs + 1):
+            if wanted.all():
+                break
             self.dataset.set_epoch(epoch)
             wanted[self.dataset.choose(np.arange(len(self.dataset)))[1]] = True
         return self._cache.texts(self.dataset.pairs, np.flatnonzero(wanted))
