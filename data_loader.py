@@ -7,6 +7,11 @@ python data_loader.py --data_dir ./data --to_shards ./shards
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cliptune.runtime.stopping import leave_at_signals
+
+    leave_at_signals()  # the imports take seconds
+
 import logging
 import random
 import sys
@@ -21,7 +26,6 @@ if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -34,11 +38,12 @@ from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
 from cliptune.data.splits import split_pairs
 from cliptune.data.table import SPLITS
+from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
 from cliptune.runtime.logs import progress_bar, setup_logging
-from cliptune.runtime.messages import count
+from cliptune.runtime.messages import count, printable
 from cliptune.runtime.rng import IntArray, draw_bits, seeded
 
 logger = logging.getLogger(__name__)
@@ -97,8 +102,7 @@ class ImageTextDataset(Dataset[Sample]):
         self.seed = seed
         self.num_views = 0
         self._image_of_pair = self.pairs.text_to_image.numpy()
-        # shared memory, so that workers that stay alive see a new epoch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = shared_number()  # workers that stay alive see a new epoch
 
     def cache_images(self, folder: Path) -> None:
         """Cache each image in `folder` once it is decoded and shrunk.
@@ -173,17 +177,19 @@ def _inspect(argv: list[str] | None) -> int:
     folder = Path(settings.data_dir)
     wants_sample = settings.num_samples is not None or "data_dir" not in given
     if settings.num_samples is not None or (wants_sample and holds_only_placeholders(folder)):
-        index = create_sample_dataset(folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed)
-        print(f"made sample data: {index}")
+        index = create_sample_dataset(
+            folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed, exist_ok=settings.num_samples is None
+        )
+        print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
     pairs = load_pairs(DataSource(folder, settings.image_dir, settings.caption_key, fraction))
     if settings.check:
         check = check_data(pairs, num_workers=settings.num_workers)
-        print("\n".join(check.lines()))
+        print("\n".join(map(printable, check.lines())))
         return 1 if check.issues.count else 0
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.to_shards is None:
-        print("\n".join(describe_data(pairs, splits)))
+        print("\n".join(map(printable, describe_data(pairs, splits))))
     else:
         chosen = {**splits, "all": pairs}[settings.split]
         _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
@@ -201,7 +207,7 @@ def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> 
     for issue in issues:
         logger.warning("skipped: %s", issue)
     names = f"{shards.shards[0].url} to {shards.shards[-1].name}" if len(shards.shards) > 1 else shards.shards[0].url
-    print(f"written: {count(len(shards), 'image')} in {count(len(shards.shards), 'shard')}, {names}")
+    print(f"written: {count(len(shards), 'image')} in {count(len(shards.shards), 'shard')}, {printable(names)}")
 
 
 if __name__ == "__main__":

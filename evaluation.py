@@ -7,6 +7,11 @@ Started by `torchrun`, several processes encode and rank a part each.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cliptune.runtime.stopping import leave_at_signals
+
+    leave_at_signals()  # the imports take seconds
+
 import logging
 import math
 import sys
@@ -38,7 +43,7 @@ from cliptune.model.weights import own_weights
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import is_main, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count, first_few, printable
 from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
 
@@ -84,7 +89,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
             values = {**times, "run": run, "checkpoint": settings.checkpoint, **source, **evaluation.to_dict()}
             path = Path(settings.output_dir) / "results" / "evaluation_results.json"
             results.write(path, results.EvaluationResults.model_validate(values))
-            print(f"written: {path}")
+            print(f"written: {printable(str(path))}")
     return 0
 
 

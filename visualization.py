@@ -5,6 +5,11 @@ python visualization.py --results results/training_results.json
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cliptune.runtime.stopping import leave_at_signals
+
+    leave_at_signals()  # the imports take seconds
+
 import math
 import sys
 from collections.abc import Sequence

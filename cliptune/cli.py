@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
 import logging
 import os
 import sys
@@ -18,13 +17,16 @@ from pydantic.fields import FieldInfo
 
 from cliptune.runtime.files import read_json_object
 from cliptune.runtime.memory import explain_out_of_memory, out_of_memory, says_out_of_memory, try_imports
-from cliptune.runtime.messages import first_few, one_line, printable, shorten
+from cliptune.runtime.messages import first_few, message_line, one_line, printable, shorten
+from cliptune.runtime.stopping import KilledWorkerError, Stopped, stoppable
+from cliptune.runtime.streams import open_streams
 from cliptune.settings import Config, Settings
 
 logger = logging.getLogger(__name__)
 
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
+    "data_dir", "image_dir", "val_data", "allow_data_change",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -39,7 +41,7 @@ HELP_GROUPS = {
     ),
     "data": (
         "val_data", "split", "val_split", "image_dir", "caption_key", "captions", "augment", "on_unreadable_image",
-        "max_skipped_fraction",
+        "max_skipped_fraction", "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation"),
     "training": (
@@ -87,6 +89,16 @@ class Flag(NamedTuple):
     field: FieldInfo
 
 
+class Started(NamedTuple):
+    """What a run was started with."""
+
+    config: Config
+    given: dict[str, Any]
+    """The flags that were given, by their own names, with their values as typed."""
+    file_values: dict[str, Any]
+    """What the config file holds."""
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -119,13 +131,10 @@ def parse_settings(settings: type[S], argv: list[str] | None, *, description: st
     return _validate(settings, {}, given, source=None), given
 
 
-def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, dict[str, Any]]:
+def load_config(argv: list[str] | None, *, description: str) -> Started:
     """Read a run's settings: defaults, then the file named by `--config`, then flags.
 
     Without `--config`, the `config.json` of the current folder is read if there is one.
-
-    Returns:
-        The settings, and the given flags (their own names) with their values as typed.
 
     Raises:
         ValueError: an unknown key or flag, or a value that does not fit, naming the place.
@@ -137,7 +146,7 @@ def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, di
     if named is not None and not path.is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
     values = read_json_object(path) if path.is_file() else {}
-    return _validate(Config, values, given, source=path), given
+    return Started(_validate(Config, values, given, source=path), given, values)
 
 
 def check_command_line(settings: type[Settings], description: str) -> None:
@@ -179,19 +188,23 @@ def stored_config(stored: dict[str, Any], source: str | Path) -> Config:
     return _validate(Config, stored, {}, source=Path(source))
 
 
-def resumed_config(stored: dict[str, Any], given: dict[str, Any], *, source: str | Path) -> Config:
-    """Return the settings of a run that is resumed.
+def resumed_config(content: dict[str, Any], started: Started, *, source: str | Path) -> Config:
+    """Return the settings of a run that is resumed: its own, but for flags that may change.
+
+    Where it writes is not taken from them: a checkpoint is a file like any other, and may come from elsewhere. Nor is
+    --allow_data_change: what one start allowed, the next one asks for again.
 
     Args:
-        stored: its settings, as its checkpoint holds them.
-        given: the flags of this start, as `load_config` returned them.
+        content: its checkpoint's `config`, and `config_file`: what the config file held when the run began.
+        started: what this start was given.
         source: the checkpoint.
 
     Raises:
-        ValueError: one of them changes what cannot change within a run, or they are none that a run can have.
+        ValueError: a flag changes what cannot change within a run, or the settings are none that a run can have.
     """
-    config = stored_config(stored, source)
-    changed = {name: value for name, value in given.items() if override(config, {name: value}) != config}
+    here = {name: getattr(started.config.run, name) for name in ("output_dir", "cache_dir", "allow_data_change")}
+    config = override(stored_config(content["config"], source), here)
+    changed = {name: value for name, value in started.given.items() if override(config, {name: value}) != config}
     refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
     if refused:
         flags = ", ".join(f"--{name}" for name in refused)
@@ -199,37 +212,54 @@ def resumed_config(stored: dict[str, Any], given: dict[str, Any], *, source: str
     for name, value in changed.items():
         if name != "resume":
             logger.info("resumed with --%s %s", name, value)
-    return override(config, changed)
+    config = override(config, changed)
+    before, now, used = map(_flat, (content.get("config_file", {}), started.file_values, config.model_dump()))
+    ignored = [
+        f"{key} {now[key]!r} (it is {used[key]!r})" for key in now if now[key] not in (before.get(key), used[key])
+    ]
+    if ignored:
+        logger.warning(
+            "a resumed run goes on with its own settings; of the config file it does not use %s. What may change is "
+            "changed by a flag",
+            first_few(ignored, MAX_ISSUES),
+        )
+    return config
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by their full keys: `{"training": {"seed": 1}}` as `{"training.seed": 1}`."""
+    return {f"{group}.{name}": value for group, values_of in values.items() for name, value in values_of.items()}
 
 
 def run_stage(stage: Callable[[], int], *, name: str) -> int:
-    """Run a stage's body; turn errors that a user can mend into one line on stderr.
+    """Run a stage's body; turn errors that a user can mend, and signals, into one line on stderr.
 
     Returns:
-        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a non-finite loss or too
-        little memory, 130 after Ctrl-C.
+        The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a non-finite loss, too little
+        memory or a worker that was killed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot show
+    open_streams()
     rank = printable(os.environ.get("RANK", "0"))[:20]
     name += "" if rank == "0" else f" (rank {rank})"
     try:
-        return stage()
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+        with stoppable(name):
+            code = stage()
+            sys.stdout.flush()  # on a disk that is full this fails, which Python itself would not tell
+            return code
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, KilledWorkerError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
         no_memory = says_out_of_memory(error)
         message = out_of_memory(error) if no_memory else one_line(error)
-        print(f"{name}: error: {printable(message)}", file=sys.stderr)
-        return 1 if no_memory or isinstance(error, FloatingPointError) else 2
+        print(f"{name}: error: {message_line(message)}", file=sys.stderr)
+        return 1 if no_memory or isinstance(error, FloatingPointError | KilledWorkerError) else 2
     except RuntimeError as error:  # of PyTorch and of threads
         if not says_out_of_memory(error):
             raise
-        print(f"{name}: error: {printable(out_of_memory(error))}", file=sys.stderr)
+        print(f"{name}: error: {message_line(out_of_memory(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"{name}: {error if isinstance(error, Stopped) else 'stopped'}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else 130
 
 
 class _Parser(argparse.ArgumentParser):

@@ -205,6 +205,10 @@ class RunSettings(Settings):
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
 
+    allow_data_change: bool = Field(
+        False, description="resume although the data is not what the run was trained and validated on"
+    )
+
     @property
     def checkpoint_every_steps(self) -> int | None:
         """Steps between two checkpoints within an epoch; None: no such limit."""

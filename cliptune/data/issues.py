@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cliptune.runtime.messages import printable
+from cliptune.runtime.messages import printable, shorten
 
 MAX_ISSUES = 100_000
+MAX_SHOWN = 1000
+"""Characters of a path or a reason."""
 
 
 class Issue(NamedTuple):
@@ -20,7 +23,7 @@ class Issue(NamedTuple):
     """Where a record stands ("data.json: row 17"); empty for an image."""
 
     def __str__(self) -> str:
-        return printable(f"{self.location or self.image}: {self.reason}")
+        return printable(f"{shorten(self.location or self.image, MAX_SHOWN)}: {shorten(self.reason, MAX_SHOWN)}")
 
     def to_dict(self) -> dict[str, str | None]:
         """Return image, reason and, for a record, its source location."""
@@ -29,7 +32,13 @@ class Issue(NamedTuple):
 
 
 def image_issue(path: str, error: OSError | ValueError) -> Issue:
-    """Return why an image cannot be used, without its path, which the error may name."""
+    """Return why an image cannot be used, without its path, which the error may name.
+
+    Raises:
+        OSError: it is not the image's fault, but that of a process that may open no more files.
+    """
+    if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        raise OSError(f"{path}: {error.strerror}: try fewer --num_workers, or a higher limit (ulimit -n)") from None
     reason = error.strerror if isinstance(error, OSError) else None
     return Issue(reason or str(error).removeprefix(f"{path}: "), image=path)
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import random
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from cliptune.data.issues import Issue
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import IntArray
+from cliptune.data.workers import make_loader
 from cliptune.preprocess.tokens import CONTEXT_LENGTH
 from cliptune.runtime.distributed import rank_slice
-from cliptune.runtime.signals import leave_signals_to_main
 
 PIECE_SIZE = 64  # samples: a worker hands over no more at a time
 
@@ -178,6 +178,7 @@ class TrainLoader:
             batch_sampler=_Pieces(self.batches, piece_size),
             num_workers=num_workers,
             device=device,
+            collate_fn=collate,
             persistent=True,
         )
 
@@ -193,39 +194,6 @@ class TrainLoader:
             num_items = len(items[rank_slice(len(items))])
             num_pieces = -(-num_items // self.piece_size)
             yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
-
-
-def make_loader(
-    dataset: Any,
-    *,
-    num_workers: int,
-    batch_sampler: Iterable[list[int]] | None = None,
-    batch_size: int | None = None,
-    device: torch.device | None = None,
-    collate_fn: Callable[[Any], Any] | None = collate,
-    persistent: bool = False,
-) -> DataLoader[Any]:
-    """Make a loader whose workers leave SIGINT and SIGTERM to the main process.
-
-    Args:
-        dataset: map-style, or an iterable one, which gives whole batches or shares the work itself.
-        num_workers: 0: the main process loads by itself.
-        batch_sampler: indices of each batch.
-        batch_size: of batches in the data set's order; None, without a `batch_sampler`: an item at a time.
-        device: where the batches will be used; a GPU copies from pinned memory while it computes. None: nowhere.
-        collate_fn: makes a batch of samples, or of what an item is where there are no batches; None: PyTorch's.
-        persistent: keep the workers from one epoch to the next.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=1 if batch_sampler is not None else batch_size,  # 1 is how PyTorch says that it was not given
-        batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=device is not None and device.type == "cuda",
-        persistent_workers=persistent and num_workers > 0,
-        worker_init_fn=leave_signals_to_main,
-    )
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:

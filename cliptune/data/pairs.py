@@ -19,11 +19,12 @@ from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows
 from cliptune.data.table import SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS = 50
+MAX_COLUMNS = 10  # shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Pairs:
         groups: unit of the split of each image; its path where the index names none.
         splits: int8 `[N]`: index in `SPLITS` of the split that the data set declares for each image, or -1.
         issues: why records of the index were skipped, the same for every selection.
+        root: real path of the folder that images lie in, unless they are outside of it.
     """
 
     paths: Strings
@@ -45,6 +47,7 @@ class Pairs:
     groups: Strings
     splits: CodeArray
     issues: Issues = field(default_factory=Issues)
+    root: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,6 +79,7 @@ class Pairs:
             groups=paths if self.groups is self.paths else self.groups.take(images),
             splits=self.splits[images],
             issues=self.issues,
+            root=self.root,
         )
 
     def find(self, paths: Sequence[str]) -> IntArray:
@@ -91,7 +95,9 @@ def holds_only_placeholders(folder: Path) -> bool:
     """Tell whether a folder is missing, holds nothing but hidden files and empty folders, or unfinished sample data."""
     if (folder / UNFINISHED).is_dir():
         return True
-    return not any(not path.name.startswith(".") and not path.is_dir() for path in folder.rglob("*"))
+    # a link is somebody's data, though the walk leads to no file: images/ may be on another disk
+    paths = (Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files))
+    return not any(not path.name.startswith(".") and (path.is_symlink() or not path.is_dir()) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,14 @@ class DataSource:
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
         max_skipped_fraction: how many of the records may be skipped, in [0, 1].
+        may_run_commands: `data_dir` may be a `pipe:` address, whose command is run; only what a person has typed.
     """
 
     data_dir: str | Path
     image_dir: str | Path | None = None
     caption_key: str | None = None
     max_skipped_fraction: float = 0.01
+    may_run_commands: bool = False
 
 
 def load_pairs(source: DataSource | str | Path) -> Pairs:
@@ -131,7 +139,15 @@ def load_pairs(source: DataSource | str | Path) -> Pairs:
         groups=rows.groups.filled(rows.images),
         splits=rows.splits,
         issues=issues,
+        root=os.path.realpath(_root(source)),
     )
+
+
+def _root(source: DataSource) -> Path:
+    data_dir = Path(source.data_dir)
+    if source.image_dir is not None and not is_shards(source.data_dir):
+        return Path(source.image_dir)
+    return data_dir if data_dir.is_dir() else data_dir.parent
 
 
 def _read_files(source: DataSource) -> tuple[Rows, Issues]:
@@ -157,8 +173,8 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
         is_folder = index_path.is_dir()
         index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
         if index.ignored_columns:
-            columns = ", ".join(f"{name} ({num_rows})" for name, num_rows in index.ignored_columns.items())
-            logger.info("%s: columns ignored (rows): %s", index_path, columns)
+            columns = [f"{shorten(name)} ({num_rows})" for name, num_rows in index.ignored_columns.items()]
+            logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
         beside = index_path if is_folder else index_path.parent
         root = beside if source.image_dir is None else Path(source.image_dir)
         rows, missing = _resolve_images(index.rows, root)

@@ -7,18 +7,24 @@ sides, so mirroring these images (a horizontal flip as augmentation) makes their
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from cliptune.runtime.files import write_json
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 Point = tuple[float, float]
 
@@ -68,6 +74,7 @@ COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 EDGES = ("top", "bottom", "left", "right")  # where a pair of large objects fits, side by side along the edge
 
 SCENE_FILE = re.compile(r"scene_\d{5,}\.(png|txt)")
+LOCK = ".sample-data.lock"
 UNFINISHED = ".captions.unfinished"  # what captions/ is called while samples are being written
 
 
@@ -285,16 +292,20 @@ def distinct_scenes(num_samples: int, *, seed: int = 0) -> Iterator[tuple[Scene,
         yield scene, captions
 
 
-def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 100, *, seed: int = 0) -> Path:
+def create_sample_dataset(
+    data_dir: str | Path = "./data", num_samples: int = 100, *, seed: int = 0, exist_ok: bool = False
+) -> Path:
     """Write drawn scenes as a data set: `images/`, `captions/` (one caption a line) and the index `data.json`.
 
     The captions stay under a hidden name until every image is there, and the index comes last, so that an
     interrupted creation is never taken for a data set, nor for one without an index; calling again starts it afresh.
+    Of two processes that begin at once the second waits for the first.
 
     Args:
         data_dir: folder to write to, made if it is missing.
         num_samples: number of images; each has two captions.
         seed: the same seed gives the same files.
+        exist_ok: take a `data.json` that is there already, such as another process has just made.
 
     Returns:
         The path of `data.json`.
@@ -306,9 +317,37 @@ def create_sample_dataset(data_dir: str | Path = "./data", num_samples: int = 10
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     folder = Path(data_dir)
-    index_path, captions_dir, unfinished = folder / "data.json", folder / "captions", folder / UNFINISHED
-    if index_path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        index_path = folder / "data.json"
+        if not index_path.exists():
+            return _create(folder, num_samples, seed)
+        if exist_ok:
+            return index_path
         raise FileExistsError(f"{index_path} is there already; choose an empty folder for the sample data")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes sample data in a folder, and keep others out."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.info("%s: another process makes sample data there: waiting for it", folder)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a file system without locks, or one that cannot be written
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _create(folder: Path, num_samples: int, seed: int) -> Path:
+    index_path, captions_dir, unfinished = folder / "data.json", folder / "captions", folder / UNFINISHED
     if unfinished.is_dir():
         _undo(folder)
     _refuse_foreign_files(folder)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate, chain, groupby, islice
@@ -30,7 +32,7 @@ from cliptune.data.table import RowBuffer, Rows
 from cliptune.preprocess.decode import MAX_BYTES, file_stamp, image_format, part_path, read_bytes
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,15 @@ MAX_READ = 2**20
 """Bytes of a shard that are read at once: no name and no header of a file in it is longer."""
 
 _SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
+_SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
+MAX_SHARDS = 1_000_000
+MAX_NESTING = 20
+"""Of braces."""
+UNFINISHED = ".shards.unfinished"
+"""Stands beside shards while they are written."""
+
+_RANGE = re.compile(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?")
+_INNERMOST = re.compile(r"\{([^{}]*)\}")
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 
 
@@ -60,6 +71,11 @@ class Shard(NamedTuple):
     def name(self) -> str:
         """The file's name, without its folder."""
         return _name(self.url)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file; 0 for one that is not on this machine."""
+        return Path(self.url).stat().st_size if _is_local(self.url) else 0
 
 
 class Shards:
@@ -134,7 +150,12 @@ def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
 
 
 def is_shards(data_dir: str | Path) -> bool:
-    """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one."""
+    """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one.
+
+    Raises:
+        ValueError: it names more files than a data set has.
+    """
+    _check_number(str(data_dir))
     try:
         first = next(iter(braceexpand(str(data_dir))))
     except ValueError:  # braces that do not close: a path like any other
@@ -144,17 +165,21 @@ def is_shards(data_dir: str | Path) -> bool:
     return is_tar and not Path(first).is_dir()
 
 
-def open_shards(data_dir: str) -> Shards:
+def open_shards(data_dir: str, *, may_run_commands: bool = False) -> Shards:
     """Find the shards that braces name, and how many samples each holds.
 
     One of several ranks should come first: the others find its counts in the index.
+
+    Args:
+        data_dir: as `path/{00000..00099}.tar`.
+        may_run_commands: a `pipe:` address may be in it, whose command is run by the shell.
 
     Raises:
         FileNotFoundError: some of them are missing.
         ValueError: one of them is named twice, or remote shards have no index.
         OSError: one of them cannot be read.
     """
-    urls = _expand(data_dir)
+    urls = _expand(data_dir, may_run_commands=may_run_commands)
     return Shards(urls, _counts(urls))
 
 
@@ -186,7 +211,7 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, I
         FileNotFoundError: some of them are missing.
         OSError: one of them cannot be read.
     """
-    urls = _expand(data_dir)
+    urls = _expand(data_dir, may_run_commands=False)
     remote = [url for url in urls if not _is_local(url)]
     if remote:
         raise ValueError(f"{remote[0]}: remote shards are only for training; copy them to this machine")
@@ -220,18 +245,48 @@ def write_shards(
     Raises:
         ValueError: the folder holds tar files already, or none of the images can be read.
     """
+    _refuse_unfinished(folder)
     if any(folder.glob("*.tar")):
         raise ValueError(f"{folder} holds tar files already: name another folder, or delete them")
     issues: list[Issue] = []
     samples = _to_write(images, issues)
     counts: dict[str, int] = {}
-    while (first := next(samples, None)) is not None:
-        path = folder / f"{len(counts):05}.tar"
-        counts[str(path)] = _write_shard(chain([first], islice(samples, shard_size - 1)), path)
-    if not counts:
-        raise ValueError(f"no image can be read: {first_few(issues)}")
-    _write_index(folder / INDEX_NAME, {_name(path): _record(path, n) for path, n in counts.items()})
+    with _all_or_none(folder, counts):
+        while (first := next(samples, None)) is not None:
+            path = folder / f"{len(counts):05}.tar"
+            counts[str(path)] = 0
+            counts[str(path)] = _write_shard(chain([first], islice(samples, shard_size - 1)), path)
+        if not counts:
+            raise ValueError(f"no image can be read: {first_few(issues)}")
+        _write_index(folder / INDEX_NAME, {_name(path): _record(path, n) for path, n in counts.items()})
     return Shards(list(counts), list(counts.values())), issues
+
+
+@contextmanager
+def _all_or_none(folder: Path, paths: Iterable[str]) -> Iterator[None]:
+    """Mark a folder as unfinished within the block; if it raises, delete the files that `paths` then gives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / UNFINISHED
+    marker.touch(exist_ok=False)  # it fails where another process has just begun
+    try:
+        yield
+    except BaseException:  # a signal above all
+        for path in map(Path, paths):
+            path.unlink(missing_ok=True)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something of the user's
+            folder.rmdir()
+        raise
+    marker.unlink()
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if (folder / UNFINISHED).exists():
+        raise ValueError(
+            f"{folder} holds shards that are being written, or were not finished: wait, or delete the folder and write "
+            "them once more"
+        )
 
 
 def _to_write(images: Iterable[tuple[str, Sequence[str]]], issues: list[Issue]) -> Iterator[dict[str, Any]]:
@@ -275,10 +330,21 @@ def _is_local(url: str) -> bool:
     return not urlparse(url).scheme
 
 
-def _expand(data_dir: str) -> list[str]:
+def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
+    _check_number(data_dir)
     urls = list(braceexpand(data_dir))
+    # asked of each one, since braces may hide it: {a.tar,{p}ipe:command .tar}
+    command = None if may_run_commands else next((url for url in urls if urlparse(url).scheme == "pipe"), None)
+    if command is not None:
+        raise ValueError(
+            f"{shorten(command)} would run a command. Commands are run only if --data_dir gives them on the command "
+            "line of this very run: none from a config file, a checkpoint or other data, and none as a validation set"
+        )
+    odd = next((url for url in urls if urlparse(url).scheme not in {"", "file", "pipe"} and _SHELL.search(url)), None)
+    if odd is not None:
+        raise ValueError(f"{shorten(odd)}: a URL holds no spaces, quotes or backslashes; write them as %20, %27, ...")
     if len(set(urls)) < len(urls):
-        twice = next(url for url in urls if urls.count(url) > 1)
+        [(twice, _)] = Counter(urls).most_common(1)
         raise ValueError(f"{data_dir}: {twice} is named twice")
     scheme = urlparse(urls[0]).scheme
     if scheme and scheme != "file" and scheme not in gopen_schemes:
@@ -289,7 +355,42 @@ def _expand(data_dir: str) -> list[str]:
     return urls
 
 
+def _check_number(pattern: str) -> None:
+    """Refuse braces that name too many shards, before they are expanded."""
+    if _num_expansions(pattern) > MAX_SHARDS:
+        raise ValueError(f"{shorten(pattern)}: its braces name more than {MAX_SHARDS:,} shards, which is the limit")
+
+
+def _num_expansions(pattern: str) -> int:
+    """Count what braces name, the innermost first: `{a,b{0..9}}` becomes `{a,b<10>}`, which becomes `<11>`.
+
+    It counts no further than a little over `MAX_SHARDS`.
+    """
+    text = re.sub(r"\\.", "", pattern.replace("\0", ""), flags=re.DOTALL)
+    for _ in range(MAX_NESTING):
+        text, num_replaced = _INNERMOST.subn(lambda braces: f"\0{_num_alternatives(braces[1])}\0", text)
+        if not num_replaced:
+            return _num_combinations(text)
+    raise ValueError(f"{shorten(pattern)}: its braces are nested more than {MAX_NESTING} deep")
+
+
+def _num_alternatives(inside: str) -> int:
+    """Count what one pair of braces stands for; within it, `<10>` stands for ten."""
+    if match := _RANGE.fullmatch(inside):
+        first, last = (ord(end) if end.isalpha() else int(end[:19]) for end in match.groups()[:2])
+        return min(abs(last - first) // max(int((match[3] or "1")[:19]), 1), MAX_SHARDS) + 1
+    if "," not in inside:
+        return _num_combinations(inside)
+    return min(sum(map(_num_combinations, inside.split(","))), MAX_SHARDS + 1)
+
+
+def _num_combinations(text: str) -> int:
+    return min(math.prod(map(int, re.findall("\0(\\d+)\0", text))), MAX_SHARDS + 1)
+
+
 def _check_files(urls: Sequence[str]) -> None:
+    for folder in {os.path.dirname(url) for url in urls}:  # noqa: PTH120  (of a million shards)
+        _refuse_unfinished(Path(folder))
     missing = [url for url in urls if not Path(url).is_file()]
     if missing:
         raise FileNotFoundError(f"missing {len(missing)} of {count(len(urls), 'shard')} (first: {missing[0]})")
@@ -319,7 +420,7 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
     for url in urls:
         known = records.get(_name(url), {})
         # new, or written again since: a shard of the same size and time is not read to be counted
-        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url):
+        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url)[:2]:
             new[_name(url)] = _record(url, _count(url))
         bar.update()
     if new:
@@ -359,7 +460,7 @@ def _records(index: Any, url: str) -> dict[str, dict[str, Any]]:
 
 
 def _record(path: str, num_samples: int) -> dict[str, Any]:
-    size, changed = file_stamp(path)
+    size, changed, *_ = file_stamp(path)
     return {"url": _name(path), "nsamples": num_samples, "filesize": size, "mtime_ns": changed}
 
 
@@ -371,6 +472,8 @@ def _write_index(path: Path, records: dict[str, dict[str, Any]]) -> None:
 @contextmanager
 def _opened(url: str) -> Iterator[tarfile.TarFile]:
     """Open a shard; one that is no whole tar file is an OSError that names it."""
+    if _is_local(url):
+        _check_files([url])  # it may have become a pipe since, whose opening would never return
     stream = gopen(url)
     try:
         with tarfile.open(fileobj=_Forward(stream, can_seek=_is_local(url)), mode="r:") as tar:  # type: ignore[call-overload]

@@ -54,7 +54,7 @@ class Strings(Sequence[str]):
     @classmethod
     def concatenate(cls, parts: Sequence[Strings]) -> Strings:
         """Return the strings of all parts, one part after another."""
-        return cls(pa.concat_arrays([part._selected() for part in parts]))
+        return cls(pa.concat_arrays([part.column() for part in parts]))
 
     def __len__(self) -> int:
         return len(self._column) if self._rows is None else len(self._rows)
@@ -69,7 +69,7 @@ class Strings(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _BLOCK):
-            for encoded in self._selected(slice(start, start + _BLOCK)).to_pylist():
+            for encoded in self.column(slice(start, start + _BLOCK)).to_pylist():
                 yield str(encoded, "utf-8", "surrogatepass")
 
     @property
@@ -80,6 +80,8 @@ class Strings(Sequence[str]):
 
     def take(self, indices: IntArray) -> Strings:
         """Return some of the strings, in the order given."""
+        if len(indices) == len(self) and (indices == np.arange(len(self))).all():
+            return self  # whose column needs no copy
         return Strings(self._column, indices if self._rows is None else self._rows[indices])
 
     def filled(self, others: Strings) -> Strings:
@@ -92,7 +94,7 @@ class Strings(Sequence[str]):
 
     def find(self, wanted: Strings) -> IntArray:
         """Return the index of the first string that equals each one wanted, -1 where none does; `[len(wanted)]`."""
-        found = pc.index_in(wanted._selected(), value_set=self._selected())
+        found = pc.index_in(wanted.column(), value_set=self.column())
         indices: IntArray = pc.fill_null(found, -1).to_numpy().astype(np.int64)
         return indices
 
@@ -102,21 +104,27 @@ class Strings(Sequence[str]):
         As `find(self)`, but sorted instead of hashed: a hash table of all strings would hold the text once more.
         """
         order = self.sorted_order()
-        begins_run = np.ones(len(self), dtype=bool)
-        for start in range(0, len(self) - 1, block):  # the last of a block is the first of the next
-            strings = self._selected(order[start : start + block + 1])
-            begins_run[start + 1 : start + len(strings)] = pc.not_equal(strings[1:], strings[:-1])
-        # the order is stable, so each run of equal strings begins with the first of them
-        first = np.empty(len(self), dtype=np.int64)
-        first[order] = order[np.flatnonzero(begins_run)][np.cumsum(begins_run) - 1]
+        first = np.empty_like(order)
+        for start in range(0, len(self), block):
+            rows = order[max(start - 1, 0) : start + block]  # from the last one of the block before
+            strings = self.column(rows)
+            begins_run = np.ones(len(rows), dtype=bool)
+            begins_run[1:] = pc.not_equal(strings[1:], strings[:-1])
+            # strings a a b b: runs begin at 0 and 2, so the heads are 0 0 2 2
+            heads = np.maximum.accumulate(np.where(begins_run, np.arange(len(rows)), 0))
+            # the order is stable, so each run of equal strings begins with the first of them
+            first_of_run = rows[heads]
+            if start:  # a run may have begun in the block before
+                first_of_run[heads == 0] = first[rows[0]]
+            first[rows] = first_of_run
         return first
 
     def sorted_order(self) -> IntArray:
         """Return the indices of the strings as Python sorts them; equal ones keep their order."""
-        order: IntArray = pc.sort_indices(self._selected()).to_numpy().astype(np.int64)
+        order: IntArray = pc.sort_indices(self.column()).to_numpy().view(np.int64)
         return order
 
-    def _selected(self, indices: slice | IntArray | None = None) -> pa.LargeBinaryArray:
+    def column(self, indices: slice | IntArray | None = None) -> pa.LargeBinaryArray:
         """Return the strings, or some of them, as a column of their own."""
         rows = self._rows
         if indices is not None:

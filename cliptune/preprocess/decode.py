@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import simplejpeg
@@ -57,7 +58,7 @@ def read_bytes(path: str | Path) -> bytes:
         OSError: it cannot be read, or has more than `MAX_BYTES`.
     """
     part = _part(path)
-    with Path(path if part is None else part[1]).open("rb") as file:
+    with _open(path if part is None else part[1]) as file:
         size = os.fstat(file.fileno()).st_size if part is None else int(part[3])
         if size > MAX_BYTES:
             raise OSError(f"{path}: {too_large(size)}")
@@ -71,15 +72,46 @@ def too_large(num_bytes: int) -> str:
     return f"a file of {num_bytes / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB are read"
 
 
-def file_stamp(path: str | Path) -> tuple[int, int]:
-    """Return a file's size in bytes and time of change in nanoseconds; a part of a tar file has the tar file's time.
+def read_ends(path: str | Path, num_bytes: int) -> tuple[int, bytes, bytes]:
+    """Return the size of a file, or part of a tar file, and up to `num_bytes` of its beginning and of its end.
+
+    Of 6 KB and 4 KB asked for, the end is the other 2. Waits for no pipe.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    part = _part(path)
+    with _open(path if part is None else part[1]) as file:
+        start, size = (0, os.fstat(file.fileno()).st_size) if part is None else (int(part[2]), int(part[3]))
+        file.seek(start)
+        first = file.read(min(num_bytes, size))
+        begin = max(size - num_bytes, len(first))
+        file.seek(start + begin)
+        return size, first, file.read(size - begin)
+
+
+def _open(path: str | Path) -> BinaryIO:
+    """Open a file, but no pipe, which would wait for a writer that never comes."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115  (its callers close it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path}: not a file")
+    return file
+
+
+def file_stamp(path: str | Path) -> tuple[int, int, int, int]:
+    """Return what changes when a file is written to or replaced: size in bytes, both times in nanoseconds, inode.
+
+    The second time, of the inode's change, is the system's own: `cp -p` and `rsync -t` copy only the first. A part of a
+    tar file has the size of the part.
 
     Raises:
         OSError: it is not there.
     """
     part = _part(path)
-    status = os.stat(path if part is None else part[1])  # noqa: PTH116  (pathlib is several times as slow, and this runs once an image)
-    return status.st_size if part is None else int(part[3]), status.st_mtime_ns
+    found = os.stat(path if part is None else part[1])  # noqa: PTH116  (pathlib is several times as slow, and this runs once an image)
+    size = found.st_size if part is None else int(part[3])
+    return size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _part(path: str | Path) -> re.Match[str] | None:

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 MAX_LENGTH = 200
+MAX_MESSAGE = 4000
+"""Characters of a whole message: ten issues and what to do about them; a text from a file in it may have millions."""
 
 
 def shorten(text: str, limit: int = MAX_LENGTH) -> str:
@@ -14,8 +16,25 @@ def shorten(text: str, limit: int = MAX_LENGTH) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what a terminal or a log would not show as itself: line ends, control characters, half characters."""
+    """Escape what a terminal or a log would not show as itself: line ends, control characters, half characters.
+
+    Marks that turn the direction of writing are among them: they would show `gpj.exe` as `exe.jpg`.
+    """
+    if text.isprintable():
+        return text
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def shown(value: object, limit: int = MAX_LENGTH) -> str:
+    """Show a value from a file as data, whatever is in it: cut where it is long, and printable."""
+    return printable(shorten(str(value), limit))
+
+
+def message_line(text: str) -> str:
+    """Make one printable line of a message; of a very long one the middle is left out: its end says what to do."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    return printable(text)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,10 +1,9 @@
-"""Graceful shutdown: SIGTERM and SIGINT stop a run after a whole step, the same one in all ranks."""
+"""Graceful shutdown: SIGTERM, SIGINT and SIGHUP stop a run after a whole step, the same one in all ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,32 +13,13 @@ from typing import Any, TypeVar
 import torch
 
 from cliptune.runtime.distributed import all_max, world_size
-
-GRACE_SECONDS = 15.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from cliptune.runtime.stopping import GRACE_SECONDS, SIGNALS, SignalWatcher, Stopped, heeded_signals
 
 T = TypeVar("T")
 
 
-class Stopped(KeyboardInterrupt):
-    """Raised where a run stops.
-
-    Args:
-        signal_number: such as `signal.SIGTERM`.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 143 or 130."""
-        return 128 + self.signal_number
-
-
 class StopSignals:
-    """Notes SIGTERM and SIGINT while it is entered, instead of ending the process.
+    """Notes SIGTERM, SIGINT and SIGHUP while it is entered, instead of ending the process.
 
     A second SIGINT ends the process at once, without waiting for what it computes. So does, with several ranks, a
     signal that they have not agreed on within the grace period: one of them may be gone, and the others wait for it in
@@ -59,18 +39,13 @@ class StopSignals:
         self._agreed = threading.Event()
         self._handlers: dict[int, Any] = {}
         self._process = os.getpid()
-        self._earlier_descriptor = -1
-        self._receiver, self._sender = socket.socketpair()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher = SignalWatcher(self._notice)
+        self._num_interrupts, self._waits = 0, False
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        # written to by the system at once; Python's handler runs once the main thread is back from what it computes
-        self._sender.setblocking(False)
-        self._earlier_descriptor = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        self._watcher.start()
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._watcher.start()
+            self._handlers = {number: signal.signal(number, self._note) for number in heeded_signals()}
         return self
 
     def __exit__(
@@ -78,13 +53,8 @@ class StopSignals:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._handlers:
-            signal.set_wakeup_fd(self._earlier_descriptor)
-            self._agreed.set()
-            self._sender.send(b"\0")  # closing it would not do: a loader's workers have it too
-            self._watcher.join()
-        self._sender.close()
-        self._receiver.close()
+        self._agreed.set()
+        self._watcher.close()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -101,6 +71,10 @@ class StopSignals:
             if self.signal_number:
                 raise Stopped(self.signal_number)
             yield
+        except Exception:
+            if self.signal_number:  # what a library made of the exception
+                raise Stopped(self.signal_number) from None
+            raise
         finally:
             self._interruptible = False
 
@@ -133,19 +107,14 @@ class StopSignals:
         if self._interruptible:
             raise Stopped(number)
 
-    def _watch(self) -> None:
-        """Read the signals' numbers in a thread, which runs whatever the main one waits for."""
-        interrupts = 0
-        waited_for = world_size() == 1
-        while number := self._receiver.recv(1)[0]:
-            if number not in SIGNALS:
-                continue
-            interrupts += number == signal.SIGINT
-            if interrupts == 2:
-                os._exit(128 + number)
-            if not waited_for:
-                waited_for = True
-                threading.Thread(target=self._leave_unless_agreed, args=(number,), daemon=True).start()
+    def _notice(self, number: int) -> None:
+        """Take a signal in the watcher's thread, which runs whatever the main one waits for."""
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts == 2:
+            os._exit(128 + number)
+        if world_size() > 1 and not self._waits:
+            self._waits = True
+            threading.Thread(target=self._leave_unless_agreed, args=(number,), daemon=True).start()
 
     def _leave_unless_agreed(self, number: int) -> None:
         if not self._agreed.wait(self.grace_seconds):
@@ -156,12 +125,13 @@ WORKER_GRACE_SECONDS = 30
 
 
 def leave_signals_to_main(_: int) -> None:
-    """Let a loader's worker ignore SIGINT, and SIGTERM for half a minute: whole groups of processes get them.
+    """Let a loader's worker ignore SIGINT, SIGHUP, and SIGTERM for half a minute: whole groups of processes get them.
 
     Were it to end before the main process has what it needs for a last step, it would take the run down with an error.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
+    signal.set_wakeup_fd(-1)  # of the main process's watcher, which has its own signals to tell of
+    for number in SIGNALS:
+        signal.signal(number, _end_later if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def _end_later(*_: object) -> None:

@@ -21,6 +21,7 @@ from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar
+from cliptune.runtime.messages import printable
 from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.meters import Step, StepRecord, StepWatch
@@ -196,7 +197,8 @@ class Journal:
         if state.best_epoch == 0:
             lines.append(no_better_epoch(state.best["num_images"]))
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
-        lines.append(f"\npeak memory: {peak}\nbest model: {self.files.best}\nresults: {self.files.results}")
+        best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
+        lines.append(f"\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
         return "\n".join(lines)
 
     def _log_recent(self, record: StepRecord) -> None:

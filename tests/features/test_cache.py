@@ -306,3 +306,18 @@ def test_evaluation_gives_the_same_with_cached_outputs(
     assert got.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
     assert (got.num_images, got.num_texts, got.chance) == (29, 58, expected.chance)
     assert model.training
+
+
+def test_a_million_epochs_are_not_gone_through_before_the_first(pairs: Pairs, tmp_path: Path) -> None:
+    dataset = ImageTextDataset(pairs)
+    choices = []
+    choose = dataset.choose
+    dataset.choose = lambda items: choices.append(0) or choose(items)  # type: ignore[func-returns-value, method-assign]
+    loader = FeatureLoader(
+        TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU),
+        cache_of(small_model(freeze_tower="text"), tmp_path / "c"), augment="none", num_epochs=1_000_000,
+    )  # fmt: skip
+    assert len(list(loader.epoch(1))) == 4
+    assert loader._texts is not None
+    assert (loader._texts.rows >= 0).all()
+    assert len(choices) < 1000

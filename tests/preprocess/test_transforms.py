@@ -268,7 +268,7 @@ def test_an_image_may_be_bytes_or_a_part_of_a_tar_file(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"before" + content + b"after")
     part = part_path(f"{tmp_path}/x.tar", 6, len(content), "a/x.png")
     assert read_bytes(part) == content == read_bytes(tmp_path / "x.png")
-    assert file_stamp(part) == (len(content), (tmp_path / "x.tar").stat().st_mtime_ns)
+    assert file_stamp(part)[:2] == (len(content), (tmp_path / "x.tar").stat().st_mtime_ns)
     assert file_stamp(tmp_path / "x.png")[0] == len(content)
     for source in (content, part, tmp_path / "x.png"):
         assert size_of(clip_transform(2).load(source)) == (4, 3)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cliptune.runtime.signals import SIGNALS, Stopped, StopSignals
+from cliptune.runtime.signals import StopSignals
+from cliptune.runtime.stopping import SIGNALS, Stopped
 
 ROOT = Path(__file__).parent.parent.parent
 STUCK = """
@@ -28,7 +29,7 @@ def handlers() -> list[object]:
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_waits_until_the_processes_agree(number: signal.Signals, code: int) -> None:
     before = handlers()
     stop = StopSignals()
