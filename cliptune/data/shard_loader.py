@@ -17,8 +17,9 @@ from webdataset.filters import shuffle
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, collate, join_pieces
 from cliptune.data.pairs import DataSource, Pairs
-from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
+from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
+from cliptune.data.tar_samples import TarSample, read_samples
 from cliptune.data.workers import fitting_workers, make_loader, shared_number
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform

@@ -13,7 +13,8 @@ from webdataset.tariterators import tarfile_samples
 import data_loader
 from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.row_store import ImageCache
-from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, read_samples, write_shards
+from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, write_shards
+from cliptune.data.tar_samples import read_samples
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
 from cliptune.preprocess.transforms import clip_transform
 from data_loader import ImageTextDataset
