@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from cliptune.runtime.files import read_json_object
 from cliptune.runtime.messages import first_few, message_line, one_line, shorten
 from cliptune.runtime.stopping import KilledWorkerError, Stopped, stoppable
-from cliptune.runtime.streams import open_streams
+from cliptune.runtime.streams import name_all_files, open_streams
 from cliptune.settings import Config, Settings
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,8 @@ def check_command_line(settings: type[Settings], description: str) -> None:
         settings: the stage's settings.
         description: what the stage does, for `--help`: its docstring.
     """
+
+    name_all_files()
 
     def read() -> int:
         if settings is Config:
