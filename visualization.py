@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ from cliptune.results import (
     Results,
     TrainingResults,
 )
-from cliptune.runtime.messages import count, printable
+from cliptune.runtime.files import atomic_writer
+from cliptune.runtime.messages import count, printable, shorten, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +49,16 @@ LIGHT_BLUE, BLACK = "#A6CEE8", "#222222"
 DPI = 100
 MAX_MARKED = 40
 """Epochs of a curve that are marked by dots; more of them would be a thick line."""
+MAX_NAME, MAX_TITLE = 60, 200
+"""Characters of a name from the file, and of a title."""
+CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC",
+    "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
+    "AR PL UMing CN", "Microsoft YaHei", "SimHei", "SimSun", "PingFang SC", "Hiragino Sans GB", "Hiragino Sans",
+    "Heiti TC", "Yu Gothic", "Meiryo", "MS Gothic", "IPAGothic", "TakaoGothic", "Malgun Gothic",
+    "Apple SD Gothic Neo", "NanumGothic", "Unifont", "Arial Unicode MS",
+)  # fmt: skip
+"""Fonts of Linux, Windows and macOS that have Chinese, Japanese or Korean letters; the first that is there is taken."""
 RECALL_LABELS = [f"{direction}\nR@{k}" for direction in ("image→text", "text→image") for k in RECALLS]
 
 
@@ -59,7 +71,7 @@ def _draw(argv: list[str] | None) -> int:
     settings, _ = parse_settings(VisualizationSettings, argv, description=str(__doc__))
     output_dir = None if settings.output_dir is None else Path(settings.output_dir)
     for path in draw_figures(Path(settings.results), output_dir):
-        print(path)
+        print(printable(str(path)))
     return 0
 
 
@@ -86,7 +98,8 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
     folder = results_path.parent if output_dir is None else output_dir
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=DPI)
+        with atomic_writer(folder / name) as file:
+            figure.savefig(file, format="png", dpi=DPI)
     return [folder / name for name in figures]
 
 
@@ -102,13 +115,13 @@ def training_curves_figure(results: TrainingResults) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _finish(axes, legend_columns=1)
     epochs = count(results.history[-1].epoch, "epoch")
-    _set_title(figure, f"{results.model_name}, {epochs}: {_verdict(results)}")
+    _set_title(figure, f"{shown(results.model_name, MAX_NAME)}, {epochs}: {_verdict(results)}")
     return figure
 
 
 def model_metrics_figure(results: TrainingResults) -> Figure:
     """Draw a run's retrieval and similarities, the best epoch beside the model as loaded."""
-    title, histograms = f"{results.model_name}: {_verdict(results)}", results.histograms
+    title, histograms = f"{shown(results.model_name, MAX_NAME)}: {_verdict(results)}", results.histograms
     if results.best_epoch == 0:  # then the two are one and the same
         return _metrics_figure(results, {"as loaded": results.baseline}, [histograms.best], title=title)
     columns = {"as loaded": results.baseline, f"final (epoch {results.best_epoch})": results.metrics}
@@ -119,7 +132,8 @@ def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
     """Draw an evaluation's retrieval and similarities."""
     model = "" if results.run is None else results.run.model_name
     named = {"checkpoint": Path(results.checkpoint).name, "data": Path(results.data).name, "split": results.split}
-    title = ", ".join([*filter(None, [model]), *(f"{key} {name}" for key, name in named.items() if name)])
+    titled = [("model", model), *named.items()] if model else named.items()
+    title = ", ".join(f"{key} {shown(name, MAX_NAME)}" for key, name in titled if name).removeprefix("model ")
     return _metrics_figure(results, {"evaluated": results.metrics}, [results.histograms], title=title)
 
 
@@ -150,7 +164,24 @@ def _gap(metrics: Metrics) -> str:
 
 
 def _set_title(figure: Figure, text: str) -> None:
-    figure.suptitle(printable(text), parse_math=False)  # a name with two $ is not a formula
+    text, families = _drawable(shorten(text, MAX_TITLE))
+    figure.suptitle(text, parse_math=False, fontfamily=families)  # a name with two $ is not a formula
+
+
+def _drawable(text: str) -> tuple[str, list[str]]:
+    """Return a text with each letter escaped that no font has, which would be a box, and the fonts to draw it with."""
+    from matplotlib import font_manager, rcParams  # noqa: PLC0415  (as below)
+
+    families = list(rcParams["font.family"])
+    default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    missing = set(map(ord, text)) - default.get_charmap().keys()
+    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist} if missing else {}
+    for name in filter(paths.get, CJK_FONTS):
+        with suppress(OSError, RuntimeError):  # matplotlib's list of fonts is cached: it may be gone since
+            found = font_manager.get_font(paths[name]).get_charmap().keys()
+            families += [] if missing.isdisjoint(found) else [name]
+            missing -= found
+    return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in text), families
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -173,10 +204,10 @@ def _finish(axes: Axes, *, legend_columns: int) -> None:
 def _draw_curve(
     axes: Axes, history: Sequence[EpochRecord], key: str, *, label: str, color: str, style: str = "-"
 ) -> None:
-    points = [(record.epoch, getattr(record, key)) for record in history if getattr(record, key) is not None]
-    if points:
-        epochs, values = zip(*points, strict=True)
-        marker = "o" if len(points) <= MAX_MARKED else None
+    records = [record for record in history if getattr(record, key) is not None]
+    if records:
+        epochs, values = [record.epoch for record in records], [getattr(record, key) for record in records]
+        marker = "o" if len(records) <= MAX_MARKED else None
         axes.plot(epochs, values, style, color=color, label=label, marker=marker, markersize=3.5, linewidth=1.6)
 
 
@@ -243,7 +274,7 @@ def _draw_rates(axes: Axes, results: TrainingResults) -> None:
         axes.plot(epochs, backbone, "--", color=ORANGE, label="backbone", **style)
     if backbone.any() and (backbone != projection).any():
         peaks = sorted((backbone.max(), projection.max()))
-        lowest = 10.0 ** math.floor(math.log10(peaks[0] / 100))
+        lowest = 10.0 ** math.floor(math.log10(max(peaks[0] / 100, 1e-100)))
         axes.set_yscale("symlog", linthresh=lowest, linscale=0.5)  # logarithmic, but linear from there to 0
         axes.set_ylim(0, 2 * peaks[1])
     else:

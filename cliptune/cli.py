@@ -19,7 +19,7 @@ from cliptune.runtime.files import read_json_object
 from cliptune.runtime.memory import explain_out_of_memory, out_of_memory, says_out_of_memory, try_imports
 from cliptune.runtime.messages import first_few, message_line, one_line, printable, shorten
 from cliptune.runtime.stopping import KilledWorkerError, Stopped, stoppable
-from cliptune.runtime.streams import open_streams
+from cliptune.runtime.streams import name_all_files, open_streams
 from cliptune.settings import Config, Settings
 
 logger = logging.getLogger(__name__)
@@ -159,6 +159,8 @@ def check_command_line(settings: type[Settings], description: str) -> None:
         settings: the stage's settings.
         description: what the stage does, for `--help`: its docstring.
     """
+
+    name_all_files()
 
     def read() -> int:
         if settings is Config:

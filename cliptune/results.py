@@ -26,10 +26,15 @@ RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
 MAX_BYTES = 2**28
 """Of a file that is read; a thousand epochs take about 1 MB."""
+MAX_SIZE = 1e100
+"""Of a number."""
+MAX_BINS = 10_000
+MIN_BIN_WIDTH = 1e-9
 _TRAINING_ONLY_KEYS = ("history", "baseline", "best_epoch")
 
 # strict: neither `true` nor `"3"` is a number
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+# what is larger cannot be drawn, and no run comes near it
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
@@ -112,6 +117,10 @@ class Histograms(Recorded):
         edges = self.bin_edges
         if len(edges) < 2 or any(left >= right for left, right in pairwise(edges)):
             raise ValueError("bin_edges: expected two or more numbers, each larger than the one before")
+        if len(edges) > MAX_BINS + 1:
+            raise ValueError(f"bin_edges: expected at most {MAX_BINS:,} bins, found {len(edges) - 1:,}")
+        if max(map(abs, edges)) > 10 or min(right - left for left, right in pairwise(edges)) < MIN_BIN_WIDTH:
+            raise ValueError(f"bin_edges: expected cosines, and bins no narrower than {MIN_BIN_WIDTH:g}")
         for key in ("positive", "negative"):
             if len(getattr(self, key)) != len(edges) - 1:
                 raise ValueError(f"{key}: expected {len(edges) - 1} counts, one fewer than bin_edges")
@@ -281,8 +290,9 @@ _EXPECTED = {
     "named_tuple_type": "a list",
     "too_long": "3 values",  # a point of the schedule
     "string_type": "a text",
-    "greater_than": "a number over 0",
-    "greater_than_equal": "a number of 0 or more",
+    "greater_than": "a number over {gt:g}",
+    "greater_than_equal": "a number of {ge:g} or more",
+    "less_than_equal": "a number of {le:g} or less",
 }
 
 
@@ -296,7 +306,8 @@ def _describe(issue: Any) -> str:
         return f"no key {key}, which train.py and evaluation.py write"
     if issue["type"] == "value_error":  # of a check across keys, which names the key within
         return f"{key}.{issue['ctx']['error']}".removeprefix(".")
-    return f"{key}: expected {_EXPECTED.get(issue['type'], 'a number')}, found {_kind(issue['input'])}"
+    expected = _EXPECTED.get(issue["type"], "a number").format(**issue.get("ctx", {}))
+    return f"{key}: expected {expected}, found {_kind(issue['input'])}"
 
 
 def _kind(value: Any) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import visualization
 from cliptune.results import RECALL_KEYS, EvaluationResults, TrainingResults
 from tests.helpers.recorded import STEPS_PER_EPOCH, evaluation_values, training_values
-from visualization import evaluation_metrics_figure, model_metrics_figure, training_curves_figure
+from visualization import draw_figures, evaluation_metrics_figure, model_metrics_figure, training_curves_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -284,3 +285,107 @@ def test_importing_is_light() -> None:
     code = "import sys, visualization; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_letters_that_no_font_has_are_escaped(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box for each letter says nothing, and matplotlib warns of each."""
+    monkeypatch.setattr(visualization, "CJK_FONTS", ())
+    values = evaluation_values()
+    values["run"]["model_name"] = "模型 \U0001f600\U00020000 é $x_1$"
+    drawn = title(evaluation_metrics_figure(EvaluationResults.model_validate(values)))
+    assert drawn.startswith(r"\u6a21\u578b")
+    assert r"\U00020000 é $x_1$, checkpoint best.pt" in drawn
+    draw_figures(write(tmp_path, values))
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+
+
+def test_letters_of_another_font_are_drawn_with_it(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    letters = {
+        name: set(font_manager.get_font(paths[name]).get_charmap()) for name in ("DejaVu Sans", "STIXNonUnicode")
+    }
+    letter = chr(max(letters["STIXNonUnicode"] - letters["DejaVu Sans"]))  # stands for a Chinese one
+    monkeypatch.setattr(visualization, "CJK_FONTS", ("No Such Font", "STIXNonUnicode"))
+    monkeypatch.setattr(visualization, "shown", lambda text, _: text)
+    values = training_values()
+    values["run"]["model_name"] = letter
+    assert title(bars_and_densities(values)).startswith(f"{letter}: ")
+    draw_figures(write(tmp_path, values))
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m\r\n\u202e\u2066\u2028\x9b", "M" * 1_000_000, "模" * 10_000])
+def test_names_of_a_file_are_short_printable_and_one_line(name: str) -> None:
+    values = training_values()
+    values["run"]["model_name"] = name
+    for figure in (curves(values), bars_and_densities(values)):
+        assert title(figure).isprintable()
+        assert len(title(figure)) < 1500
+    values = evaluation_values()
+    values |= {"checkpoint": name, "data": name, "split": name}
+    drawn = title(evaluation_metrics_figure(EvaluationResults.model_validate(values)))
+    assert drawn.isprintable()
+    assert len(drawn) < 1500
+
+
+def with_bins(num_bins: int) -> dict[str, Any]:
+    return {
+        "bin_edges": np.linspace(-1, 1, num_bins + 1).tolist(),
+        "positive": [1] * num_bins,
+        "negative": [2] * num_bins,
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("histograms", "best"), with_bins(1_000_000), "histograms.best.bin_edges: expected at most 10,000 bins"),
+        (("histograms", "best", "bin_edges"), [-1e99, *[0.0] * 99, 1e99], "histograms.best.bin_edges: expected"),
+        (("history", 1, "val_loss"), 1e308, "history[1].val_loss: expected a number of 1e+100 or less, found 1e+308"),
+        (("metrics", "rsum"), -1e308, "metrics.rsum: expected a number of -1e+100 or more, found -1e+308"),
+        (("schedule", 0, 1), math.nan, "schedule[0][1]: expected a number, found nan"),
+        (("history",), [], "history: has no record of best_epoch, 2"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    place: tuple[Any, ...], value: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = training_values()
+    target: Any = values
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    path = write(tmp_path, values)
+    assert visualization.main(["--results", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"visualization.py: error: {path}: {message}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [1e-320, 1e-99, 1e99])
+def test_extreme_numbers_are_drawn_without_a_word(
+    size: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    values = training_values()
+    for record in values["history"]:
+        record |= {key: size for key in record if isinstance(record[key], float)}
+    values["schedule"] = [[0, size, size / 2], [1, 0.0, 0.0]]
+    assert len(draw_figures(write(tmp_path, values))) == 2
+    assert not list(recwarn)
+
+
+def test_figures_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: Figure, file: Any, **options: Any) -> None:
+        file.write(PNG_SIGNATURE)
+        raise KeyboardInterrupt
+
+    path = write(tmp_path, training_values())
+    monkeypatch.setattr(Figure, "savefig", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        draw_figures(path)
+    assert list(tmp_path.iterdir()) == [path]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -430,9 +431,9 @@ def _by_stem(found: Records, folder: Path, part: str, endings: frozenset[str]) -
     Names that differ only by case clash too: they are one file on some file systems.
     """
     clashing: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted((folder / part).rglob("*")):
+    for path in sorted(_files_below(folder / part)):
         name = path.relative_to(folder / part)
-        if path.suffix.lower() in endings and not any(part.startswith(".") for part in name.parts) and path.is_file():
+        if path.suffix.lower() in endings and path.is_file():
             stem = unicodedata.normalize("NFC", name.with_suffix("").as_posix())
             clashing.setdefault(stem.casefold(), []).append((stem, f"{part}/{name.as_posix()}"))
     by_stem: dict[str, str | None] = {}
@@ -441,6 +442,23 @@ def _by_stem(found: Records, folder: Path, part: str, endings: frozenset[str]) -
             found.issue(files[0][1], f"clashes with {', '.join(file for _, file in files[1:])}")
         by_stem |= {stem: file if len(files) == 1 else None for stem, file in files}
     return by_stem
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield what lies below a folder, in linked folders too; nothing hidden, and no link back to a folder above."""
+    above = {
+        str(folder): [os.path.realpath(folder)]
+    }  # of each folder, the real paths of it and of those it was found in
+    for root, folders, names in os.walk(folder, followlinks=True):
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+        found = above.pop(root)
+        for name in [*folders]:
+            path = os.path.join(root, name)  # noqa: PTH118
+            real = os.path.realpath(path)
+            if name.startswith(".") or any(f"{other}/".startswith(f"{real.rstrip('/')}/") for other in found):
+                folders.remove(name)
+            else:
+                above[path] = [*found, real]
 
 
 def _caption_lines(found: Records, folder: Path, name: str) -> list[str]:

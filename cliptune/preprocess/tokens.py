@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -18,9 +17,10 @@ CONTEXT_LENGTH = 77
 LONG_WORD = 64
 """Bytes of a word from which on OpenAI's own merging, whose time grows with their square, is not used."""
 
-# what is behind 4096 letters of a word, or 64 blanks in a row, is beyond the context or no token
-_LONG_RUN = re.compile(r"(\S{4096})\S+|(\s{64})\s+")
-_MAX_TEXT = 2**19  # characters: more than 77 such words and blanks
+MAX_LETTERS = 4096
+"""Bytes of a word that are looked at: more than 76 tokens have, so what is cut off is beyond the context."""
+MAX_TEXT = 2**16
+"""Characters of a text that are looked at."""
 
 
 def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tuple[Tensor, int]:
@@ -38,7 +38,7 @@ def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tupl
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     num_truncated = 0
     for row, text in enumerate(texts):
-        ids = list(islice(_token_ids(_LONG_RUN.sub(r"\1\2", text)[:_MAX_TEXT]), context_length - 1))
+        ids = list(islice(_token_ids(text[:MAX_TEXT], MAX_LETTERS), context_length - 1))
         if len(ids) > context_length - 2:
             num_truncated += 1
             ids.pop()
@@ -48,15 +48,15 @@ def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tupl
 
 
 def count_tokens(text: str) -> int:
-    """Count a text's tokens, start and end included; what is beyond the context length is truncated."""
-    return 2 + sum(1 for _ in _token_ids(_LONG_RUN.sub(r"\1\2", text)))
+    """Count a text's tokens, start and end included; of a text or word beyond the limits above, those up to there."""
+    return 2 + sum(1 for _ in _token_ids(text[:MAX_TEXT], MAX_LETTERS))
 
 
-def _token_ids(text: str) -> Iterator[int]:
-    """Yield a text's tokens, as the tokeniser's own `encode` does for a whole text."""
+def _token_ids(text: str, max_letters: int) -> Iterator[int]:
+    """Yield a text's tokens, as the tokeniser's own `encode` does for a whole text; of a long word the first ones."""
     tokenizer, module = _tokenizer(), import_clip().simple_tokenizer
     for word in tokenizer.pat.finditer(module.whitespace_clean(module.basic_clean(text)).lower()):
-        letters = "".join(tokenizer.byte_encoder[byte] for byte in word[0].encode("utf-8"))
+        letters = "".join(tokenizer.byte_encoder[byte] for byte in word[0].encode("utf-8")[:max_letters])
         is_long = len(letters) > LONG_WORD
         parts = merge(letters, tokenizer.bpe_ranks) if is_long else tokenizer.bpe(letters).split(" ")
         yield from (tokenizer.encoder[part] for part in parts)

@@ -11,6 +11,13 @@ from typing import Any
 _NOBODY_READS = {errno.EPIPE, errno.EIO}  # a pipe whose reader ended, a terminal that was closed
 
 
+def name_all_files() -> None:
+    """Start this script anew if Python cannot name files outside ASCII (`LC_ALL=C`); what it prints stays ASCII."""
+    if sys.getfilesystemencoding().lower() in {"ascii", "us-ascii", "ansi_x3.4-1968"}:
+        os.environ.setdefault("PYTHONIOENCODING", "ascii:backslashreplace")
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def open_streams() -> None:
     """Open standard streams that are closed (`2>&-`, cron) on nothing, and let go of readers that leave (`| head`).
 

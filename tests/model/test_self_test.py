@@ -171,7 +171,7 @@ def test_another_tokeniser_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     self_test = compute_self_test(model)
     token_ids = tokens._token_ids
-    monkeypatch.setattr(tokens, "_token_ids", lambda text: token_ids(text.upper() + "!"))
+    monkeypatch.setattr(tokens, "_token_ids", lambda text, most: token_ids(text.upper() + "!", most))
     assert distances(model, self_test)[1] > 10 * TOLERANCE
 
 
