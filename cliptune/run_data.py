@@ -61,7 +61,7 @@ def reread_data(
         ValueError: it is not the same, and that was not allowed.
         FileNotFoundError: it is not there. Sample data is never made for a run that had other data.
     """
-    before = {split: Snapshot.from_dict(values) for split, values in content.get("data", {}).items()}
+    before = _stored(content)
     way_out = "--data_dir, --image_dir and --val_data name where it lies now"
     try:
         splits = _read_splits(config, given)
@@ -82,6 +82,16 @@ def reread_data(
     elif is_reordered(before, snapshots):
         logger.warning("the images come in another order than before: this epoch's batches are not the unbroken run's")
     return splits, snapshots
+
+
+def is_other_data(content: dict[str, Any], now: Snapshots) -> bool:
+    """Tell whether the run of a checkpoint of this `content` had other data."""
+    before = _stored(content)
+    return bool(before) and bool(describe_change(before, now))
+
+
+def _stored(content: dict[str, Any]) -> Snapshots:
+    return {split: Snapshot.from_dict(values) for split, values in content.get("data", {}).items()}
 
 
 def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Splits:
