@@ -242,15 +242,15 @@ class _Loader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._told() if self.num_workers else super().__iter__()
+
+    def _told(self) -> Iterator[Any]:
         takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
-        batches = super().__iter__()
-        if takes_signals:
-            signal.signal(signal.SIGCHLD, before)
-        return self._told(batches) if self.num_workers else batches
-
-    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
+            batches = super().__iter__()  # persistent workers are waited for here
+            if takes_signals:
+                signal.signal(signal.SIGCHLD, before)
             yield from batches
         except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
             raise KilledWorkerError from None
