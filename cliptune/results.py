@@ -280,8 +280,10 @@ def run_info(
         device_name=device_name(device),
         precision=precision,
         world_size=world_size,
-        model_name=model_name,
-        model_settings=model_settings,
+        model_name=shorten(model_name),
+        model_settings={
+            key: shorten(value) if isinstance(value, str) else value for key, value in model_settings.items()
+        },
     )
 
 
