@@ -116,30 +116,31 @@ class Loader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._received() if self.num_workers else super().__iter__()
+
+    def _received(self) -> Iterator[Any]:
+        try:
+            for item in self._start():
+                if isinstance(item, _Failed):
+                    raise item.error
+                yield _map_fields(item, _Piped, self._from_pipe)
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker (pid"):
+                raise KilledWorkerError from None
+            if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
+                raise OSError(f"too many open files: {FEWER_FILES}") from None
+            raise
+
+    def _start(self) -> Iterator[Any]:
         takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
-        batches = super().__iter__()
-        if takes_signals:
-            signal.signal(signal.SIGCHLD, before)
-        return self._received(batches) if self.num_workers else batches
-
-    def _received(self, items: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
-                raise KilledWorkerError from None
-            except RuntimeError as error:
-                if str(error).startswith("DataLoader worker (pid"):
-                    raise KilledWorkerError from None
-                if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
-                    raise OSError(f"too many open files: {FEWER_FILES}") from None
-                raise
-            if isinstance(item, _Failed):
-                raise item.error
-            yield _map_fields(item, _Piped, self._from_pipe)
+        try:
+            items = super().__iter__()  # persistent workers are waited for here
+            if takes_signals:
+                signal.signal(signal.SIGCHLD, before)
+            yield from items
+        except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
+            raise KilledWorkerError from None
 
     def _from_pipe(self, piped: _Piped) -> Tensor:
         if piped.reason:
