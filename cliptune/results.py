@@ -175,6 +175,8 @@ class Results(Recorded):
     started_at: str | None = None
     finished_at: str | None = None
     """None: the run has not ended, or was stopped."""
+    run_id: str = ""
+    """Of the run, as its checkpoints have it."""
     run: RunInfo | None = None
     """None: a file of before it was recorded."""
     num_images: Count
@@ -278,8 +280,10 @@ def run_info(
         device_name=device_name(device),
         precision=precision,
         world_size=world_size,
-        model_name=model_name,
-        model_settings=model_settings,
+        model_name=shorten(model_name),
+        model_settings={
+            key: shorten(value) if isinstance(value, str) else value for key, value in model_settings.items()
+        },
     )
 
 

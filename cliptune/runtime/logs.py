@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ class _LogFile(logging.FileHandler):
     """Goes on without the file once it cannot be written, and says so."""
 
     failed = False
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]

@@ -21,7 +21,7 @@ from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar
-from cliptune.runtime.messages import printable
+from cliptune.runtime.messages import printable, shown
 from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.meters import Step, StepRecord, StepWatch
@@ -266,7 +266,7 @@ def describe_model(model: Any) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     start = "random start" if model.starts_random else "pretrained"
-    return f"{model.architecture.name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    return f"{shown(model.architecture.name)} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
 
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
