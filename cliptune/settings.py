@@ -18,10 +18,11 @@ SAMPLE_SIZE = 1000
 MAX_SKIPPED_FRACTION = 0.01
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# the limits are far beyond any use; products of larger numbers would be too large for libraries and results files
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Split = Literal["train", "val", "test", "all"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -66,7 +67,7 @@ NumWorkers = Annotated[
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
 Seed = Annotated[
-    NonNegativeInt, Field(lt=2**64, description="of the split, the order, captions, augmentation and sample data")
+    int, Field(ge=0, lt=2**64, description="of the split, the order, captions, augmentation and sample data")
 ]
 
 

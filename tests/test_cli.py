@@ -287,6 +287,11 @@ def test_a_message_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:
         ("seed", -1, "expected greater than or equal to 0"),
         ("projection_dim", 1, "expected greater than or equal to 2"),
         ("projection_dim", 10**9, "expected less than or equal to 65536"),
+        ("batch_size", 2**70, "expected less than 2147483648"),
+        ("num_epochs", 2**70, "expected less than 2147483648"),
+        ("micro_batch_size", 2**70, "expected less than 2147483648 or 'auto'"),
+        ("learning_rate", 10**300, "expected less than or equal to 1000000000000"),
+        ("weight_decay", 10**300, "expected less than or equal to 1000000000000"),
     ],
 )
 def test_numbers_that_nothing_can_be_computed_with_are_refused(flag: str, value: int, message: str) -> None:
