@@ -263,8 +263,8 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
 
 def _set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:
     """Move an earlier run's files out of the way of a new one's, and begin the log file."""
-    if resumed is None and (folder := files.set_aside_earlier_run()) is not None:
-        logger.info("the earlier run's files are now in %s", folder)
+    if resumed is None:
+        files.set_aside_earlier_run()
     setup_logging(config.run.log_level, files.log)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def setup_logging(level: str, log_path: Path | None = None) -> None:
     logging.captureWarnings(True)
 
 
+def reopen_log_file() -> None:
+    """Go on in a log file that is made anew, if somebody has removed the one that is written to."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _LogFile):
+            Path(handler.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            handler.reopenIfNeeded()
+
+
 class _Formatter(logging.Formatter):
     """Makes one printable line of each message."""
 
@@ -60,10 +69,14 @@ class _Formatter(logging.Formatter):
         return "\n".join(f"  {message_line(line)}" for line in super().formatException(ei).splitlines())
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(WatchedFileHandler):
     """Goes on without the file once it cannot be written, and says so."""
 
     failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # not as its parent does, which looks for the file before each line, and fails without its folder
+        logging.FileHandler.emit(self, record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
