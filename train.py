@@ -274,9 +274,8 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
 
 def _set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:
     """Move the files of an earlier or another run out of the way of this one's, and begin the log file."""
-    is_elsewhere = resumed is None or resumed.path.resolve().parent != files.last.parent.resolve()
-    if is_elsewhere and (folder := files.set_aside_earlier_run()) is not None:
-        logger.info("the earlier run's files are now in %s", folder)
+    if resumed is None or resumed.path.resolve().parent != files.last.parent.resolve():
+        files.set_aside_earlier_run()
     setup_logging(config.run.log_level, files.log)
 
 
