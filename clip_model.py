@@ -47,7 +47,7 @@ from cliptune.runtime.rng import seed_step
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import EpochResult, EpochTotals, Step, StepResult, StepWatch
-from cliptune.training.optim import rates_of
+from cliptune.training.optim import load_scaler_state, load_scheduler_state, rates_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class CLIPModel(nn.Module):
 
     Raises:
         ValueError: an unknown model name, weights that do not fit, a checkpoint that does not give the features that
-            it was saved with, or `freeze_tower` beside `freeze_backbone`.
+            it was saved with, `projection_dim` below 2, or `freeze_tower` beside `freeze_backbone`.
         OSError: weights that cannot be had; says how to get them.
     """
 
@@ -469,8 +469,8 @@ class MultimodalTrainer:
         """Go on from what `state_dict` returned, beside `global_step`; the micro-batch size stays this trainer's."""
         load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler_state_dict"])
-        self.scaler.load_state_dict(state["scaler_state_dict"])
+            load_scheduler_state(self.scheduler, state["scheduler_state_dict"], step=state["global_step"])
+        load_scaler_state(self.scaler, state["scaler_state_dict"])
         self.global_step = state["global_step"]
 
     def _step_unless(self, is_bad: Tensor) -> None:

@@ -26,7 +26,6 @@ if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -39,6 +38,7 @@ from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
 from cliptune.data.splits import split_pairs
 from cliptune.data.table import SPLITS
+from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
@@ -102,8 +102,7 @@ class ImageTextDataset(Dataset[Sample]):
         self.seed = seed
         self.num_views = 0
         self._image_of_pair = self.pairs.text_to_image.numpy()
-        # shared memory, so that workers that stay alive see a new epoch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = shared_number()  # workers that stay alive see a new epoch
 
     def cache_images(self, folder: Path) -> None:
         """Cache each image in `folder` once it is decoded and shrunk.

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cliptune.cli import check_command_line, parse_settings, run_stage
+from cliptune.cli import check_command_line, parse_settings, run_stage, stored_config
 from cliptune.settings import DataSettings, EvaluationSettings
 
 if __name__ == "__main__":
@@ -37,6 +37,7 @@ from cliptune.data.splits import evaluation_pairs
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, compute_retrieval_metrics
 from cliptune.features.similarity import similarity_histograms
+from cliptune.model.checkpoint_fields import CONFIG_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.weights import own_weights
 from cliptune.runtime.device import resolve_precision
@@ -59,9 +60,10 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     started_at = datetime.now().isoformat(timespec="seconds")
     setup_logging(settings.log_level)
     device = rank_device(settings.device)
-    content = load_checkpoint(settings.checkpoint)
-    precision = resolve_precision(settings.precision or content["config"]["training"]["precision"], device)
-    pairs, source = _find_pairs(settings, content)
+    content = load_checkpoint(settings.checkpoint, needs=CONFIG_KEYS)
+    config = stored_config(content["config"], settings.checkpoint)
+    precision = resolve_precision(settings.precision or config.training.precision, device)
+    pairs, source = _find_pairs(settings, config.data, content["val_images"])
     with process_group(device):
         model = CLIPModel(pretrained=own_weights(content, settings.checkpoint)).to(device).eval()
         del content  # the model has its own copy of the weights
@@ -91,9 +93,10 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     return 0
 
 
-def _find_pairs(settings: EvaluationSettings, content: dict[str, Any]) -> tuple[Pairs, dict[str, str]]:
+def _find_pairs(
+    settings: EvaluationSettings, run_data: DataSettings, val_images: list[str]
+) -> tuple[Pairs, dict[str, str]]:
     """Read the data set that is to be evaluated on; also return what the results file says of it."""
-    run_data = DataSettings.model_validate(content["config"]["data"])
     max_skipped_fraction = (
         run_data.allowed_skipped_fraction if settings.max_skipped_fraction is None else settings.max_skipped_fraction
     )
@@ -101,7 +104,7 @@ def _find_pairs(settings: EvaluationSettings, content: dict[str, Any]) -> tuple[
         if settings.split not in {None, "val"}:
             raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
         pairs = _own_validation_pairs(
-            content["val_images"], run_data, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction
+            val_images, run_data, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction
         )
         return pairs, {"data": run_data.val_data or run_data.data_dir, "split": "val"}
     source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, max_skipped_fraction)

@@ -12,51 +12,39 @@ if __name__ == "__main__":
 
     leave_at_signals()  # the imports take seconds
 
-import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cliptune.cli import check_command_line, load_config, resumed_config, run_stage
-from cliptune.settings import DEFAULT_DATA_DIR, DEFAULT_MODEL_NAME, Config
+from cliptune.cli import Started, check_command_line, load_config, resumed_config, run_stage, stored_config
+from cliptune.settings import DEFAULT_MODEL_NAME, Config
 
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
-from cliptune.data.issues import Issue
-from cliptune.data.loaders import TrainLoader
-from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
-from cliptune.data.sample_data import create_sample_dataset
-from cliptune.data.shard_loader import ShardLoader, training_shards
-from cliptune.data.shards import Shards, is_shards
-from cliptune.data.skipped import SkippedData
-from cliptune.data.splits import training_pairs
-from cliptune.features.cache import FeatureCache, FeatureLoader
-from cliptune.features.encode import Encoder
+from cliptune.data.shards import Shards
 from cliptune.model.architectures import known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.parallel import is_sharded, parallel_model
+from cliptune.model.parallel import parallel_model
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
-from cliptune.preprocess.transforms import train_transform
 from cliptune.results import command_line, run_info
-from cliptune.runtime.device import Precision, can_compile, default_num_workers, keep_freed_memory, resolve_precision
+from cliptune.run_data import RunData, num_views, open_data, read_data, reread_data
+from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
-from cliptune.settings import SAMPLE_SIZE
 from cliptune.training import optim
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import RunFiles, Saver, load_newest_state
+from cliptune.training.checkpoint import RunFiles, Saver, check_state, load_newest_state
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
@@ -64,7 +52,7 @@ from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
-from evaluation import Evaluation, evaluate
+from evaluation import evaluate
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
@@ -78,22 +66,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str] | None) -> int:
-    config, given = load_config(argv, description=str(__doc__))
+    started = load_config(argv, description=str(__doc__))
+    config = started.config
     setup_logging(config.run.log_level)
     device = rank_device(config.run.device)
     resolve_precision(config.training.precision, device)  # what is wrong is told before the ranks meet
     with process_group(device), ExitStack() as held, explained_out_of_memory():
         # settings: a resumed run has its own
-        config, files, resumed = _open_run(config, given, held)
+        config, files, resumed = _open_run(started, held)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
         seed_everything(config.training.seed)
         keep_freed_memory()
 
         # data and model
-        weights = _find_weights(config, given, resumed)  # a wrong name or file is told before any data is read
+        weights = _find_weights(config, started.given, resumed)  # a wrong name or file is told before any data is read
+        cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
+        reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
         with main_first():
-            train_source, val = _read_data(config, given)
+            splits, snapshots = (
+                read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
+            )
         with main_first():  # the other ranks find the weights downloaded
             model = _make_model(config, weights, resumed)
         del weights  # the model's own now, or copied to it
@@ -101,13 +94,22 @@ def _train(argv: list[str] | None) -> int:
             _set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = _place_model(config, model, precision=precision, device=device)
-        data = _open_data(config, model, train_source, val=val, files=files, precision=precision)
+        data = open_data(
+            config, model, splits, ImageTextDataset, evaluate,
+            skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
+        )  # fmt: skip
 
         # loop, evaluation, results
         trainer = _make_trainer(
             config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        saver = _make_saver(config, trainer, data, files=files)
+        about = {
+            "config": config.model_dump(),
+            "config_file": started.file_values,
+            "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
+            "val_images": list(data.val.paths),
+        }
+        saver = _make_saver(config, trainer, files=files, about=about)
         state = RunState() if resumed is None else _restore(config, trainer, saver, resumed=resumed)
         journal = _open_journal(config, trainer, data, files=files, state=state, argv=argv)
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
@@ -196,14 +198,13 @@ class Resumed(NamedTuple):
     path: Path
     content: dict[str, Any]
 
-    def settings(self, given: dict[str, Any]) -> Config:
+    def settings(self, started: Started) -> Config:
         """Return its run's settings, changed by the flags that are given and may change."""
-        if "run_state" not in self.content:
-            raise ValueError(f"{self.path} holds no training state to resume from; use last_model.pth")
-        return resumed_config(self.content["config"], given)
+        check_state(self.content, self.path)
+        return resumed_config(self.content, started, source=self.path)
 
 
-def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
+def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
     """Keep other runs out of the output folder while `held` is, and find what to resume from.
 
     Returns:
@@ -213,10 +214,11 @@ def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[C
         FileNotFoundError: the checkpoint named is not there.
         ValueError: it cannot be resumed from, a given flag may not change, or another run is writing there.
     """
-    resume, resumed = config.run.resume, None
+    config, resumed = started.config, None
+    resume = config.run.resume
     if resume not in {None, "latest"}:
         resumed = Resumed(Path(str(resume)), load_checkpoint(str(resume)))
-        config = resumed.settings(given)
+        config = resumed.settings(started)
     files = RunFiles(Path(config.run.output_dir))
     if is_main():
         held.enter_context(files.locked())
@@ -227,7 +229,7 @@ def _open_run(config: Config, given: dict[str, Any], held: ExitStack) -> tuple[C
             logger.info("nothing to resume in %s: starting from the beginning", files.root)
         else:
             resumed = Resumed(*found)
-            config = resumed.settings({**given, "output_dir": config.run.output_dir})
+            config = resumed.settings(started)
     if resumed is not None:
         epoch, step = resumed.content["epoch"], resumed.content["global_step"]
         logger.info("resuming at epoch %d, step %d from %s", epoch, step, resumed.path)
@@ -245,21 +247,6 @@ def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None
     chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
     name = settings.name if chosen else None  # which a file may contradict without a warning
     return find_weights(name, settings.pretrained, activation=settings.activation) or settings.pretrained
-
-
-def _read_data(config: Config, given: dict[str, Any]) -> tuple[Pairs | Shards, Pairs]:
-    """Read what to train and what to validate on; make sample data where the user named none and has none."""
-    settings, folder = config.data, Path(DEFAULT_DATA_DIR)
-    if "data_dir" not in given and settings.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
-        index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
-        logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
-    source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction)
-    if is_shards(settings.data_dir):
-        return training_shards(
-            source, val_data=settings.val_data, captions=settings.captions, cache_images=settings.cache_images
-        )
-    pairs = training_pairs(source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed)
-    return pairs["train"], pairs["val"]
 
 
 def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
@@ -298,94 +285,9 @@ def _place_model(
     size: Any = config.training.micro_batch_size
     if size == "auto":
         own_pairs = -(-config.training.batch_size // world_size())
-        runs_no_tower = set(model.frozen_towers) == set(TOWERS) and _num_views(config)  # their outputs are cached
+        runs_no_tower = set(model.frozen_towers) == set(TOWERS) and num_views(config)  # their outputs are cached
         size = None if runs_no_tower else fitting_size(model, precision=precision, most=own_pairs, device=device)
     return parallel_model(model, config.run.parallel, device), size
-
-
-class RunData(NamedTuple):
-    """What a run trains and validates on."""
-
-    loader: TrainLoader | FeatureLoader | ShardLoader
-    train: Pairs | Shards
-    val: Pairs
-    validate: Callable[[], Evaluation]
-    """Evaluates the model."""
-    skipped: SkippedData
-    num_workers: int
-
-    def note_issues(self, issues: Sequence[Issue]) -> None:
-        """Take in samples that are missing from a batch."""
-        for issue in issues:
-            self.skipped.note(issue)
-
-    def name_samples(self, image_ids: Tensor) -> list[str]:
-        """Return what a message calls images of the training data."""
-        name = self.train.describe if isinstance(self.train, Shards) else self.train.paths.__getitem__
-        return [name(index) for index in image_ids.tolist()]
-
-
-def _open_data(
-    config: Config, model: CLIPModel, train: Pairs | Shards, *, val: Pairs, files: RunFiles, precision: Precision
-) -> RunData:
-    """Open the loader of the training, and the caches of images and of frozen towers' outputs."""
-    settings, training = config.data, config.training
-    workers = default_num_workers(model.device) if settings.num_workers is None else settings.num_workers
-    cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
-    image_cache_dir = cache_dir / "images" if settings.cache_images else None
-    encoder = Encoder(
-        model, ImageTextDataset, precision=precision, batch_size=min(max(training.batch_size, 64), 256),
-        num_workers=workers, image_cache_dir=image_cache_dir,
-    )  # fmt: skip
-    cache = FeatureCache(encoder, cache_dir / "features") if _caches_features(config, model) else None
-
-    transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
-    options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
-    loader: TrainLoader | FeatureLoader | ShardLoader
-    if isinstance(train, Shards):
-        loader = ShardLoader(
-            train, transform=transform, seed=training.seed, caption_key=settings.caption_key, **options
-        )
-    else:
-        dataset = ImageTextDataset(train, transform=transform, captions=settings.captions, seed=training.seed)
-        if image_cache_dir is not None:
-            dataset.cache_images(image_cache_dir)
-        loader = TrainLoader(dataset, **options)
-        if cache is not None:
-            # pixels of a tower that moves are augmented anew in every epoch
-            dataset.num_views = _num_views(config) if "image" in model.frozen_towers else 0
-            loader = FeatureLoader(loader, cache, augment=settings.augment, num_epochs=training.num_epochs)
-
-    indexes = [pairs for pairs in (train, val) if isinstance(pairs, Pairs)]
-    allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
-    skipped = SkippedData(indexes, num_images=num_images, max_fraction=allowed, path=files.skipped)
-    # computed or read when they are first wanted: the model as loaded gives what every epoch's would
-    val_outputs = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
-
-    def validate() -> Evaluation:
-        return evaluate(
-            encoder, val, loss_batch_size=training.batch_size, cached=val_outputs(), on_unreadable_image=skipped.note
-        )
-
-    return RunData(loader, train, val, validate, skipped, workers)
-
-
-def _num_views(config: Config) -> int:
-    """Return how many views of an image a frozen tower's outputs are cached for; none of shards."""
-    if is_shards(config.data.data_dir):
-        return 0
-    views = config.data.feature_views
-    return (1 if config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
-
-
-def _caches_features(config: Config, model: CLIPModel) -> bool:
-    """Tell whether outputs of frozen towers are cached; say why not, where they could be expected to be."""
-    if model.frozen_towers and is_shards(config.data.data_dir):
-        logger.info("outputs of frozen towers are not cached for shards: as with --feature_views 0")
-    wanted = bool(model.frozen_towers) and _num_views(config) > 0
-    if wanted and is_sharded(model):
-        logger.info("outputs of frozen towers are not cached with --parallel fsdp: they run in every epoch")
-    return wanted and not is_sharded(model)
 
 
 def _make_trainer(
@@ -424,11 +326,11 @@ def _make_trainer(
     )
 
 
-def _make_saver(config: Config, trainer: MultimodalTrainer, data: RunData, *, files: RunFiles) -> Saver:
+def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, about: dict[str, Any]) -> Saver:
     return Saver(
         files,
         trainer,
-        about={"config": config.model_dump(), "val_images": list(data.val.paths)},
+        about=about,
         keep=config.run.keep_checkpoints,
         complete=add_self_test,
         every_steps=config.run.checkpoint_every_steps,
@@ -438,7 +340,8 @@ def _make_saver(config: Config, trainer: MultimodalTrainer, data: RunData, *, fi
 
 def _restore(config: Config, trainer: MultimodalTrainer, saver: Saver, *, resumed: Resumed) -> RunState:
     """Continue from a checkpoint; the model holds its weights already."""
-    if resumed.content["config"]["training"]["micro_batch_size"] == config.training.micro_batch_size:
+    stored = stored_config(resumed.content["config"], resumed.path)
+    if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
     return saver.restore(*resumed)
 

@@ -1,4 +1,4 @@
-"""Time and memory of a JSON index: read, with its images found, split, and walked by a loading process.
+"""Time and memory of a JSON index: read, with its images found, split, identified, and walked by a worker.
 
 python benchmarks/index_memory.py --json index_memory.json
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import in_new_process, machine, print_table, write_json
 from cliptune.data.formats import read_index
 from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.snapshot import take_snapshots
 from cliptune.data.splits import split_pairs
 
 WORDS = (
@@ -100,7 +101,16 @@ STEPS: dict[str, Callable[[Path], object]] = {
     "read": read_index,
     "read, images found": load_pairs,
     "read, images found, split": lambda path: split_pairs(load_pairs(path)),
+    "all that, identities taken": lambda path: take_snapshots(split_pairs(load_pairs(path)), cache_file=cache_of(path)),
+    "all that, identities cached": lambda path: take_snapshots(
+        split_pairs(load_pairs(path)), cache_file=cache_of(path)
+    ),
 }
+
+
+def cache_of(path: Path) -> Path:
+    """Return where the identities of an index's images are cached: one step leaves them for the next."""
+    return path.with_name("identities.npz")
 
 
 def measure(name: str, path: Path) -> Cost:

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cliptune.runtime.files import read_json_object
-from cliptune.runtime.messages import first_few, message_line, one_line, shorten
+from cliptune.runtime.memory import explain_out_of_memory, out_of_memory, says_out_of_memory, try_imports
+from cliptune.runtime.messages import first_few, message_line, one_line, printable, shorten
 from cliptune.runtime.stopping import KilledWorkerError, Stopped, stoppable
 from cliptune.runtime.streams import name_all_files, open_streams
 from cliptune.settings import Config, Settings
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
+    "data_dir", "image_dir", "val_data", "allow_data_change",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -39,7 +41,7 @@ HELP_GROUPS = {
     ),
     "data": (
         "val_data", "split", "val_split", "image_dir", "caption_key", "captions", "augment", "on_unreadable_image",
-        "max_skipped_fraction",
+        "max_skipped_fraction", "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation"),
     "training": (
@@ -87,6 +89,16 @@ class Flag(NamedTuple):
     field: FieldInfo
 
 
+class Started(NamedTuple):
+    """What a run was started with."""
+
+    config: Config
+    given: dict[str, Any]
+    """The flags that were given, by their own names, with their values as typed."""
+    file_values: dict[str, Any]
+    """What the config file holds."""
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -119,13 +131,10 @@ def parse_settings(settings: type[S], argv: list[str] | None, *, description: st
     return _validate(settings, {}, given, source=None), given
 
 
-def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, dict[str, Any]]:
+def load_config(argv: list[str] | None, *, description: str) -> Started:
     """Read a run's settings: defaults, then the file named by `--config`, then flags.
 
     Without `--config`, the `config.json` of the current folder is read if there is one.
-
-    Returns:
-        The settings, and the given flags (their own names) with their values as typed.
 
     Raises:
         ValueError: an unknown key or flag, or a value that does not fit, naming the place.
@@ -137,7 +146,7 @@ def load_config(argv: list[str] | None, *, description: str) -> tuple[Config, di
     if named is not None and not path.is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
     values = read_json_object(path) if path.is_file() else {}
-    return _validate(Config, values, given, source=path), given
+    return Started(_validate(Config, values, given, source=path), given, values)
 
 
 def check_command_line(settings: type[Settings], description: str) -> None:
@@ -160,9 +169,11 @@ def check_command_line(settings: type[Settings], description: str) -> None:
             parse_settings(settings, None, description=description)
         return 0
 
-    code = run_stage(read, name=Path(sys.argv[0]).name)
+    name = Path(sys.argv[0]).name
+    code = run_stage(read, name=name) or run_stage(try_imports, name=name)
     if code:
         sys.exit(code)
+    sys.excepthook = explain_out_of_memory
 
 
 def override(config: Config, given: dict[str, Any]) -> Config:
@@ -170,18 +181,32 @@ def override(config: Config, given: dict[str, Any]) -> Config:
     return _validate(Config, config.model_dump(), given, source=None)
 
 
-def resumed_config(stored: dict[str, Any], given: dict[str, Any]) -> Config:
-    """Return the settings of a run that is resumed.
-
-    Args:
-        stored: its settings, as its checkpoint holds them.
-        given: the flags of this start, as `load_config` returned them.
+def stored_config(stored: dict[str, Any], source: str | Path) -> Config:
+    """Return the settings that a checkpoint holds.
 
     Raises:
-        ValueError: one of them changes what cannot change within a run.
+        ValueError: they are none that a run can have; names the checkpoint and the key.
     """
-    config = Config.model_validate(stored)
-    changed = {name: value for name, value in given.items() if override(config, {name: value}) != config}
+    return _validate(Config, stored, {}, source=Path(source))
+
+
+def resumed_config(content: dict[str, Any], started: Started, *, source: str | Path) -> Config:
+    """Return the settings of a run that is resumed: its own, but for flags that may change.
+
+    Where it writes is not taken from them: a checkpoint is a file like any other, and may come from elsewhere. Nor is
+    --allow_data_change: what one start allowed, the next one asks for again.
+
+    Args:
+        content: its checkpoint's `config`, and `config_file`: what the config file held when the run began.
+        started: what this start was given.
+        source: the checkpoint.
+
+    Raises:
+        ValueError: a flag changes what cannot change within a run, or the settings are none that a run can have.
+    """
+    here = {name: getattr(started.config.run, name) for name in ("output_dir", "cache_dir", "allow_data_change")}
+    config = override(stored_config(content["config"], source), here)
+    changed = {name: value for name, value in started.given.items() if override(config, {name: value}) != config}
     refused = sorted(set(changed) - MAY_CHANGE_ON_RESUME)
     if refused:
         flags = ", ".join(f"--{name}" for name in refused)
@@ -189,7 +214,23 @@ def resumed_config(stored: dict[str, Any], given: dict[str, Any]) -> Config:
     for name, value in changed.items():
         if name != "resume":
             logger.info("resumed with --%s %s", name, value)
-    return override(config, changed)
+    config = override(config, changed)
+    before, now, used = map(_flat, (content.get("config_file", {}), started.file_values, config.model_dump()))
+    ignored = [
+        f"{key} {now[key]!r} (it is {used[key]!r})" for key in now if now[key] not in (before.get(key), used[key])
+    ]
+    if ignored:
+        logger.warning(
+            "a resumed run goes on with its own settings; of the config file it does not use %s. What may change is "
+            "changed by a flag",
+            first_few(ignored, MAX_ISSUES),
+        )
+    return config
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by their full keys: `{"training": {"seed": 1}}` as `{"training.seed": 1}`."""
+    return {f"{group}.{name}": value for group, values_of in values.items() for name, value in values_of.items()}
 
 
 def run_stage(stage: Callable[[], int], *, name: str) -> int:
@@ -200,7 +241,7 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
         memory or a worker that was killed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     open_streams()
-    rank = os.environ.get("RANK", "0")
+    rank = printable(os.environ.get("RANK", "0"))[:20]
     name += "" if rank == "0" else f" (rank {rank})"
     try:
         with stoppable(name):
@@ -209,8 +250,15 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
             return code
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, KilledWorkerError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
-        print(f"{name}: error: {message_line(one_line(error))}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | MemoryError | KilledWorkerError) else 2
+        no_memory = says_out_of_memory(error)
+        message = out_of_memory(error) if no_memory else one_line(error)
+        print(f"{name}: error: {message_line(message)}", file=sys.stderr)
+        return 1 if no_memory or isinstance(error, FloatingPointError | KilledWorkerError) else 2
+    except RuntimeError as error:  # of PyTorch and of threads
+        if not says_out_of_memory(error):
+            raise
+        print(f"{name}: error: {message_line(out_of_memory(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         print(f"{name}: {error if isinstance(error, Stopped) else 'stopped'}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130

@@ -65,7 +65,9 @@ NumWorkers = Annotated[
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
-Seed = Annotated[NonNegativeInt, Field(description="of the split, the order, captions, augmentation and sample data")]
+Seed = Annotated[
+    NonNegativeInt, Field(lt=2**64, description="of the split, the order, captions, augmentation and sample data")
+]
 
 
 class Settings(BaseModel):
@@ -93,7 +95,10 @@ class ModelSettings(Settings):
         description="backbone: ViT-B/32, ViT-B/16, ViT-L/14, RN50, RN101, ..., or ViT-Ti/32",
         json_schema_extra={"flag": "model_name"},
     )
-    projection_dim: PositiveInt | None = Field(None, description="size of the shared space; none: the backbone's own")
+    # of one number a unit vector is 1 or -1: whatever is learned, the features collapse
+    projection_dim: Annotated[int, Field(ge=2, le=65_536)] | None = Field(
+        None, description="size of the shared space, 2 to 65,536; none: the backbone's own"
+    )
     freeze_backbone: bool = Field(False, description="train only the projection layers and the temperature")
     freeze_tower: Literal["image", "text"] | None = Field(
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
@@ -199,6 +204,10 @@ class RunSettings(Settings):
     profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
+
+    allow_data_change: bool = Field(
+        False, description="resume although the data is not what the run was trained and validated on"
+    )
 
     @property
     def checkpoint_every_steps(self) -> int | None:

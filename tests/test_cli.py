@@ -277,3 +277,20 @@ def test_a_message_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"and 992 more") as error:
         load_config(["--config", str(path)], description="")
     assert len(str(error.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("seed", 2**64, "expected less than 18446744073709551616"),
+        ("seed", 10**400, "expected"),
+        ("seed", -1, "expected greater than or equal to 0"),
+        ("projection_dim", 1, "expected greater than or equal to 2"),
+        ("projection_dim", 10**9, "expected less than or equal to 65536"),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(flag: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^--{flag}: {message}") as error:
+        load(f"--{flag}", str(value))
+    assert len(str(error.value)) < 400
+    assert load("--seed", str(2**64 - 1)).training.seed == 2**64 - 1

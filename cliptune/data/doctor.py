@@ -12,9 +12,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from cliptune.data.issues import Issue, Issues, image_issue
-from cliptune.data.loaders import make_loader
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import Strings
+from cliptune.data.workers import make_loader
 from cliptune.preprocess.decode import file_stamp, read_bytes, size_of
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, count_tokens
 from cliptune.preprocess.transforms import clip_transform
@@ -145,7 +145,7 @@ def check_data(pairs: Pairs, *, num_workers: int | None = None) -> DataCheck:
 
 def _check_images(paths: Strings, check: DataCheck, *, num_workers: int | None) -> None:
     workers = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers
-    images = make_loader(_ImageFiles(paths), num_workers=workers, collate_fn=None)
+    images = make_loader(_ImageFiles(paths), num_workers=workers)
     first_of: dict[bytes, int] = {}
     for index, image in enumerate(progress_bar(images, desc="images", unit="image")):
         if image.issue is not None:

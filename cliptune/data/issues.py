@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,7 +32,13 @@ class Issue(NamedTuple):
 
 
 def image_issue(path: str, error: OSError | ValueError) -> Issue:
-    """Return why an image cannot be used, without its path, which the error may name."""
+    """Return why an image cannot be used, without its path, which the error may name.
+
+    Raises:
+        OSError: it is not the image's fault, but that of a process that may open no more files.
+    """
+    if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        raise OSError(f"{path}: {error.strerror}: try fewer --num_workers, or a higher limit (ulimit -n)") from None
     reason = error.strerror if isinstance(error, OSError) else None
     return Issue(reason or str(error).removeprefix(f"{path}: "), image=path)
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import random
-import signal
-import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from cliptune.data.issues import Issue
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import IntArray
+from cliptune.data.workers import make_loader
 from cliptune.preprocess.tokens import CONTEXT_LENGTH
 from cliptune.runtime.distributed import rank_slice
-from cliptune.runtime.signals import leave_signals_to_main
-from cliptune.runtime.stopping import KilledWorkerError
 
 PIECE_SIZE = 64  # samples: a worker hands over no more at a time
 
@@ -181,6 +178,7 @@ class TrainLoader:
             batch_sampler=_Pieces(self.batches, piece_size),
             num_workers=num_workers,
             device=device,
+            collate_fn=collate,
             persistent=True,
         )
 
@@ -196,68 +194,6 @@ class TrainLoader:
             num_items = len(items[rank_slice(len(items))])
             num_pieces = -(-num_items // self.piece_size)
             yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
-
-
-def make_loader(
-    dataset: Any,
-    *,
-    num_workers: int,
-    batch_sampler: Iterable[list[int]] | None = None,
-    batch_size: int | None = None,
-    device: torch.device | None = None,
-    collate_fn: Callable[[Any], Any] | None = collate,
-    persistent: bool = False,
-) -> DataLoader[Any]:
-    """Make a loader whose workers leave SIGINT and SIGTERM to the main process.
-
-    Args:
-        dataset: map-style, or an iterable one, which gives whole batches or shares the work itself.
-        num_workers: 0: the main process loads by itself.
-        batch_sampler: indices of each batch.
-        batch_size: of batches in the data set's order; None, without a `batch_sampler`: an item at a time.
-        device: where the batches will be used; a GPU copies from pinned memory while it computes. None: nowhere.
-        collate_fn: makes a batch of samples, or of what an item is where there are no batches; None: PyTorch's.
-        persistent: keep the workers from one epoch to the next.
-
-    Raises:
-        KilledWorkerError: by the loader's iterator, once a worker is gone.
-    """
-    return _Loader(
-        dataset,
-        batch_size=1 if batch_sampler is not None else batch_size,  # 1 is how PyTorch says that it was not given
-        batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=device is not None and device.type == "cuda",
-        persistent_workers=persistent and num_workers > 0,
-        worker_init_fn=leave_signals_to_main,
-    )
-
-
-class _Loader(DataLoader[Any]):
-    """Says that a worker was killed where its batch is waited for, and nowhere else.
-
-    PyTorch raises at once, from a handler of SIGCHLD: in the middle of an update of the weights, which then could not
-    be saved. Without the handler its iterator finds out by itself, within five seconds.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return self._told() if self.num_workers else super().__iter__()
-
-    def _told(self) -> Iterator[Any]:
-        takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-        before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
-        try:
-            batches = super().__iter__()  # persistent workers are waited for here
-            if takes_signals:
-                signal.signal(signal.SIGCHLD, before)
-            yield from batches
-        except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
-            raise KilledWorkerError from None
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader worker (pid"):
-                raise KilledWorkerError from None
-            raise
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:

@@ -38,6 +38,7 @@ class Pairs:
         groups: unit of the split of each image; its path where the index names none.
         splits: int8 `[N]`: index in `SPLITS` of the split that the data set declares for each image, or -1.
         issues: why records of the index were skipped, the same for every selection.
+        root: real path of the folder that images lie in, unless they are outside of it.
     """
 
     paths: Strings
@@ -46,6 +47,7 @@ class Pairs:
     groups: Strings
     splits: CodeArray
     issues: Issues = field(default_factory=Issues)
+    root: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,6 +79,7 @@ class Pairs:
             groups=paths if self.groups is self.paths else self.groups.take(images),
             splits=self.splits[images],
             issues=self.issues,
+            root=self.root,
         )
 
     def find(self, paths: Sequence[str]) -> IntArray:
@@ -106,12 +109,14 @@ class DataSource:
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
         max_skipped_fraction: how many of the records may be skipped, in [0, 1].
+        may_run_commands: `data_dir` may be a `pipe:` address, whose command is run; only what a person has typed.
     """
 
     data_dir: str | Path
     image_dir: str | Path | None = None
     caption_key: str | None = None
     max_skipped_fraction: float = 0.01
+    may_run_commands: bool = False
 
 
 def load_pairs(source: DataSource | str | Path) -> Pairs:
@@ -134,7 +139,15 @@ def load_pairs(source: DataSource | str | Path) -> Pairs:
         groups=rows.groups.filled(rows.images),
         splits=rows.splits,
         issues=issues,
+        root=os.path.realpath(_root(source)),
     )
+
+
+def _root(source: DataSource) -> Path:
+    data_dir = Path(source.data_dir)
+    if source.image_dir is not None and not is_shards(source.data_dir):
+        return Path(source.image_dir)
+    return data_dir if data_dir.is_dir() else data_dir.parent
 
 
 def _read_files(source: DataSource) -> tuple[Rows, Issues]:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cliptune.preprocess.decode import file_stamp, size_of
+from cliptune.data.table import BoolArray, IntArray
+from cliptune.data.workers import shared_number
+from cliptune.preprocess.decode import file_stamp, read_bytes, size_of
 from cliptune.preprocess.resize import Pixels
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime.files import require_free_space
 from cliptune.runtime.messages import count
-from cliptune.runtime.rng import IntArray
+
+logger = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 RECORD = np.dtype([("key", f"S{KEY_BYTES}"), ("seal", "<u8")])
 """What `.keys` holds of each row. The seal is 0 for a row that was never written, else its checksum plus 1."""
+
+BLOCK_BYTES = 1 << 23
+"""How much `holds` reads at once."""
 
 Keys = NDArray[np.bytes_]
 """`[N]` of 16 bytes each; NumPy sorts and compares them as texts that zeros fill up, all 16 bytes."""
@@ -44,12 +52,8 @@ class _Files(NamedTuple):
     """What one process has open; another has its own, since positions in a file are shared across a fork."""
 
     process: int
-    keys_file: Any
-    rows_file: Any
-    records: NDArray[Any]
-    """Memory map of `.keys`: shows what other processes write."""
-    rows: Rows
-    """Memory map of `.rows`."""
+    keys: FileIO
+    rows: FileIO
 
 
 class RowStore:
@@ -74,6 +78,8 @@ class RowStore:
         self.path = path
         self.row_bytes = row_bytes
         self._keys_path, self._rows_path = (path.with_name(path.name + ending) for ending in (".keys", ".rows"))
+        self.failed = False
+        """Whether somebody was told that the disk fails."""
         self._files: _Files | None = None
 
     def announce(self, keys: Keys, *, what: str, way_out: str) -> IntArray:
@@ -85,8 +91,18 @@ class RowStore:
             way_out: what to do instead, for the same message.
 
         Raises:
-            OSError: the disk has no room for the rows that are still to be written.
+            OSError: the disk has no room for the rows that are still to be written, or takes no files.
         """
+        try:
+            return self._announce(keys, what=what, way_out=way_out)
+        except OSError as error:
+            if error.errno is None:  # it says already what to do
+                raise
+            where = error.filename or self._rows_path
+            raise OSError(f"{where}: {error.strerror}; {what}s cannot be cached there. {way_out}") from None
+
+    def _announce(self, keys: Keys, *, what: str, way_out: str) -> IntArray:
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # a run may have gone on for hours since it was made
         indices, seals = self._find(keys)
         _, first = np.unique(keys[indices < 0], return_index=True)
         new = keys[indices < 0][np.sort(first)]  # in the order of the keys, so that neighbours stay neighbours
@@ -108,26 +124,43 @@ class RowStore:
         self.reopen()
         return indices
 
-    def read(self, index: int, key: bytes) -> Rows | None:
-        """Return a copy of one row, uint8 `[row_bytes]`; None if it is missing, half-written or another key's."""
-        files = self._open()
-        row = np.array(files.rows[index])  # copied first: another process may be writing to it
-        return row if files.records["seal"][index] == _seal(key, row) else None
+    def read(self, indices: IntArray, keys: Keys) -> tuple[Rows, BoolArray]:
+        """Return copies of rows, uint8 `[N, row_bytes]`, and which are whole, bool `[N]`.
 
-    def holds(self, indices: IntArray, keys: Keys) -> NDArray[np.bool_]:
-        """Tell which rows are whole, bool `[N]`; reads all of those that were ever written."""
-        files = self._open()
-        seals = files.records["seal"][indices]
-        whole = np.zeros(len(indices), dtype=bool)
-        for position in np.flatnonzero(seals).tolist():
-            key = keys[position : position + 1].tobytes()  # an element alone would lose the zeros at its end
-            whole[position] = int(seals[position]) == _seal(key, files.rows[indices[position]])
+        The others are missing, damaged, half-written or another key's. The files are read, not mapped: where one was
+        cut, or the disk is full, a map would end the process.
+
+        Raises:
+            OSError: the files are gone, or the disk fails.
+        """
+        rows, seals = np.zeros((len(indices), self.row_bytes), dtype=np.uint8), self._read_records(indices)["seal"]
+        file = self._open().rows
+        for start, end in _runs(indices):
+            _read(file, int(indices[start]) * self.row_bytes, rows[start:end])
+        # copied first and looked at then: another process may be writing to it
+        whole: BoolArray = seals == _seals(keys, rows)
+        return rows, whole
+
+    def holds(self, indices: IntArray, keys: Keys, *, valid: Callable[[Rows], BoolArray] | None = None) -> BoolArray:
+        """Tell which rows are whole, bool `[N]`; reads all of those that were ever written, and warns of damaged ones.
+
+        Args:
+            indices, keys: `[N]` each.
+            valid: says which rows, `[n, row_bytes]`, may be used; None: all.
+
+        Raises:
+            OSError: as `read`.
+        """
+        whole: BoolArray = self._read_records(indices)["seal"] != 0
+        written, block = np.flatnonzero(whole), max(1, BLOCK_BYTES // self.row_bytes)
+        for start in range(0, len(written), block):
+            part = written[start : start + block]
+            rows, whole[part] = self.read(indices[part], keys[part])
+            if valid is not None:
+                whole[part] &= valid(rows)
+        if num_damaged := len(written) - int(whole.sum()):
+            logger.warning("%s: %s damaged, computed anew", self._rows_path, count(num_damaged, "row is", "rows are"))
         return whole
-
-    def gather(self, indices: IntArray) -> Rows:
-        """Copy rows into memory, uint8 `[N, row_bytes]`; they are not looked at, see `holds`."""
-        gathered: Rows = np.take(self._open().rows, indices, axis=0)
-        return gathered
 
     def write(self, indices: IntArray, keys: Keys, rows: Rows) -> None:
         """Write rows, uint8 `[N, row_bytes]`, of keys that were announced.
@@ -137,12 +170,9 @@ class RowStore:
         """
         files = self._open()
         records = np.empty(len(rows), dtype=RECORD)
-        records["key"] = keys
-        records["seal"] = [_seal(keys[i : i + 1].tobytes(), rows[i]) for i in range(len(rows))]
-        # neighbours go in one piece: of rows 4 5 6 9 two pieces, 4 5 6 and 9
-        ends = [*(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(rows)]
-        for start, end in zip([0, *ends], ends, strict=False):
-            for file, content in ((files.rows_file, rows), (files.keys_file, records)):
+        records["key"], records["seal"] = keys, _seals(keys, rows)
+        for start, end in _runs(indices):
+            for file, content in ((files.rows, rows), (files.keys, records)):
                 file.seek(int(indices[start]) * content[0].nbytes)
                 _write(file, content[start:end].tobytes())
 
@@ -175,27 +205,35 @@ class RowStore:
                 file.seek(num_rows * self.row_bytes - 1)
                 _write(file, b"\0")
 
+    def _read_records(self, indices: IntArray) -> NDArray[Any]:
+        """Return what `.keys` says of rows, `[N]`; zeros where it ends before."""
+        records, file = np.zeros(len(indices), dtype=RECORD), self._open().keys
+        for start, end in _runs(indices):
+            _read(file, int(indices[start]) * RECORD.itemsize, records[start:end].view(np.uint8))
+        return records
+
     def _open(self) -> _Files:
         if self._files is None or self._files.process != os.getpid():
-            keys_file, rows_file = (path.open("r+b", buffering=0) for path in (self._keys_path, self._rows_path))
-            records = _map(self._keys_path, RECORD)
-            rows = _map(self._rows_path, np.dtype((np.uint8, self.row_bytes)))
-            self._files = _Files(os.getpid(), keys_file, rows_file, records, rows)
+            self._files = _Files(os.getpid(), FileIO(self._keys_path, "r+"), FileIO(self._rows_path, "r+"))
         return self._files
 
 
-HEADER = np.dtype([("stamp", f"V{KEY_BYTES}"), ("width", "<u4"), ("height", "<u4")])
-FORMAT = 2  # part of the files' names: raise it when what a row holds changes
+HEADER = np.dtype([("stamp", f"V{KEY_BYTES}"), ("file", f"V{KEY_BYTES}"), ("width", "<u4"), ("height", "<u4")])
+"""What a cached image begins with: digests of its file's stamp and of all its bytes, and the image's size."""
+FORMAT = 3  # part of the files' names: raise it when what a row holds changes
 
 
 class ImageCache:
     """What a transform's first step gives, cached in a folder that several processes and runs may share.
 
-    The key of an image is its path. Its row names the file's size and time of change too, so a changed file is decoded
-    again, into the same row.
+    The key of an image is its path. Its row names the file's stamp and a digest of its content too: where the stamp is
+    another, the file is read, and decoded again if its content is another as well, into the same row.
+
+    A cache whose disk is full or fails, or whose folder is removed, costs a warning and time: images that it does not
+    take or give are decoded.
 
     Args:
-        folder: made if it is not there; deleting it is safe between runs.
+        folder: made if it is not there; deleting it is safe.
         paths: resolved path of every image that will be asked for.
         transform: gives `shrink`, its `key` and `shrunk_side`.
 
@@ -212,6 +250,7 @@ class ImageCache:
             as_keys(digests), what="image", way_out="Try another --cache_dir, or leave --cache_images away"
         )
         self._row_of = dict(zip(digests, rows.tolist(), strict=True))
+        self._failed = shared_number()  # of all workers one warns, and none goes on trying to write
 
     def load(self, path: str) -> tuple[Pixels, tuple[int, int]]:
         """Return an image as `shrink` gives it and its width and height, decoded if it is not cached or has changed.
@@ -219,39 +258,84 @@ class ImageCache:
         Raises:
             KeyError: a path that was not announced.
             ValueError: the file is no image, or a damaged one; names the file.
-            OSError: no such file, or the disk is full.
+            OSError: no such file, or it cannot be read.
         """
         key = digest(path)
-        index = self._row_of[key]
+        index, key_array = np.array([self._row_of[key]]), as_keys([key])
         stamp = digest(path, *file_stamp(path))  # names the content without reading it
-        row = self._store.read(index, key)
-        if row is not None:
-            header = row[: HEADER.itemsize].view(HEADER)[0]
-            if header["stamp"].tobytes() == stamp:
-                return row[HEADER.itemsize :].reshape(self._shape), (int(header["width"]), int(header["height"]))
-        image = self.transform.load(path)
-        pixels, size = self.transform.shrink(image), size_of(image)
-        header = np.array([(stamp, *size)], dtype=HEADER).view(np.uint8)
-        content = np.concatenate([header, pixels.reshape(-1)])
-        self._store.write(np.array([index]), as_keys([key]), content[None])
+        row = self._read(index, key_array)
+        header = None if row is None else row[: HEADER.itemsize].view(HEADER)[0]
+        if row is not None and header is not None and header["stamp"].tobytes() == stamp:
+            return row[HEADER.itemsize :].reshape(self._shape), (int(header["width"]), int(header["height"]))
+        content = read_bytes(path)
+        file = hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+        if row is not None and header is not None and header["file"].tobytes() == file:  # touched, or copied anew
+            pixels, size = row[HEADER.itemsize :].reshape(self._shape), (int(header["width"]), int(header["height"]))
+        else:
+            pixels, size = self._decode(path, content)
+        new_header = np.array([(stamp, file, *size)], dtype=HEADER).view(np.uint8)
+        self._write(index, key_array, np.concatenate([new_header, pixels.reshape(-1)])[None])
         return pixels, size
 
+    def _decode(self, path: str, content: bytes) -> tuple[Pixels, tuple[int, int]]:
+        try:
+            image = self.transform.load(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return self.transform.shrink(image), size_of(image)
 
-def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Map a file of whole and maybe one half record into memory."""
-    num_records = path.stat().st_size // dtype.itemsize
-    shape = (num_records, *dtype.shape)
-    if not num_records:  # which the system does not map
-        return np.empty(shape, dtype=dtype.base)
-    return np.asarray(np.memmap(path, dtype=dtype.base, mode="r", shape=shape))
+    def _read(self, index: IntArray, key: Keys) -> Rows | None:
+        try:
+            rows, whole = self._store.read(index, key)
+        except OSError as error:
+            self._warn(error)
+            return None
+        return rows[0] if whole[0] else None
+
+    def _write(self, index: IntArray, key: Keys, rows: Rows) -> None:
+        if self._failed:
+            return
+        try:
+            self._store.write(index, key, rows)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed.fill_(1)
+            logger.warning("the image cache fails, so images that are not in it are decoded each time: %s", error)
 
 
-def _seal(key: bytes, row: Rows) -> int:
-    return zlib.crc32(row.data, zlib.crc32(key)) + 1
+def _runs(indices: IntArray) -> Iterator[tuple[int, int]]:
+    """Yield where neighbours begin and end, which are read or written in one piece: 4 5 6 9 are 4 5 6 and 9."""
+    ends = [*(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)] if len(indices) else []
+    yield from zip([0, *ends], ends, strict=False)
+
+
+def _seals(keys: Keys, rows: Rows) -> NDArray[np.uint64]:
+    """Return the checksum over key and row, plus 1, of each; uint64 `[N]`."""
+    content = keys.tobytes()  # an element alone would lose the zeros at its end
+    starts = range(0, len(content), KEY_BYTES)
+    checksums = (
+        zlib.crc32(row, zlib.crc32(content[at : at + KEY_BYTES])) + 1 for at, row in zip(starts, rows, strict=True)
+    )
+    return np.fromiter(checksums, dtype=np.uint64, count=len(rows))
+
+
+def _read(file: FileIO, start: int, into: NDArray[Any]) -> None:
+    """Read from a place in a file; what is behind its end is left as it is."""
+    if hasattr(os, "preadv"):
+        os.preadv(file.fileno(), [into.data], start)
+    else:  # Windows
+        file.seek(start)
+        file.readinto(into.data)
 
 
 def _write(file: Any, content: Any) -> None:
     """Write all of it; a nearly full disk may take a part."""
-    written = file.write(content)
+    try:
+        written = file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.name)) from None
     if written != len(content):
         raise OSError(f"{file.name}: only {written} of {len(content)} bytes could be written; is the disk full?")

@@ -15,10 +15,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from cliptune.data.issues import Issue
-from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, join_pieces, make_loader
+from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, collate, join_pieces
 from cliptune.data.pairs import DataSource, Pairs
-from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
+from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
+from cliptune.data.tar_samples import TarSample, read_samples
+from cliptune.data.workers import fitting_workers, make_loader, shared_number
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
@@ -35,8 +37,8 @@ def training_shards(
     val_data: str | None,
     captions: str = "random",
     cache_images: bool = False,
-) -> tuple[Shards, Pairs]:
-    """Return a run's training shards and its validation pairs.
+) -> dict[str, Shards | Pairs]:
+    """Return a run's `train` shards and its `val` pairs.
 
     Args:
         source: its `data_dir` names the shards, `path/{00000..00099}.tar`; the rest is how `val_data` is read, and the
@@ -57,11 +59,11 @@ def training_shards(
         raise ValueError("--cache_images does not go with shards: their images are streamed, never cached")
     if captions == "all":
         raise ValueError("--captions all does not go with shards: each image has one caption an epoch")
-    shards = open_shards(data_dir)
+    shards = open_shards(data_dir, may_run_commands=source.may_run_commands)
     if len(shards) < 2:
         raise ValueError(f"{data_dir}: {count(len(shards), 'sample')}, at least 2 are needed")
     _check_first_samples(shards, source.caption_key)
-    return shards, separate_validation(source, val_data)
+    return {"train": shards, "val": separate_validation(source, val_data)}
 
 
 def _check_first_samples(shards: Shards, caption_key: str | None) -> None:
@@ -113,11 +115,14 @@ class ShardLoader:
         shuffle_buffer: int = SHUFFLE_BUFFER,
     ) -> None:
         self.dataset = shards
+        num_workers = fitting_workers(num_workers)
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
         self.stream = _Stream(
             shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer
         )
-        self.loader = make_loader(self.stream, num_workers=num_workers, device=device, persistent=True)
+        self.loader = make_loader(
+            self.stream, num_workers=num_workers, device=device, collate_fn=collate, persistent=True
+        )
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -214,9 +219,7 @@ class _Stream(IterableDataset[list[Sample]]):
         self.seed = seed
         self.caption_key = caption_key
         self.shuffle_buffer = shuffle_buffer
-        # shared memory, so that workers that stay alive see a new epoch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._first_step = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch, self._first_step = shared_number(), shared_number()  # workers that stay alive see a new epoch
 
     def set_epoch(self, epoch: int, first_step: int) -> None:
         self._epoch.fill_(epoch)

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,14 +21,13 @@ from urllib.parse import urlparse
 
 from braceexpand import braceexpand
 from webdataset.gopen import gopen, gopen_schemes
-from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from cliptune.data.formats import IMAGE_ENDINGS
-from cliptune.data.index import check_text
 from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.table import RowBuffer, Rows
-from cliptune.preprocess.decode import file_stamp, image_format, part_path, read_bytes
+from cliptune.data.tar_samples import count_samples, is_local, read_samples
+from cliptune.preprocess.decode import file_stamp, image_format, read_bytes
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import count, first_few, shorten
@@ -38,18 +36,16 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "shardindex.json"
 INDEX_KIND = "wids-shard-index-v1"
-CAPTION_KEYS = ("caption", "captions")
-TEXT_ENDINGS = frozenset(("json", "txt"))
+_SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
+_SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
 MAX_SHARDS = 1_000_000
 MAX_NESTING = 20
 """Of braces."""
 UNFINISHED = ".shards.unfinished"
 """Stands beside shards while they are written."""
 
-_SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
 _RANGE = re.compile(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?")
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 
 
 class Shard(NamedTuple):
@@ -65,6 +61,11 @@ class Shard(NamedTuple):
     def name(self) -> str:
         """The file's name, without its folder."""
         return _name(self.url)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file; 0 for one that is not on this machine."""
+        return Path(self.url).stat().st_size if is_local(self.url) else 0
 
 
 class Shards:
@@ -83,55 +84,6 @@ class Shards:
         return f"{shard.name} (sample {index - shard.first})"
 
 
-class TarSample(NamedTuple):
-    """The files of one sample that matter here."""
-
-    key: str
-    images: list[str | bytes]
-    """The files with an image's ending: their bytes, or their paths for `read_bytes`."""
-    texts: dict[str, bytes]
-    """The files that end in `json` and `txt`."""
-
-    def image(self) -> str | bytes:
-        """Return the image's bytes, or its path for `read_bytes`.
-
-        Raises:
-            ValueError: there is none, or several.
-        """
-        if len(self.images) != 1:
-            raise ValueError(f"{len(self.images)} images" if self.images else "no image")
-        return self.images[0]
-
-    def captions(self, caption_key: str | None = None) -> tuple[str, ...]:
-        """Return the captions: what the JSON holds under `caption_key`.
-
-        Without that key it is what the JSON holds under `caption` or `captions`, else each line of the text.
-
-        Raises:
-            ValueError: there is none.
-        """
-        found = _json_captions(self.texts.get("json"), CAPTION_KEYS if caption_key is None else (caption_key,))
-        if not found and caption_key is None:
-            found = self.texts.get("txt", b"").decode("utf-8").split("\n")  # bad UTF-8 is a ValueError too
-        # a blank line is no caption; what is no text at all is a mistake
-        given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
-        captions = tuple(check_text("caption", caption) for caption in given)
-        if not captions:
-            raise ValueError("no caption" if caption_key is None else f"no caption under {caption_key!r}")
-        return captions
-
-
-def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
-    if content is None:
-        return []
-    try:
-        values = json.loads(content)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
-    captions: Any = next((values[key] for key in keys if values.get(key)), []) if isinstance(values, dict) else []
-    return captions if isinstance(captions, list) else [captions]
-
-
 def is_shards(data_dir: str | Path) -> bool:
     """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one.
 
@@ -144,42 +96,26 @@ def is_shards(data_dir: str | Path) -> bool:
     except ValueError:  # braces that do not close: a path like any other
         return False
     # the first of path/{00..99}.tar stands for all; of a URL any part may name it: pipe:curl https://x/00.tar?key=1
-    is_tar = first.endswith(".tar") if _is_local(first) else _SHARD_NAME.search(first) is not None
+    is_tar = first.endswith(".tar") if is_local(first) else _SHARD_NAME.search(first) is not None
     return is_tar and not Path(first).is_dir()
 
 
-def open_shards(data_dir: str) -> Shards:
+def open_shards(data_dir: str, *, may_run_commands: bool = False) -> Shards:
     """Find the shards that braces name, and how many samples each holds.
 
     One of several ranks should come first: the others find its counts in the index.
+
+    Args:
+        data_dir: as `path/{00000..00099}.tar`.
+        may_run_commands: a `pipe:` address may be in it, whose command is run by the shell.
 
     Raises:
         FileNotFoundError: some of them are missing.
         ValueError: one of them is named twice, or remote shards have no index.
         OSError: one of them cannot be read.
     """
-    urls = _expand(data_dir)
+    urls = _expand(data_dir, may_run_commands=may_run_commands)
     return Shards(urls, _counts(urls))
-
-
-def read_samples(url: str, start: int = 0, end: int | None = None, *, by_path: bool = False) -> Iterator[TarSample]:
-    """Yield a shard's samples, or those from position `start` up to `end`, in their order.
-
-    Args:
-        url: path, or a URL that webdataset opens.
-        start: position of the first one; those before it are passed over.
-        end: position after the last one.
-        by_path: leave the images where they are, and give each one's path for `read_bytes`.
-
-    Raises:
-        OSError: the shard cannot be read, or not to its end; names it.
-    """
-    with _opened(url) as tar:
-        for position, members in groupby(_members(tar), key=lambda member: member.position):
-            if end is not None and position >= end:
-                return
-            if position >= start:
-                yield _sample(url, tar, members, by_path=by_path)
 
 
 def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, Issues]:
@@ -190,8 +126,8 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, I
         FileNotFoundError: some of them are missing.
         OSError: one of them cannot be read.
     """
-    urls = _expand(data_dir)
-    remote = [url for url in urls if not _is_local(url)]
+    urls = _expand(data_dir, may_run_commands=False)
+    remote = [url for url in urls if not is_local(url)]
     if remote:
         raise ValueError(f"{remote[0]}: remote shards are only for training; copy them to this machine")
     _check_files(urls)
@@ -297,21 +233,27 @@ def _write_shard(samples: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def _name(url: str) -> str:
-    match = None if _is_local(url) else _SHARD_NAME.search(url)
+    match = None if is_local(url) else _SHARD_NAME.search(url)
     return Path(url).name if match is None else match[0]
 
 
 def _index_beside(url: str) -> str:
-    return str(Path(url).with_name(INDEX_NAME)) if _is_local(url) else _SHARD_NAME.sub(INDEX_NAME, url)
+    return str(Path(url).with_name(INDEX_NAME)) if is_local(url) else _SHARD_NAME.sub(INDEX_NAME, url)
 
 
-def _is_local(url: str) -> bool:
-    return not urlparse(url).scheme
-
-
-def _expand(data_dir: str) -> list[str]:
+def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
     _check_number(data_dir)
     urls = list(braceexpand(data_dir))
+    # asked of each one, since braces may hide it: {a.tar,{p}ipe:command .tar}
+    command = None if may_run_commands else next((url for url in urls if urlparse(url).scheme == "pipe"), None)
+    if command is not None:
+        raise ValueError(
+            f"{shorten(command)} would run a command. Commands are run only if --data_dir gives them on the command "
+            "line of this very run: none from a config file, a checkpoint or other data, and none as a validation set"
+        )
+    odd = next((url for url in urls if urlparse(url).scheme not in {"", "file", "pipe"} and _SHELL.search(url)), None)
+    if odd is not None:
+        raise ValueError(f"{shorten(odd)}: a URL holds no spaces, quotes or backslashes; write them as %20, %27, ...")
     if len(set(urls)) < len(urls):
         [(twice, _)] = Counter(urls).most_common(1)
         raise ValueError(f"{data_dir}: {twice} is named twice")
@@ -367,7 +309,7 @@ def _check_files(urls: Sequence[str]) -> None:
 
 def _counts(urls: Sequence[str]) -> list[int]:
     found: dict[str, int] = {}
-    _check_files([url for url in urls if _is_local(url)])
+    _check_files([url for url in urls if is_local(url)])
     with progress_bar(total=len(urls), desc="count samples", unit="shard") as bar:
         for index, group in groupby(urls, key=_index_beside):
             found |= _counts_beside(index, list(group), bar)
@@ -376,7 +318,7 @@ def _counts(urls: Sequence[str]) -> list[int]:
 
 def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
     """Return how many samples each of the shards beside one index holds; what it does not say is counted and added."""
-    if not _is_local(index):
+    if not is_local(index):
         records = _records(_fetch_index(index, urls[0]), index)
         missing = [url for url in urls if _name(url) not in records]
         if missing:
@@ -390,7 +332,7 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
         known = records.get(_name(url), {})
         # new, or written again since: a shard of the same size and time is not read to be counted
         if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url)[:2]:
-            new[_name(url)] = _record(url, _count(url))
+            new[_name(url)] = _record(url, count_samples(url))
         bar.update()
     if new:
         logger.info("%s: counted the samples of %s", path.parent, count(len(new), "shard"))
@@ -399,14 +341,6 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
         except OSError as error:
             logger.info("%s: cannot save the counts, so the next run counts again: %s", path, error)
     return {url: (records | new)[_name(url)]["nsamples"] for url in urls}
-
-
-def _count(url: str) -> int:
-    position = -1
-    with _opened(url) as tar:
-        for member in _members(tar):
-            position = member.position
-    return position + 1
 
 
 def _fetch_index(index: str, url: str) -> Any:
@@ -436,58 +370,3 @@ def _record(path: str, num_samples: int) -> dict[str, Any]:
 def _write_index(path: Path, records: dict[str, dict[str, Any]]) -> None:
     shards = [records[name] for name in sorted(records)]
     write_json(path, {"__kind__": INDEX_KIND, "wids_version": 1, "shardlist": shards})
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    """Open a shard; one that is no whole tar file is an OSError that names it."""
-    if _is_local(url):
-        _check_files([url])  # it may have become a pipe since, whose opening would never return
-    stream = gopen(url)
-    try:
-        with tarfile.open(fileobj=stream, mode="r:" if _is_local(url) else "r|") as tar:
-            yield tar
-    except (tarfile.TarError, EOFError) as error:
-        raise OSError(f"{url}: cannot be read as a tar file: {error}") from None
-    finally:
-        with suppress(OSError):  # a `pipe:` command that is stopped before its end complains
-            stream.close()
-
-
-class _Member(NamedTuple):
-    """A file of a shard."""
-
-    position: int
-    """Of its sample in the shard."""
-    key: str
-    ending: str
-    info: tarfile.TarInfo
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
-    """Yield a shard's files; a sample ends where the key changes, and the key at the first dot, as for webdataset."""
-    position, last = -1, None
-    for info in iter(tar.next, None):
-        tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every file: memory would grow with the shard
-        key, ending = base_plus_ext(info.name)
-        if key is not None and info.isreg() and not _META.match(info.name):
-            position, last = position + (key != last), key
-            yield _Member(position, key, ending.lower(), info)
-
-
-def _sample(url: str, tar: tarfile.TarFile, members: Iterable[_Member], *, by_path: bool) -> TarSample:
-    images: list[str | bytes] = []
-    texts: dict[str, bytes] = {}
-    for _, key, ending, info in members:  # noqa: B007  (one key for all of them)
-        if ending in TEXT_ENDINGS:
-            texts[ending] = _content(tar, info)
-        elif f".{ending}" in IMAGE_ENDINGS:
-            path = part_path(url, info.offset_data, info.size, info.name)
-            images.append(path if by_path else _content(tar, info))
-    return TarSample(key, images, texts)
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    assert file is not None  # it is no folder and no link
-    return file.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -33,24 +34,35 @@ def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict
     return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
 
 
-def training_pairs(source: DataSource, *, val_data: str | None, val_split: float, seed: int) -> dict[str, Pairs]:
-    """Return a run's `train` and `val` pairs, checked to be enough.
+def training_pairs(
+    source: DataSource,
+    *,
+    val_data: str | None,
+    val_split: float,
+    seed: int,
+    settle: Callable[[Pairs, str], Pairs] = lambda pairs, _: pairs,
+) -> dict[str, Pairs]:
+    """Return a run's `train`, `val` and `test` pairs, the first two checked to be enough.
 
     Args:
         source: the data set to train on.
         val_data: a data set to validate on; None: split off `source`.
         val_split: fraction of the images that validate, where the data set declares no split.
         seed: of the split.
+        settle: gives a data set, before it is split, the splits that it is to have; its second argument is the root
+            of the data that is trained on.
 
     Raises:
         ValueError: fewer than 2 training images or 1 validation image.
     """
     pairs = load_pairs(source)
-    if val_data is None:
-        splits = split_pairs(pairs, val_split=val_split, seed=seed)
-    else:
+    pairs = settle(pairs, pairs.root)
+    splits = split_pairs(pairs, val_split=val_split, seed=seed)
+    if val_data is not None:
         own = pairs.select(np.flatnonzero((pairs.splits == NO_SPLIT) | (pairs.splits == SPLITS.index("train"))))
-        splits = {"train": own, "val": separate_validation(source, val_data)}
+        val = separate_validation(source, val_data)
+        val = settle(replace(val, splits=np.full_like(val.splits, SPLITS.index("val"))), pairs.root)
+        splits |= {"train": own, "val": val}
     train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
     if len(train) < 2 or len(val) < 1:
         found = f"{count(len(train), 'training image')} and {count(len(val), 'validation image')}"
@@ -58,7 +70,7 @@ def training_pairs(source: DataSource, *, val_data: str | None, val_split: float
     num_pairs = train.num_pairs + val.num_pairs
     if num_pairs < MIN_PAIRS:
         logger.warning("only %s: at least %d are needed for more than a try-out", count(num_pairs, "pair"), MIN_PAIRS)
-    return {"train": train, "val": val}
+    return {"train": train, "val": val, "test": splits["test"]}
 
 
 def separate_validation(source: DataSource, val_data: str) -> Pairs:
@@ -67,7 +79,7 @@ def separate_validation(source: DataSource, val_data: str) -> Pairs:
     Raises:
         ValueError: too many of its records have issues, or it cannot be read.
     """
-    return evaluation_pairs(replace(source, data_dir=val_data), split=None)
+    return evaluation_pairs(replace(source, data_dir=val_data, may_run_commands=False), split=None)
 
 
 def evaluation_pairs(source: DataSource, *, split: str | None) -> Pairs:

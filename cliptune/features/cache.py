@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
 from torch import Tensor
 
+from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue, image_issue
 from cliptune.data.loaders import Batch, TrainLoader, caption_id
 from cliptune.data.pairs import Pairs
 from cliptune.data.row_store import KEY_BYTES, Keys, RowStore, as_keys, digest
-from cliptune.features.encode import Encoder, EncodingModel, PairOutputs, TowerOutputs
-from cliptune.preprocess.decode import file_stamp
+from cliptune.data.table import Strings
+from cliptune.features.encode import Compute, Encoder, EncodingModel, PairOutputs, TowerOutputs
+from cliptune.preprocess.decode import read_ends
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
 from cliptune.preprocess.transforms import train_transform
@@ -33,9 +35,6 @@ from cliptune.runtime.rng import IntArray
 logger = logging.getLogger(__name__)
 
 MAX_EPOCHS_LOOKED_AT = 200
-
-Compute = Callable[[IntArray], Iterator[tuple[IntArray, Tensor]]]
-"""Computes the outputs for some indices; yields those that it has, `[B]` and `[B, embed_dim]`."""
 
 
 class View(NamedTuple):
@@ -50,16 +49,20 @@ class FeatureCache:
     """The outputs of a model's frozen towers, from disk where they are there, else computed and cached.
 
     They go by all that they depend on: the tower's weights and architecture, the preprocessing, the precision, and for
-    each image its path, size and time of change (also seed and indices if augmented), for each caption its text. A
-    changed image is computed anew, alone; changed weights have files of their own. All may be deleted between runs.
+    each image its path and its file's identity (also seed and indices if augmented), for each caption its text. A
+    changed image is computed anew, alone; changed weights have files of their own. All may be deleted.
 
     Args:
         encoder: its model's frozen towers never change again.
-        folder: holds two files for each tower, `image-<key>` and `text-<key>`.
+        folder: holds two files for each tower, `image-<key>` and `text-<key>`, however many views there are.
+        identify: `file_identities`, or what knows some of them already.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path) -> None:
+    def __init__(
+        self, encoder: Encoder, folder: Path, *, identify: Callable[[Strings], Hashes] = file_identities
+    ) -> None:
         self.encoder = encoder
+        self.identify = identify
         model = encoder.model
         self._stores = {
             tower: RowStore(
@@ -81,7 +84,7 @@ class FeatureCache:
         """
         if "image" not in self._stores:
             return None
-        keys, issues = _image_keys(pairs, view)
+        keys, issues = _image_keys(pairs, view, self.identify(pairs.paths))
         encoder, model = self.encoder, self.encoder.model
         dataset = encoder.open_dataset(
             pairs, transform=train_transform(model.image_resolution, view.augment), seed=view.seed
@@ -143,7 +146,8 @@ class FeatureCache:
             rows[wanted] = store.announce(
                 keys[wanted], what="tower output", way_out="Try another --cache_dir, or --feature_views 0"
             )
-        missing = wanted[~store.holds(rows[wanted], keys[wanted])]
+        outputs = TowerOutputs(store, rows, keys=keys, issues=issues, compute=compute)
+        missing = wanted[~outputs.has(wanted)]
         _, first = np.unique(rows[missing], return_index=True)  # a caption may come several times
         missing = missing[np.sort(first)]
         logger.info(
@@ -152,16 +156,21 @@ class FeatureCache:
         )  # fmt: skip
         if any_rank(bool(len(missing))):
             # each rank computes its part. Ranks that share no disk still miss the others' parts, and compute them too
-            for part in (missing[rank_slice(len(missing))], missing):
-                still = part[~store.holds(rows[part], keys[part]) & ~np.isin(part, list(issues))]
-                for indices, outputs in compute(still) if len(still) else ():
-                    content = outputs.float().cpu().numpy().astype("<f4", copy=False).view(np.uint8)
-                    store.write(rows[indices], keys[indices], content)
-                for found in gather_values(dict(issues)):
-                    issues.update(found)
-                store.reopen()
+            own = missing[rank_slice(len(missing))]
+            self._compute(outputs, own)
+            others = np.setdiff1d(missing, own)
+            self._compute(outputs, others[~outputs.has(others)])
         rows[list(issues)] = -1
-        return TowerOutputs(store, rows, issues)
+        return outputs
+
+    def _compute(self, outputs: TowerOutputs, indices: IntArray) -> None:
+        """Compute and store what is missing, then learn from the other ranks what cannot be computed."""
+        missing = np.setdiff1d(indices, list(outputs.issues))
+        for found, computed in outputs.compute(missing) if len(missing) else ():
+            outputs.put(found, computed)
+        for issues in gather_values(dict(outputs.issues)):
+            outputs.issues.update(issues)
+        outputs.store.reopen()
 
 
 class FeatureLoader:
@@ -262,16 +271,16 @@ def tower_key(model: EncodingModel, tower: str, precision: Precision) -> str:
     return found.hexdigest()[: 2 * KEY_BYTES]
 
 
-def _image_keys(pairs: Pairs, view: View) -> tuple[Keys, dict[int, Issue]]:
+def _image_keys(pairs: Pairs, view: View, identities: Hashes) -> tuple[Keys, dict[int, Issue]]:
     """Return a key for each image file as it is now, `[N]`, and why some cannot be read."""
     digests: list[bytes] = []
     issues: dict[int, Issue] = {}
-    for index, path in enumerate(pairs.paths):
-        try:
-            stamp: tuple[Any, ...] = (path, *file_stamp(path))
-        except (OSError, ValueError) as error:
-            issues[index] = image_issue(path, error)
-            digests.append(bytes(KEY_BYTES))
-            continue
-        digests.append(digest(*stamp) if view.augment == "none" else digest(*stamp, *view, index))
+    for index, (path, identity) in enumerate(zip(pairs.paths, identities.tolist(), strict=True)):
+        content = identity
+        if not identity:
+            try:
+                content = read_ends(path, KEY_BYTES)
+            except (OSError, ValueError) as error:
+                issues[index] = image_issue(path, error)
+        digests.append(digest(path, content) if view.augment == "none" else digest(path, content, *view, index))
     return as_keys(digests), issues

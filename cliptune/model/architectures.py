@@ -58,6 +58,8 @@ class Architecture:
         for size in (*sizes.values(), *counts, *patch):
             if type(size) is not int or size < 1:
                 raise ValueError(f"not the description of an architecture: {size!r} is no size")
+        if not isinstance(read.name, str):
+            raise ValueError("not the description of an architecture: its name is no text")
         if read.transformer_width % read.transformer_heads or (read.is_vit and read.vision_width % read.vision_heads):
             raise ValueError("not the description of an architecture: its heads do not divide its width")
         if read.activation not in {QUICK_GELU, GELU}:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from cliptune.model.bounds import check_size_on_disk, check_tensors, check_torch_file
+from cliptune.model.checkpoint_fields import check_fields
 from cliptune.runtime.files import atomic_writer, require_free_space
 
 FORMAT_VERSION = 3
@@ -45,16 +48,22 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror or error}); the one before is untouched") from error
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, needs: Collection[str] = ()) -> dict[str, Any]:
     """Read a checkpoint of this toolkit onto the CPU.
+
+    Args:
+        path: of the file.
+        needs: keys that it must have beside those that every checkpoint has, such as `checkpoint_fields.CONFIG_KEYS`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, not a checkpoint of this toolkit, or of a format that this version does not read.
+        ValueError: damaged, not a checkpoint of this toolkit, of a format that this version does not read, or its keys
+            are missing or of another type.
     """
     state = load_tensors(path)
     if not is_checkpoint(state):
         raise ValueError(f"{path}: not a checkpoint of this toolkit (weights of others go to --pretrained)")
+    check_fields(state, path, needs=needs)
     return state  # type: ignore[no-any-return]
 
 
@@ -69,10 +78,13 @@ def load_tensors(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
+    check_size_on_disk(path)
     try:
+        check_torch_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it refuses afterwards
             content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content, path.stat().st_size)
     except pickle.UnpicklingError:  # whose message tells how to load it all the same
         raise ValueError(
             f"{path}: cannot be opened safely: it is damaged, or holds more than tensors and plain values, which could "

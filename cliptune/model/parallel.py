@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
@@ -77,8 +78,15 @@ def whole(state: Any) -> Any:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a whole optimiser state; of a sharded parameter's, each rank takes its shard."""
+    """Load a whole optimiser state; of a sharded parameter's, each rank takes its shard.
+
+    Raises:
+        ValueError: a state of other parameters, or numbers that an optimiser cannot have.
+        KeyError: a part of it is missing.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = _checked_groups(optimizer.state_dict()["param_groups"], state["param_groups"])
+    _check_moments(optimizer, parameters, state["state"])
 
     def shard(parameter: Any, value: Any) -> Any:
         # moments have their parameter's shape; the count of steps is a scalar, and whole in each rank
@@ -92,7 +100,37 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         index: {name: shard(parameters[index], value) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": states})
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _checked_groups(own: list[dict[str, Any]], stored: Any) -> list[dict[str, Any]]:
+    """Take numbers, such as rates, from what was stored; what else a group holds is as the optimiser was built."""
+    if [group["params"] for group in stored] != [group["params"] for group in own]:
+        raise ValueError("other parameters")
+    groups = []
+    for mine, theirs in zip(own, stored, strict=True):
+        numbers = {key: theirs[key] for key, value in mine.items() if type(value) in {int, float} and key in theirs}
+        numbers["lr"] = theirs["lr"]
+        for key, value in numbers.items():
+            if type(value) not in {int, float} or not 0 <= value < math.inf:
+                raise ValueError(f"{key} of {value!r:.50}")
+        groups.append({**mine, **numbers})
+    return groups
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, parameters: list[Any], states: dict[Any, dict[str, Any]]) -> None:
+    """Refuse what would be found out in the middle of a step, or never: PyTorch compares neither shapes nor numbers."""
+    if states and isinstance(optimizer, torch.optim.AdamW) and sorted(states) != list(range(len(parameters))):
+        raise ValueError("moments of other parameters")
+    for index, values in states.items():
+        if isinstance(optimizer, torch.optim.AdamW) and values.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"moments of parameter {index}: {', '.join(sorted(map(str, values)))[:100]}")
+        for name, value in values.items():
+            is_tensor = isinstance(value, Tensor)
+            if is_tensor and not (value.ndim == 0 or value.shape == parameters[index].shape):
+                raise ValueError(f"{name} of parameter {index} has the shape {list(value.shape)}")
+            if is_tensor and not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} is not finite")
 
 
 def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

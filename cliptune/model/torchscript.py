@@ -7,11 +7,14 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cliptune.model.bounds import check_archive, check_pickle, check_size_on_disk, check_tensors
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -44,14 +47,21 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     nothing but tensor rebuilding; its `__torch__` classes become plain containers.
 
     Raises:
-        ValueError: damaged, or its description names something other than tensors and containers.
+        ValueError: damaged, its description names something other than tensors and containers, or it would take more
+            memory than its file has bytes.
     """
+    check_size_on_disk(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            num_bytes = path.stat().st_size
+            check_archive(archive, num_bytes)
             root = next(name for name in archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
-            with archive.open(f"{root}data.pkl") as file:
-                tree = _TensorUnpickler(file, archive, root).load()
-                tensors = dict(_tensors_of(tree, ""))
+            description = archive.read(f"{root}data.pkl")
+            check_pickle(description)
+            tree = _TensorUnpickler(description, archive, root).load()
+            views = dict(_tensors_of(tree))
+        check_tensors(views, num_bytes)
+        tensors = {name: view.clone() for name, view in views.items()}
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(f"{path}: damaged or unsafe TorchScript archive: {error or type(error).__name__}") from None
     return tensors
@@ -72,10 +82,10 @@ class _Storage:
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     if not isinstance(storage, Tensor):
         raise pickle.UnpicklingError("a tensor without storage")
-    # a view may tell one number many times over (stride 0): nobody's weights do, and `clone` would make them all
+    # a view may tell one number many times over (stride 0): nobody's weights do, and a copy would make them all
     if math.prod(size) > len(storage):
         raise pickle.UnpicklingError("a tensor of more numbers than are stored")
-    return storage.as_strided(size, stride, offset).clone()
+    return storage.as_strided(size, stride, offset)
 
 
 def _keep_first(value: Any, *_: Any) -> Any:
@@ -83,10 +93,11 @@ def _keep_first(value: Any, *_: Any) -> Any:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(file)
+    def __init__(self, description: bytes, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(BytesIO(description))
         self.archive = archive
         self.root = root
+        self.storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         # all that a pickle can run are the things it names here; whatever is not known is refused
@@ -110,18 +121,23 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, storage, key, _, numel = pid
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-        entry = self.archive.getinfo(f"{self.root}data/{key}")
-        if entry.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes it; a few bytes cannot unfold into any number
-            raise pickle.UnpicklingError("compressed tensors")
-        data = bytearray(self.archive.read(entry))
-        return (
-            torch.frombuffer(data, dtype=storage.dtype, count=numel) if numel else torch.empty(0, dtype=storage.dtype)
-        )
+        if (key, storage.dtype) not in self.storages:  # which many tensors may share
+            data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+            self.storages[key, storage.dtype] = (
+                torch.frombuffer(data, dtype=storage.dtype, count=numel)
+                if numel
+                else torch.empty(0, dtype=storage.dtype)
+            )
+        return self.storages[key, storage.dtype]
 
 
-def _tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    attributes = value.attributes if isinstance(value, _Container) else {}
-    for key, child in attributes.items():
-        yield from _tensors_of(child, f"{name}.{key}" if name else str(key))
+def _tensors_of(tree: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor with its path; an object that stands in many places counts where it is met first."""
+    waiting, seen = [("", tree)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, _Container) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(f"{name}.{key}" if name else str(key), child) for key, child in value.attributes.items()]

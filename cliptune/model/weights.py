@@ -25,6 +25,7 @@ from cliptune.model.architectures import (
     describe_architecture,
     known_architecture,
 )
+from cliptune.model.bounds import check_size_on_disk
 from cliptune.model.checkpoint_file import is_checkpoint, load_tensors
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.torchscript import is_torchscript, read_torchscript
@@ -35,6 +36,9 @@ NAMED_WEIGHTS = ("auto", "openai", "none")
 """OpenAI's where published, OpenAI's, random ones."""
 # open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
 _UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
+# several times those of the largest CLIP: of narrow layers, a few MB could be weights for any size of input
+MAX_RESOLUTION, MAX_PATCHES, MAX_CONTEXT_LENGTH = 4096, 16_384, 4096
+MAX_SETTINGS_BYTES = 2**24
 
 
 class Weights(NamedTuple):
@@ -180,6 +184,7 @@ def _is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file  # noqa: PLC0415  (only where such a file is read)
 
+    check_size_on_disk(path)
     try:
         # copies: what was read is a view of the file, which may change
         tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -204,9 +209,12 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 def _settings_beside(path: Path) -> dict[str, Any]:
     """Read the settings file that hubs keep beside weights, if there is one: open_clip's or Hugging Face's."""
     for name in ("open_clip_config.json", "config.json"):
+        beside = path.parent / name
         try:
-            settings = json.loads((path.parent / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if not beside.is_file() or beside.stat().st_size > MAX_SETTINGS_BYTES:
+                continue
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(settings, dict) and ("model_cfg" in settings or "text_config" in settings):
             return settings
@@ -229,7 +237,7 @@ def _vision_heads(settings: dict[str, Any]) -> int | None:
             return int(vision["width"]) // int(vision.get("head_width", 64))
         heads = settings["vision_config"].get("num_attention_heads")
         return None if heads is None else int(heads)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
         return None
 
 
@@ -325,8 +333,22 @@ def _architecture_of(
         raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP: {error}") from None
     if vision_heads is not None and found.is_vit:
         found = replace(found, vision_heads=vision_heads)
+    _check_sizes(found, path)
     same = [name for name, known in ARCHITECTURES.items() if known.same_tensors(found)]
     return replace(found, name=same[0] if same else describe_architecture(found))
+
+
+def _check_sizes(found: Architecture, path: Path) -> None:
+    side = found.image_resolution // (found.vision_patch_size or 32)
+    for what, size, limit in (
+        ("image resolution", found.image_resolution, MAX_RESOLUTION),
+        ("number of patches", side * side, MAX_PATCHES),
+        ("context length", found.context_length, MAX_CONTEXT_LENGTH),
+    ):
+        if not 1 <= size <= limit:
+            raise ValueError(f"{path}: its {what} would be {size:,}; at most {limit:,} is supported")
+    if found.is_vit and (found.vision_heads < 1 or found.vision_width % found.vision_heads):
+        raise ValueError(f"{path}: {found.vision_heads} heads do not divide the image tower's width")
 
 
 def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from cliptune.preprocess.resize import Pixels
 
@@ -24,6 +26,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_PIXELS = 178_956_970
 """Where Pillow refuses by itself: a file of a few kilobytes may promise more pixels than the memory holds."""
 
+MAX_BYTES = 10**9
+"""Of an image's file, and of its pixels as they are decoded."""
+
+STRIP_PIXELS = 2**22
+
+_OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4}
+"""Bytes of each pixel that a decoder keeps beside the result."""
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
 
 DecodedImage: TypeAlias = Image.Image | Pixels
@@ -46,15 +55,21 @@ def read_bytes(path: str | Path) -> bytes:
     """Read a file, or the part of a tar file that `part_path` names.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or has more than `MAX_BYTES`.
     """
     part = _part(path)
-    if part is None:
-        with _open(path) as file:
-            return file.readall()
-    with _open(part[1]) as file:
-        file.seek(int(part[2]))
-        return file.read(int(part[3]))
+    with _open(path if part is None else part[1]) as file:
+        size = os.fstat(file.fileno()).st_size if part is None else int(part[3])
+        if size > MAX_BYTES:
+            raise OSError(f"{path}: {too_large(size)}")
+        if part is not None:
+            file.seek(int(part[2]))
+        return file.read(size)
+
+
+def too_large(num_bytes: int) -> str:
+    """Say of a file that it is not read, since the whole would be in memory."""
+    return f"a file of {num_bytes / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB are read"
 
 
 def read_ends(path: str | Path, num_bytes: int) -> tuple[int, bytes, bytes]:
@@ -75,9 +90,9 @@ def read_ends(path: str | Path, num_bytes: int) -> tuple[int, bytes, bytes]:
         return size, first, file.read(size - begin)
 
 
-def _open(path: str | Path) -> FileIO:
+def _open(path: str | Path) -> BinaryIO:
     """Open a file, but no pipe, which would wait for a writer that never comes."""
-    file = FileIO(path, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115  (its callers close it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(f"{path}: not a file")
@@ -156,11 +171,28 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image
         with Image.open(BytesIO(data)) as image:
             if image.width * image.height > max_pixels:  # Pillow's own check goes by a setting of the process
                 raise ValueError(f"more than {max_pixels} pixels")
+            if (num_bytes := _bytes_to_decode(image)) > MAX_BYTES:
+                raise ValueError(f"its pixels would take {num_bytes / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB")
+            if image.format == "EPS":  # which Pillow has a program run
+                raise ValueError("PostScript, which is a program: convert it to an image")
             yield image, data
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may end in any exception of Pillow's decoders
         raise ValueError(f"{name}cannot be read as an image: {_reason(error)}") from None
+
+
+def _bytes_to_decode(image: Image.Image) -> int:
+    """Return how many bytes a decoder will hold, as the file's header says."""
+    bands, num_pixels = len(image.getbands()), image.width * image.height
+    if isinstance(image, TiffImageFile):  # its tiles may be larger than the image
+        tile = (image.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+        num_pixels = max(num_pixels, math.prod(tile))
+    if image.info.get("progressive"):  # a JPEG whose coefficients, 16 bits each, are collected before pixels are made
+        return num_pixels * 2 * bands
+    size = {"I": 4, "F": 4}.get(image.mode, 2 if image.mode.startswith("I;16") else 1)
+    size = size if bands == 1 else 4  # Pillow stores two and three bands as four
+    return num_pixels * (size + _OF_DECODER.get(str(image.format), 0))
 
 
 def _reason(error: Exception) -> str:
@@ -207,12 +239,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.getexif().get(ExifTags.Base.Orientation) in _UPRIGHT:  # without one exif_transpose would copy
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image  # which is a copy already
+    if image.mode.startswith("I"):
+        return _in_strips(image, lambda strip: _to_8_bit(strip, 1 / 257))  # 65535 -> 255; Pillow itself clips above 255
+    if image.mode == "F":
+        largest = max(np.nanmax(np.asarray(strip), initial=0) for _, strip in _strips(image))
+        return _in_strips(image, lambda strip: _to_8_bit(strip, 255 if largest <= 1 else 1))
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, rgba)
+        return _in_strips(image, _on_white)
     return image.convert("RGB")
 
 
@@ -221,10 +256,28 @@ def size_of(image: DecodedImage) -> tuple[int, int]:
     return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64)  # [H, W]
-    if image.mode != "F":
-        pixels = pixels / 257  # 65535 -> 255; Pillow's own conversion clips everything above 255
-    elif np.nanmax(pixels, initial=0) <= 1:
-        pixels = pixels * 255
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert an image to RGB some rows at a time: the copies on the way take up to eight times an image's memory."""
+    if image.width * image.height <= STRIP_PIXELS:
+        return convert(image).convert("RGB")
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        result.paste(convert(strip).convert("RGB"), (0, top))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the first row and the pixels of each strip."""
+    num_rows = max(STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, num_rows):
+        yield top, image.crop((0, top, image.width, min(top + num_rows, image.height)))
+
+
+def _to_8_bit(image: Image.Image, factor: float) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64) * factor  # [H, W]
     return Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)

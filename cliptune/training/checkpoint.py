@@ -13,10 +13,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.parallel import whole
 from cliptune.runtime.distributed import any_rank, is_main
 from cliptune.runtime.files import read_json_object
+from cliptune.runtime.messages import one_line
 from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -161,8 +163,16 @@ class Saver:
         self._saved_at = self._clock()
 
     def restore(self, path: Path, content: dict[str, Any]) -> RunState:
-        """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards."""
-        self.trainer.load_state_dict(content)
+        """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards.
+
+        Raises:
+            ValueError: its optimiser's state is of other parameters, or damaged; names the file.
+        """
+        try:
+            self.trainer.load_state_dict(content)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            reason = f"its optimiser's state does not fit its model ({type(error).__name__}: {one_line(error)})"
+            raise ValueError(f"{path}: damaged, or written by other means than this toolkit: {reason}") from None
         if path.resolve() == self.files.last.resolve():
             self._writer.last_step = content["global_step"]
         state = RunState.from_state_dict(content["run_state"], self.trainer.model.device)
@@ -275,6 +285,18 @@ def _link(path: Path, name: Path) -> None:
         name.hardlink_to(path)
     except OSError as error:
         logger.warning("no state before %s is kept: this disk does not take a second name for a file: %s", path, error)
+
+
+def check_state(content: dict[str, Any], path: Path) -> None:
+    """Check that a run can be resumed from a checkpoint, before anything is made of it.
+
+    Raises:
+        ValueError: it holds the model alone, or keys of the run's state are missing or of another type.
+    """
+    if "run_state" not in content and "optimizer_state_dict" not in content:
+        raise ValueError(f"{path} holds no training state to resume from; use last_model.pth")
+    check_fields(content, path, needs=(*CONFIG_KEYS, *STATE_KEYS))
+    RunState.check(content, path)
 
 
 def load_newest_state(files: RunFiles) -> tuple[Path, dict[str, Any]] | None:

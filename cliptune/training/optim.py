@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,38 @@ def build_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _factor(step, total_steps=total_steps, warmup_steps=warmup_steps)
     )
+
+
+def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any], *, step: int) -> None:
+    """Let a schedule go on from a stored state.
+
+    Raises:
+        KeyError, TypeError: a part of it is missing, or no number.
+        ValueError: rates that there cannot be, or of another step.
+    """
+    own = scheduler.state_dict()
+    # PyTorch makes an attribute of whatever stands there
+    known = {key: value for key, value in state.items() if key in own and type(value) is type(own[key])}
+    if known["last_epoch"] != step:
+        raise ValueError(f"the rates are those of step {known['last_epoch']:.6g}, the model's of step {step}")
+    for key in ("base_lrs", "_last_lr"):
+        if len(known[key]) != len(own[key]) or not all(0 <= rate < math.inf for rate in known[key]):
+            raise ValueError(f"rates of {known[key]!r:.100}")
+    scheduler.load_state_dict(known)
+
+
+def load_scaler_state(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
+    """Let a loss scale go on from a stored state.
+
+    Raises:
+        ValueError: a scale that there cannot be.
+        RuntimeError: there is none.
+    """
+    if scaler.is_enabled() and not all(
+        type(value) in {int, float} and 0 <= value < math.inf for value in state.values()
+    ):
+        raise ValueError("a loss scale that is no number")
+    scaler.load_state_dict(state)
 
 
 def schedule_points(*, total_steps: int, warmup_fraction: float, peaks: Sequence[float]) -> list[tuple[float, ...]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
+from cliptune import results
+from cliptune.model.checkpoint_fields import validate
+from cliptune.runtime.messages import printable, shorten
 from cliptune.training.meters import EpochTotals, Step
 
 TIE = 1e-9
@@ -17,6 +22,38 @@ TIE = 1e-9
 def now() -> str:
     """Return the local time as results files show it, such as `2026-01-31T12:00:00`."""
     return datetime.now().isoformat(timespec="seconds")
+
+
+class _Evaluation(results.Recorded):
+    """What is kept of an evaluation: all that a results file needs."""
+
+    metrics: results.Metrics
+    chance: results.Chance
+    histograms: results.Histograms
+    num_images: results.Count
+    num_texts: results.Count
+
+
+class _Totals(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    sums: Annotated[list[results.Number], Field(min_length=3, max_length=3)]
+    num_pairs: results.Count
+    num_batches: results.Count
+
+
+class _Stored(results.Recorded):
+    """A `RunState` as a checkpoint holds it."""
+
+    started_at: str
+    epoch: results.Count
+    step: results.Count
+    history: Annotated[list[results.EpochRecord], Field(min_length=1)]
+    baseline: _Evaluation
+    best: _Evaluation
+    best_epoch: results.Count
+    epochs_since_best: results.Count
+    totals: _Totals | None
 
 
 @dataclass
@@ -108,6 +145,29 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values; waits for the device within an epoch."""
         return {**vars(self), "history": list(self.history), "totals": self.totals and self.totals.state_dict()}
+
+    @classmethod
+    def check(cls, content: dict[str, Any], path: str | Path) -> None:
+        """Check what a checkpoint holds of a run, before anything is made of it.
+
+        Raises:
+            ValueError: a key is missing, unknown or of another type, or they contradict each other; names the file.
+        """
+        values = content["run_state"]
+        validate(_Stored, values, path, inside="run_state")
+        unknown = sorted(map(str, values.keys() - {each.name for each in fields(cls)}))
+        history = values["history"]
+        # an epoch that is under way, which has totals, has no record yet
+        epochs = list(range(values["epoch"] + (values["totals"] is None)))
+        fits = (
+            [record["epoch"] for record in history] == epochs
+            and values["best_epoch"] in epochs
+            and history[-1]["step"] <= values["step"]
+            and (content["epoch"], content["global_step"]) == (values["epoch"], values["step"])
+        )
+        if unknown or not fits:
+            reason = f"unknown key {printable(shorten(unknown[0]))}" if unknown else "its epochs and steps do not agree"
+            raise ValueError(f"{path}: damaged, or written by other means than this toolkit: run_state: {reason}")
 
     @classmethod
     def from_state_dict(cls, values: dict[str, Any], device: torch.device) -> RunState:

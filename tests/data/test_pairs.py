@@ -105,7 +105,7 @@ def test_separate_validation_set_and_no_image_on_both_sides(tmp_path: Path, capl
     val = make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in (3, 4)], "held.json")
     with caplog.at_level(logging.WARNING):
         splits = training_pairs(DataSource(train), val_data=str(val), val_split=0.1, seed=0)
-    assert {name: len(part) for name, part in splits.items()} == {"train": 3, "val": 2}
+    assert {name: len(part) for name, part in splits.items()} == {"train": 3, "val": 2, "test": 0}
     assert "1 image of the validation set stay out of training" in caplog.text
     assert "only 5 pairs" in caplog.text
 

@@ -189,7 +189,8 @@ def test_a_shard_that_breaks_off_in_an_epoch_costs_only_what_it_lost(tmp_path: P
 def test_remote_shards_are_streamed(tmp_path: Path) -> None:
     make_shards(tmp_path, 9, 8)
     open_shards(f"{tmp_path}/{{00..01}}.tar")
-    batches = list(loader_of(f"pipe:cat {tmp_path}/{{00..01}}.tar", num_workers=2).epoch(1))
+    shards = open_shards(f"pipe:cat {tmp_path}/{{00..01}}.tar", may_run_commands=True)
+    batches = list(ShardLoader(shards, **OPTIONS | {"num_workers": 2}).epoch(1))
     assert sorted(n for batch in batches for n in indices_in(batch)) == list(range(17))
     assert not [error for batch in batches for error in batch.issues]
 
@@ -243,7 +244,7 @@ def test_frozen_towers_train_on_shards_without_cached_features(shard_run: Path, 
     data = ["--data_dir", f"{shard_run}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
     assert train.main([*data, *FLAGS, "--freeze_backbone", "--output_dir", str(tmp_path)]) == 0
     assert "are not cached for shards" in (tmp_path / "logs" / "train.log").read_text()
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "features").exists()
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ import data_loader
 from cliptune.data import shards
 from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.row_store import ImageCache
-from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, read_samples, write_shards
+from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, write_shards
+from cliptune.data.tar_samples import read_samples
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
 from cliptune.preprocess.transforms import clip_transform
 from data_loader import ImageTextDataset
@@ -149,15 +150,35 @@ def test_shards_elsewhere_go_by_the_index_beside_them(tmp_path: Path) -> None:
     make_shards(tmp_path, 9, 8)
     data_dir = f"pipe:cat {tmp_path}/{{00..01}}.tar"
     with pytest.raises(ValueError, match=f"read from {INDEX_NAME} beside them"):
-        open_shards(data_dir)
+        open_shards(data_dir, may_run_commands=True)
     open_shards(f"{tmp_path}/00.tar")
     with pytest.raises(ValueError, match="lists 1 of 2 shards"):
-        open_shards(data_dir)
+        open_shards(data_dir, may_run_commands=True)
     open_shards(f"{tmp_path}/{{00..01}}.tar")
-    assert [shard.num_samples for shard in open_shards(data_dir).shards] == [9, 8]
+    assert [shard.num_samples for shard in open_shards(data_dir, may_run_commands=True).shards] == [9, 8]
     assert [sample.key for sample in read_samples(f"pipe:cat {tmp_path}/01.tar", 6, 8)] == ["0015", "0016"]
     with pytest.raises(ValueError, match="remote shards are only for training"):
-        load_pairs(data_dir)
+        load_pairs("https://host/{00..01}.tar")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:{} #.tar",
+        " pipe:{} #.tar",
+        "PIPE:{} #.tar",
+        "{{a.tar,pipe:{} #.tar}}",
+        "{{p,q}}ipe:{} #.tar",
+        "http://h/';{};'/x.tar",
+    ],
+)
+def test_a_command_is_never_run_unasked(tmp_path: Path, address: str) -> None:
+    canary = tmp_path / "canary"
+    data_dir = address.format(f"touch {canary}")
+    for read in (open_shards, load_pairs):
+        with pytest.raises(ValueError, match=r"would run a command|holds no spaces, quotes"):
+            read(data_dir)
+    assert not canary.exists()
     with pytest.raises(ValueError, match="webdataset cannot open s3: URLs"):
         open_shards("s3://bucket/00.tar")
 

@@ -1,7 +1,12 @@
-"""A file that would run code when it is unpickled: refused at every entrance, and its code does not run."""
+"""A file that would run code when it is unpickled, or fill the memory: refused at every entrance, before it does."""
 
+import io
+import os
 import pickle
 import shutil
+import struct
+import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -147,7 +152,7 @@ def test_cached_rows_are_numbers_whatever_is_in_their_files() -> None:
         rows = store.announce(keys, what="row", way_out="")
         assert rows.min() > 0
         assert not store.holds(rows, keys).any()
-        assert store.gather(np.arange(rows.max())).dtype == np.uint8
+        assert not store.read(rows, keys)[1].any()
 
 
 def test_cached_images_are_decoded_again_whatever_is_in_their_files(sample_dir: Path) -> None:
@@ -167,3 +172,153 @@ def test_settings_are_json_and_nothing_else() -> None:
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         load_config([], description="")
     assert main([]) == 2
+
+
+def deflated(path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"x": torch.zeros(10**7)}, buffer)
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+
+
+def deflated_description(path: Path) -> None:
+    """A TorchScript archive of 20 kB with 20 MB of empty lists in it, which Python makes 1 GB of."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data.pkl", b"\x80\x02(" + b"]" * 20_000_000 + b"l.")
+
+
+def long_description(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data.pkl", b"\x80\x02(" + b"]" * 20_000_000 + b"l.")
+
+
+def large_memo(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"")
+        archive.writestr("archive/data.pkl", b"\x80\x02]r" + struct.pack("<I", 50_000_000) + b".")
+
+
+def overlapping_parts(path: Path) -> None:
+    """An archive whose directory names the same part a thousand times."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data/0", bytes(100_000))
+        entry = archive.infolist()[0]
+        for number in range(1, 1000):
+            again = zipfile.ZipInfo(f"archive/data/{number}")
+            again.file_size = again.compress_size = entry.file_size
+            again.CRC, again.header_offset = entry.CRC, entry.header_offset
+            archive.filelist.append(again)
+    path.write_bytes(buffer.getvalue())
+
+
+def stride_0(path: Path) -> None:
+    torch.save({"x": torch.zeros(1, dtype=torch.half).expand(3 * 10**9)}, path)
+
+
+def legacy_stride_0(path: Path) -> None:
+    torch.save({"x": torch.zeros(1).expand(3 * 10**9)}, path, _use_new_zipfile_serialization=False)
+
+
+def larger_than_stored(path: Path) -> None:
+    """PyTorch enlarges a storage for a tensor that claims more."""
+    buffer = io.BytesIO()
+    torch.save({"x": torch.zeros(4)}, buffer)
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(path, "w") as changed:
+        for name in archive.namelist():
+            data = archive.read(name)
+            if name.endswith("data.pkl"):
+                data = with_another_size(data)
+            changed.writestr(name, data)
+
+
+def legacy_larger_than_stored(path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"x": torch.zeros(4)}, buffer, _use_new_zipfile_serialization=False)
+    path.write_bytes(with_another_size(buffer.getvalue()))
+
+
+def with_another_size(data: bytes) -> bytes:
+    """Let a pickled tensor of 4 numbers claim 100 million."""
+    shape = b"K\x04\x85"
+    assert shape in data
+    return data.replace(shape, b"J" + struct.pack("<i", 10**8) + b"\x85")
+
+
+def one_storage_for_many(path: Path) -> None:
+    torch.save(dict.fromkeys(map(str, range(5000)), torch.zeros(25_000)), path)
+
+
+def scripted_storage_for_many(path: Path) -> None:
+    module, shared = torch.nn.Module(), torch.zeros(25_000)
+    for number in range(500):
+        module.register_buffer(f"x{number}", shared)
+    torch.jit.save(torch.jit.script(module), path)
+
+
+def lists_of_the_same_list(path: Path) -> None:
+    values: list[Any] = [0]
+    for _ in range(60):
+        values = [values] * 10
+    torch.save({"x": values}, path)
+
+
+def sparse_tensor(path: Path) -> None:
+    torch.save({"x": torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (10**9,))}, path)
+
+
+def holes(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(40 * 10**9)
+
+
+def holes_in_safetensors(path: Path) -> None:
+    size = 40 * 10**9
+    head = b'{"x":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (size // 4, size)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + size)
+
+
+UNFOLDING = [
+    deflated, deflated_description, long_description, large_memo, overlapping_parts, stride_0, legacy_stride_0,
+    larger_than_stored, legacy_larger_than_stored, one_storage_for_many, scripted_storage_for_many,
+    lists_of_the_same_list, sparse_tensor, holes, holes_in_safetensors,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", UNFOLDING, ids=lambda make: make.__name__)
+def test_a_small_file_takes_little_memory(make: Callable[[Path], None], sample_dir: Path, capfd: Any) -> None:
+    """By name, at every entrance, and before it is in memory."""
+    path = Path("small.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make(path)
+    tracemalloc.start()
+    for read in (read_weights, load_checkpoint):
+        with pytest.raises(ValueError, match=r"small\.pth: (?!not the weights|not a checkpoint)"):
+            read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 300e6
+    flags = ["--data_dir", str(sample_dir), "--activation", "gelu", "--pretrained"]
+    Path("folder").mkdir()
+    path.rename("folder/pytorch_model.bin")
+    assert main([*flags, "folder"]) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_settings_beside_weights_are_small_files(tmp_path: Path) -> None:
+    """Neither 40 GB of holes, nor a pipe that nobody writes to, nor endless nesting."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    beside = tmp_path / "config.json"
+    with beside.open("wb") as file:
+        file.truncate(40 * 10**9)
+    for make in (lambda: None, lambda: os.mkfifo(beside), lambda: beside.write_bytes(b"[" * 10**6)):
+        make()
+        with pytest.raises(ValueError, match="does not tell its activation"):
+            read_weights(tmp_path)
+        beside.unlink()

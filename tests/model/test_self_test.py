@@ -170,8 +170,8 @@ def test_changed_preprocessing_shows(name: str, target: str, change: Any, monkey
 def test_another_tokeniser_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     self_test = compute_self_test(model)
-    encode = tokens._encode
-    monkeypatch.setattr(tokens, "_encode", lambda text: encode(text.upper() + "!"))
+    token_ids = tokens._token_ids
+    monkeypatch.setattr(tokens, "_token_ids", lambda text, most: token_ids(text.upper() + "!", most))
     assert distances(model, self_test)[1] > 10 * TOLERANCE
 
 

@@ -8,7 +8,6 @@ from PIL import Image, ImageOps
 from torchvision.transforms import Compose
 
 from cliptune.preprocess.decode import decode_image, file_stamp, load_image, part_path, read_bytes, size_of, to_rgb
-from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import (
     CenterTransform,
     CropTransform,
@@ -249,14 +248,6 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         load_image(tmp_path / "gone.jpg")
 
 
-def test_tokens_are_those_of_clip() -> None:
-    texts = ["a dog", "Ein Hund &amp; <b>", "  spaces\tand\n lines ", "四 猫", "", "word " * 100, "naïve café"]
-    tokens, num_truncated = tokenize(texts)
-    assert torch.equal(tokens, clip.tokenize(texts, truncate=True).long())
-    assert num_truncated == 1
-    assert tokens[5, -1] == 49407
-
-
 @pytest.mark.parametrize("augment", ["crop", "color"])
 def test_augmentation_varies_keeps_the_scale_and_never_flips(augment: str) -> None:
     pixels = np.zeros((224, 224, 3), dtype=np.uint8)
@@ -293,10 +284,3 @@ def test_an_image_too_long_to_be_resized_whole_gives_the_same_pixels(size: tuple
     image = smooth(*size)
     whole, part = CenterTransform(56)(image).int(), CenterTransform(56, max_pixels=56 * 56 + 1)(image).int()
     assert (part - whole).abs().max() <= 3
-
-
-def test_a_word_without_end_has_the_first_tokens_of_clip() -> None:
-    word = "".join(chr(97 + letter % 26) for letter in noise(5000).tolist())
-    tokens, num_truncated = tokenize([word, "猫" * 5000])
-    assert torch.equal(tokens, clip.tokenize([word, "猫" * 5000], truncate=True).long())
-    assert num_truncated == 2

@@ -21,8 +21,12 @@ from cliptune.runtime.stopping import stoppable
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
 with stoppable("stage.py", grace_seconds=0.3):
-    print("ready", flush=True)
-    libc.pthread_mutex_lock(mutex)  # waits without end, and not for Python
+    while True:  # a signal may come before the wait
+        try:
+            print("ready", flush=True)
+            libc.pthread_mutex_lock(mutex)  # waits without end, and not for Python
+        except BaseException:
+            pass
 """
 IMPORTS = """
 import sys, time

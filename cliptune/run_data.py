@@ -1,0 +1,206 @@
+"""What a run trains and validates on: read as its settings say, compared with what it had before, opened."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from cliptune.data.issues import Issue
+from cliptune.data.loaders import TrainLoader
+from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.shard_loader import ShardLoader, training_shards
+from cliptune.data.shards import Shards, is_shards
+from cliptune.data.skipped import SkippedData
+from cliptune.data.snapshot import Snapshot, Snapshots, describe_change, is_reordered, keep_sides, take_snapshots
+from cliptune.data.splits import training_pairs
+from cliptune.features.cache import FeatureCache, FeatureLoader
+from cliptune.features.encode import Encoder
+from cliptune.model.parallel import is_sharded
+from cliptune.preprocess.transforms import train_transform
+from cliptune.runtime.device import Precision, default_num_workers
+from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, Config
+
+logger = logging.getLogger(__name__)
+
+AUGMENTED_VIEWS = 4
+
+Splits = dict[str, Pairs | Shards]
+"""What a run trains, validates and tests on."""
+E = TypeVar("E")
+"""`evaluation.Evaluation`."""
+
+
+def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tuple[Splits, Snapshots]:
+    """Read what to train and what to validate on; make sample data where the user named none and has none.
+
+    Args:
+        config: of the run.
+        given: the flags of this start.
+        cache_file: remembers identities of files, see `file_identities`.
+    """
+    folder = Path(DEFAULT_DATA_DIR)
+    if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
+        index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
+        logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
+    splits = _read_splits(config, given)
+    return splits, take_snapshots(splits, cache_file=cache_file)
+
+
+def reread_data(
+    config: Config, content: dict[str, Any], *, given: dict[str, Any], cache_file: Path
+) -> tuple[Splits, Snapshots]:
+    """Read the data of a run that is resumed from a checkpoint of this `content`, and compare it with what the run had.
+
+    Raises:
+        ValueError: it is not the same, and that was not allowed.
+        FileNotFoundError: it is not there. Sample data is never made for a run that had other data.
+    """
+    before = {split: Snapshot.from_dict(values) for split, values in content.get("data", {}).items()}
+    way_out = "--data_dir, --image_dir and --val_data name where it lies now"
+    try:
+        splits = _read_splits(config, given)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the data of the run that is resumed is not there: {error}; {way_out}") from None
+    snapshots = take_snapshots(splits, cache_file=cache_file)
+    if not before:
+        logger.warning("the checkpoint does not say what data its run had, so nobody knows if it is this")
+    elif change := describe_change(before, snapshots):
+        if not config.run.allow_data_change:
+            raise ValueError(
+                f"{config.data.data_dir} is not the data of the run that is resumed: {change}. {way_out}; "
+                "--allow_data_change goes on with this data"
+            )
+        logger.warning("resumed with other data (--allow_data_change): %s", change)
+        splits = _read_splits(config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file))
+        snapshots = take_snapshots(splits, cache_file=cache_file)
+    elif is_reordered(before, snapshots):
+        logger.warning("the images come in another order than before: this epoch's batches are not the unbroken run's")
+    return splits, snapshots
+
+
+def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Splits:
+    settings = config.data
+    source = DataSource(
+        settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
+        may_run_commands="data_dir" in given,
+    )  # fmt: skip
+    if is_shards(settings.data_dir):
+        return training_shards(
+            source, val_data=settings.val_data, captions=settings.captions, cache_images=settings.cache_images
+        )
+    return {
+        **training_pairs(
+            source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed, **options
+        )
+    }
+
+
+class RunData(NamedTuple, Generic[E]):
+    """What a run trains and validates on."""
+
+    loader: TrainLoader | FeatureLoader | ShardLoader
+    train: Pairs | Shards
+    val: Pairs
+    validate: Callable[[], E]
+    """Evaluates the model."""
+    skipped: SkippedData
+    num_workers: int
+
+    def note_issues(self, issues: Sequence[Issue]) -> None:
+        """Take in samples that are missing from a batch."""
+        for issue in issues:
+            self.skipped.note(issue)
+
+    def name_samples(self, image_ids: Tensor) -> list[str]:
+        """Return what a message calls images of the training data."""
+        name = self.train.describe if isinstance(self.train, Shards) else self.train.paths.__getitem__
+        return [name(index) for index in image_ids.tolist()]
+
+
+def open_data(
+    config: Config,
+    model: Any,
+    splits: Splits,
+    dataset_class: Any,
+    evaluate: Callable[..., E],
+    *,
+    skipped_path: Path,
+    cache_dir: Path,
+    precision: Precision,
+) -> RunData[E]:
+    """Open the loader of the training, and the caches of images and of frozen towers' outputs.
+
+    Args:
+        config: of the run.
+        model: on its device.
+        splits: what `read_data` returned.
+        dataset_class: `data_loader.ImageTextDataset`.
+        evaluate: `evaluation.evaluate`.
+        skipped_path: where skipped samples are listed.
+        cache_dir: of images and outputs.
+        precision: that the towers run in.
+    """
+    settings, training = config.data, config.training
+    train, val = splits["train"], splits["val"]
+    assert isinstance(val, Pairs)  # shards validate as pairs, too
+    workers = default_num_workers(model.device) if settings.num_workers is None else settings.num_workers
+    image_cache_dir = cache_dir / "images" if settings.cache_images else None
+    encoder = Encoder(
+        model, dataset_class, precision=precision, batch_size=min(max(training.batch_size, 64), 256),
+        num_workers=workers, image_cache_dir=image_cache_dir,
+    )  # fmt: skip
+    cache = FeatureCache(encoder, cache_dir / "features") if _caches_features(config, model) else None
+
+    transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
+    options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
+    loader: TrainLoader | FeatureLoader | ShardLoader
+    if isinstance(train, Shards):
+        loader = ShardLoader(
+            train, transform=transform, seed=training.seed, caption_key=settings.caption_key, **options
+        )
+    else:
+        dataset = dataset_class(train, transform=transform, captions=settings.captions, seed=training.seed)
+        if image_cache_dir is not None:
+            dataset.cache_images(image_cache_dir)
+        loader = TrainLoader(dataset, **options)
+        if cache is not None:
+            # pixels of a tower that moves are augmented anew in every epoch
+            dataset.num_views = num_views(config) if "image" in model.frozen_towers else 0
+            loader = FeatureLoader(loader, cache, augment=settings.augment, num_epochs=training.num_epochs)
+
+    indexes = [pairs for pairs in (train, val) if isinstance(pairs, Pairs)]
+    allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
+    skipped = SkippedData(indexes, num_images=num_images, max_fraction=allowed, path=skipped_path)
+    # computed or read when they are first wanted: the model as loaded gives what every epoch's would
+    val_outputs = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
+
+    def validate() -> E:
+        return evaluate(
+            encoder, val, loss_batch_size=training.batch_size, cached=val_outputs(), on_unreadable_image=skipped.note
+        )
+
+    return RunData(loader, train, val, validate, skipped, workers)
+
+
+def num_views(config: Config) -> int:
+    """Return how many views of an image a frozen tower's outputs are cached for; none of shards."""
+    if is_shards(config.data.data_dir):
+        return 0
+    views = config.data.feature_views
+    return (1 if config.data.augment == "none" else AUGMENTED_VIEWS) if views is None else views
+
+
+def _caches_features(config: Config, model: Any) -> bool:
+    """Tell whether outputs of frozen towers are cached; say why not, where they could be expected to be."""
+    if model.frozen_towers and is_shards(config.data.data_dir):
+        logger.info("outputs of frozen towers are not cached for shards: as with --feature_views 0")
+    wanted = bool(model.frozen_towers) and num_views(config) > 0
+    if wanted and is_sharded(model):
+        logger.info("outputs of frozen towers are not cached with --parallel fsdp: they run in every epoch")
+    return wanted and not is_sharded(model)

@@ -1,0 +1,158 @@
+"""What a run reads: commands are not run unasked, and a resumed run goes on with the data that it had."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from evaluation import main as evaluation_main
+from tests.helpers.runs import SMALL, assert_same, small_runs
+from train import main
+
+FLAGS = [*SMALL, "--precision", "fp32"]
+
+
+@pytest.fixture
+def small() -> Iterator[pytest.MonkeyPatch]:
+    with small_runs() as patch:
+        yield patch
+
+
+@pytest.fixture
+def run(sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> Path:
+    """A run of one epoch, on data of its own."""
+    small.chdir(tmp_path)
+    shutil.copytree(sample_dir, tmp_path / "data")
+    assert main(["--data_dir", "data", "--output_dir", "run", "--num_epochs", "1", *FLAGS]) == 0
+    return tmp_path / "run"
+
+
+def resume(*flags: str) -> int:
+    return main(["--resume", "--output_dir", "run", "--num_epochs", "2", *flags])
+
+
+def stored(run: Path, name: str = "last_model.pth") -> dict[str, Any]:
+    return load_checkpoint(run / "model-checkpoint" / name)
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads((folder / "data.json").read_text())
+    return records
+
+
+def write_records(folder: Path, records: list[dict[str, Any]]) -> None:
+    (folder / "data.json").write_text(json.dumps(records))
+
+
+def cut(folder: Path) -> None:
+    write_records(folder, records_of(folder)[:20])
+
+
+def add(folder: Path) -> None:
+    shutil.copytree(folder / "images", folder / "more")
+    for path in (folder / "more").iterdir():
+        path.write_bytes(path.read_bytes() + b" ")
+    records = records_of(folder)
+    write_records(folder, records + [{**r, "image_path": "more/" + Path(r["image_path"]).name} for r in records[:9]])
+
+
+def redraw(folder: Path) -> None:
+    images = sorted((folder / "images").iterdir())
+    images[0].write_bytes(images[1].read_bytes())
+
+
+def swap_captions(folder: Path) -> None:
+    records = records_of(folder)
+    records[0]["caption"], records[1]["caption"] = records[1]["caption"], records[0]["caption"]
+    write_records(folder, records)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(cut, "40 images gone"), (add, "9 images new"), (redraw, "1 image changed"), (swap_captions, "other captions in")],
+)
+def test_other_data_is_refused(
+    run: Path, change: Callable[[Path], None], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "model-checkpoint" / "last_model.pth").read_bytes()
+    change(run.parent / "data")
+    assert resume() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "data is not the data of the run that is resumed: " in error and told in error
+    assert "--allow_data_change" in error
+    assert (run / "model-checkpoint" / "last_model.pth").read_bytes() == before
+
+
+def test_data_that_moved_is_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "unmoved")
+    assert main(["--resume", "--output_dir", "unmoved", "--num_epochs", "2"]) == 0
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    capsys.readouterr()
+    assert resume() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the data of the run that is resumed is not there: data does not exist" in error
+    assert "--data_dir, --image_dir and --val_data name where it lies now" in error
+    assert not (tmp_path / "data").exists()
+    assert resume("--data_dir", "moved") == 0
+    assert_same(stored(run)["model_state_dict"], stored(tmp_path / "unmoved")["model_state_dict"])
+
+
+def test_from_another_folder_no_sample_data_is_made(
+    run: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = stored(run)
+    state["config"]["data"]["data_dir"] = "./data"
+    save_checkpoint(run / "model-checkpoint" / "last_model.pth", state)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    small.chdir(elsewhere)
+    assert main(["--resume", "--output_dir", str(run), "--num_epochs", "2"]) == 2
+    assert "is not there" in capsys.readouterr().err
+    assert not list(elsewhere.iterdir())
+    # another set that lies there
+    shutil.copytree(tmp_path / "data", elsewhere / "data")
+    cut(elsewhere / "data")
+    assert main(["--resume", "--output_dir", str(run), "--num_epochs", "2"]) == 2
+    assert "40 images gone" in capsys.readouterr().err
+
+
+def test_edits_of_the_config_file_that_a_resumed_run_ignores_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"training": {"batch_size": 20, "weight_decay": 0.01}}))
+    assert resume() == 0
+    error = capsys.readouterr().err
+    assert "of the config file it does not use training.batch_size 20 (it is 10). What may change" in error
+    # the same file as before is no edit
+    assert main(["--data_dir", "data", "--output_dir", "run", "--num_epochs", "1", *FLAGS]) == 0
+    capsys.readouterr()
+    assert resume() == 0
+    assert "config file" not in capsys.readouterr().err
+
+
+def hostile(run: Path, command: str, key: str) -> None:
+    state = stored(run)
+    state["config"]["data"][key] = command
+    save_checkpoint(run / "model-checkpoint" / "last_model.pth", state)
+
+
+@pytest.mark.parametrize("key", ["data_dir", "val_data"])
+@pytest.mark.parametrize("form", ["pipe:{}", "{{data/x.tar,pipe:{}}}", "PIPE:{}"])
+def test_no_file_runs_a_command(run: Path, tmp_path: Path, key: str, form: str) -> None:
+    command = form.format("touch canary; cat x.tar")
+    hostile(run, command, key)
+    checkpoint = str(run / "model-checkpoint" / "last_model.pth")
+    assert resume() == 2
+    assert main(["--resume", checkpoint]) == 2
+    assert evaluation_main(["--checkpoint", checkpoint, "--output_dir", "evaluated"]) == 2
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"data_dir": "data", key: command}}))
+    assert main([*FLAGS, "--output_dir", "new"]) == 2
+    assert main([*FLAGS, "--output_dir", "new", "--val_data", command]) == 2
+    assert not (tmp_path / "canary").exists()
+    if form == "pipe:{}":  # what a person has typed is run
+        assert main([*FLAGS, "--output_dir", "new", "--data_dir", command, "--val_data", "data"]) == 2
+        assert (tmp_path / "canary").exists()
