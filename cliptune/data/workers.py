@@ -7,12 +7,14 @@ needs no room. So nothing is lost, and nobody waits for it.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import mmap
 import multiprocessing
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.queues import Queue
@@ -110,6 +112,11 @@ def make_loader(
 class Loader(DataLoader[Any]):
     """A `DataLoader` that takes what `_hand_over` makes, and raises a worker's errors as they were there."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.persistent_workers:
+            atexit.register(_end_workers, weakref.ref(self))
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self._received(super().__iter__())
 
@@ -124,14 +131,15 @@ class Loader(DataLoader[Any]):
                     raise OSError(f"too many open files: {FEWER_FILES}") from None
                 raise
             if isinstance(item, _Failed):
-                error = item.error
+                failure: Exception | None = item.error
                 try:
                     # nothing here may refer to the workers or to the error once it is on its way: left to the garbage
                     # collector, each of them takes 10 seconds to end
                     del items, item
-                    raise error
+                    assert failure is not None
+                    raise failure
                 finally:
-                    del error
+                    failure = None
             yield _map_fields(item, _Piped, self._from_pipe)
 
     def _from_pipe(self, piped: _Piped) -> Tensor:
@@ -139,6 +147,12 @@ class Loader(DataLoader[Any]):
             _say_once("%s, so what workers load goes through pipes, which takes longer", piped.reason)
         tensor = torch.from_numpy(piped.content).view(piped.dtype)
         return tensor.pin_memory() if self.pin_memory else tensor
+
+
+def _end_workers(loader: weakref.ref[Loader]) -> None:
+    """Let workers end with the program; the SIGTERM that they would get otherwise they heed after half a minute."""
+    if (found := loader()) is not None:
+        found._iterator = None
 
 
 class _Failed(NamedTuple):
