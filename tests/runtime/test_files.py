@@ -55,3 +55,15 @@ def test_no_room_is_told_with_what_is_needed_and_what_is_free(tmp_path: Path, mo
     require_free_space(tmp_path, 10**9, what="x", way_out="")
     with pytest.raises(OSError, match=r"it needs 2.00 GB, and 1.00 GB are free in .*\. Make room"):
         require_free_space(tmp_path, 2 * 10**9, what="the cache", way_out="Make room")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "a": 2}', '{"a": 1, "a": 1}', '{"b": {"a": 1, "c": 2, "a": 3}}', '{"b": [{"a": {}, "a": []}]}']
+)
+def test_a_key_that_occurs_twice_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"x.json: not valid JSON: the key 'a' occurs twice in one object"):
+        read_json_object(path)
+    path.write_text('{"a": {"a": 1}, "b": [{"a": 1}, {"a": 1}]}')
+    assert read_json_object(path)["b"] == [{"a": 1}, {"a": 1}]
