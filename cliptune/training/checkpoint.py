@@ -95,7 +95,9 @@ class RunFiles:
 
     def set_aside_earlier_run(self) -> Path | None:
         """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any."""
-        of_results = [self.results.with_name(name) for name in (*FIGURES, "evaluation_results.json")]
+        of_results = [
+            self.results.with_name(name) for name in (*FIGURES, "evaluation_results.json", "evaluation_skipped.json")
+        ]
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         found = [self.best, self.loaded, *self.states(), self.results, self.skipped, *of_logs, *of_results]
         found = [path for path in found if path.exists()]
