@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.model.architectures import known_architecture
@@ -36,7 +37,7 @@ from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
-from cliptune.run_data import RunData, is_other_data, num_views, open_data, read_data, reread_data
+from cliptune.run_data import RunData, Splits, is_other_data, num_views, open_data, read_data, reread_data
 from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -60,7 +61,8 @@ from visualization import draw_figures
 
 logger = logging.getLogger("train")
 
-AUGMENTED_VIEWS = 4
+MAX_FINDINGS = 3
+"""About the data, that a run tells."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,6 +122,8 @@ def _train(argv: list[str] | None) -> int:
             else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
         )
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
+        if is_main():
+            journal.advise(**_odd_data(config, splits, snapshots))
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -274,9 +278,8 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
 
 def _set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:
     """Move the files of an earlier or another run out of the way of this one's, and begin the log file."""
-    is_elsewhere = resumed is None or resumed.path.resolve().parent != files.last.parent.resolve()
-    if is_elsewhere and (folder := files.set_aside_earlier_run()) is not None:
-        logger.info("the earlier run's files are now in %s", folder)
+    if resumed is None or resumed.path.resolve().parent != files.last.parent.resolve():
+        files.set_aside_earlier_run()
     setup_logging(config.run.log_level, files.log)
 
 
@@ -390,7 +393,10 @@ def _open_journal(
     model, settings = trainer.model, config.training
     steps = len(data.loader)
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
-    plan = RunPlan(settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps)
+    is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
+    plan = RunPlan(
+        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained
+    )
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
     about = {
@@ -434,6 +440,18 @@ def _open_journal(
         tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
     )
     return journal
+
+
+def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str, str | None]:
+    """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
+    found = data_findings(
+        splits,
+        {split: snapshot.files for split, snapshot in snapshots.items()},
+        val_split=config.data.val_split,
+        batch_size=config.training.batch_size,
+        every_pair=config.data.captions == "all",
+    )
+    return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ class EpochRecord(Metrics):
     learning_rate: Number
     backbone_learning_rate: Number | None
     val_loss: Number
+    num_skipped: Count = 0
+    """Validation images that could not be read."""
 
 
 # a list of three in the file: with names, 500 points would be most of it
@@ -181,6 +183,8 @@ class Results(Recorded):
     """None: a file of before it was recorded."""
     num_images: Count
     num_texts: Count
+    skipped: dict[str, Count] = {}
+    """What this evaluation lacks: `images` that could not be read, `records` of the index that could not be used."""
     metrics: Metrics
     chance: Chance
 
@@ -215,6 +219,8 @@ class EvaluationResults(Results):
     checkpoint: str = ""
     data: str = ""
     split: str | None = None
+    num_trained_on: Count = 0
+    """Of the images: those that the checkpoint's run was trained on."""
     histograms: Histograms
     throughput: dict[str, Number] = {}
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""

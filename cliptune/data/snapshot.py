@@ -80,7 +80,7 @@ def take_snapshots(splits: Mapping[str, Pairs | Shards], *, cache_file: Path | N
     return {
         split: _of_pairs(data, files_of[split], seed=_seed(data, main_root))
         if isinstance(data, Pairs)
-        else _of_shards(data)
+        else of_shards(data)
         for split, data in splits.items()
     }
 
@@ -186,7 +186,8 @@ def _of_pairs(pairs: Pairs, files: Hashes, *, seed: int) -> Snapshot:
     return Snapshot(paths, files, captions=int(captions.sum()) & 0x7FFFFFFFFFFFFFFF)
 
 
-def _of_shards(shards: Shards) -> Snapshot:
+def of_shards(shards: Shards) -> Snapshot:
+    """Take a snapshot of shards: of their names, and their sizes and numbers of samples."""
     names = text_hashes(Strings.of(shard.name for shard in shards.shards))
     contents = text_hashes(Strings.of(f"{shard.num_bytes} {shard.num_samples}" for shard in shards.shards))
     return Snapshot(names, contents, what="shard")

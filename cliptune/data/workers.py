@@ -7,6 +7,7 @@ needs no room. So nothing is lost, and nobody waits for it.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import mmap
@@ -15,6 +16,7 @@ import os
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from multiprocessing.queues import Queue
@@ -121,6 +123,11 @@ class Loader(DataLoader[Any]):
     its iterator finds out by itself, within five seconds.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.persistent_workers:
+            atexit.register(_end_workers, weakref.ref(self))
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self._received() if self.num_workers else super().__iter__()
 
@@ -155,6 +162,12 @@ class Loader(DataLoader[Any]):
             _say_once("%s, so what workers load goes through pipes, which takes longer", piped.reason)
         tensor = torch.from_numpy(piped.content).view(piped.dtype)
         return tensor.pin_memory() if self.pin_memory else tensor
+
+
+def _end_workers(loader: weakref.ref[Loader]) -> None:
+    """Let workers end with the program; the SIGTERM that they would get otherwise they heed after half a minute."""
+    if (found := loader()) is not None:
+        found._iterator = None
 
 
 class _Failed(NamedTuple):

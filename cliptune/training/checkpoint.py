@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import re
 import time
@@ -12,13 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
 from cliptune.model.parallel import whole
 from cliptune.runtime.distributed import any_rank, is_main
-from cliptune.runtime.files import read_json_object
+from cliptune.runtime.files import read_json_object, remove_partial_files, size_on_disk
+from cliptune.runtime.lock import exclusive
 from cliptune.runtime.messages import one_line
 from cliptune.training.state import RunState
 
@@ -77,46 +77,76 @@ class RunFiles:
         Raises:
             ValueError: another run is there.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise ValueError(
-                f"another run is writing to {self.root}: wait until it ends, or choose another --output_dir"
-            ) from None
-        try:
-            for folder in (self.last.parent, self.results.parent):
-                for partial in folder.glob(".*.tmp"):  # left by a run that was killed while it wrote
-                    partial.unlink()
+        for folder in self._folders():
+            if folder.is_symlink() and not folder.exists():
+                raise FileNotFoundError(f"{folder} is a link to {folder.readlink()}, which is not there")
+        with exclusive(self.root):
+            for folder in (self.root, self.last.parent):
+                remove_partial_files(folder)
+            for folder in (self.results.parent, self.log.parent):  # which the other stages write to as well
+                remove_partial_files(folder, older_than=60)
             yield
-        finally:
-            lock.release()
 
     def set_aside_earlier_run(self) -> Path | None:
-        """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any."""
-        of_results = [self.results.with_name(name) for name in (*FIGURES, "evaluation_results.json")]
+        """Move what an earlier run left here to `previous/<its start time>/`; return that folder, if there was any.
+
+        A folder that is a link to another disk, or mounted, keeps its files there, in a `previous` of its own, which a
+        link names; nothing is copied, so that nothing is lost half way.
+        """
+        names = (*FIGURES, "evaluation_results.json", "evaluation_skipped.json")
+        of_results = [self.results.with_name(name) for name in names]
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
-        found = [self.best, self.loaded, *self.states(), self.results, self.skipped, *of_logs, *of_results]
+        # the results last: they say when the run began, to whoever comes after a kill half way
+        models = [self.best, self.loaded, *self.states()]
+        found = [*models, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:
             return None
-        folder = self.root / "previous" / self._start_of_earlier_run(found)
-        while folder.exists():
+        previous = self.root / "previous"
+        links = [path for path in previous.glob("*/*") if path.is_symlink()]
+        size, before = size_on_disk(*found), size_on_disk(previous, *links)
+        folder = previous / self._start_of_earlier_run(found)
+        while any((folder / path.relative_to(self.root)).exists() for path in found):
             folder = folder.with_name(f"{folder.name}+")
         for path in found:
-            target = folder / path.relative_to(self.root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            _move(path, folder / path.relative_to(self.root), folder.name)
+        others = f"; {previous} holds {_shown_size(size + before)} in all" if before else ""
+        logger.info("the earlier run's files are now in %s (%s)%s", folder, _shown_size(size), others)
         return folder
 
+    def _folders(self) -> tuple[Path, ...]:
+        return (self.root, self.last.parent, self.results.parent, self.log.parent)
+
     def _start_of_earlier_run(self, found: list[Path]) -> str:
+        """Return when a run began, as a folder's name: what a results file says is a time, or is not used."""
         try:
-            started = str(read_json_object(self.results)["started_at"])
-        except (OSError, ValueError, KeyError):
+            stored = read_json_object(self.results) if self.results.is_file() else {}
+            started = datetime.fromisoformat(stored["started_at"])
+        except (OSError, ValueError, KeyError, TypeError):
             oldest = min(path.stat().st_mtime for path in found)
-            started = datetime.fromtimestamp(oldest).isoformat(timespec="seconds")
-        return started.replace(":", "-")
+            started = datetime.fromtimestamp(min(max(oldest, 0), 4e9))  # a file's time may be any number, too
+        return started.isoformat(timespec="seconds").replace(":", "-")
+
+
+def _move(path: Path, target: Path, run: str) -> None:
+    """Rename a file; one that lies on another disk goes to `previous/<run>` there, which a link leads to."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        there = path.parent.resolve() / "previous" / run
+        while there.exists():
+            there = there.with_name(f"{there.name}+")
+        there.mkdir(parents=True)
+        target.parent.rmdir()
+        target.parent.symlink_to(there)
+        path.rename(target)
+
+
+def _shown_size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 class Saver:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -13,17 +14,26 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from cliptune import results
 from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
-from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar
+from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
 from cliptune.runtime.messages import printable, shown
-from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
+from cliptune.training.advice import (
+    SAME_COSINE,
+    chance_loss,
+    collapse,
+    is_at_chance,
+    no_better_epoch,
+    nothing_carries_over,
+    pretrained_at_chance,
+    stuck_loss,
+)
 from cliptune.training.checkpoint import RunFiles
+from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
 from cliptune.training.state import RunState, now
 
@@ -39,6 +49,8 @@ class RunPlan(NamedTuple):
     batch_size: int
     """Over all ranks."""
     warmup_steps: int
+    is_pretrained: bool = False
+    """The model as loaded has been trained on images and captions before."""
 
     @property
     def total_steps(self) -> int:
@@ -83,11 +95,10 @@ class Journal:
         self._steps: Any = None
         self._events: Any = None
         if is_main():
-            write_text(files.history, "".join(json.dumps(record) + "\n" for record in state.history))
             # a run that is resumed at step 40 was killed at step 47: 41 to 47 come again
             _drop_later_steps(files.steps, state.step)
-            self._steps = files.steps.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(files.events), purge_step=state.step + 1)
+            self._open_files(state)
+            self._events = EventFile(files.events, purge_step=state.step + 1)
 
     def __enter__(self) -> Journal:
         return self
@@ -95,9 +106,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.flush()
         self._bar.close()
-        for writer in (self._steps, self._events):
-            if writer is not None:
-                writer.close()
+        if self._steps is not None:
+            self._steps.close()
 
     def advise(self, **findings: str | None) -> None:
         """Warn of each finding, by its kind once in a run."""
@@ -154,15 +164,32 @@ class Journal:
         self._validation_seconds = time.monotonic() - self._validation_at
         if is_main():
             record = state.history[-1]
-            with self.files.history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._append_history(state)
             for key, value in record.items():
                 if key not in {"epoch", "step"} and value is not None:
                     self._events.add_scalar(f"epoch/{key}", value, record["step"])
-            self._events.flush()
             self.write_results(state, finished=False)
             logger.info("%s", self._epoch_line(record, improved=improved))
         self._review(state)
+
+    def _open_files(self, state: RunState) -> None:
+        """Write the epochs that are done, and open what the steps are written to."""
+        write_text(self.files.history, "".join(json.dumps(record) + "\n" for record in state.history))
+        self._steps = self.files.steps.open("a", encoding="utf-8")
+
+    def _append_history(self, state: RunState) -> None:
+        """Add the last epoch to `history.jsonl`; if somebody has removed the logs meanwhile, begin them again."""
+        if self.files.history.exists() and self.files.steps.exists():
+            with self.files.history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.history[-1]) + "\n")
+            return
+        self._steps.close()
+        self._open_files(state)
+        reopen_log_file()
+        logger.warning(
+            "files of %s were removed while the run goes on: they are begun again, without the lines of earlier steps",
+            self.files.log.parent,
+        )
 
     def write_results(self, state: RunState, *, finished: bool) -> None:
         """Write the results file: all that the figures are drawn from."""
@@ -178,6 +205,7 @@ class Journal:
             "chance": best["chance"],
             "num_images": best["num_images"],
             "num_texts": best["num_texts"],
+            "skipped": best.get("skipped", {}),  # a run of before it was counted may be resumed
             "histograms": {"baseline": baseline["histograms"], "best": best["histograms"]},
             "peak_memory_gb": peak_memory(self.device),
             **self.about,
@@ -195,7 +223,8 @@ class Journal:
             for key in ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
         ]
         if state.best_epoch == 0:
-            lines.append(no_better_epoch(state.best["num_images"]))
+            num_images, at_chance = state.best["num_images"], _is_at_chance(state.history, state)
+            lines.append(no_better_epoch(num_images, at_chance=at_chance))
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
         lines.append(f"\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
@@ -244,21 +273,44 @@ class Journal:
 
     def _review(self, state: RunState) -> None:
         """Warn of an epoch whose numbers say that the run goes wrong."""
-        plan, latest = self.plan, state.history[-1]
-        # losses of epochs that began after the warm-up: before, a loss at chance is no news
-        losses = [
-            record["train_loss"] for before, record in pairwise(state.history) if before["step"] >= plan.warmup_steps
-        ]
-        collapsed = None
-        if len(state.history) > 1:
-            collapsed = collapse(
-                image_cosine=latest["image_cosine"],
-                text_cosine=latest["text_cosine"],
-                rsum=latest["rsum"],
-                chance=state.best["chance"]["rsum"],
+        plan, history, chance = self.plan, state.history, state.best["chance"]
+        first = history[0]
+        if len(history) == 1:
+            if plan.is_pretrained:
+                found = pretrained_at_chance(first["rsum"], chance, num_images=state.best["num_images"])
+                self.advise(pretrained_at_chance=found)
+            return
+        # of epochs that began after the warm-up: before, a loss at chance is no news
+        warm = [record for before, record in pairwise(history) if before["step"] >= plan.warmup_steps]
+        losses = [record["train_loss"] for record in warm]
+        train_chance = chance_loss(plan.pairs_per_epoch, plan.batch_size)
+        stuck, carried = stuck_loss(losses, train_chance), None
+        if _is_at_chance(history[1:], state):
+            val_losses = [record["val_loss"] for record in warm]
+            val_chance = chance.get("val_loss", 0.0)
+            carried = nothing_carries_over(losses, val_losses, chance=train_chance, val_chance=val_chance)
+        start = first["image_cosine"], first["text_cosine"]
+        collapses = [
+            collapse(
+                image_cosine=record["image_cosine"],
+                text_cosine=record["text_cosine"],
+                rsum=record["rsum"],
+                chance=chance["rsum"],
+                start=start,
             )
-        stuck = stuck_loss(losses, chance_loss(plan.pairs_per_epoch, plan.batch_size))
-        self.advise(stuck_loss=stuck, collapse=collapsed)
+            for record in history[1:][-2:]
+        ]
+        # a random start often goes through an epoch of features that are alike; what began alike stays so
+        lasts = len(collapses) == 2 and collapses[0] is not None
+        collapsed = collapses[-1] if lasts or max(start) > SAME_COSINE else None
+        # of features that are all alike the loss is at chance, too, and the first finding says why
+        self.advise(stuck_loss=stuck if collapsed is None else None, collapse=collapsed, nothing_carries_over=carried)
+
+
+def _is_at_chance(history: Sequence[dict[str, Any]], state: RunState) -> bool:
+    """Tell whether no epoch of these has an RSum above chance."""
+    best = max(record["rsum"] for record in history)
+    return is_at_chance(best, state.best["chance"], num_images=state.best["num_images"])
 
 
 def describe_model(model: Any) -> str:
