@@ -95,6 +95,14 @@ EDITS: dict[str, Edit] = {
     "config with an unknown key": put(1, "config", "training", "x"),
     "config of a negative rate": put(-1.0, "config", "training", "learning_rate"),
     "config of a text of 10 MB": put("x" * 10**7, "config", "data", "data_dir"),
+    "run's id is a number": put(7, "run_id"),
+    "run's id has 10 MB": put("x" * 10**7, "run_id"),
+    "config file is a list": put([1], "config_file"),
+    "config file of numbers": put({"training": 1}, "config_file"),
+    "data is a list": put([1], "data"),
+    "data of a number": put({"train": 1}, "data"),
+    "data of nothing": put({"train": {}}, "data"),
+    "data of texts": put({"train": {"paths": "x", "files": "x", "captions": 1}}, "data"),
     "architecture's name is a number": put(7, "architecture", "name"),
     "architecture's name has 10 MB": put("x" * 10**7, "architecture", "name"),
     "architecture's key has 10 MB": put(1, "architecture", "x" * 10**7),
@@ -131,7 +139,7 @@ def test_a_wrong_value_ends_a_resume_in_one_line(
     assert left == []  # nothing is written
     assert "Traceback" not in "".join(lines)
     assert [line for line in lines if "error:" in line] == lines[-1:]
-    assert "last_model.pth" in lines[-1]
+    assert "last_model.pth" in lines[-1] or "the checkpoint's record" in lines[-1]
     assert len(lines[-1]) < 1000
     assert "\x1b" not in lines[-1]
 
