@@ -66,6 +66,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     pairs, source = _find_pairs(settings, config.data, content["val_images"])
     with process_group(device):
         model = CLIPModel(pretrained=own_weights(content, settings.checkpoint)).to(device).eval()
+        run_id = content.get("run_id", "")
         del content  # the model has its own copy of the weights
         encoder = Encoder(
             model,
@@ -86,7 +87,14 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
                 model_settings=model.architecture.to_dict(),
             )
             times = {"started_at": started_at, "finished_at": datetime.now().isoformat(timespec="seconds")}
-            values = {**times, "run": run, "checkpoint": settings.checkpoint, **source, **evaluation.to_dict()}
+            values = {
+                **times,
+                "run_id": run_id,
+                "run": run,
+                "checkpoint": settings.checkpoint,
+                **source,
+                **evaluation.to_dict(),
+            }
             path = Path(settings.output_dir) / "results" / "evaluation_results.json"
             results.write(path, results.EvaluationResults.model_validate(values))
             print(f"written: {printable(str(path))}")

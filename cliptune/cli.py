@@ -98,6 +98,10 @@ class Started(NamedTuple):
     file_values: dict[str, Any]
     """What the config file holds."""
 
+    def at(self, output_dir: Path) -> Started:
+        """Return the same for another output folder."""
+        return self._replace(config=override(self.config, {"output_dir": str(output_dir)}))
+
 
 S = TypeVar("S", bound=Settings)
 

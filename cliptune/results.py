@@ -175,6 +175,8 @@ class Results(Recorded):
     started_at: str | None = None
     finished_at: str | None = None
     """None: the run has not ended, or was stopped."""
+    run_id: str = ""
+    """Of the run, as its checkpoints have it."""
     run: RunInfo | None = None
     """None: a file of before it was recorded."""
     num_images: Count

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from cliptune.runtime.files import write_json
+from cliptune.runtime.lock import missing_locks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -332,6 +333,8 @@ def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process makes sample data in a folder, and keep others out."""
     lock = FileLock(folder / LOCK)
     try:
+        if missing_locks(folder / LOCK) is not None:
+            raise NotImplementedError
         lock.acquire(timeout=1)
     except Timeout:
         logger.info("%s: another process makes sample data there: waiting for it", folder)

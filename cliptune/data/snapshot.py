@@ -42,9 +42,22 @@ class Snapshot:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Snapshot:
-        """Build what `to_dict` described."""
-        hashes = {name: values[name].numpy().view(np.uint64) for name in ("paths", "files")}
-        return cls(**hashes, captions=values["captions"], what=values["what"])
+        """Build what `to_dict` described.
+
+        Raises:
+            ValueError: these are other values.
+        """
+        columns = [values.get(name) for name in ("paths", "files")]
+        captions, what = values.get("captions"), values.get("what")
+        hashes = [
+            column.numpy().view(np.uint64)
+            for column in columns
+            if isinstance(column, torch.Tensor) and column.dtype == torch.int64 and column.dim() == 1
+        ]
+        if len({len(column) for column in hashes}) != 1 or len(hashes) != 2 or not isinstance(captions, int):
+            raise ValueError("the checkpoint's record of its data is damaged")
+        paths, files = hashes
+        return cls(paths, files, captions=captions, what="shard" if what == "shard" else "image")
 
 
 Snapshots = dict[str, Snapshot]

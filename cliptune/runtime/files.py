@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".cliptune.tmp"
 """Of a file that is being written. Its name starts with a dot, so patterns such as `*.pth` do not find it."""
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}" + re.escape(TEMPORARY_SUFFIX), re.DOTALL)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Errors of file systems that cannot bring a file to the disk when asked to, and do so later."""
 
 
 @contextmanager
@@ -35,9 +46,13 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the system does not say which file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,12 +105,58 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
+def remove_partial_files(folder: Path, *, older_than: float = 0.0) -> None:
+    """Delete what `atomic_writer` has left in a folder, of processes that were killed while they wrote; no other file.
+
+    Args:
+        folder: it need not exist.
+        older_than: seconds; what was written since then stays, since another process may still write it.
+    """
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        if TEMPORARY_NAME.fullmatch(path.name) is None:
+            continue
+        try:
+            if time.time() - path.lstat().st_mtime >= older_than:
+                path.unlink()
+        except FileNotFoundError:  # it has its name now
+            continue
+        except OSError as error:
+            logger.warning("a partial file cannot be deleted: %s", error)
+
+
+def size_on_disk(*paths: Path) -> int:
+    """Return the bytes that files, and all files of folders, hold; one with several names counts once."""
+    inside = [Path(root) / name for path in paths for root, _, names in os.walk(path) for name in names]
+    sizes = {}
+    for path in (*paths, *inside):
+        with suppress(FileNotFoundError):
+            info = path.stat()
+            if S_ISREG(info.st_mode):
+                sizes[info.st_dev, info.st_ino] = info.st_size
+    return sum(sizes.values())
+
+
+def _sync(descriptor: int) -> None:
+    """Bring a file's content to the disk, where the file system can; an input/output error is raised."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
 def _sync_folder(folder: Path) -> None:
     """Bring a new name to the disk, where the system can."""
-    if os.name == "posix":
-        with suppress(OSError):  # some network file systems cannot
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    if os.name != "posix":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # it may be written, but not read
+        return
+    try:
+        _sync(descriptor)
+    except OSError as error:
+        if error.errno in {errno.EIO, *FULL}:  # others: network file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)

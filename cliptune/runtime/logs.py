@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def setup_logging(level: str, log_path: Path | None = None) -> None:
     logging.captureWarnings(True)
 
 
+def reopen_log_file() -> None:
+    """Go on in a log file that is made anew, if somebody has removed the one that is written to."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _LogFile):
+            Path(handler.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            handler.reopenIfNeeded()
+
+
 class _Formatter(logging.Formatter):
     """Makes one printable line of each message."""
 
@@ -61,7 +70,7 @@ class _Formatter(logging.Formatter):
         return "\n".join(f"  {message_line(line)}" for line in super().formatException(ei).splitlines())
 
 
-class _LogFile(logging.FileHandler):
+class _LogFile(WatchedFileHandler):
     """Goes on without the file once it cannot be written, and says so."""
 
     failed = False
@@ -69,6 +78,10 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):
             super().close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # not as its parent does, which looks for the file before each line, and fails without its folder
+        logging.FileHandler.emit(self, record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]

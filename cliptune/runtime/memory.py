@@ -10,7 +10,7 @@ from types import TracebackType
 
 from cliptune.runtime.messages import one_line
 
-SMALL_ADDRESS_SPACE = 2**34
+SMALL_ADDRESS_SPACE = 6 * 2**30
 """Bytes; the imports take about 4 GB of addresses with PyTorch's CUDA libraries, most of them never touched."""
 
 _SIGNS = (
@@ -18,6 +18,7 @@ _SIGNS = (
     "annot allocate memory",  # the system, within another error's text
     "unable to mmap",
     "failed to map segment",  # the loader of shared libraries
+    "find/load shared object file",  # llvmlite, of the same
     "can't start new thread",
     "std::bad_alloc",
 )
@@ -51,15 +52,18 @@ def try_imports() -> int:
     limit = _address_space()
     if limit is None or limit > SMALL_ADDRESS_SPACE:
         return 0
-    script = Path(sys.argv[0]).resolve()
-    code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem}"
+    code = f"import sys; sys.path[:] = {sys.path!r}; import {Path(sys.argv[0]).stem}"
     try:
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    except (subprocess.CalledProcessError, OSError):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        # what else may be wrong will be told by this process itself
+        fits = done.returncode >= 0 and not any(sign in done.stderr for sign in (*_SIGNS, "MemoryError"))
+    except OSError:
+        fits = False
+    if not fits:
         raise MemoryError(
             f"not enough memory: {limit / 1e9:.1f} GB of addresses are allowed (ulimit -v), and PyTorch alone takes "
             "more; try ulimit -v unlimited"
-        ) from None
+        )
     return 0
 
 

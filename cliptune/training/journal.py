@@ -13,17 +13,17 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from cliptune import results
 from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
-from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar
+from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
 from cliptune.runtime.messages import printable, shown
 from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
 from cliptune.training.checkpoint import RunFiles
+from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
 from cliptune.training.state import RunState, now
 
@@ -83,11 +83,10 @@ class Journal:
         self._steps: Any = None
         self._events: Any = None
         if is_main():
-            write_text(files.history, "".join(json.dumps(record) + "\n" for record in state.history))
             # a run that is resumed at step 40 was killed at step 47: 41 to 47 come again
             _drop_later_steps(files.steps, state.step)
-            self._steps = files.steps.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(files.events), purge_step=state.step + 1)
+            self._open_files(state)
+            self._events = EventFile(files.events, purge_step=state.step + 1)
 
     def __enter__(self) -> Journal:
         return self
@@ -95,9 +94,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.flush()
         self._bar.close()
-        for writer in (self._steps, self._events):
-            if writer is not None:
-                writer.close()
+        if self._steps is not None:
+            self._steps.close()
 
     def advise(self, **findings: str | None) -> None:
         """Warn of each finding, by its kind once in a run."""
@@ -154,15 +152,32 @@ class Journal:
         self._validation_seconds = time.monotonic() - self._validation_at
         if is_main():
             record = state.history[-1]
-            with self.files.history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._append_history(state)
             for key, value in record.items():
                 if key not in {"epoch", "step"} and value is not None:
                     self._events.add_scalar(f"epoch/{key}", value, record["step"])
-            self._events.flush()
             self.write_results(state, finished=False)
             logger.info("%s", self._epoch_line(record, improved=improved))
         self._review(state)
+
+    def _open_files(self, state: RunState) -> None:
+        """Write the epochs that are done, and open what the steps are written to."""
+        write_text(self.files.history, "".join(json.dumps(record) + "\n" for record in state.history))
+        self._steps = self.files.steps.open("a", encoding="utf-8")
+
+    def _append_history(self, state: RunState) -> None:
+        """Add the last epoch to `history.jsonl`; if somebody has removed the logs meanwhile, begin them again."""
+        if self.files.history.exists() and self.files.steps.exists():
+            with self.files.history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.history[-1]) + "\n")
+            return
+        self._steps.close()
+        self._open_files(state)
+        reopen_log_file()
+        logger.warning(
+            "files of %s were removed while the run goes on: they are begun again, without the lines of earlier steps",
+            self.files.log.parent,
+        )
 
     def write_results(self, state: RunState, *, finished: bool) -> None:
         """Write the results file: all that the figures are drawn from."""

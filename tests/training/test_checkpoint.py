@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from clip_model import MultimodalTrainer, add_self_test
 from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.runtime.files import read_json_object, write_json
 from cliptune.training.checkpoint import CheckpointWriter, RunFiles, Saver, load_newest_state
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import StepResult
@@ -207,7 +209,7 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_does(tmp_path: Pat
         "    time.sleep(60)\n"
     )
     files = RunFiles(tmp_path)
-    partial = files.last.with_name(".last_model.pth.abc.tmp")
+    partial = files.last.with_name(f".last_model.pth.{'0a' * 16}.cliptune.tmp")
     partial.parent.mkdir()
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(
@@ -222,7 +224,119 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_does(tmp_path: Pat
         run.kill()
         run.wait()
         try:
+            mine = files.last.with_name(".foo.tmp")
+            mine.touch()
             with files.locked():
                 assert not partial.exists()
+                assert mine.exists()
         finally:
             os.killpg(run.pid, 9)  # the child, in a session of its own
+
+
+def earlier_run(files: RunFiles, started_at: object = "2026-01-31T12:00:00") -> list[Path]:
+    """Leave a file of each folder, with its path as content; the results file says when the run began."""
+    paths = [files.best, files.last, files.history, files.events / "events.1", files.results]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(path.relative_to(files.root)))
+    write_json(files.results, {"started_at": started_at})
+    return paths
+
+
+def assert_set_aside(files: RunFiles, paths: list[Path], folder: Path | None) -> None:
+    assert folder is not None
+    assert folder.parent == files.root / "previous"
+    for path in paths:
+        name = path.relative_to(files.root)
+        assert not path.exists()
+        assert (folder / name).read_text() == str(name) or path == files.results
+    assert read_json_object(folder / "results/training_results.json")
+
+
+@pytest.mark.parametrize(
+    "started_at",
+    ["/tmp/elsewhere", "../../elsewhere", "..", "", "x" * 1000, "2026-01-31T12:00:00/../../../x", None, 7, [], "a\nb"],
+)
+def test_nothing_leaves_the_output_folder(started_at: object, tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "a" / "out")
+    paths = earlier_run(files, started_at)
+    for path in (*paths, files.events):
+        os.utime(path, (1.8e9,) * 2)
+    folder = files.set_aside_earlier_run()
+    assert_set_aside(files, paths, folder)
+    assert folder is not None
+    assert folder.name.startswith("2027-01-")  # the files' time
+    assert [path.name for path in tmp_path.rglob("*") if path.parent in {tmp_path, tmp_path / "a"}] == ["a", "out"]
+
+
+@pytest.mark.parametrize("seconds", [-1e10, 1e11])
+def test_files_of_any_time_are_set_aside(seconds: float, tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    paths = earlier_run(files, "soon")
+    for path in (*paths, files.events):
+        os.utime(path, (seconds,) * 2)
+    assert_set_aside(files, paths, files.set_aside_earlier_run())
+
+
+def test_what_is_set_aside_is_said_with_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    files = RunFiles(tmp_path)
+    assert files.set_aside_earlier_run() is None
+    for index, size in enumerate((1_000_000, 2_500_000)):
+        earlier_run(files, f"2026-01-31T12:00:0{index}")
+        files.best.write_bytes(bytes(size))
+        files.last.unlink()
+        files.last.hardlink_to(files.best)
+        files.set_aside_earlier_run()
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first.endswith("previous/2026-01-31T12-00-00 (1.0 MB)")
+    assert second.endswith(f"previous/2026-01-31T12-00-01 (2.5 MB); {tmp_path}/previous holds 3.5 MB in all")
+
+
+@pytest.mark.parametrize("names", [["model-checkpoint"], ["model-checkpoint", "results", "logs"], ["previous"]])
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_folders_may_be_links(other_disk: bool, names: list[str], tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if other_disk and (not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev):
+        pytest.skip("there is no other disk")
+    with tempfile.TemporaryDirectory(dir=shm if other_disk else tmp_path) as elsewhere:
+        files = RunFiles(tmp_path / "out")
+        files.root.mkdir()
+        for name in names:
+            (Path(elsewhere) / name).mkdir()
+            (files.root / name).symlink_to(Path(elsewhere) / name)
+        folders = set()
+        for _ in range(3):  # three runs that began in the same second
+            with files.locked():
+                paths = earlier_run(files)
+                folder = files.set_aside_earlier_run()
+                assert_set_aside(files, paths, folder)
+                folders.add(folder)
+        assert len(folders) == 3
+        assert all((files.root / name).is_symlink() for name in names)
+
+
+def test_a_run_that_is_killed_while_files_are_set_aside_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, rename, calls = RunFiles(tmp_path), Path.rename, []
+    paths = earlier_run(files)
+
+    def killed(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        files.set_aside_earlier_run()
+    assert_set_aside(files, paths, files.set_aside_earlier_run())
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_told(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path / "out")
+    files.root.mkdir()
+    files.last.parent.symlink_to("/mnt/not/there")
+    with pytest.raises(FileNotFoundError, match=r"model-checkpoint is a link to /mnt/not/there"), files.locked():
+        pass
