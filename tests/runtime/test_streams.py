@@ -1,5 +1,6 @@
 """Standard streams that are closed, full or read by nobody; in processes of their own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,17 @@ def test_files_outside_ascii_are_found_where_the_locale_is_not(tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("ascii").endswith("no issues; all 3 images can be read\n")
+
+
+def test_a_terminal_that_is_gone_ends_no_stage(tmp_path: Path) -> None:
+    """As after `nohup`, when the window is closed."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", STAGE]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
+    ) as run:
+        os.close(theirs)
+        os.close(ours)
+        assert run.wait(timeout=60) == 3
+    assert len((tmp_path / "x.log").read_text().splitlines()) == 3000
