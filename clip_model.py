@@ -79,7 +79,7 @@ class CLIPModel(nn.Module):
 
     Raises:
         ValueError: an unknown model name, weights that do not fit, a checkpoint that does not give the features that
-            it was saved with, or `freeze_tower` beside `freeze_backbone`.
+            it was saved with, `projection_dim` below 2, or `freeze_tower` beside `freeze_backbone`.
         OSError: weights that cannot be had; says how to get them.
     """
 

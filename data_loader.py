@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import SAMPLE_SIZE, InspectSettings
+from cliptune.settings import SAMPLE_SIZE, InspectSettings, TrainingSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
@@ -30,13 +30,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cliptune.data.doctor import check_data, describe_data
+from cliptune.data.findings import data_findings
+from cliptune.data.identity import file_identities
 from cliptune.data.issues import image_issue
 from cliptune.data.loaders import Sample, caption_id
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders, load_pairs
 from cliptune.data.row_store import ImageCache
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
-from cliptune.data.splits import split_pairs
+from cliptune.data.splits import own_training, separate_validation, split_pairs
 from cliptune.data.table import SPLITS
 from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
@@ -182,18 +184,29 @@ def _inspect(argv: list[str] | None) -> int:
         )
         print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
-    pairs = load_pairs(DataSource(folder, settings.image_dir, settings.caption_key, fraction))
+    source = DataSource(folder, settings.image_dir, settings.caption_key, fraction)
+    pairs = load_pairs(source)
+    splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
+    if settings.val_data is not None:
+        splits |= {"train": own_training(pairs), "val": separate_validation(source, settings.val_data)}
     if settings.check:
-        check = check_data(pairs, num_workers=settings.num_workers)
+        check = check_data(pairs, _findings(splits, settings), num_workers=settings.num_workers)
         print("\n".join(map(printable, check.lines())))
         return 1 if check.issues.count else 0
-    splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.to_shards is None:
-        print("\n".join(map(printable, describe_data(pairs, splits))))
+        print("\n".join(map(printable, describe_data(pairs, splits, _findings(splits, settings)))))
     else:
         chosen = {**splits, "all": pairs}[settings.split]
         _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
     return 0
+
+
+def _findings(splits: dict[str, Pairs], settings: InspectSettings) -> list[str]:
+    """Look for what a run would be told, with the default batch size."""
+    files = {split: file_identities(part.paths) for split, part in splits.items()}
+    batch_size = TrainingSettings().batch_size
+    found = data_findings(splits, files, val_split=settings.val_split, batch_size=batch_size)
+    return [finding for finding in found.values() if finding is not None]
 
 
 def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> None:

@@ -32,8 +32,10 @@ from torch import Tensor
 from clip_model import CLIPModel
 from cliptune import results
 from cliptune.data.issues import Issue
+from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
-from cliptune.data.splits import evaluation_pairs
+from cliptune.data.skipped import SkippedData
+from cliptune.data.splits import declared_split, default_split
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, compute_retrieval_metrics
 from cliptune.features.similarity import similarity_histograms
@@ -63,9 +65,16 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     content = load_checkpoint(settings.checkpoint, needs=CONFIG_KEYS)
     config = stored_config(content["config"], settings.checkpoint)
     precision = resolve_precision(settings.precision or config.training.precision, device)
-    pairs, source = _find_pairs(settings, config.data, content["val_images"])
+    chosen = _find_pairs(settings, config.data, content)
+    skipped = SkippedData(
+        [chosen.pairs],
+        num_images=len(chosen.pairs),
+        max_fraction=chosen.max_skipped_fraction,
+        path=Path(settings.output_dir) / "results" / "evaluation_skipped.json",
+    )
     with process_group(device):
         model = CLIPModel(pretrained=own_weights(content, settings.checkpoint)).to(device).eval()
+        run_id = content.get("run_id", "")
         del content  # the model has its own copy of the weights
         encoder = Encoder(
             model,
@@ -74,9 +83,16 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
             batch_size=settings.encode_batch_size,
             num_workers=settings.num_workers,
         )
-        evaluation = evaluate(encoder, pairs)
+        evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
+        skipped.agree()
         if is_main():
             print(metrics_table(evaluation))
+            if chosen.num_trained_on:
+                print(f"{'trained on':22}{chosen.num_trained_on:8,}   of these images")
+            if len(skipped):
+                logger.warning(skipped.summary())
+            if (warning := chosen.warning()) is not None:
+                logger.warning(warning)
             run = results.run_info(
                 command=results.command_line("evaluation.py", argv),
                 device=device,
@@ -86,44 +102,95 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
                 model_settings=model.architecture.to_dict(),
             )
             times = {"started_at": started_at, "finished_at": datetime.now().isoformat(timespec="seconds")}
-            values = {**times, "run": run, "checkpoint": settings.checkpoint, **source, **evaluation.to_dict()}
+            values = {
+                **times,
+                "run_id": run_id,
+                "run": run,
+                "checkpoint": settings.checkpoint,
+                "data": chosen.data_dir,
+                "split": chosen.split,
+                "num_trained_on": chosen.num_trained_on,
+                **evaluation.to_dict(),
+            }
             path = Path(settings.output_dir) / "results" / "evaluation_results.json"
             results.write(path, results.EvaluationResults.model_validate(values))
             print(f"written: {printable(str(path))}")
     return 0
 
 
-def _find_pairs(
-    settings: EvaluationSettings, run_data: DataSettings, val_images: list[str]
-) -> tuple[Pairs, dict[str, str]]:
-    """Read the data set that is to be evaluated on; also return what the results file says of it."""
-    max_skipped_fraction = (
-        run_data.allowed_skipped_fraction if settings.max_skipped_fraction is None else settings.max_skipped_fraction
-    )
-    if settings.data_dir is None:
+class Chosen(NamedTuple):
+    """The images that are evaluated."""
+
+    pairs: Pairs
+    data_dir: str
+    split: str
+    is_runs_own: bool
+    """The split is the checkpoint's, not one that the data declares."""
+    num_trained_on: int
+    """Of the images: those that the checkpoint's run was trained on."""
+    max_skipped_fraction: float
+
+    def warning(self) -> str | None:
+        """Say that the numbers are not those of new images, if they are not."""
+        if not self.num_trained_on:
+            return None
+        flag = "no --data_dir" if "val" in self.pairs.declared() else "--split val"
+        way_out = f"{flag} takes the images that the run validated on"
+        if self.is_runs_own and self.split != "train":
+            way_out = "they are copies of training images, which `data_loader.py --check` looks for"
+        return (
+            f"{self.num_trained_on:,} of the {count(len(self.pairs), 'image')} were trained on, so these numbers do "
+            f"not tell how the model does on new images: {way_out}"
+        )
+
+
+def _find_pairs(settings: EvaluationSettings, run_data: DataSettings, content: dict[str, Any]) -> Chosen:
+    """Read the data set that is to be evaluated on.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read, or is not the one that the checkpoint's run had.
+    """
+    known = KnownImages(content.get("data", {}))
+    fraction = settings.max_skipped_fraction
+    fraction = run_data.allowed_skipped_fraction if fraction is None else fraction
+    is_runs_own = settings.data_dir is None
+    if settings.data_dir is not None:
+        source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, fraction)
+        pairs = load_pairs(source)
+        split = settings.split or default_split(pairs, source)
+        is_runs_own = split not in pairs.declared() and known.holds(split)
+        pairs = known.select(pairs, split, source) if is_runs_own else declared_split(pairs, split, source)
+    else:
         if settings.split not in {None, "val"}:
             raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
-        pairs = _own_validation_pairs(
-            val_images, run_data, image_dir=settings.image_dir, max_skipped_fraction=max_skipped_fraction
-        )
-        return pairs, {"data": run_data.val_data or run_data.data_dir, "split": "val"}
-    source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, max_skipped_fraction)
-    pairs = evaluation_pairs(source, split=settings.split)
-    return pairs, {"data": settings.data_dir, "split": settings.split or "default"}
+        data_dir, image_dir = run_data.val_data or run_data.data_dir, settings.image_dir or run_data.image_dir
+        source, split = DataSource(data_dir, image_dir, run_data.caption_key, fraction), "val"
+        pairs = _own_validation_pairs(source, known, content["val_images"])
+    num_trained_on = int(known.are_in(pairs, "train", str(source.data_dir)).sum())
+    return Chosen(pairs, str(source.data_dir), split, is_runs_own, num_trained_on, fraction)
 
 
-def _own_validation_pairs(
-    val_images: list[str], run_data: DataSettings, *, image_dir: str | None, max_skipped_fraction: float
-) -> Pairs:
-    """Find the images that the checkpoint's run validated on."""
-    data_dir, image_dir = run_data.val_data or run_data.data_dir, image_dir or run_data.image_dir
-    pairs = load_pairs(DataSource(data_dir, image_dir, run_data.caption_key, max_skipped_fraction))
+def _own_validation_pairs(source: DataSource, known: KnownImages, val_images: list[str]) -> Pairs:
+    """Find the images that the checkpoint's run validated on, where it found them."""
+    way_out = "--data_dir DATA --split val takes them from where they lie now, --image_dir images of the same index"
+    try:
+        pairs = load_pairs(source)
+    except (FileNotFoundError, ValueError) as error:
+        reason = str(error).partition("; `python")[0]  # sample data would be of no use here
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        where = f"looked for in {Path(source.data_dir).absolute()}"
+        raise kind(f"the images that the checkpoint's run validated on, {where}: {reason}; {way_out}") from None
     indices = pairs.find(val_images)
+    if known.holds("val"):
+        own = pairs.select(indices) if (indices >= 0).all() else None
+        if own is not None and known.are_in(own, "val", str(source.data_dir)).all():
+            return own  # only their files had to be looked at
+        return known.select(pairs, "val", source)
     missing = [path for path, index in zip(val_images, indices, strict=True) if index < 0]
     if missing:
         raise ValueError(
             f"the checkpoint's run validated on {count(len(val_images), 'image')}, of which {len(missing):,} cannot be "
-            f"found in {data_dir}: {first_few(missing, 1)}; try another data set with --data_dir"
+            f"found in {source.data_dir}: {first_few(missing, 1)}; try another data set with --data_dir"
         )
     return pairs.select(indices)
 
@@ -136,6 +203,8 @@ class Evaluation(NamedTuple):
     histograms: dict[str, list[Any]]
     num_images: int
     num_texts: int
+    skipped: dict[str, int]
+    """`images` that could not be read, and `records` of their index that could not be used."""
     throughput: dict[str, float]
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
 
@@ -178,7 +247,8 @@ def evaluate(
         chance["val_loss"] = math.log(min(loss_batch_size, num_matched))
     histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
-    return Evaluation(metrics, chance, histograms, num_images, num_texts, throughput)
+    skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
+    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput)
 
 
 @torch.no_grad()
@@ -209,7 +279,11 @@ def metrics_table(evaluation: Evaluation) -> str:
     """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed."""
     metrics, chance = evaluation.metrics, evaluation.chance
     head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
-    lines = [f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}", "", head]
+    size = f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}"
+    if any(evaluation.skipped.values()):
+        left_out = (count(number, kind[:-1]) for kind, number in evaluation.skipped.items() if number)
+        size += f" (without {' and '.join(left_out)} that cannot be used)"
+    lines = [size, "", head]
     for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
         recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in results.RECALLS)
         ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import logging
 import sys
+import uuid
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +29,15 @@ import torch
 from torch import nn
 
 from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
+from cliptune.data.snapshot import Snapshots
 from cliptune.model.architectures import known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.parallel import parallel_model
+from cliptune.model.parallel import is_sharded, parallel_model
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
-from cliptune.run_data import RunData, num_views, open_data, read_data, reread_data
+from cliptune.run_data import RunData, Splits, is_other_data, num_views, open_data, read_data, reread_data
 from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -50,6 +53,7 @@ from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
+from cliptune.training.run_models import evaluate_anew, settle_models, verify_best
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
 from evaluation import evaluate
@@ -57,7 +61,8 @@ from visualization import draw_figures
 
 logger = logging.getLogger("train")
 
-AUGMENTED_VIEWS = 4
+MAX_FINDINGS = 3
+"""About the data, that a run tells."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,19 +108,27 @@ def _train(argv: list[str] | None) -> int:
         trainer = _make_trainer(
             config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        about = {
+        about: dict[str, Any] = {
+            "run_id": uuid.uuid4().hex if resumed is None else resumed.content.get("run_id", ""),
             "config": config.model_dump(),
             "config_file": started.file_values,
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
         }
         saver = _make_saver(config, trainer, files=files, about=about)
-        state = RunState() if resumed is None else _restore(config, trainer, saver, resumed=resumed)
-        journal = _open_journal(config, trainer, data, files=files, state=state, argv=argv)
+        state = (
+            RunState()
+            if resumed is None
+            else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
+        )
+        journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
+        if is_main():
+            journal.advise(**_odd_data(config, splits, snapshots))
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
         if is_main() and code == 0:
+            verify_best(state, files, run_id=about["run_id"])
             for figure in draw_figures(files.results):
                 logger.info("figure: %s", figure)
             print(journal.summary(state))
@@ -218,6 +231,8 @@ def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resu
     resume = config.run.resume
     if resume not in {None, "latest"}:
         resumed = Resumed(Path(str(resume)), load_checkpoint(str(resume)))
+        if "output_dir" not in started.given:  # where it goes on is told by where the file lies, not by what it holds
+            started = started.at(RunFiles.around(resumed.path).root)
         config = resumed.settings(started)
     files = RunFiles(Path(config.run.output_dir))
     if is_main():
@@ -262,8 +277,8 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
 
 
 def _set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:
-    """Move an earlier run's files out of the way of a new one's, and begin the log file."""
-    if resumed is None:
+    """Move the files of an earlier or another run out of the way of this one's, and begin the log file."""
+    if resumed is None or resumed.path.resolve().parent != files.last.parent.resolve():
         files.set_aside_earlier_run()
     setup_logging(config.run.log_level, files.log)
 
@@ -338,12 +353,30 @@ def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, 
     )
 
 
-def _restore(config: Config, trainer: MultimodalTrainer, saver: Saver, *, resumed: Resumed) -> RunState:
+def _restore(
+    config: Config,
+    trainer: MultimodalTrainer,
+    saver: Saver,
+    data: RunData[Any],
+    *,
+    resumed: Resumed,
+    snapshots: Snapshots,
+) -> RunState:
     """Continue from a checkpoint; the model holds its weights already."""
     stored = stored_config(resumed.content["config"], resumed.path)
     if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
-    return saver.restore(*resumed)
+    has_changed = is_other_data(resumed.content, snapshots)
+    state = saver.restore(*resumed)
+    if is_main():
+        settle_models(state, saver, state_path=resumed.path)
+    state.best, state.best_epoch = broadcast((state.best, state.best_epoch))
+    if has_changed:
+        if is_sharded(trainer.model):
+            raise ValueError("--allow_data_change does not go with --parallel fsdp: resume once without it")
+        logger.info("the models as loaded and the best are evaluated anew; the epoch under way begins again")
+        evaluate_anew(trainer.model, state, saver.files, validate=data.validate)
+    return state
 
 
 def _open_journal(
@@ -353,16 +386,21 @@ def _open_journal(
     *,
     files: RunFiles,
     state: RunState,
+    run_id: str,
     argv: list[str] | None,
 ) -> Journal:
     """Open what tells people of the run; say what will be trained on what, and what is unusual about it."""
     model, settings = trainer.model, config.training
     steps = len(data.loader)
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
-    plan = RunPlan(settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps)
+    is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
+    plan = RunPlan(
+        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained
+    )
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
     about = {
+        "run_id": run_id,
         "config": config.model_dump(),
         "run": run_info(
             command=command_line("train.py", argv),
@@ -382,7 +420,7 @@ def _open_journal(
     )  # fmt: skip
     train, val = data.train, data.val
     extent = f"in {len(train.shards)} shards" if isinstance(train, Shards) else f"({train.num_pairs} pairs)"
-    logger.info("model %s", describe_model(model))
+    logger.info("run %s: model %s", run_id[:8] or "without id", describe_model(model))
     logger.info(
         "data %s: %d training images %s, %d validation images (%d pairs)",
         config.data.data_dir, len(train), extent, len(val), val.num_pairs,
@@ -402,6 +440,18 @@ def _open_journal(
         tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
     )
     return journal
+
+
+def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str, str | None]:
+    """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
+    found = data_findings(
+        splits,
+        {split: snapshot.files for split, snapshot in snapshots.items()},
+        val_split=config.data.val_split,
+        batch_size=config.training.batch_size,
+        every_pair=config.data.captions == "all",
+    )
+    return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 
 if __name__ == "__main__":

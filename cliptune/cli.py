@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cliptune.runtime.files import read_json_object
-from cliptune.runtime.messages import first_few, message_line, one_line, shorten
+from cliptune.runtime.memory import explain_out_of_memory, out_of_memory, says_out_of_memory, try_imports
+from cliptune.runtime.messages import first_few, message_line, one_line, printable, shorten
 from cliptune.runtime.stopping import KilledWorkerError, Stopped, stoppable
 from cliptune.runtime.streams import name_all_files, open_streams
 from cliptune.settings import Config, Settings
@@ -97,6 +98,10 @@ class Started(NamedTuple):
     file_values: dict[str, Any]
     """What the config file holds."""
 
+    def at(self, output_dir: Path) -> Started:
+        """Return the same for another output folder."""
+        return self._replace(config=override(self.config, {"output_dir": str(output_dir)}))
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -168,9 +173,11 @@ def check_command_line(settings: type[Settings], description: str) -> None:
             parse_settings(settings, None, description=description)
         return 0
 
-    code = run_stage(read, name=Path(sys.argv[0]).name)
+    name = Path(sys.argv[0]).name
+    code = run_stage(read, name=name) or run_stage(try_imports, name=name)
     if code:
         sys.exit(code)
+    sys.excepthook = explain_out_of_memory
 
 
 def override(config: Config, given: dict[str, Any]) -> Config:
@@ -238,7 +245,7 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
         memory or a worker that was killed, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     open_streams()
-    rank = os.environ.get("RANK", "0")
+    rank = printable(os.environ.get("RANK", "0"))[:20]
     name += "" if rank == "0" else f" (rank {rank})"
     try:
         with stoppable(name):
@@ -247,8 +254,15 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
             return code
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, KilledWorkerError) as error:
         logging.getLogger(name).debug("traceback", exc_info=True)
-        print(f"{name}: error: {message_line(one_line(error))}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError | MemoryError | KilledWorkerError) else 2
+        no_memory = says_out_of_memory(error)
+        message = out_of_memory(error) if no_memory else one_line(error)
+        print(f"{name}: error: {message_line(message)}", file=sys.stderr)
+        return 1 if no_memory or isinstance(error, FloatingPointError | KilledWorkerError) else 2
+    except RuntimeError as error:  # of PyTorch and of threads
+        if not says_out_of_memory(error):
+            raise
+        print(f"{name}: error: {message_line(out_of_memory(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         print(f"{name}: {error if isinstance(error, Stopped) else 'stopped'}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130

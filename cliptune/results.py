@@ -94,6 +94,8 @@ class EpochRecord(Metrics):
     learning_rate: Number
     backbone_learning_rate: Number | None
     val_loss: Number
+    num_skipped: Count = 0
+    """Validation images that could not be read."""
 
 
 # a list of three in the file: with names, 500 points would be most of it
@@ -175,10 +177,14 @@ class Results(Recorded):
     started_at: str | None = None
     finished_at: str | None = None
     """None: the run has not ended, or was stopped."""
+    run_id: str = ""
+    """Of the run, as its checkpoints have it."""
     run: RunInfo | None = None
     """None: a file of before it was recorded."""
     num_images: Count
     num_texts: Count
+    skipped: dict[str, Count] = {}
+    """What this evaluation lacks: `images` that could not be read, `records` of the index that could not be used."""
     metrics: Metrics
     chance: Chance
 
@@ -213,6 +219,8 @@ class EvaluationResults(Results):
     checkpoint: str = ""
     data: str = ""
     split: str | None = None
+    num_trained_on: Count = 0
+    """Of the images: those that the checkpoint's run was trained on."""
     histograms: Histograms
     throughput: dict[str, Number] = {}
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
@@ -278,8 +286,10 @@ def run_info(
         device_name=device_name(device),
         precision=precision,
         world_size=world_size,
-        model_name=model_name,
-        model_settings=model_settings,
+        model_name=shorten(model_name),
+        model_settings={
+            key: shorten(value) if isinstance(value, str) else value for key, value in model_settings.items()
+        },
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
@@ -19,6 +20,8 @@ from cliptune.data.shards import Shards, is_shards
 from cliptune.data.skipped import SkippedData
 from cliptune.data.snapshot import Snapshot, Snapshots, describe_change, is_reordered, keep_sides, take_snapshots
 from cliptune.data.splits import training_pairs
+from cliptune.data.table import Strings
+from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
 from cliptune.features.encode import Encoder
 from cliptune.model.parallel import is_sharded
@@ -61,7 +64,7 @@ def reread_data(
         ValueError: it is not the same, and that was not allowed.
         FileNotFoundError: it is not there. Sample data is never made for a run that had other data.
     """
-    before = {split: Snapshot.from_dict(values) for split, values in content.get("data", {}).items()}
+    before = _stored(content)
     way_out = "--data_dir, --image_dir and --val_data name where it lies now"
     try:
         splits = _read_splits(config, given)
@@ -82,6 +85,16 @@ def reread_data(
     elif is_reordered(before, snapshots):
         logger.warning("the images come in another order than before: this epoch's batches are not the unbroken run's")
     return splits, snapshots
+
+
+def is_other_data(content: dict[str, Any], now: Snapshots) -> bool:
+    """Tell whether the run of a checkpoint of this `content` had other data."""
+    before = _stored(content)
+    return bool(before) and bool(describe_change(before, now))
+
+
+def _stored(content: dict[str, Any]) -> Snapshots:
+    return {split: Snapshot.from_dict(values) for split, values in content.get("data", {}).items()}
 
 
 def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Splits:
@@ -150,12 +163,16 @@ def open_data(
     train, val = splits["train"], splits["val"]
     assert isinstance(val, Pairs)  # shards validate as pairs, too
     workers = default_num_workers(model.device) if settings.num_workers is None else settings.num_workers
+    workers = fitting_workers(workers)
     image_cache_dir = cache_dir / "images" if settings.cache_images else None
     encoder = Encoder(
         model, dataset_class, precision=precision, batch_size=min(max(training.batch_size, 64), 256),
         num_workers=workers, image_cache_dir=image_cache_dir,
     )  # fmt: skip
-    cache = FeatureCache(encoder, cache_dir / "features") if _caches_features(config, model) else None
+    cache = None
+    if _caches_features(config, model):
+        identify = _identify_within(splits, cache_file=cache_dir / "identities.parquet")
+        cache = FeatureCache(encoder, cache_dir / "features", identify=identify)
 
     transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
     options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
@@ -186,6 +203,16 @@ def open_data(
         )
 
     return RunData(loader, train, val, validate, skipped, workers)
+
+
+def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:
+    """Return `file_identities` of some of a run's images; the cache is always asked for, and holds, all of them."""
+    all_paths = Strings.concatenate([data.paths for data in splits.values() if isinstance(data, Pairs)])
+
+    def identify(paths: Strings) -> Hashes:
+        return file_identities(all_paths, cache_file=cache_file)[all_paths.find(paths)]
+
+    return identify
 
 
 def num_views(config: Config) -> int:

@@ -38,6 +38,15 @@ def _check_interval(value: int | str | None) -> int | str | None:
     return int(number) if number == text else text
 
 
+def _check_batch_size(value: int) -> int:
+    if value == 1:
+        raise ValueError(
+            "expected 2 or more, got 1: a single pair has no negatives, so its loss is 0 and nothing is learned. Where "
+            "memory is short, --micro_batch_size bounds it instead"
+        )
+    return value
+
+
 Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
 """Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
 
@@ -65,7 +74,9 @@ NumWorkers = Annotated[
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
-Seed = Annotated[NonNegativeInt, Field(description="of the split, the order, captions, augmentation and sample data")]
+Seed = Annotated[
+    NonNegativeInt, Field(lt=2**64, description="of the split, the order, captions, augmentation and sample data")
+]
 
 
 class Settings(BaseModel):
@@ -93,7 +104,10 @@ class ModelSettings(Settings):
         description="backbone: ViT-B/32, ViT-B/16, ViT-L/14, RN50, RN101, ..., or ViT-Ti/32",
         json_schema_extra={"flag": "model_name"},
     )
-    projection_dim: PositiveInt | None = Field(None, description="size of the shared space; none: the backbone's own")
+    # of one number a unit vector is 1 or -1: whatever is learned, the features collapse
+    projection_dim: Annotated[int, Field(ge=2, le=65_536)] | None = Field(
+        None, description="size of the shared space, 2 to 65,536; none: the backbone's own"
+    )
     freeze_backbone: bool = Field(False, description="train only the projection layers and the temperature")
     freeze_tower: Literal["image", "text"] | None = Field(
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
@@ -145,7 +159,7 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """How the weights are moved."""
 
-    batch_size: PositiveInt = Field(
+    batch_size: Annotated[PositiveInt, AfterValidator(_check_batch_size)] = Field(
         32, description="pairs a step, over all ranks: each is contrasted with all others of its batch"
     )
     micro_batch_size: PositiveInt | Literal["auto"] = Field(
@@ -242,6 +256,9 @@ class InspectSettings(Settings):
     image_dir: ImageDir = None
     caption_key: CaptionKey = None
     val_split: ValSplit = 0.1
+    val_data: str | None = Field(
+        None, description="separate validation set that is compared with the data; none: split off"
+    )
     max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
     check: bool = Field(False, description="decode every image, look at every caption, print all issues")
     num_workers: NonNegativeInt | None = Field(None, description="worker processes of check; none: one a core")
@@ -257,7 +274,9 @@ class EvaluationSettings(Settings):
 
     checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
     data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
-    split: Split | None = Field(None, description="split of data_dir; none: val if it declares one, else everything")
+    split: Split | None = Field(
+        None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
+    )
     image_dir: ImageDir = None
     caption_key: CaptionKey = None
     max_skipped_fraction: Fraction | None = Field(

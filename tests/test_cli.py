@@ -73,6 +73,7 @@ def test_booleans_can_be_switched_both_ways(argv: list[str], expected: bool) -> 
         (["--freeze_backbone", "maybe"], "--freeze_backbone: expected a valid boolean, got 'maybe'"),
         (["--on_unreadable_image", "stop"], "--on_unreadable_image: expected 'skip' or 'fail', got 'stop'"),
         (["--batch_size", "0"], "--batch_size: expected greater than 0"),
+        (["--batch_size", "1"], "--batch_size: expected 2 or more, got 1: a single pair has no negatives"),
         (["--checkpoint_every", "5x"], "--checkpoint_every: expected a number of steps, or a time such as 90s, 10m"),
         (["--checkpoint_every", "0m"], "--checkpoint_every: expected a number of steps"),
         (["--learning_rate", "nan"], "--learning_rate: expected a finite number"),
@@ -156,6 +157,9 @@ def test_hints_lead_to_flags_that_exist() -> None:
         ('{"data": {"qqq": 0}}', "data.qqq: unknown key$"),
         ('{"training": {"micro_batch_size": "x"}}', "training.micro_batch_size: expected a valid integer or 'auto', g"),
         ('{"trainig": {}}', "trainig: unknown key; did you mean training"),
+        ('{"training": {"batch_size": 1}}', "training.batch_size: expected 2 or more, got 1"),
+        ('{"training": {"batch_size": 8, "batch_size": 16}}', "the key 'batch_size' occurs twice"),
+        ('{"training": {"batch_size": 8}, "training": {}}', "the key 'training' occurs twice"),
         ('{"training": {"batch_size": true}}', "batch_size: true is not a value"),
         ('{"training": 3}', "training: expected an object"),
         ("[1]", "expected a JSON object"),
@@ -277,3 +281,20 @@ def test_a_message_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"and 992 more") as error:
         load_config(["--config", str(path)], description="")
     assert len(str(error.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("seed", 2**64, "expected less than 18446744073709551616"),
+        ("seed", 10**400, "expected"),
+        ("seed", -1, "expected greater than or equal to 0"),
+        ("projection_dim", 1, "expected greater than or equal to 2"),
+        ("projection_dim", 10**9, "expected less than or equal to 65536"),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(flag: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^--{flag}: {message}") as error:
+        load(f"--{flag}", str(value))
+    assert len(str(error.value)) < 400
+    assert load("--seed", str(2**64 - 1)).training.seed == 2**64 - 1

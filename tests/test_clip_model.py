@@ -12,6 +12,7 @@ from cliptune.model.checkpoint_file import save_checkpoint
 from cliptune.model.towers import image_tower, text_tower
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.rng import draw_bits, seed_everything
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import EpochTotals, StepResult
 from cliptune.training.optim import build_optimizer, build_scheduler
@@ -261,3 +262,13 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path:
     for another in (CLIPModel("ViT-Ti/32", projection_dim=32), CLIPModel("ViT-Ti/16@112px")):
         with pytest.raises(ValueError, match=r"holds a ViT-Ti/32 with projection_dim 256, .* builds the right one"):
             another.load_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_shared_space_of_one_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="projection_dim 1: a unit vector of one number"):
+        CLIPModel("ViT-Ti/32", projection_dim=1)
+
+
+def test_the_largest_seed_is_one() -> None:
+    seed_everything(2**64 - 1)
+    assert len(draw_bits(2**64 - 1, 1, np.arange(3))) == 3

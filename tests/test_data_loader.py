@@ -165,7 +165,7 @@ def test_the_stage_finds_identical_images_across_the_split(tmp_path: Path, capsy
     make_index(tmp_path, rows)
     assert main(["--data_dir", str(tmp_path)]) == 0
     output = capsys.readouterr().out
-    assert "identical   1 byte-identical" in output
+    assert "note        1 of the 2 validation images is byte-identical to training images" in output
     assert "repeated    50.0%" in output
 
 

@@ -1,6 +1,9 @@
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +13,15 @@ from torch.nn.functional import normalize
 from clip_model import CLIPModel
 from cliptune import results
 from cliptune.data.pairs import load_pairs
+from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features.encode import Encoded, Encoder
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.runtime.device import resolve_precision
 from data_loader import ImageTextDataset
+from data_loader import main as data_main
 from evaluation import evaluate, main, validation_loss
+from tests.helpers.runs import SMALL, small_runs
+from train import main as train_main
 
 FP32 = resolve_precision("fp32", torch.device("cpu"))
 
@@ -106,3 +113,232 @@ def test_the_loss_of_a_small_set_is_of_one_batch_as_its_chance_is(sample_dir: Pa
     without = evaluate(encoder, pairs)
     assert "val_loss" not in without.metrics
     assert "val_loss" not in without.chance
+
+
+@pytest.fixture(scope="module")
+def small_run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of one epoch on data of its own: `data`, `run`. Its 54 training images are not declared."""
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copytree(sample_dir, folder / "data")
+    with small_runs():
+        flags = ["--data_dir", str(folder / "data"), "--output_dir", str(folder / "run"), "--num_epochs", "1"]
+        assert train_main([*flags, *SMALL, "--precision", "fp32"]) == 0
+        yield folder
+
+
+@pytest.fixture
+def moved(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run and its data, as if both had been moved: the checkpoint names folders that are not there."""
+    shutil.copytree(small_run, tmp_path / "moved", ignore=shutil.ignore_patterns("evaluated"))
+    checkpoint = tmp_path / "moved" / "run" / "model-checkpoint" / "best_model.pth"
+    content = load_checkpoint(checkpoint)
+    content["config"]["data"]["data_dir"] = str(tmp_path / "before")
+    content["val_images"] = [
+        path.replace(str(small_run / "data"), str(tmp_path / "before")) for path in content["val_images"]
+    ]
+    save_checkpoint(checkpoint, content)
+    return tmp_path / "moved"
+
+
+def evaluated(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+    """Evaluate the run's best model; return the exit code and what the results file holds, if there is one."""
+    output = folder / "evaluated"
+    checkpoint = str(folder / "run" / "model-checkpoint" / "best_model.pth")
+    code = main(["--checkpoint", checkpoint, "--output_dir", str(output), "--num_workers", "0", *flags])
+    path = output / "results" / "evaluation_results.json"
+    return code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def damage(data: Path, number: int) -> None:
+    for image in sorted((data / "images").iterdir())[:number]:
+        image.write_bytes(b"broken")
+
+
+def test_the_data_that_was_trained_on_is_said_and_the_rest_is_a_flag_away(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data_dir", str(small_run / "data")]
+    code, found = evaluated(small_run, *data)
+    assert (code, found["num_images"], found["num_trained_on"], found["split"]) == (0, 60, 54, "all")
+    out, error = capsys.readouterr()
+    assert "54 of the 60 images were trained on" in error
+    assert "--split val takes" in error
+    assert "trained on                  54   of these images" in out
+    own = evaluated(small_run)[1]
+    again = evaluated(small_run, *data, "--split", "val")[1]
+    assert "trained on" not in capsys.readouterr().err
+    assert (own["num_images"], own["num_trained_on"], own["split"]) == (6, 0, "val")
+    assert again["metrics"] == pytest.approx(own["metrics"])
+    assert evaluated(small_run, *data, "--split", "train")[1]["num_trained_on"] == 54
+
+
+def test_images_that_were_trained_on_are_known_by_their_files(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_run / "data", tmp_path / "other")
+    rows = json.loads((tmp_path / "other" / "data.json").read_text())
+    for number, row in enumerate(rows):
+        path = tmp_path / "other" / row["image_path"]
+        row["image_path"] = f"renamed {number}.png"
+        path.rename(tmp_path / "other" / row["image_path"])
+    (tmp_path / "other" / "data.json").write_text(json.dumps(rows))
+    code, found = evaluated(small_run, "--data_dir", str(tmp_path / "other"))
+    assert (code, found["num_trained_on"]) == (0, 54)
+    shutil.rmtree(tmp_path / "other")
+    create_sample_dataset(tmp_path / "other", 20, seed=7)
+    code, found = evaluated(small_run, "--data_dir", str(tmp_path / "other"))
+    assert (code, found["num_trained_on"]) == (0, 0)
+    capsys.readouterr()
+    assert evaluated(small_run, "--data_dir", str(tmp_path / "other"), "--split", "val")[0] == 2
+    error = capsys.readouterr().err
+    assert "6 of the 6 images that the checkpoint's run had in val cannot be found there" in error
+    assert "--split all" in error
+
+
+def test_shards_that_were_trained_on_are_known(small_run: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        create_sample_dataset(tmp_path / name, 20, seed=seed)
+        flags = ["--data_dir", str(tmp_path / name), "--to_shards", str(tmp_path / f"{name}s"), "--split", "all"]
+        assert data_main([*flags, "--shard_size", "10"]) == 0
+    shards = f"{tmp_path}/as/{{00000..00001}}.tar"
+    flags = ["--data_dir", shards, "--val_data", str(tmp_path / "b"), "--output_dir", str(tmp_path / "run")]
+    assert train_main([*flags, "--num_epochs", "1", *SMALL]) == 0
+    for data, expected in ((shards, 20), (f"{tmp_path}/as/00001.tar", 10), (f"{tmp_path}/bs/{{00000..00001}}.tar", 0)):
+        code, found = evaluated(tmp_path, "--data_dir", data)
+        assert (code, found["num_trained_on"]) == (0, expected)
+
+
+def test_a_moved_folder_is_told_with_the_way_out(
+    moved: Path, tmp_path: Path, small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluated(moved) == (2, {})
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert f"{tmp_path / 'before'} does not exist" in error[0]
+    assert "--data_dir DATA --split val" in error[0]
+    assert "sample data" not in error[0]
+    code, found = evaluated(moved, "--data_dir", str(moved / "data"), "--split", "val")
+    assert (code, found["num_images"], found["num_trained_on"]) == (0, 6, 0)
+    assert found["metrics"] == pytest.approx(evaluated(small_run)[1]["metrics"])
+
+
+def test_images_that_moved_away_from_their_index_are_told(
+    moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(moved / "data", tmp_path / "before")
+    shutil.move(tmp_path / "before" / "images", tmp_path / "elsewhere" / "images")
+    assert evaluated(moved)[0] == 2
+    error = capsys.readouterr().err
+    assert "60 of 60 records cannot be used" in error
+    assert "--image_dir" in error
+    code, found = evaluated(moved, "--image_dir", str(tmp_path / "elsewhere"))
+    assert (code, found["num_images"]) == (0, 6)
+
+
+def test_another_set_where_the_data_was_is_not_taken_for_it(
+    moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_sample_dataset(tmp_path / "before", 60, seed=5)  # of the same names
+    assert evaluated(moved) == (2, {})
+    assert "6 of the 6 images that the checkpoint's run had in val cannot be found there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["damaged", "gone"])
+@pytest.mark.parametrize("flags", [[], ["--split", "val"]])
+def test_of_the_runs_own_images_no_more_may_be_missing_than_of_others(
+    change: str, flags: list[str], small_run: Path, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(moved / "data", tmp_path / "before")
+    names = [Path(path).name for path in load_checkpoint(moved / "run/model-checkpoint/best_model.pth")["val_images"]]
+    for name in names[:2]:
+        image = tmp_path / "before" / "images" / name
+        image.write_bytes(b"broken") if change == "damaged" else image.unlink()
+    flags = ["--data_dir", str(tmp_path / "before"), *flags] if flags else flags
+    assert evaluated(moved, *flags, "--max_skipped_fraction", "0.1") == (2, {})
+    assert "2 of the 6 images" in capsys.readouterr().err
+    code, found = evaluated(moved, *flags, "--max_skipped_fraction", "0.5")
+    assert (code, found["num_images"]) == (0, 4)
+    assert found["skipped"] == {"images": 2 * (change == "damaged"), "records": 2 * (change == "gone")}
+    assert "2 of the 6 images that the checkpoint's run had in val cannot be found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_evaluation_of_what_is_left_is_refused(
+    declared: bool, moved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if declared:
+        rows = json.loads((moved / "data" / "data.json").read_text())
+        (moved / "data" / "data.json").write_text(json.dumps([{**row, "split": "test"} for row in rows]))
+    damage(moved / "data", 54)
+    assert evaluated(moved, "--data_dir", str(moved / "data")) == (2, {})
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "evaluation.py: error: 1 of 60 images and records cannot be used: " in error
+    assert "cannot be read as an image" in error
+    assert "--max_skipped_fraction" in error
+    listed = moved / "evaluated" / "results" / "evaluation_skipped.json"
+    assert f"listed in {listed}" in error
+    assert len(json.loads(listed.read_text())) == 1
+    assert evaluated(moved, "--data_dir", str(moved / "data"), "--max_skipped_fraction", "0.89")[0] == 2
+
+
+def test_what_is_skipped_is_counted_in_every_result(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((moved / "data" / "data.json").read_text())
+    gone = {"image_path": "gone.png", "caption": "x"}
+    (moved / "data" / "data.json").write_text(json.dumps([*rows, gone]))
+    damage(moved / "data", 2)
+    flags = ["--data_dir", str(moved / "data"), "--max_skipped_fraction", "0.1"]
+    code, found = evaluated(moved, *flags)
+    assert (code, found["num_images"], found["skipped"]) == (0, 58, {"images": 2, "records": 1})
+    out, error = capsys.readouterr()
+    assert out.startswith("58 images, 116 texts (without 2 images and 1 record that cannot be used)")
+    assert "skipped 2 images and 1 record, see " in error
+    listed = moved / "evaluated" / "results" / "evaluation_skipped.json"
+    assert len(json.loads(listed.read_text())) == 3
+    (moved / "data" / "data.json").write_text(json.dumps(rows[2:]))
+    assert evaluated(moved, *flags)[1]["skipped"] == {"images": 0, "records": 0}
+    assert not listed.exists()
+
+
+@pytest.mark.slow
+def test_a_runs_results_count_what_its_validation_lacks(sample_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(sample_dir, tmp_path / "data")
+    shutil.copytree(sample_dir, tmp_path / "val")
+    damage(tmp_path / "val", 3)
+    flags = ["--data_dir", str(tmp_path / "data"), "--val_data", str(tmp_path / "val"), "--num_epochs", "1", *SMALL]
+    with small_runs():
+        assert train_main([*flags, "--output_dir", str(tmp_path / "run"), "--max_skipped_fraction", "0.1"]) == 0
+    recorded = results.read(tmp_path / "run" / "results" / "training_results.json")
+    assert isinstance(recorded, results.TrainingResults)
+    assert (recorded.num_images, recorded.skipped) == (57, {"images": 3, "records": 0})
+    assert [record.num_skipped for record in recorded.history] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "num_images"),
+    [(("train", "test"), "test", 20), (("train", "test", "val"), "val", 20), (("train",), "all", 60)],
+)
+def test_the_split_that_is_taken_unless_one_is_named_is_said(
+    names: tuple[str, ...], taken: str, num_images: int, moved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((moved / "data" / "data.json").read_text())
+    splits = [*["train"] * 20, *[names[1 % len(names)]] * 20, *[names[-1]] * 20]
+    if len(names) == 2:
+        splits[40:] = ["train"] * 20
+    rows = [{**row, "split": split} for row, split in zip(rows, splits, strict=True)]
+    (moved / "data" / "data.json").write_text(json.dumps(rows))
+    code, found = evaluated(moved, "--data_dir", str(moved / "data"))
+    assert (code, found["split"], found["num_images"]) == (0, taken, num_images)
+    said = "everything" if taken == "all" else taken
+    assert f"declares {', '.join(sorted(names))}: {said} is taken" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run / "run", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "model-checkpoint" / "best_model.pth"
+    content = load_checkpoint(checkpoint)
+    del content["data"]
+    save_checkpoint(checkpoint, content)
+    assert evaluated(tmp_path)[1]["num_images"] == 6
+    assert evaluated(tmp_path, "--data_dir", str(small_run / "data"))[1]["num_trained_on"] == 0
+    save_checkpoint(checkpoint, {**content, "val_images": [*content["val_images"], "/gone.png"]})
+    assert evaluated(tmp_path)[0] == 2

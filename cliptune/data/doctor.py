@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import Strings
 from cliptune.data.workers import make_loader
-from cliptune.preprocess.decode import file_stamp, read_bytes, size_of
+from cliptune.preprocess.decode import read_bytes, size_of
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, count_tokens
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import num_cores
@@ -27,41 +26,22 @@ MAX_DUPLICATES = 5  # shown
 MAX_WORKERS = 16
 
 
-def describe_data(pairs: Pairs, splits: dict[str, Pairs]) -> list[str]:
-    """Say what a data set holds, a line a fact."""
+def describe_data(pairs: Pairs, splits: Mapping[str, Pairs], findings: Sequence[str] = ()) -> list[str]:
+    """Say what a data set holds, a line a fact; then what was found to be odd about it."""
     lengths = np.array([count_tokens(caption) for caption in progress_bar(pairs.captions, desc="tokens")])
     occurrences = np.bincount(pairs.captions.first_equal())  # by the first caption of each wording
     repeated = int(occurrences[occurrences > 1].sum())
     fewest, most = (int(limit(np.diff(pairs.starts))) for limit in (np.min, np.max))
     per_image = count(most, "caption") if fewest == most else f"{fewest} to {count(most, 'caption')}"
     parts = ", ".join(f"{name} {len(part)}" for name, part in splits.items())
-    duplicates = _identical_across(splits)
     return [
         f"images      {len(pairs)}, {count(pairs.num_pairs, 'pair')}, {per_image} an image",
         f"split       {parts} images ({'as declared' if pairs.declared() else 'by group'})",
         f"captions    {lengths.mean():.1f} tokens on average, longest {lengths.max()}",
         f"truncated   {count(int((lengths > CONTEXT_LENGTH).sum()), 'caption')} longer than {CONTEXT_LENGTH} tokens",
         f"repeated    {100 * repeated / pairs.num_pairs:.1f}% of the captions occur more than once",
-        f"identical   {count(len(duplicates), 'byte-identical image')} on both sides of the split",
-        *(f"            {first} = {second}" for first, second in duplicates[:MAX_DUPLICATES]),
+        *(f"note        {finding}" for finding in findings),
     ]
-
-
-def _identical_across(splits: dict[str, Pairs]) -> list[tuple[str, str]]:
-    """Find byte-identical files in different splits; only files of the same size are read."""
-    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for split, pairs in splits.items():
-        for path in pairs.paths:
-            by_size[file_stamp(path)[0]].append((split, path))
-    suspects = [same for same in by_size.values() if len({split for split, _ in same}) > 1]
-    first_of: dict[bytes, tuple[str, str]] = {}
-    duplicates = []
-    for same in progress_bar(suspects, desc="identical images"):
-        for split, path in same:
-            other_split, other = first_of.setdefault(hashlib.sha256(read_bytes(path)).digest(), (split, path))
-            if other_split != split:
-                duplicates.append((other, path))
-    return duplicates
 
 
 class _Checked(NamedTuple):
@@ -106,6 +86,8 @@ class DataCheck:
     """Images whose files are the same, byte by byte: the first and the other."""
     num_truncated: int = 0
     num_repeated: int = 0
+    findings: Sequence[str] = ()
+    """What is odd about the set as a whole."""
 
     def lines(self) -> Iterator[str]:
         """Say all of it: a line an issue, then what is odd, then the sum."""
@@ -121,6 +103,7 @@ class DataCheck:
         if self.duplicates:
             yield f"note: {count(len(self.duplicates), 'image')} byte-identical to an earlier one"
             yield from (f"      {first} = {second}" for first, second in self.duplicates[:MAX_DUPLICATES])
+        yield from (f"note: {finding}" for finding in self.findings)
         num_readable = self.num_images - self.num_unreadable
         if self.issues.count:
             yield f"{count(self.issues.count, 'issue')}; {count(num_readable, 'image')} can be read"
@@ -128,14 +111,15 @@ class DataCheck:
             yield f"no issues; all {count(num_readable, 'image')} can be read"
 
 
-def check_data(pairs: Pairs, *, num_workers: int | None = None) -> DataCheck:
+def check_data(pairs: Pairs, findings: Sequence[str] = (), *, num_workers: int | None = None) -> DataCheck:
     """Decode every image as training does, and look at every caption.
 
     Args:
         pairs: the data set; what is wrong with its index stands in `pairs.issues`.
+        findings: what is odd about it as a whole, see `data_findings`.
         num_workers: that decode; None: one a core, at most 16.
     """
-    check = DataCheck(len(pairs), Issues(list(pairs.issues.first), pairs.issues.count))
+    check = DataCheck(len(pairs), Issues(list(pairs.issues.first), pairs.issues.count), findings=findings)
     _check_images(pairs.paths, check, num_workers=num_workers)
     for caption in progress_bar(pairs.captions, desc="captions", unit="caption"):
         check.num_truncated += count_tokens(caption) > CONTEXT_LENGTH

@@ -14,11 +14,12 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from cliptune.data.issues import Issue
+from cliptune.data.issues import Issue, image_issue
 from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, collate, join_pieces
 from cliptune.data.pairs import DataSource, Pairs
-from cliptune.data.shards import Shard, Shards, TarSample, open_shards, read_samples
+from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
+from cliptune.data.tar_samples import TarSample, read_samples
 from cliptune.data.workers import fitting_workers, make_loader, shared_number
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import PixelTransform
@@ -254,6 +255,7 @@ class _Stream(IterableDataset[list[Sample]]):
             captions = tar_sample.captions(self.caption_key)
             image = self.transform.load(tar_sample.image())
         except (ValueError, OSError) as error:
+            image_issue(name, error)  # raises what is not the image's fault
             return Sample(None, torch.empty(0, dtype=torch.long), index, 0, index, Issue(str(error), image=name))
         # what is drawn goes by the sample's name, since its index and its worker depend on how the work is dealt out
         digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
@@ -285,6 +287,7 @@ def _read_shard(shard: Shard, start: int, end: int) -> Iterator[_Drawn]:
             yield _Drawn(shard.first + position, shard.name, sample, "")
             position += 1
     except OSError as error:
+        image_issue(shard.url, error)
         reason = str(error)
     for missing in range(position, end):
         yield _Drawn(shard.first + missing, shard.name, None, reason)

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,14 +21,13 @@ from urllib.parse import urlparse
 
 from braceexpand import braceexpand
 from webdataset.gopen import gopen, gopen_schemes
-from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from cliptune.data.formats import IMAGE_ENDINGS
-from cliptune.data.index import check_text
 from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.table import RowBuffer, Rows
-from cliptune.preprocess.decode import MAX_BYTES, file_stamp, image_format, part_path, read_bytes
+from cliptune.data.tar_samples import count_samples, is_local, read_samples
+from cliptune.preprocess.decode import file_stamp, image_format, read_bytes
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import count, first_few, shorten
@@ -38,13 +36,6 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "shardindex.json"
 INDEX_KIND = "wids-shard-index-v1"
-CAPTION_KEYS = ("caption", "captions")
-TEXT_ENDINGS = frozenset(("json", "txt"))
-MAX_TEXT_BYTES = 2**24
-"""Of a sample's captions; an image's limit is any image file's."""
-MAX_READ = 2**20
-"""Bytes of a shard that are read at once: no name and no header of a file in it is longer."""
-
 _SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
 _SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
 MAX_SHARDS = 1_000_000
@@ -55,7 +46,6 @@ UNFINISHED = ".shards.unfinished"
 
 _RANGE = re.compile(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?")
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 
 
 class Shard(NamedTuple):
@@ -75,7 +65,7 @@ class Shard(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Size of the file; 0 for one that is not on this machine."""
-        return Path(self.url).stat().st_size if _is_local(self.url) else 0
+        return Path(self.url).stat().st_size if is_local(self.url) else 0
 
 
 class Shards:
@@ -94,61 +84,6 @@ class Shards:
         return f"{shard.name} (sample {index - shard.first})"
 
 
-class TarSample(NamedTuple):
-    """The files of one sample that matter here."""
-
-    key: str
-    images: list[str | bytes]
-    """The files with an image's ending: their bytes, or their paths for `read_bytes`."""
-    texts: dict[str, bytes]
-    """The files that end in `json` and `txt`."""
-    refused: str = ""
-    """Why a file of it is not read."""
-
-    def image(self) -> str | bytes:
-        """Return the image's bytes, or its path for `read_bytes`.
-
-        Raises:
-            ValueError: there is none, or several, or a file of the sample is not read.
-        """
-        if self.refused:
-            raise ValueError(self.refused)
-        if len(self.images) != 1:
-            raise ValueError(f"{len(self.images)} images" if self.images else "no image")
-        return self.images[0]
-
-    def captions(self, caption_key: str | None = None) -> tuple[str, ...]:
-        """Return the captions: what the JSON holds under `caption_key`.
-
-        Without that key it is what the JSON holds under `caption` or `captions`, else each line of the text.
-
-        Raises:
-            ValueError: there is none, or a file of the sample is not read.
-        """
-        if self.refused:
-            raise ValueError(self.refused)
-        found = _json_captions(self.texts.get("json"), CAPTION_KEYS if caption_key is None else (caption_key,))
-        if not found and caption_key is None:
-            found = self.texts.get("txt", b"").decode("utf-8").split("\n")  # bad UTF-8 is a ValueError too
-        # a blank line is no caption; what is no text at all is a mistake
-        given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
-        captions = tuple(check_text("caption", caption) for caption in given)
-        if not captions:
-            raise ValueError("no caption" if caption_key is None else f"no caption under {caption_key!r}")
-        return captions
-
-
-def _json_captions(content: bytes | None, keys: Sequence[str]) -> list[Any]:
-    if content is None:
-        return []
-    try:
-        values = json.loads(content)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
-    captions: Any = next((values[key] for key in keys if values.get(key)), []) if isinstance(values, dict) else []
-    return captions if isinstance(captions, list) else [captions]
-
-
 def is_shards(data_dir: str | Path) -> bool:
     """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one.
 
@@ -161,7 +96,7 @@ def is_shards(data_dir: str | Path) -> bool:
     except ValueError:  # braces that do not close: a path like any other
         return False
     # the first of path/{00..99}.tar stands for all; of a URL any part may name it: pipe:curl https://x/00.tar?key=1
-    is_tar = first.endswith(".tar") if _is_local(first) else _SHARD_NAME.search(first) is not None
+    is_tar = first.endswith(".tar") if is_local(first) else _SHARD_NAME.search(first) is not None
     return is_tar and not Path(first).is_dir()
 
 
@@ -183,26 +118,6 @@ def open_shards(data_dir: str, *, may_run_commands: bool = False) -> Shards:
     return Shards(urls, _counts(urls))
 
 
-def read_samples(url: str, start: int = 0, end: int | None = None, *, by_path: bool = False) -> Iterator[TarSample]:
-    """Yield a shard's samples, or those from position `start` up to `end`, in their order.
-
-    Args:
-        url: path, or a URL that webdataset opens.
-        start: position of the first one; those before it are passed over.
-        end: position after the last one.
-        by_path: leave the images where they are, and give each one's path for `read_bytes`.
-
-    Raises:
-        OSError: the shard cannot be read, or not to its end; names it.
-    """
-    with _opened(url) as tar:
-        for position, members in groupby(_members(tar), key=lambda member: member.position):
-            if end is not None and position >= end:
-                return
-            if position >= start:
-                yield _sample(url, tar, members, by_path=by_path)
-
-
 def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, Issues]:
     """Read shards as an index is read: paths of the images, captions; and what is wrong with single samples.
 
@@ -212,7 +127,7 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, I
         OSError: one of them cannot be read.
     """
     urls = _expand(data_dir, may_run_commands=False)
-    remote = [url for url in urls if not _is_local(url)]
+    remote = [url for url in urls if not is_local(url)]
     if remote:
         raise ValueError(f"{remote[0]}: remote shards are only for training; copy them to this machine")
     _check_files(urls)
@@ -318,16 +233,12 @@ def _write_shard(samples: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def _name(url: str) -> str:
-    match = None if _is_local(url) else _SHARD_NAME.search(url)
+    match = None if is_local(url) else _SHARD_NAME.search(url)
     return Path(url).name if match is None else match[0]
 
 
 def _index_beside(url: str) -> str:
-    return str(Path(url).with_name(INDEX_NAME)) if _is_local(url) else _SHARD_NAME.sub(INDEX_NAME, url)
-
-
-def _is_local(url: str) -> bool:
-    return not urlparse(url).scheme
+    return str(Path(url).with_name(INDEX_NAME)) if is_local(url) else _SHARD_NAME.sub(INDEX_NAME, url)
 
 
 def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
@@ -398,7 +309,7 @@ def _check_files(urls: Sequence[str]) -> None:
 
 def _counts(urls: Sequence[str]) -> list[int]:
     found: dict[str, int] = {}
-    _check_files([url for url in urls if _is_local(url)])
+    _check_files([url for url in urls if is_local(url)])
     with progress_bar(total=len(urls), desc="count samples", unit="shard") as bar:
         for index, group in groupby(urls, key=_index_beside):
             found |= _counts_beside(index, list(group), bar)
@@ -407,7 +318,7 @@ def _counts(urls: Sequence[str]) -> list[int]:
 
 def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
     """Return how many samples each of the shards beside one index holds; what it does not say is counted and added."""
-    if not _is_local(index):
+    if not is_local(index):
         records = _records(_fetch_index(index, urls[0]), index)
         missing = [url for url in urls if _name(url) not in records]
         if missing:
@@ -421,7 +332,7 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
         known = records.get(_name(url), {})
         # new, or written again since: a shard of the same size and time is not read to be counted
         if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url)[:2]:
-            new[_name(url)] = _record(url, _count(url))
+            new[_name(url)] = _record(url, count_samples(url))
         bar.update()
     if new:
         logger.info("%s: counted the samples of %s", path.parent, count(len(new), "shard"))
@@ -430,14 +341,6 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
         except OSError as error:
             logger.info("%s: cannot save the counts, so the next run counts again: %s", path, error)
     return {url: (records | new)[_name(url)]["nsamples"] for url in urls}
-
-
-def _count(url: str) -> int:
-    position = -1
-    with _opened(url) as tar:
-        for member in _members(tar):
-            position = member.position
-    return position + 1
 
 
 def _fetch_index(index: str, url: str) -> Any:
@@ -467,99 +370,3 @@ def _record(path: str, num_samples: int) -> dict[str, Any]:
 def _write_index(path: Path, records: dict[str, dict[str, Any]]) -> None:
     shards = [records[name] for name in sorted(records)]
     write_json(path, {"__kind__": INDEX_KIND, "wids_version": 1, "shardlist": shards})
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    """Open a shard; one that is no whole tar file is an OSError that names it."""
-    if _is_local(url):
-        _check_files([url])  # it may have become a pipe since, whose opening would never return
-    stream = gopen(url)
-    try:
-        with tarfile.open(fileobj=_Forward(stream, can_seek=_is_local(url)), mode="r:") as tar:  # type: ignore[call-overload]
-            yield tar
-    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError) as error:  # of a damaged header
-        raise OSError(f"{url}: cannot be read as a tar file: {error}") from None
-    finally:
-        with suppress(OSError):  # a `pipe:` command that is stopped before its end complains
-            stream.close()
-
-
-class _Forward:
-    """A shard's bytes from its beginning to its end, few of them at once: a header may claim to be 5 GB long.
-
-    A local file skips what nobody reads; of another stream it is read and dropped.
-    """
-
-    def __init__(self, stream: Any, *, can_seek: bool) -> None:
-        self._stream, self._can_seek, self._position = stream, can_seek, 0
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= MAX_READ:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
-        content: bytes = self._stream.read(size)
-        self._position += len(content)
-        return content
-
-    def seek(self, position: int) -> None:
-        if position < self._position:
-            raise tarfile.ReadError("a header that leads back")
-        if self._can_seek:
-            self._position = self._stream.seek(position)
-        while self._position < position and self.read(min(position - self._position, MAX_READ)):
-            pass
-
-
-class _Member(NamedTuple):
-    """A file of a shard."""
-
-    position: int
-    """Of its sample in the shard."""
-    key: str
-    ending: str
-    info: tarfile.TarInfo
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
-    """Yield a shard's files; a sample ends where the key changes, and the key at the first dot, as for webdataset."""
-    position, last = -1, None
-    for info in iter(tar.next, None):
-        tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every file: memory would grow with the shard
-        key, ending = base_plus_ext(info.name)
-        if key is not None and info.isreg() and not _META.match(info.name):
-            position, last = position + (key != last), key
-            yield _Member(position, key, ending.lower(), info)
-
-
-def _sample(url: str, tar: tarfile.TarFile, members: Iterable[_Member], *, by_path: bool) -> TarSample:
-    images: list[str | bytes] = []
-    texts: dict[str, bytes] = {}
-    refused = ""
-    for _, key, ending, info in members:  # noqa: B007  (one key for all of them)
-        is_text = ending in TEXT_ENDINGS
-        if not is_text and f".{ending}" not in IMAGE_ENDINGS:
-            continue
-        if reason := _refusal(info, MAX_TEXT_BYTES if is_text else MAX_BYTES):
-            refused = refused or f".{ending} is {reason}"
-        elif is_text:
-            texts[ending] = _content(tar, info)
-        else:
-            path = part_path(url, info.offset_data, info.size, info.name)
-            images.append(path if by_path else _content(tar, info))
-    return TarSample(key, images, texts, refused)
-
-
-def _refusal(info: tarfile.TarInfo, limit: int) -> str:
-    """Say why a file of a shard is not read; nothing where it is."""
-    if info.issparse():
-        return f"a sparse file, which unfolds to {info.size:,} bytes: write the shard without --sparse"
-    return f"a file of {info.size:,} bytes; at most {limit:,} are read" if info.size > limit else ""
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    assert file is not None  # it is no folder and no link
-    return b"".join(iter(lambda: file.read(MAX_READ), b""))

@@ -42,9 +42,22 @@ class Snapshot:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Snapshot:
-        """Build what `to_dict` described."""
-        hashes = {name: values[name].numpy().view(np.uint64) for name in ("paths", "files")}
-        return cls(**hashes, captions=values["captions"], what=values["what"])
+        """Build what `to_dict` described.
+
+        Raises:
+            ValueError: these are other values.
+        """
+        columns = [values.get(name) for name in ("paths", "files")]
+        captions, what = values.get("captions"), values.get("what")
+        hashes = [
+            column.numpy().view(np.uint64)
+            for column in columns
+            if isinstance(column, torch.Tensor) and column.dtype == torch.int64 and column.dim() == 1
+        ]
+        if len({len(column) for column in hashes}) != 1 or len(hashes) != 2 or not isinstance(captions, int):
+            raise ValueError("the checkpoint's record of its data is damaged")
+        paths, files = hashes
+        return cls(paths, files, captions=captions, what="shard" if what == "shard" else "image")
 
 
 Snapshots = dict[str, Snapshot]
@@ -67,7 +80,7 @@ def take_snapshots(splits: Mapping[str, Pairs | Shards], *, cache_file: Path | N
     return {
         split: _of_pairs(data, files_of[split], seed=_seed(data, main_root))
         if isinstance(data, Pairs)
-        else _of_shards(data)
+        else of_shards(data)
         for split, data in splits.items()
     }
 
@@ -173,7 +186,8 @@ def _of_pairs(pairs: Pairs, files: Hashes, *, seed: int) -> Snapshot:
     return Snapshot(paths, files, captions=int(captions.sum()) & 0x7FFFFFFFFFFFFFFF)
 
 
-def _of_shards(shards: Shards) -> Snapshot:
+def of_shards(shards: Shards) -> Snapshot:
+    """Take a snapshot of shards: of their names, and their sizes and numbers of samples."""
     names = text_hashes(Strings.of(shard.name for shard in shards.shards))
     contents = text_hashes(Strings.of(f"{shard.num_bytes} {shard.num_samples}" for shard in shards.shards))
     return Snapshot(names, contents, what="shard")

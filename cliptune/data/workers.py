@@ -7,6 +7,7 @@ needs no room. So nothing is lost, and nobody waits for it.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import mmap
@@ -15,7 +16,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 FILES_PER_WORKER = 10
 """Descriptors that the main process needs for each: its pipes and the tensors on their way."""
+WORKER_BYTES = 1 << 16
+"""Shared memory that each needs before it has loaded anything: a page for each lock of its queues."""
 FILES_RESERVED = 32
 """Descriptors for all else that a process opens on the way: checkpoints, logs, figures, caches."""
 SMALL_BYTES = 1 << 16
@@ -57,13 +61,17 @@ def fitting_workers(num_workers: int) -> int:
     if num_workers == 0:
         return 0
     try:
-        multiprocessing.Lock()  # like the queues to workers, it lies in shared memory
+        multiprocessing.Lock()  # like all that queues to workers are made of, it lies in shared memory
+        if _free_memory() < WORKER_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except (OSError, ImportError) as error:
         _say_once("no shared memory (%s), so no workers: the main process loads by itself; %s", error, IN_A_CONTAINER)
         return 0
-    found = min(num_workers, max(_free_descriptors() - FILES_RESERVED, 0) // FILES_PER_WORKER)
+    by_files = max(_free_descriptors() - FILES_RESERVED, 0) // FILES_PER_WORKER
+    found = min(num_workers, by_files, _free_memory() // WORKER_BYTES)
     if found < num_workers:
-        _say_once("too few files may be open (ulimit -n) for %d workers: going on with %d", num_workers, found)
+        what = "too few files may be open (ulimit -n)" if found == by_files else f"{SHARED_MEMORY} is too small"
+        _say_once("%s for %d workers: going on with %d", what, num_workers, found)
     return found
 
 
@@ -115,37 +123,51 @@ class Loader(DataLoader[Any]):
     its iterator finds out by itself, within five seconds.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.persistent_workers:
+            atexit.register(_end_workers, weakref.ref(self))
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._received() if self.num_workers else super().__iter__()
+
+    def _received(self) -> Iterator[Any]:
+        items = self._start()
+        try:
+            for item in items:
+                if isinstance(item, _Failed):
+                    items.close()  # left to the garbage collector, each worker takes 10 seconds to end
+                    raise item.error
+                yield _map_fields(item, _Piped, self._from_pipe)
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker (pid"):
+                raise KilledWorkerError from None
+            if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
+                raise OSError(f"too many open files: {FEWER_FILES}") from None
+            raise
+
+    def _start(self) -> Generator[Any]:
         takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
-        batches = super().__iter__()
-        if takes_signals:
-            signal.signal(signal.SIGCHLD, before)
-        return self._received(batches) if self.num_workers else batches
-
-    def _received(self, items: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
-                raise KilledWorkerError from None
-            except RuntimeError as error:
-                if str(error).startswith("DataLoader worker (pid"):
-                    raise KilledWorkerError from None
-                if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
-                    raise OSError(f"too many open files: {FEWER_FILES}") from None
-                raise
-            if isinstance(item, _Failed):
-                raise item.error
-            yield _map_fields(item, _Piped, self._from_pipe)
+        try:
+            items = super().__iter__()  # persistent workers are waited for here
+            if takes_signals:
+                signal.signal(signal.SIGCHLD, before)
+            yield from items
+        except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
+            raise KilledWorkerError from None
 
     def _from_pipe(self, piped: _Piped) -> Tensor:
         if piped.reason:
             _say_once("%s, so what workers load goes through pipes, which takes longer", piped.reason)
         tensor = torch.from_numpy(piped.content).view(piped.dtype)
         return tensor.pin_memory() if self.pin_memory else tensor
+
+
+def _end_workers(loader: weakref.ref[Loader]) -> None:
+    """Let workers end with the program; the SIGTERM that they would get otherwise they heed after half a minute."""
+    if (found := loader()) is not None:
+        found._iterator = None
 
 
 class _Failed(NamedTuple):
@@ -227,11 +249,15 @@ def _prepared(tensor: Tensor) -> Tensor | _Piped:
 
 def _why_not_shared(num_bytes: int) -> str:
     """Say what there is too little of to put a tensor into shared memory; nothing if there is enough."""
-    if SHARED_MEMORY.is_dir():  # not on macOS
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if free < 4 * num_bytes:  # other workers, ranks and programs look at the same number
-            return f"only {free / 1e6:.0f} MB are free in {SHARED_MEMORY} ({IN_A_CONTAINER})"
+    free = _free_memory()
+    if free < 4 * num_bytes:  # other workers, ranks and programs look at the same number
+        return f"only {free / 1e6:.0f} MB are free in {SHARED_MEMORY} ({IN_A_CONTAINER})"
     return "" if _free_descriptors() >= FILES_PER_WORKER else "few files may be open (ulimit -n)"
+
+
+def _free_memory() -> int:
+    """Return how many bytes of shared memory are free; a large number where the system does not say, as macOS."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 1 << 60
 
 
 def _free_descriptors() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -378,7 +379,10 @@ def _encode_images(
         return encoder.project(cached, readable, model.project_image), readable
     dataset = encoder.open_dataset(pairs, transform=clip_transform(model.image_resolution))
     if encoder.image_cache_dir is not None:
-        dataset.cache_images(encoder.image_cache_dir)
+        try:
+            dataset.cache_images(encoder.image_cache_dir)
+        except OSError as error:  # a disk that has filled up since the run began does not end it
+            _warn_once(f"images to be encoded are not cached: {error}")
     found = _FeatureRows(len(pairs), encoder)
     items = torch.arange(len(pairs))
     for batch, features in encoder.run_images(
@@ -403,6 +407,11 @@ def _encode_texts(encoder: Encoder, pairs: Pairs, indices: Tensor, cached: Tower
     for batch, features in encoder.run_texts(pairs, indices, model.encode_text, across_ranks=True, desc="encode texts"):
         found.add(batch, features)
     return found.of_all_ranks()[0]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _check_any(readable: Tensor) -> None:

@@ -18,7 +18,7 @@ MAX_PICKLE_BYTES = 2**28
 """Of the part of a file that describes its tensors: a few hundred bytes each."""
 MAX_PICKLE_BYTES_OF_OTHERS = 2**24
 """Of files that are no checkpoints of this toolkit, whose description tells of tensors alone."""
-MIN_PICKLE_BYTES = 2**20
+MIN_PICKLE_BYTES = 2**25
 """Always allowed; above it, the description may be as large as the tensors are."""
 MIN_VALUES, MAX_VALUES = 100_000, 10_000_000
 """In a file, tensors and plain values together: as many as it has bytes, within these limits."""
@@ -81,7 +81,7 @@ def check_archive(archive: zipfile.ZipFile, num_bytes: int) -> None:
     if total > num_bytes:
         raise ValueError(f"its parts have {total:,} bytes together, the file has {num_bytes:,}")
     of_pickles = sum(entry.file_size for entry in read if entry.filename.endswith(".pkl"))
-    _check_pickle_size(of_pickles, total - of_pickles)
+    _check_pickle_size(of_pickles, min(MAX_PICKLE_BYTES, max(MIN_PICKLE_BYTES, total - of_pickles)))
 
 
 def check_pickle(data: bytes) -> None:
@@ -143,15 +143,14 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
     return storage
 
 
-def _check_pickle_size(num_bytes: int, of_tensors: int) -> None:
-    limit = min(MAX_PICKLE_BYTES, max(MIN_PICKLE_BYTES, of_tensors))
+def _check_pickle_size(num_bytes: int, limit: int) -> None:
     if num_bytes > limit:
         raise ValueError(f"the description of its tensors has {num_bytes:,} bytes, at most {limit:,} are read")
 
 
 def _check_old_form(file: BinaryIO, num_bytes: int) -> None:
     """Measure the pickles that a file of PyTorch's older form begins with; numbers follow."""
-    limit = min(num_bytes // 2, MAX_PICKLE_BYTES_OF_OTHERS)
+    limit = min(max(num_bytes // 2, 2**20), MAX_PICKLE_BYTES_OF_OTHERS)
     for _ in range(_PICKLES_OF_OLD_FORM):
         for _ in genops(file):
             _check_pickle_size(file.tell(), limit)

@@ -33,7 +33,10 @@ class _Fields(BaseModel):
     self_test: dict[str, Any]
     epoch: Count
     global_step: Count
+    run_id: Annotated[str, Field(max_length=100)] = ""
     config: dict[str, Any] = {}
+    config_file: dict[str, dict[str, Any]] = {}
+    data: dict[str, dict[str, Any]] = {}
     val_images: list[Annotated[str, Field(max_length=MAX_TEXT)]] = []
     run_state: dict[str, Any] = {}
     optimizer_state_dict: dict[str, Any] = {}
@@ -59,7 +62,7 @@ def check_fields(content: dict[str, Any], path: str | Path, *, needs: Collection
     missing = [key for key in needs if key not in content]
     if missing:
         raise ValueError(_damaged(path, f"it holds no {missing[0]}"))
-    for key in ("architecture", "config", "run_state"):
+    for key in ("architecture", "config", "config_file", "run_state"):
         try:
             is_long = _has_long_text(content.get(key))
         except RecursionError:

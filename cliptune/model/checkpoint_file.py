@@ -99,6 +99,15 @@ def load_tensors(path: str | Path) -> Any:
     return content
 
 
+def read_value(path: Path, key: str, default: Any) -> Any:
+    """Return one plain value of a checkpoint, whose tensors are not read; None if the file cannot be read."""
+    try:
+        check_torch_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(key, default)
+    except Exception:  # damaged files fail in many ways
+        return None
+
+
 def is_checkpoint(content: Any) -> bool:
     """Tell a checkpoint of this toolkit from other content of a `torch.save` file."""
     return isinstance(content, dict) and {"model_state_dict", "architecture"} <= content.keys()

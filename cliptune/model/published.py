@@ -84,25 +84,45 @@ def published_weights(name: str, *, cache_dir: Path | None = None) -> Path:
     if name not in ARCHIVES:
         raise ValueError(f"{name} has no published weights; try --pretrained none, which starts from random ones")
     sha256, file_name = ARCHIVES[name].split("/")
-    path = (cache_dir or Path.home() / ".cache" / "clip") / file_name
-    if path.is_file():
+    folder = _archive_folder() if cache_dir is None else cache_dir
+    path = None if folder is None else folder / file_name
+    if path is not None and _is_readable(path):
         if file_sha256(path) == sha256:
             return path
         logger.warning("%s is damaged or another file (its SHA-256 differs)", path)
     if (cached := cached_weights(name)) is not None:
         logger.info("%s: weights from %s", name, cached)
         return cached
+    if path is None and not {"HF_HOME", "HF_HUB_CACHE"} & os.environ.keys():
+        raise OSError(
+            f"no weights for {name}, and no home folder to keep them in (HOME is {os.environ.get('HOME')!r:.200}): set "
+            "HOME to a folder, or name a local file with --pretrained FILE, or start from random weights with "
+            "--pretrained none"
+        )
     mirror = os.environ.get("CLIP_MIRROR")
     urls = [f"{base.rstrip('/')}/{ARCHIVES[name]}" for base in (mirror, OPENAI_URL) if base]
-    sources = [*(archive_source(url, path, sha256=sha256) for url in urls), hub_source(HUB_REPOS[name])]
+    archives = [] if path is None else [archive_source(url, path, sha256=sha256) for url in urls]
     try:
-        return fetch_first(sources)
+        return fetch_first([*archives, hub_source(HUB_REPOS[name])])
     except OSError as error:
+        put = "" if path is None else f"Put {file_name} (SHA-256 {sha256}) at {path}, or name"
         raise OSError(
-            f"no weights for {name}: {error}. Put {file_name} (SHA-256 {sha256}) at {path}, or name a mirror with "
-            "CLIP_MIRROR or HF_ENDPOINT, or a local file with --pretrained FILE, or start from random weights with "
-            "--pretrained none"
+            f"no weights for {name}: {error}. {put or 'Name'} a mirror with CLIP_MIRROR or HF_ENDPOINT, or a local "
+            "file with --pretrained FILE, or start from random weights with --pretrained none"
         ) from None
+
+
+def _archive_folder() -> Path | None:
+    """Return where OpenAI's own code keeps its archives; None: there is no home that it could be in."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry of the user database, as in some containers
+        return None
+    return home / ".cache" / "clip" if home.is_dir() else None
+
+
+def _is_readable(path: Path) -> bool:
+    return os.access(path, os.R_OK)
 
 
 class Source(NamedTuple):
@@ -195,8 +215,11 @@ def cached_weights(name: str) -> Path | None:
     if name in TRANSFORMERS_REPOS:
         files += [(TRANSFORMERS_REPOS[name], file_name) for file_name in ("model.safetensors", "pytorch_model.bin")]
     for repo, file_name in files:
-        found = try_to_load_from_cache(repo, file_name)
-        if isinstance(found, str):
+        try:
+            found = try_to_load_from_cache(repo, file_name)
+        except OSError:  # a cache of another user's
+            continue
+        if isinstance(found, str) and _is_readable(Path(found)):
             if _has_its_sha256(Path(found)):
                 return Path(found)
             logger.warning("%s is damaged (its SHA-256 differs)", found)

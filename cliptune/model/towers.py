@@ -271,7 +271,12 @@ def shared_projection(backbone: Any, size: int) -> Tensor:
     Both layers start as the same map P, so that similarities start as the backbone's: (P x) . (P y) = x . y where P's
     columns are orthonormal, which needs a size of at least embed_dim. A smaller space keeps the directions in which
     both towers' outputs can differ most.
+
+    Raises:
+        ValueError: a size below 2.
     """
+    if size < 2:
+        raise ValueError(f"projection_dim {size}: a unit vector of one number is 1 or -1, and tells nothing")
     visual = backbone.visual
     image_map = visual.proj if hasattr(visual, "proj") else visual.attnpool.c_proj.weight.T  # [width, embed_dim]
     embed_dim = image_map.shape[1]

@@ -99,6 +99,12 @@ def _open(path: str | Path) -> BinaryIO:
     return file
 
 
+def archive_of(path: str) -> str | None:
+    """Return the tar file that an image lies in; None if it is a file of its own."""
+    part = _part(path)
+    return None if part is None else part[1]
+
+
 def file_stamp(path: str | Path) -> tuple[int, int, int, int]:
     """Return what changes when a file is written to or replaced: size in bytes, both times in nanoseconds, inode.
 

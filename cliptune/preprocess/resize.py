@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -84,7 +84,11 @@ def _weights(span: Span) -> _Weights:
 @lru_cache(maxsize=8)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile where a function is first called, not at import; numba caches the machine code for the next process."""
-    compiled: Callable[..., Any] = njit(function, nogil=True, cache=True)
+    compile_with = partial(njit, function, nogil=True)
+    try:
+        compiled: Callable[..., Any] = compile_with(cache=True)
+    except RuntimeError:  # neither the code's folder nor a home can be written to
+        compiled = compile_with()
     return compiled
 
 

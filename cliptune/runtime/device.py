@@ -156,7 +156,32 @@ def free_memory(device: torch.device) -> int:
         free = min(free, limit - int((group / "memory.current").read_text()) + int(reclaimable))
     except (OSError, ValueError, KeyError):  # no control group, or one without a limit
         pass
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // local_world_size()
+
+
+def local_world_size() -> int:
+    """Return how many ranks of a run share this machine, as `torchrun` says.
+
+    Raises:
+        ValueError: the variable is no such number.
+    """
+    return number_of_torchrun("LOCAL_WORLD_SIZE", least=1, default="1")
+
+
+def number_of_torchrun(variable: str, *, least: int = 0, below: int = 2**31, default: str = "") -> int:
+    """Read a variable of the environment that `torchrun` sets.
+
+    Raises:
+        ValueError: it is no such number; names it.
+    """
+    text = os.environ.get(variable, default)
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else -1
+    if not least <= number < below:
+        raise ValueError(
+            f"the environment variable {variable} is {text[:50]!r}, not a number from {least} to {below - 1}; unset it "
+            "or start the ranks with torchrun"
+        )
+    return number
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cliptune.runtime.device import resolve_device
+from cliptune.runtime.device import local_world_size, number_of_torchrun, resolve_device
 from cliptune.runtime.messages import count
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def rank_device(name: str) -> torch.device:
         ValueError: no such device, or too few GPUs for the ranks of this machine.
     """
     device = resolve_device(name)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = local_world_size()
     if local_ranks == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
@@ -57,7 +57,7 @@ def rank_device(name: str) -> torch.device:
     found = torch.cuda.device_count()
     if found < local_ranks:
         raise ValueError(f"{local_ranks} ranks on this machine, but {count(found, 'GPU')}: lower --nproc_per_node")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", number_of_torchrun("LOCAL_RANK", below=local_ranks))
 
 
 @contextmanager
@@ -69,6 +69,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
+    number_of_torchrun("RANK", below=number_of_torchrun("WORLD_SIZE", least=1))
+    if "MASTER_PORT" in os.environ:
+        number_of_torchrun("MASTER_PORT", below=2**16)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # two backends: numbers of the host go over gloo, so that agreeing on them waits for no GPU

@@ -10,11 +10,14 @@ import re
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO
+
+from cliptune.runtime.messages import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +95,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
-        ValueError: it does not; names the file, line and column.
+        ValueError: it does not, naming the file, line and column; or one of its objects has a key twice.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, endless nesting
@@ -143,6 +146,15 @@ def _sync(descriptor: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; JSON itself would take the last of equal keys without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise ValueError(f"the key {shorten(twice)!r} occurs twice in one object; keep one of them")
+    return values
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ class _LogFile(WatchedFileHandler):
     """Goes on without the file once it cannot be written, and says so."""
 
     failed = False
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
         # not as its parent does, which looks for the file before each line, and fails without its folder

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 MAX_LENGTH = 200
+MAX_ITEM = 1000
 MAX_MESSAGE = 4000
 """Characters of a whole message: ten issues and what to do about them; a text from a file in it may have millions."""
 
@@ -55,9 +56,9 @@ def first_few(items: Sequence[object], limit: int = 3, *, total: int | None = No
         limit: how many are shown.
         total: how many there are; None: `len(items)`.
     """
-    shown = [str(item) for item in items[:limit]]
-    more = (len(items) if total is None else total) - len(shown)
-    return "; ".join([*shown, *([f"and {more:,} more"] if more > 0 else [])])
+    first = [shorten(str(item), MAX_ITEM) for item in items[:limit]]
+    more = (len(items) if total is None else total) - len(first)
+    return "; ".join([*first, *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

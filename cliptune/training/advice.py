@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 WIDEST_INTERVAL = 5.0
 """Half-width of R@1's 95% interval, in points, beyond which a validation set is called small."""
@@ -11,6 +11,11 @@ STUCK_FRACTION, STUCK_EPOCHS = 0.02, 2
 COLLAPSED_COSINE, NEAR_CHANCE = 0.99, 1.2
 LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
 PERFECT_RSUM = 600.0
+SAME_COSINE = 0.9999
+"""Of features that are not only alike, but of the same inputs."""
+LOOK_AT_PAIRS = (
+    "look at a few images with their captions: do they belong together, or was one column sorted or shifted?"
+)
 
 
 def small_validation(num_images: int) -> str | None:
@@ -33,10 +38,36 @@ def small_validation(num_images: int) -> str | None:
     )
 
 
-def no_better_epoch(num_images: int) -> str:
-    """Say what to do about a run whose best model is the one that was loaded."""
+def is_at_chance(rsum: float, chance: Mapping[str, float], *, num_images: int) -> bool:
+    """Tell whether random ranks give such an RSum, within about two standard deviations.
+
+    The recalls of a direction rise and fall together, so their deviations are added up; the directions are two draws.
+
+    Args:
+        rsum: of the validation.
+        chance: the recalls that random ranks give, and their `rsum`.
+        num_images: that were ranked.
+    """
+    if chance["rsum"] >= PERFECT_RSUM:  # a single image is always found
+        return False
+    variance = 0.0
+    for direction in ("i2t", "t2i"):
+        found = [chance[key] / 100 for key in chance if key.startswith(direction)]
+        variance += sum(100 * math.sqrt(max(part * (1 - part), 0.0) / num_images) for part in found) ** 2
+    return rsum <= chance["rsum"] + 2 * math.sqrt(variance)
+
+
+def no_better_epoch(num_images: int, *, at_chance: bool = False) -> str:
+    """Say what to do about a run whose best model is the one that was loaded.
+
+    Args:
+        num_images: of the validation.
+        at_chance: its RSum is, so that no rate would help.
+    """
     if num_images == 1:
         return "1 validation image cannot tell epochs apart: the model as loaded counts as best; hold out more images"
+    if at_chance:
+        return f"no epoch beat the model as loaded, and that is at chance: see the warnings, and {LOOK_AT_PAIRS}"
     return "no epoch beat the model as loaded, which stays the best: lower --learning_rate"
 
 
@@ -99,11 +130,45 @@ def stuck_loss(losses: Sequence[float], chance: float) -> str | None:
     return (
         f"the training loss has stayed at {latest[-1]:.3f} for {STUCK_EPOCHS} epochs, and {chance:.3f} is chance: "
         "nothing is learned. Raise --learning_rate (or --backbone_lr_scale) if it is small, lower it if the loss was "
-        "lower before, and check that captions and images belong together"
+        f"lower before, and {LOOK_AT_PAIRS}"
     )
 
 
-def collapse(*, image_cosine: float, text_cosine: float, rsum: float, chance: float) -> str | None:
+def nothing_carries_over(
+    losses: Sequence[float], val_losses: Sequence[float], *, chance: float, val_chance: float
+) -> str | None:
+    """Find a training that learns its pairs by heart, while the validation stays at chance.
+
+    Args:
+        losses: of the training, means of the epochs after the warm-up, in nats.
+        val_losses: of the same epochs, whose RSums are all at chance.
+        chance, val_chance: see `chance_loss`.
+    """
+    if len(losses) < STUCK_EPOCHS or not chance or not val_chance:
+        return None
+    if losses[-1] >= (1 - STUCK_FRACTION) * chance or min(val_losses) < (1 - STUCK_FRACTION) * val_chance:
+        return None
+    return (
+        f"the training loss falls ({losses[-1]:.3f}, chance {chance:.3f}), but nothing of it carries over: after "
+        f"{len(losses)} epochs the validation is at chance (loss {val_losses[-1]:.3f}, chance {val_chance:.3f}). "
+        f"Captions may not belong to their images: {LOOK_AT_PAIRS} If they do, there are too few of them for this model"
+    )
+
+
+def pretrained_at_chance(rsum: float, chance: Mapping[str, float], *, num_images: int) -> str | None:
+    """Find data of which a pretrained model knows nothing before the first step."""
+    if not is_at_chance(rsum, chance, num_images=num_images):
+        return None
+    return (
+        f"the pretrained model finds no more than chance (RSum {rsum:.1f}, chance {chance['rsum']:.1f}) before any "
+        f"training. Captions may not belong to their images: {LOOK_AT_PAIRS} Or it has never seen their language, or "
+        "images of this kind"
+    )
+
+
+def collapse(
+    *, image_cosine: float, text_cosine: float, rsum: float, chance: float, start: tuple[float, float] = (0.0, 0.0)
+) -> str | None:
     """Find features that are all alike, so that every query brings the same answers.
 
     Args:
@@ -111,10 +176,18 @@ def collapse(*, image_cosine: float, text_cosine: float, rsum: float, chance: fl
         text_cosine: mean cosine of two texts.
         rsum: of the validation.
         chance: its chance level.
+        start: both cosines of the model as loaded.
     """
     alike = [name for name, cosine in (("image", image_cosine), ("text", text_cosine)) if cosine > COLLAPSED_COSINE]
     if not alike or rsum > NEAR_CHANCE * chance or chance >= PERFECT_RSUM:  # a single image is always found
         return None
+    if max(start) > SAME_COSINE:
+        what = "images" if start[0] > start[1] else "captions"
+        return (
+            f"the features of all {what} were the same before the first step, so no rate will tell them apart: the "
+            f"{what} are the same to the model (of a caption it reads the first tokens; `data_loader.py --check` looks "
+            "for that), or --projection_dim is 1"
+        )
     return (
         f"the {' and '.join(alike)} features are all alike (mean cosine of two images {image_cosine:.3f}, of two texts "
         f"{text_cosine:.3f}) and retrieval is at chance: the model has collapsed. Start again from an earlier "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
-from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
 from cliptune.model.parallel import whole
 from cliptune.runtime.distributed import any_rank, is_main
 from cliptune.runtime.files import read_json_object, remove_partial_files, size_on_disk
@@ -24,6 +25,8 @@ from cliptune.training.state import RunState
 logger = logging.getLogger(__name__)
 
 TIMES_ITS_DURATION = 20
+STATE_NAME = re.compile(r"step_\d{8,}\.pth")
+"""Of a state before the last; a copy that somebody made has another name, and stays."""
 FIGURES = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png")
 
 
@@ -33,6 +36,7 @@ class RunFiles:
     def __init__(self, output_dir: Path) -> None:
         self.root = output_dir
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
+        self.loaded = output_dir / "model-checkpoint" / "loaded_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.results = output_dir / "results" / "training_results.json"
         self.skipped = output_dir / "results" / "skipped.json"
@@ -49,8 +53,22 @@ class RunFiles:
 
     def states(self) -> list[Path]:
         """List the files that a run can be resumed from, newest first."""
-        earlier = sorted(self.last.parent.glob("step_*.pth"), reverse=True)
+        ours = [path for path in self.last.parent.glob("step_*.pth") if STATE_NAME.fullmatch(path.name)]
+        earlier = sorted(ours, reverse=True)
         return [self.last, *earlier] if self.last.exists() else earlier
+
+    @classmethod
+    def around(cls, checkpoint: Path) -> RunFiles:
+        """Return the files of the run in whose `model-checkpoint` folder a checkpoint lies.
+
+        Raises:
+            ValueError: it lies in no such folder.
+        """
+        if checkpoint.resolve().parent.name != "model-checkpoint" and checkpoint.parent.name != "model-checkpoint":
+            raise ValueError(
+                f"{checkpoint} lies in no run's model-checkpoint folder: name the folder to go on in with --output_dir"
+            )
+        return cls(checkpoint.parent.parent)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,10 +93,12 @@ class RunFiles:
         A folder that is a link to another disk, or mounted, keeps its files there, in a `previous` of its own, which a
         link names; nothing is copied, so that nothing is lost half way.
         """
-        of_results = [self.results.with_name(name) for name in (*FIGURES, "evaluation_results.json")]
+        names = (*FIGURES, "evaluation_results.json", "evaluation_skipped.json")
+        of_results = [self.results.with_name(name) for name in names]
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way
-        found = [self.best, *self.states(), self.skipped, *of_logs, *of_results, self.results]
+        models = [self.best, self.loaded, *self.states()]
+        found = [*models, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:
             return None
@@ -137,7 +157,7 @@ class Saver:
     Args:
         files: of the run.
         trainer: a `clip_model.MultimodalTrainer`.
-        about: what every checkpoint of the run holds beside: its `config`, its `val_images`.
+        about: what every checkpoint of the run holds beside: its `run_id`, its `config`, its `val_images`, ...
         keep: how many states to resume from there are.
         complete: adds what a checkpoint lacks, when it is written.
         every_steps: steps between two states within an epoch; None: none is due by steps.
@@ -161,7 +181,9 @@ class Saver:
         towers = {name: value for name, value in trainer.model.named_parameters() if name.startswith("backbone.")}
         are_fixed = not any(parameter.requires_grad for parameter in towers.values())
         fixed = [name for name in trainer.model.state_dict() if name.startswith("backbone.")] if are_fixed else []
-        self._writer = CheckpointWriter(files, fixed=fixed, keep=keep, complete=complete, clock=clock)
+        self._writer = CheckpointWriter(
+            files, run_id=about.get("run_id", ""), fixed=fixed, keep=keep, complete=complete, clock=clock
+        )
         self.every_steps, self.every_seconds, self._clock = every_steps, every_seconds, clock
         self._saved_at = clock()
 
@@ -175,7 +197,7 @@ class Saver:
         return any_rank(is_main() and self._clock() - self._saved_at >= self.every_seconds)
 
     def save(self, state: RunState, *, best: bool = False) -> None:
-        """Save the state to resume from; `best`: save the model as the best one, too.
+        """Save the state to resume from, and at first the model as loaded; `best`: save the model as the best one, too.
 
         Raises:
             FloatingPointError: steps that are not read yet are not finite.
@@ -183,9 +205,11 @@ class Saver:
         """
         self.trainer.settle()
         content = self._model(state)
-        # the best first: were it alone written, a resumed run would come to it again; the last one counts on it
-        states = {self.files.best: content} if best else {}
+        # the model as loaded stays for the run's life; it is the best one, too, until an epoch is better
+        states = {self.files.loaded: content} if state.epoch == 0 else {}
+        # the best after the last: were the last alone written, the best could be made of it
         states[self.files.last] = {**content, "run_state": state.state_dict(), **self.trainer.state_dict()}
+        states |= {self.files.best: content} if best else {}
         if is_main():
             self._writer.save(states)
         self._saved_at = self._clock()
@@ -233,6 +257,7 @@ class CheckpointWriter:
 
     Args:
         files: the run's.
+        run_id: the run's, as its checkpoints have it.
         fixed: names of the model's tensors that never change; none: every state is written at once.
         keep: how many states to resume from there are; those before the last as `step_<step>.pth`.
         complete: adds what a state lacks, when it is written; None: nothing.
@@ -240,12 +265,14 @@ class CheckpointWriter:
 
     Attributes:
         last_step: step of the state in `files.last`; None: there is none, or it is damaged.
+        own: states before the last that are this run's, and may be deleted.
     """
 
     def __init__(
         self,
         files: RunFiles,
         *,
+        run_id: str = "",
         fixed: Collection[str] = (),
         keep: int = 1,
         complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
@@ -253,6 +280,7 @@ class CheckpointWriter:
     ) -> None:
         self.files, self.fixed, self.keep, self.complete, self._clock = files, fixed, keep, complete, clock
         self.last_step: int | None = None
+        self.own = {path for path in files.states() if read_value(path, "run_id", "") == run_id}
         self._waiting: dict[Path, dict[str, Any]] = {}
         self._next_write = clock()
 
@@ -263,9 +291,10 @@ class CheckpointWriter:
             OSError: a file cannot be written.
         """
         wait = bool(self.fixed) and self._clock() < self._next_write
+        copies = {id(state): self._copied(state) if wait else state for state in states.values()}
         for path, state in states.items():
             self._waiting.pop(path, None)  # so that the order is this call's
-            self._waiting[path] = self._copied(state) if wait else state
+            self._waiting[path] = copies[id(state)]
         if not wait:
             self.flush()
 
@@ -276,8 +305,13 @@ class CheckpointWriter:
             OSError: a file cannot be written.
         """
         start = self._clock()
+        written: dict[int, Path] = {}
         for path in list(self._waiting):
             state = self._waiting[path]
+            if (same := written.get(id(state))) is not None and _has_link(same, path):
+                del self._waiting[path]
+                continue
+            written[id(state)] = path
             if self.complete is not None:
                 state = self.complete(state)
             if path == self.files.last:
@@ -292,14 +326,18 @@ class CheckpointWriter:
         """Write the newest state; leave the one before under its own name, and delete those that are too many."""
         step, last = state["global_step"], self.files.last
         if self.keep > 1 and self.last_step not in {None, step} and last.exists():
-            _link(last, self.files.earlier(self.last_step))  # a rename would leave a moment without a last one
+            earlier = self.files.earlier(self.last_step)
+            if _has_link(last, earlier):  # a rename would leave a moment without a last one
+                self.own.add(earlier)
+            else:
+                logger.warning("no state before %s is kept: this disk does not take a second name for a file", last)
         save_checkpoint(last, state)
         self.last_step = step
         others = [path for path in self.files.states() if path != last]
         before = [path for path in others if path.name < self.files.earlier(step).name]
         # later ones are of a course that was left: resumed at step 10, the old step 20 is no ancestor of the new one
-        for path in set(others) - set(before[: self.keep - 1]):
-            path.unlink()
+        for path in self.own & (set(others) - set(before[: self.keep - 1])):
+            path.unlink(missing_ok=True)
 
     def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
         tensors = state["model_state_dict"]
@@ -307,12 +345,17 @@ class CheckpointWriter:
         return copy.deepcopy(state, {id(tensors[name]): tensors[name] for name in self.fixed})
 
 
-def _link(path: Path, name: Path) -> None:
-    name.unlink(missing_ok=True)
+def _has_link(path: Path, name: Path) -> bool:
+    """Give a file a second name, which another file may have had; tell whether this disk takes one."""
+    temporary = name.with_name(f".{name.name}.link")
     try:
-        name.hardlink_to(path)
-    except OSError as error:
-        logger.warning("no state before %s is kept: this disk does not take a second name for a file: %s", path, error)
+        temporary.unlink(missing_ok=True)
+        temporary.hardlink_to(path)
+        temporary.replace(name)
+        temporary.unlink(missing_ok=True)  # renaming a file to its own other name does nothing
+    except OSError:
+        return False
+    return True
 
 
 def check_state(content: dict[str, Any], path: Path) -> None:

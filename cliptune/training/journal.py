@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +21,17 @@ from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
-from cliptune.runtime.messages import first_few, printable
-from cliptune.training.advice import chance_loss, collapse, no_better_epoch, stuck_loss
+from cliptune.runtime.messages import first_few, printable, shown
+from cliptune.training.advice import (
+    SAME_COSINE,
+    chance_loss,
+    collapse,
+    is_at_chance,
+    no_better_epoch,
+    nothing_carries_over,
+    pretrained_at_chance,
+    stuck_loss,
+)
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
@@ -39,6 +49,8 @@ class RunPlan(NamedTuple):
     batch_size: int
     """Over all ranks."""
     warmup_steps: int
+    is_pretrained: bool = False
+    """The model as loaded has been trained on images and captions before."""
 
     @property
     def total_steps(self) -> int:
@@ -195,6 +207,7 @@ class Journal:
             "chance": best["chance"],
             "num_images": best["num_images"],
             "num_texts": best["num_texts"],
+            "skipped": best.get("skipped", {}),  # a run of before it was counted may be resumed
             "histograms": {"baseline": baseline["histograms"], "best": best["histograms"]},
             "peak_memory_gb": peak_memory(self.device),
             **self.about,
@@ -213,7 +226,8 @@ class Journal:
             for key in ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
         ]
         if state.best_epoch == 0:
-            lines.append(no_better_epoch(state.best["num_images"]))
+            num_images, at_chance = state.best["num_images"], _is_at_chance(state.history, state)
+            lines.append(no_better_epoch(num_images, at_chance=at_chance))
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
         lines.append(f"\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
@@ -262,21 +276,44 @@ class Journal:
 
     def _review(self, state: RunState) -> None:
         """Warn of an epoch whose numbers say that the run goes wrong."""
-        plan, latest = self.plan, state.history[-1]
-        # losses of epochs that began after the warm-up: before, a loss at chance is no news
-        losses = [
-            record["train_loss"] for before, record in pairwise(state.history) if before["step"] >= plan.warmup_steps
-        ]
-        collapsed = None
-        if len(state.history) > 1:
-            collapsed = collapse(
-                image_cosine=latest["image_cosine"],
-                text_cosine=latest["text_cosine"],
-                rsum=latest["rsum"],
-                chance=state.best["chance"]["rsum"],
+        plan, history, chance = self.plan, state.history, state.best["chance"]
+        first = history[0]
+        if len(history) == 1:
+            if plan.is_pretrained:
+                found = pretrained_at_chance(first["rsum"], chance, num_images=state.best["num_images"])
+                self.advise(pretrained_at_chance=found)
+            return
+        # of epochs that began after the warm-up: before, a loss at chance is no news
+        warm = [record for before, record in pairwise(history) if before["step"] >= plan.warmup_steps]
+        losses = [record["train_loss"] for record in warm]
+        train_chance = chance_loss(plan.pairs_per_epoch, plan.batch_size)
+        stuck, carried = stuck_loss(losses, train_chance), None
+        if _is_at_chance(history[1:], state):
+            val_losses = [record["val_loss"] for record in warm]
+            val_chance = chance.get("val_loss", 0.0)
+            carried = nothing_carries_over(losses, val_losses, chance=train_chance, val_chance=val_chance)
+        start = first["image_cosine"], first["text_cosine"]
+        collapses = [
+            collapse(
+                image_cosine=record["image_cosine"],
+                text_cosine=record["text_cosine"],
+                rsum=record["rsum"],
+                chance=chance["rsum"],
+                start=start,
             )
-        stuck = stuck_loss(losses, chance_loss(plan.pairs_per_epoch, plan.batch_size))
-        self.advise(stuck_loss=stuck, collapse=collapsed)
+            for record in history[1:][-2:]
+        ]
+        # a random start often goes through an epoch of features that are alike; what began alike stays so
+        lasts = len(collapses) == 2 and collapses[0] is not None
+        collapsed = collapses[-1] if lasts or max(start) > SAME_COSINE else None
+        # of features that are all alike the loss is at chance, too, and the first finding says why
+        self.advise(stuck_loss=stuck if collapsed is None else None, collapse=collapsed, nothing_carries_over=carried)
+
+
+def _is_at_chance(history: Sequence[dict[str, Any]], state: RunState) -> bool:
+    """Tell whether no epoch of these has an RSum above chance."""
+    best = max(record["rsum"] for record in history)
+    return is_at_chance(best, state.best["chance"], num_images=state.best["num_images"])
 
 
 def describe_model(model: Any) -> str:
@@ -284,7 +321,7 @@ def describe_model(model: Any) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     start = "random start" if model.starts_random else "pretrained"
-    return f"{model.architecture.name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    return f"{shown(model.architecture.name)} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
 
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:

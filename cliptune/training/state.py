@@ -127,7 +127,10 @@ class RunState:
             "learning_rate": rates.get("projection", 0.0),
             "backbone_learning_rate": rates.get("backbone", 0.0),
         }
-        self.history.append({"epoch": self.epoch, "step": self.step, **means, **of_groups, **evaluation["metrics"]})
+        record = {"epoch": self.epoch, "step": self.step, **means, **of_groups, **evaluation["metrics"]}
+        if num_skipped := evaluation.get("skipped", {}).get("images", 0):
+            record["num_skipped"] = num_skipped
+        self.history.append(record)
         self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:
             self.baseline = evaluation

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cliptune.data import index as entries
 from cliptune.data.formats import find_index, read_directory, read_index
+from tests.helpers.datasets import make_images
 
 EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
 
@@ -351,3 +352,23 @@ def test_two_forms_of_flickr8k_agree(real_data: Path) -> None:
     table = {row.image: row.captions for row in read_index(real_data / "annotations/captions.kaggle.txt").rows}
     assert set(tokens) - set(table) == {"2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg"} - set(table)
     assert all(sorted(tokens[image]) == sorted(table[image]) for image in table)
+
+
+def test_the_directory_form_follows_links_but_in_no_circle(tmp_path: Path) -> None:
+    make_images(tmp_path / "disk", "images/x.png", "images/deep/y.png", "images/.hidden/z.png")
+    for name in ("captions/x.txt", "captions/deep/y.txt"):
+        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk" / name).write_text("a dog")
+    data = tmp_path / "data"
+    for part in ("images", "captions"):
+        (data / part).mkdir(parents=True)
+        (data / part / "cats").symlink_to(tmp_path / "disk" / part)
+        (data / part / "cats again").symlink_to(tmp_path / "disk" / part)
+        (data / part / "up").symlink_to("..")
+        (data / part / "root").symlink_to("/")
+    (tmp_path / "disk" / "images" / "back").symlink_to(data / "images")
+    found = read_directory(data)
+    assert not found.issues.count
+    assert sorted(found.rows.images) == [
+        "images/cats again/deep/y.png", "images/cats again/x.png", "images/cats/deep/y.png", "images/cats/x.png",
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -8,10 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders, load_pairs
-from cliptune.data.splits import MAX_VAL_IMAGES, evaluation_pairs, split_pairs, training_pairs
+from cliptune.data.splits import (
+    MAX_VAL_IMAGES,
+    declared_split,
+    default_split,
+    nearest_groups,
+    num_asked,
+    split_pairs,
+    training_pairs,
+)
 from cliptune.data.table import RowBuffer
 from data_loader import ImageTextDataset
 from tests.helpers.datasets import make_images, make_index
+
+PUBLISHED = [13, 14, 18, 21, 22, 30]
+"""The first images that validate, of 1,000 as `made_pairs` makes them, with the default seed."""
 
 
 def test_split_is_by_group_seeded_and_independent_of_the_order(tmp_path: Path) -> None:
@@ -27,22 +39,12 @@ def test_split_is_by_group_seeded_and_independent_of_the_order(tmp_path: Path) -
     assert set(other["val"].paths) != set(first["val"].paths)
 
 
-def split_plainly(groups: Sequence[str], *, val_split: float, seed: int) -> list[int]:
-    """The rule of the split, with a dictionary: the images drawn for validation."""
-    members: dict[str, list[int]] = {}
-    for image, group in enumerate(groups):
-        members.setdefault(group, []).append(image)
-    names = sorted(members)
+def split_plainly(images: Sequence[str], *, val_split: float, seed: int) -> list[int]:
+    """The split of images without groups, which is published: the images drawn for validation."""
+    names = sorted(images)
     order = np.random.RandomState(seed % 2**32).permutation(len(names))
-    target = min(max(round(val_split * len(groups)), 1), MAX_VAL_IMAGES)
-    chosen: list[int] = []
-    for number in order[:-1]:
-        images = members[names[number]]
-        if not chosen or len(chosen) + len(images) <= target:
-            chosen += images
-        if len(chosen) >= target:
-            break
-    return sorted(chosen)
+    target = min(max(round(val_split * len(images)), 1), MAX_VAL_IMAGES, len(images) - 1)
+    return sorted(images.index(names[number]) for number in order[: max(target, 0)])
 
 
 def made_pairs(groups: Sequence[str]) -> Pairs:
@@ -54,28 +56,80 @@ def made_pairs(groups: Sequence[str]) -> Pairs:
     return Pairs(rows.images, rows.captions, rows.starts, rows.groups.filled(rows.images), rows.splits)
 
 
+@pytest.mark.parametrize("val_split", [0.0001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("num_images", [2, 3, 50, 300])
+def test_the_split_of_images_without_groups_is_that_of_the_plain_rule(num_images: int, val_split: float) -> None:
+    pairs = made_pairs([""] * num_images)
+    for seed in (0, 42, 2**40):
+        found = split_pairs(pairs, val_split=val_split, seed=seed)["val"]
+        expected = split_plainly(list(pairs.paths), val_split=val_split, seed=seed)
+        assert [int(caption) for caption in found.captions] == expected
+
+
+def test_the_published_split_stays() -> None:
+    val = split_pairs(made_pairs([""] * 1000))["val"]
+    assert len(val) == 100
+    assert [int(caption) for caption in val.captions][:6] == PUBLISHED
+
+
+def nearest_sum(sizes: Sequence[int], target: int) -> int:
+    """Brute force: all choices but none and all of them."""
+    sums = [
+        sum(size for group, size in enumerate(sizes) if choice >> group & 1) for choice in range(1, 2 ** len(sizes) - 1)
+    ]
+    return min(sums, key=lambda total: (abs(total - target), total))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=9), st.integers(1, 400))
+def test_groups_are_chosen_as_near_to_the_target_as_any_come(sizes: list[int], target: int) -> None:
+    chosen = nearest_groups(np.array(sizes), target)
+    assert 0 < len(set(chosen)) == len(chosen) < len(sizes)
+    assert sum(sizes[group] for group in chosen) == nearest_sum(sizes, target)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.sampled_from(["", "", "a", "b", "é", "\udc80", "\ue000", "/5", "/000.png"]), max_size=60),
+    st.lists(st.sampled_from(["", "", "a", "b", "é", "\udc80", "\ue000", "/5", "/000.png"]), min_size=2, max_size=12),
     st.floats(0, 0.9),
     st.integers(-5, 2**40),
+    st.randoms(),
 )
-def test_the_split_is_that_of_the_plain_rule(groups: list[str], val_split: float, seed: int) -> None:
+def test_the_split_is_of_whole_groups_and_of_no_order(
+    groups: list[str], val_split: float, seed: int, random: Random
+) -> None:
     pairs = made_pairs(groups)
-    expected = split_plainly(list(pairs.groups), val_split=val_split, seed=seed)
     splits = split_pairs(pairs, val_split=val_split, seed=seed)
-    assert list(splits["val"].paths) == [pairs.paths[image] for image in expected]
-    assert [int(caption) for caption in splits["val"].captions] == expected
-    train = sorted(set(range(len(groups))) - set(expected))
-    assert [int(caption) for caption in splits["train"].captions] == train
-    assert list(splits["train"].groups) == [pairs.groups[image] for image in train]
+    names = list(pairs.groups)
+    sizes = [names.count(name) for name in sorted(set(names))]
+    assert not set(splits["train"].groups) & set(splits["val"].groups)
+    assert len(splits["train"]) + len(splits["val"]) == len(pairs)
+    if len(sizes) > 1:
+        assert len(splits["val"]) == nearest_sum(sizes, num_asked(len(pairs), val_split))
+    order = list(range(len(pairs)))
+    random.shuffle(order)
+    again = split_pairs(pairs.select(order), val_split=val_split, seed=seed)
+    assert set(again["val"].paths) == set(splits["val"].paths)
 
 
-def test_the_split_of_many_images_is_that_of_the_plain_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = made_pairs([""] * 1000)
-    assert [int(caption) for caption in split_pairs(pairs)["val"].captions] == split_plainly(
-        pairs.paths, val_split=0.1, seed=42
-    )
+def test_equal_groups_are_drawn_at_random() -> None:
+    pairs = made_pairs([f"g{number % 20}" for number in range(200)])
+    drawn = [set(split_pairs(pairs, val_split=0.1, seed=seed)["val"].groups) for seed in range(40)]
+    assert set(map(len, drawn)) == {2}
+    assert len(set().union(*drawn)) >= 18
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_smaller_of_two_groups_validates(seed: int) -> None:
+    splits = split_pairs(made_pairs(["a"] * 190 + ["b"] * 10), val_split=0.1, seed=seed)
+    assert (len(splits["train"]), len(splits["val"])) == (190, 10)
+
+
+def test_images_of_one_group_cannot_be_split(tmp_path: Path) -> None:
+    make_images(tmp_path, *(f"{n}.png" for n in range(9)))
+    make_index(tmp_path, [{"image": f"{n}.png", "caption": f"{n}", "group": "same"} for n in range(9)])
+    with pytest.raises(ValueError, match=r"0 validation images; .* all images are one group"):
+        training_pairs(DataSource(tmp_path), val_data=None, val_split=0.1, seed=0)
 
 
 def test_declared_splits_are_honoured(tmp_path: Path) -> None:
@@ -84,8 +138,11 @@ def test_declared_splits_are_honoured(tmp_path: Path) -> None:
     rows = [{"image_path": f"{n}.png", "caption": "x", "split": split} for n, split in enumerate(splits)]
     pairs = load_pairs(make_index(tmp_path, rows))
     assert {name: len(part) for name, part in split_pairs(pairs).items()} == {"train": 4, "val": 1, "test": 1}
-    assert len(evaluation_pairs(DataSource(tmp_path), split=None)) == 1
-    assert len(evaluation_pairs(DataSource(tmp_path), split="all")) == 6
+    source = DataSource(tmp_path)
+    assert default_split(pairs, source) == "val"
+    assert [len(declared_split(pairs, split, source)) for split in ("train", "val", "test", "all")] == [3, 1, 1, 6]
+    assert default_split(pairs.select([0, 3]), source) == "test"
+    assert default_split(pairs.select([0, 4]), source) == "all"
     assert len(ImageTextDataset(tmp_path, split="test")) == 1
 
 

@@ -1,3 +1,5 @@
+import errno
+import logging
 import os
 import pickle
 import shutil
@@ -17,6 +19,7 @@ from cliptune.data.row_store import RECORD, ImageCache, Keys, RowStore, as_keys,
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.preprocess.transforms import PixelTransform, clip_transform, train_transform
 from data_loader import ImageTextDataset
+from tests.helpers.limits import run_limited
 
 CPU = torch.device("cpu")
 
@@ -79,6 +82,28 @@ def test_a_changed_file_is_decoded_again_alone(tmp_path: Path, paths: list[str],
     decoded.clear()
     load_all(cache, paths)
     assert decoded == []
+
+
+def test_a_file_that_was_replaced_with_size_and_time_kept_is_decoded_again(
+    tmp_path: Path, paths: list[str], decoded: list[str]
+) -> None:
+    """As `cp -p` and `rsync -t` do it; one that was copied anew is not."""
+    for path, color in zip(paths[:2], ("red", "blue"), strict=True):
+        Image.new("RGB", (40, 40), color).save(Path(path).with_suffix(".bmp"))
+        Path(path).with_suffix(".bmp").replace(path)
+    cache = ImageCache(tmp_path / "cache", paths, clip_transform(32))
+    load_all(cache, paths)
+    before = [Path(path).stat() for path in paths[:3]]
+    contents = [Path(path).read_bytes() for path in paths[:3]]
+    for index, content in enumerate((contents[1], contents[0], contents[2])):
+        Path(paths[index]).unlink()
+        Path(paths[index]).write_bytes(content)
+        os.utime(paths[index], ns=(before[index].st_atime_ns, before[index].st_mtime_ns))
+    assert [Path(path).stat().st_size for path in paths[:3]] == [status.st_size for status in before]
+    decoded.clear()
+    pixels = load_all(ImageCache(tmp_path / "cache", paths, clip_transform(32)), paths)
+    assert sorted(decoded) == ["0.jpg", "1.jpg"]
+    assert all(np.array_equal(got, expected(path)) for got, path in zip(pixels, paths, strict=True))
 
 
 def test_added_removed_and_reordered_files_keep_the_rest(tmp_path: Path, paths: list[str], decoded: list[str]) -> None:
@@ -155,6 +180,90 @@ def test_a_run_killed_between_row_and_checksum_leaves_no_row(tmp_path: Path, pat
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = ImageCache(tmp_path / "cache", paths, clip_transform(32))
     assert np.array_equal(again.load(paths[0])[0], expected(paths[0]))
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fills_up(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowStore, "write", no_space)
+
+
+def is_removed(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder)
+
+
+def becomes_a_file(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def is_emptied(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+
+
+def is_overwritten(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
+
+
+FAILURES = [fills_up, is_removed, becomes_a_file, is_emptied, is_overwritten]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("fails", FAILURES)
+def test_a_cache_that_fails_in_a_run_costs_one_line(
+    fails: Callable[[Path, pytest.MonkeyPatch], None],
+    num_workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    create_sample_dataset(tmp_path / "data", 12)
+    plain, cached = (ImageTextDataset(tmp_path / "data", transform=clip_transform(64)) for _ in range(2))
+    cached.cache_images(tmp_path / "cache")
+    want = [batch.images for batch in TrainLoader(plain, batch_size=6, num_workers=0, device=CPU).epoch(1)]
+    next(iter(TrainLoader(cached, batch_size=6, num_workers=num_workers, device=CPU).epoch(1)))
+    fails(tmp_path / "cache", monkeypatch)
+    logging.basicConfig(handlers=[logging.StreamHandler()], force=True)  # workers write to stderr, too
+    loader = TrainLoader(cached, batch_size=6, num_workers=num_workers, device=CPU)
+    for _ in range(2):
+        got = list(loader.epoch(1))
+        assert not [issue for batch in got for issue in batch.issues]
+        assert all(torch.equal(batch.images, images) for batch, images in zip(got, want, strict=True))
+    assert capfd.readouterr().err.count("the image cache fails") <= max(1, num_workers)
+
+
+SMALL_DISK = """
+import os, sys, numpy as np
+from pathlib import Path
+from cliptune.data.row_store import ImageCache
+from cliptune.preprocess.transforms import clip_transform
+
+paths = sys.argv[1:]
+cache = ImageCache(Path("disk/cache"), paths, clip_transform(224))
+cache.load(paths[0])
+try:
+    with open("disk/other", "wb", buffering=0) as file:
+        while file.write(bytes(4096)): pass
+except OSError: pass
+transform = clip_transform(224)
+for path in paths:
+    assert np.array_equal(cache.load(path)[0], transform.shrink(transform.load(path)))
+print("whole")
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_others_fill_does_not_end_a_run(tmp_path: Path, paths: list[str]) -> None:
+    """What was mapped into memory could not be read there: a signal ended the process without a word."""
+    (tmp_path / "disk").mkdir()
+    done = run_limited(SMALL_DISK, *paths, folder=tmp_path, mount=f"{tmp_path}/disk", options="size=2m")
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the image cache fails" in done.stderr
 
 
 @pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
@@ -290,3 +399,33 @@ def test_a_disk_that_takes_a_part_of_a_row_is_an_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not store.holds(indices, keys_of(1)).any()
+
+
+def test_a_row_that_changes_on_the_disk_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    store, indices = open_store(tmp_path, 1, 2, 3)
+    write(store, indices, 1, 2, 3)
+    rows, whole = store.read(indices[[2, 0, 2]], keys_of(3, 1, 3))
+    assert whole.all()
+    assert np.array_equal(rows, rows_of(3, 1, 3))
+    change(tmp_path, ".rows", lambda data: data[:4] + b"\0" + data[5:])
+    assert store.read(indices, keys_of(1, 2, 3))[1].tolist() == [True, False, True]
+    change(tmp_path, ".rows", lambda data: data[:2])  # shorter than what was there when it was opened
+    assert not store.read(indices, keys_of(1, 2, 3))[1].any()
+    change(tmp_path, ".keys", lambda data: data[:2])
+    assert not store.holds(indices, keys_of(1, 2, 3)).any()
+
+
+def test_rows_that_may_not_be_used_are_not_held(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, indices = open_store(tmp_path, 1, 2, 3)
+    write(store, indices, 1, 2, 3)
+    assert store.holds(indices, keys_of(1, 2, 3), valid=lambda rows: rows[:, 0] != 2).tolist() == [True, False, True]
+    assert "s.rows: 1 row is damaged, computed anew" in caplog.text
+
+
+def test_a_folder_that_takes_no_files_is_said_with_the_way_out(tmp_path: Path) -> None:
+    store = RowStore(tmp_path / "folder" / "s", 3)
+    shutil.rmtree(tmp_path / "folder")
+    assert store.announce(keys_of(1), what="row", way_out="").tolist() == [0]
+    (tmp_path / "other.keys").mkdir()
+    with pytest.raises(OSError, match=r"other.*rows cannot be cached there\. Try less"):
+        RowStore(tmp_path / "other", 3).announce(keys_of(1), what="row", way_out="Try less")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_loader
 from cliptune.data.formats import find_index
 from cliptune.data.pairs import holds_only_placeholders
 from cliptune.data.sample_data import COLOURS, create_sample_dataset, describe, distinct_scenes, render
@@ -157,3 +158,60 @@ def test_ctrl_c_leaves_nothing_but_what_was_there(tmp_path: Path) -> None:
     assert files_of(tmp_path) == before
     create_sample_dataset(tmp_path, 2)
     assert len(files_of(tmp_path)) == len(before) + 5
+
+
+def test_a_signal_leaves_nothing_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = create_sample_dataset
+
+    def begin_and_stop(*_: Any, **__: Any) -> Path:
+        with mock.patch("data_loader.create_sample_dataset", begin):
+            begin_samples(tmp_path, lambda: signal.raise_signal(signal.SIGTERM))
+        raise AssertionError
+
+    with mock.patch("data_loader.create_sample_dataset", begin_and_stop):
+        assert data_loader.main(["--data_dir", str(tmp_path), "--num_samples", "8"]) == 143
+    assert capsys.readouterr().err == "data_loader.py: stopped by SIGTERM\n"
+    assert not files_of(tmp_path)
+
+
+def make_or_take(folder: Path, exist_ok: bool, results: Any) -> None:
+    try:
+        results.put(str(create_sample_dataset(folder, 8, exist_ok=exist_ok)))
+    except FileExistsError as error:
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("exist_ok", [True, False])
+def test_of_several_processes_one_makes_the_data(exist_ok: bool, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=make_or_take, args=(tmp_path / "a", exist_ok, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    path = str(tmp_path / "a" / "data.json")
+    refused = f"{path} is there already; choose an empty folder for the sample data"
+    assert found == ([path] * 4 if exist_ok else [path, *[refused] * 3])
+    create_sample_dataset(tmp_path / "b", 8)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"), NotImplementedError()])
+def test_a_file_system_without_locks_is_no_hindrance(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("cliptune.data.sample_data.FileLock.acquire", acquire)
+    assert create_sample_dataset(tmp_path, 2).exists()
+
+
+def test_a_linked_folder_is_no_placeholder(sample_dir: Path, tmp_path: Path) -> None:
+    """Sample data would be made beside it."""
+    for name in ("images", "captions"):
+        (tmp_path / name).symlink_to(sample_dir / name)
+    assert not holds_only_placeholders(tmp_path)
+    assert data_loader.main(["--data_dir", str(tmp_path)]) == 0

@@ -1,19 +1,28 @@
 import io
 import json
 import logging
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from braceexpand import braceexpand
 from PIL import Image
 from webdataset.tariterators import tarfile_samples
 
 import data_loader
+from cliptune.data import shards
 from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.row_store import ImageCache
-from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, read_samples, write_shards
+from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, write_shards
+from cliptune.data.tar_samples import read_samples
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
 from cliptune.preprocess.transforms import clip_transform
 from data_loader import ImageTextDataset
@@ -208,3 +217,109 @@ def test_a_sample_is_found_by_its_index() -> None:
     assert [shards.describe(index) for index in (0, 2, 3, 4)] == [
         "0.tar (sample 0)", "0.tar (sample 2)", "2.tar (sample 0)", "2.tar (sample 1)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "braces",
+    [
+        "a", "{a,b}", "{0..9}", "{a,b{0..9}}", "x{0..9}{a,b}", "{x}", "{a..e}", "{9..0..3}", "{a,{b,c}{0..1},}",
+        r"\{a,b\}", "{00..10}y{1,2}{z}", "{{1..3}..5}", "{,a}", "{3..-3}", "{{0..2},{1..4}{a,b}}", "{a,b,c}{{d}}",
+    ],
+)  # fmt: skip
+def test_braces_are_counted_as_they_are_expanded(braces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = len(list(braceexpand(f"{braces}.tar")))
+    monkeypatch.setattr(shards, "MAX_SHARDS", number)
+    assert is_shards(f"{braces}.tar")
+    if number > 1:
+        monkeypatch.setattr(shards, "MAX_SHARDS", number - 1)
+        with pytest.raises(ValueError, match=f"more than {number - 1} shards"):
+            is_shards(f"{braces}.tar")
+
+
+@pytest.mark.parametrize(
+    "braces",
+    [
+        "{00000..9999999999}", "{-9999999999..0}", "{0..99}" * 6, "{a,b}" * 100, "{{0..999}{0..999}{0..999},x}",
+        "{" * 30 + "a,b" + "}" * 30, f"{{0..{'9' * 5000}}}", "{" * 50_000 + "a,b" + "}" * 50_000,
+        "{0..999999}{0..999999}" * 1000,
+    ],
+)  # fmt: skip
+def test_braces_without_end_are_refused_at_once(braces: str, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert data_loader.main(["--data_dir", f"x/{braces}.tar"]) == 2
+    assert time.monotonic() - start < 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "1,000,000 shards, which is the limit" in error or "nested more than 20 deep" in error
+    assert len(error) < 1000
+
+
+def test_a_shard_that_is_named_twice_is_found_among_many(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"99999\.tar is named twice"):
+        open_shards(f"{tmp_path}/{{{{00000..99999}},99999}}.tar")
+
+
+def write_until(stop: Callable[[], Any], sample_dir: Path, folder: Path) -> int:
+    """Write shards of two, and stop in the third."""
+    num_read = 0
+
+    def read(path: str) -> bytes:
+        nonlocal num_read
+        num_read += 1
+        if num_read == 6:
+            stop()
+        return read_bytes(path)
+
+    with mock.patch.object(shards, "read_bytes", read):
+        return data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(folder), "--shard_size", "2"])
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_shards_that_are_stopped_are_not_there(exists: bool, sample_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    if exists:
+        folder.mkdir()
+        (folder / "notes.txt").touch()
+    assert write_until(lambda: signal.raise_signal(signal.SIGTERM), sample_dir, folder) == 143
+    assert list(tmp_path.rglob("*")) == ([folder, folder / "notes.txt"] if exists else [])
+    assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(folder), "--shard_size", "20"]) == 0
+    assert sorted(path.name for path in folder.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_a_full_disk_leaves_no_shards(sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with mock.patch.object(shards, "_write_index", lambda *_: full()):
+        assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(tmp_path / "shards")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists()
+
+
+def test_shards_of_a_killed_process_are_refused_by_name(
+    sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kill = multiprocessing.get_context("fork").Process(
+        target=write_until, args=(lambda: os.kill(os.getpid(), signal.SIGKILL), sample_dir, tmp_path / "s")
+    )
+    kill.start()
+    kill.join()
+    assert kill.exitcode == -signal.SIGKILL
+    assert (tmp_path / "s" / "00001.tar").exists()
+    for flags in (
+        ["--data_dir", f"{tmp_path}/s/{{00000..00001}}.tar"],
+        ["--data_dir", f"{tmp_path}/s/00000.tar"],
+        ["--data_dir", str(sample_dir), "--to_shards", f"{tmp_path}/s"],
+    ):
+        assert data_loader.main(flags) == 2
+        assert f"{tmp_path}/s holds shards that are being written, or were not finished" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not finished"):
+        open_shards(f"{tmp_path}/s/{{00000..00001}}.tar")
+
+
+def test_a_shard_that_becomes_a_pipe_is_an_error(tmp_path: Path) -> None:
+    make_shards(tmp_path, 2)
+    (tmp_path / "00.tar").unlink()
+    os.mkfifo(tmp_path / "00.tar")
+    with pytest.raises(OSError, match=r"00\.tar"):
+        list(read_samples(str(tmp_path / "00.tar")))

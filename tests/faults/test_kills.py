@@ -59,7 +59,7 @@ def whole(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_to_all_processes_of_a_run_saves_its_step(
     name: str, code: int, whole: Path, sample_dir: Path, tmp_path: Path
 ) -> None:
@@ -68,6 +68,23 @@ def test_a_signal_to_all_processes_of_a_run_saves_its_step(
     assert f"stopped by {name} at epoch 1, step 4" in done.stderr
     assert "Traceback" not in done.stderr
     assert load_checkpoint(RunFiles(tmp_path).last)["global_step"] == 4
+    assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
+    assert_same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("moment", "step"), [("4", 4), ("validation", 6)])
+def test_a_worker_that_is_killed_ends_a_run_whose_last_step_is_saved(
+    moment: str, step: int, whole: Path, sample_dir: Path, tmp_path: Path
+) -> None:
+    """As a system does that is out of memory."""
+    done = run(flags_for(sample_dir, tmp_path, 2), f"worker:{moment}")
+    assert done.returncode == 1, done.stderr
+    *_, saved, error = done.stderr.splitlines()
+    assert error.startswith("train.py: error: a loader worker was killed")
+    assert "Traceback" not in done.stderr
+    found = load_checkpoint(RunFiles(tmp_path).last)["global_step"]
+    assert saved.startswith(f"stopped at epoch 1, step {found}, which are saved")
+    assert found >= step
     assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
     assert_same_runs(tmp_path, whole)
 

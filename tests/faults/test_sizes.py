@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import data_loader
-from cliptune.data.shards import read_samples
+from cliptune.data.tar_samples import read_samples
 from cliptune.preprocess import decode
 from cliptune.preprocess.decode import load_image, part_path, read_bytes
 from tests.helpers.datasets import make_images, make_index, make_shards, png_bytes

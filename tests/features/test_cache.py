@@ -1,6 +1,7 @@
+import os
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 from clip_model import CLIPModel, MultimodalTrainer
-from cliptune.data.loaders import TrainLoader
+from cliptune.data.loaders import Batch, TrainLoader
 from cliptune.data.pairs import Pairs, load_pairs
+from cliptune.data.row_store import RowStore
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features import cache as feature_cache
 from cliptune.features.cache import FeatureCache, FeatureLoader, View, tower_key
@@ -321,3 +323,165 @@ def test_a_million_epochs_are_not_gone_through_before_the_first(pairs: Pairs, tm
     assert loader._texts is not None
     assert (loader._texts.rows >= 0).all()
     assert len(choices) < 1000
+
+
+def noise(rows: np.ndarray) -> None:
+    rows[:] = np.random.default_rng(0).standard_normal(rows.shape).astype("<f4")
+
+
+def nan(rows: np.ndarray) -> None:
+    rows[:] = np.nan
+
+
+def overwrite(folder: Path, change: Callable[[np.ndarray], None]) -> None:
+    for path in folder.glob("*.rows"):
+        rows = np.fromfile(path, dtype="<f4")
+        change(rows)
+        rows.tofile(path)
+
+
+@pytest.mark.parametrize("change", [noise, nan])
+def test_an_overwritten_cache_is_computed_anew_before_a_run(
+    pairs: Pairs, tmp_path: Path, change: Callable[[np.ndarray], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, everything = small_model(freeze_backbone=True), np.arange(30)
+    want = cache_of(model, tmp_path / "c").of_pairs(pairs).images
+    assert want is not None
+    expected = want[everything]
+    overwrite(tmp_path / "c", change)
+    got = cache_of(model, tmp_path / "c").of_pairs(pairs).images
+    assert got is not None
+    assert torch.equal(got[everything], expected)
+    assert caplog.text.count("30 rows are damaged, computed anew") == 1
+
+
+def test_an_output_that_is_not_finite_is_computed_anew_whatever_its_checksum(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(freeze_tower="image")
+    cached = cache_of(model, tmp_path / "c").images(pairs, View())
+    assert cached is not None
+    cached.put(np.array([3, 4]), torch.full((2, 256), torch.nan))
+    counted = Counted(model, monkeypatch)
+    again = cache_of(model, tmp_path / "c").images(pairs, View())
+    assert counted.since() == (2, 0)
+    assert again is not None
+    assert again[np.arange(30)].isfinite().all()
+
+
+def remove(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder)
+
+
+def empty(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+
+
+def fill_disk(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    patch.setattr(RowStore, "write", write)
+    overwrite(folder, nan)
+
+
+def fail(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    patch.setattr(RowStore, "read", read)
+
+
+@pytest.mark.parametrize("fault", [noise, nan, remove, empty, fill_disk, fail])
+def test_what_becomes_of_the_cache_in_a_run_changes_no_batch(
+    pairs: Pairs, tmp_path: Path, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches(folder: Path) -> Iterator[Iterator[Batch]]:
+        dataset = ImageTextDataset(pairs, transform=train_transform(224, "crop"), seed=3)
+        dataset.num_views = 2
+        plain = TrainLoader(dataset, batch_size=8, num_workers=0, device=CPU)
+        cache = cache_of(small_model(freeze_backbone=True), folder)
+        loader = FeatureLoader(plain, cache, augment="crop", num_epochs=4)
+        return (loader.epoch(epoch) for epoch in (1, 2, 1, 2))
+
+    want, got = batches(tmp_path / "a"), batches(tmp_path / "b")
+    for number, (epoch, expected) in enumerate(zip(got, want, strict=True)):
+        whole = list(expected)
+        found = [next(epoch)]
+        if number in {0, 2}:
+            if fault in {noise, nan}:
+                overwrite(tmp_path / "b", fault)
+            else:
+                with pytest.MonkeyPatch.context() as patch:
+                    fault(tmp_path / "b", patch)
+                    found += epoch
+        found += epoch
+        for one, two in zip(found, whole, strict=True):
+            assert torch.allclose(one.images, two.images, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(one.tokens, two.tokens, rtol=1e-4, atol=1e-5)
+            assert torch.equal(one.image_ids, two.image_ids)
+
+
+def test_a_full_disk_costs_no_second_computation(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small_model(freeze_tower="image")
+    expected = cache_of(model, tmp_path / "a").images(pairs, View())
+    with monkeypatch.context() as patch:
+        fill_disk(tmp_path / "a", patch)
+        cached = cache_of(model, tmp_path / "b").images(pairs, View())
+        counted = Counted(model, monkeypatch)
+        assert cached is not None
+        for _ in range(2):
+            outputs = cached[np.arange(30)]
+    assert counted.since() == (0, 0)
+    assert caplog.text.count("held in memory: [Errno 28] No space left on device") == 1
+    assert expected is not None
+    assert torch.allclose(outputs, expected[np.arange(30)], atol=1e-5)
+
+
+def test_an_output_that_cannot_be_computed_anew_is_an_error_that_names_the_image(pairs: Pairs, tmp_path: Path) -> None:
+    cached = cache_of(small_model(freeze_tower="image"), tmp_path / "c").images(pairs, View())
+    assert cached is not None
+    Path(pairs.paths[4]).unlink()
+    overwrite(tmp_path / "c", noise)
+    with pytest.raises(OSError, match=r"scene_00004\.png: No such file"):
+        cached[np.array([3, 4])]
+
+
+def test_a_file_that_was_replaced_is_computed_anew_and_one_that_was_copied_is_not(
+    pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their times say: `cp -p` and `rsync -t` keep them, `touch` and `cp` do not."""
+    paths = [Path(path) for path in pairs.paths]
+    for path, color in zip(paths[:2], ("red", "blue"), strict=True):
+        Image.new("RGB", (40, 40), color).save(path, format="BMP")
+    model = small_model(freeze_tower="image")
+    cache_of(model, tmp_path / "c").images(pairs, View())
+    status = [path.stat() for path in paths[:2]]
+    red, blue = (path.read_bytes() for path in paths[:2])
+    for path, content, times in zip(paths[:2], (blue, red), status, strict=True):
+        path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    paths[2].touch()
+    shutil.copy(paths[3], tmp_path / "copy")
+    (tmp_path / "copy").replace(paths[3])
+    counted = Counted(model, monkeypatch)
+    cache_of(model, tmp_path / "c").images(pairs, View())
+    assert counted.since() == (2, 0)
+
+
+def test_views_take_no_more_files_the_more_there_are(pairs: Pairs, tmp_path: Path) -> None:
+    cache = cache_of(small_model(freeze_backbone=True), tmp_path / "c")
+    few = pairs.select(range(2))
+    held = [cache.images(few, View("crop", 1, 0))]
+    assert held[0] is not None
+    held[0][np.arange(2)]
+    before = len(os.listdir("/dev/fd"))  # noqa: PTH208
+    for index in range(1, 20):
+        held.append(cache.images(few, View("crop", 1, index)))
+        assert held[-1] is not None
+        held[-1][np.arange(2)]
+    assert len(os.listdir("/dev/fd")) == before  # noqa: PTH208
+    assert len(list((tmp_path / "c").iterdir())) == 2

@@ -3,7 +3,8 @@
 FAULT=signal:1:4:SIGTERM python tests/helpers/fault_run.py ...
 
 sends it in step 4 to rank 1 with its workers; `kill:5:writing` is SIGKILL in the middle of the fifth
-checkpoint file, `kill:5:naming` before it gets its name.
+checkpoint file, `kill:5:naming` before it gets its name; `worker:4` is SIGKILL to the loader workers in step 4,
+`worker:validation` to those of the first validation after training.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ import io
 import os
 import signal
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+from torch.utils.data import get_worker_info
+
 import train
 from clip_model import MultimodalTrainer
+from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
+from data_loader import ImageTextDataset
 from tests.helpers.models import SMALL_VIT
 
 
@@ -59,9 +66,38 @@ def kill_in_file(index: str, place: str) -> None:
     Path.replace = replace_deadly  # type: ignore[assignment]
 
 
+def kill_worker(moment: str) -> None:
+    """Kill the workers of an epoch's loader in the middle of a step, or let those of its validation kill themselves."""
+    train_step, run_images, get = MultimodalTrainer.train_step, Encoder.run_images, ImageTextDataset.__getitem__
+    num_steps = 0
+
+    def faulty_step(self: MultimodalTrainer, *arguments: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if moment == str(num_steps):
+            for worker in psutil.Process().children():
+                worker.kill()
+        return train_step(self, *arguments)
+
+    def faulty_run(self: Encoder, *arguments: Any, **options: Any) -> Any:
+        if moment == "validation" and num_steps:
+            ImageTextDataset.__getitem__ = die  # type: ignore[method-assign]
+            self = replace(self, batch_size=2)
+        return run_images(self, *arguments, **options)
+
+    def die(self: ImageTextDataset, index: int) -> Any:
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, index)
+
+    MultimodalTrainer.train_step = faulty_step  # type: ignore[method-assign, assignment]
+    Encoder.run_images = faulty_run  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     ARCHITECTURES[SMALL_VIT.name] = SMALL_VIT
     if "FAULT" in os.environ:
         kind, *arguments = os.environ["FAULT"].split(":")
-        (signal_in_step if kind == "signal" else kill_in_file)(*arguments)
+        faults: dict[str, Any] = {"signal": signal_in_step, "kill": kill_in_file, "worker": kill_worker}
+        faults[kind](*arguments)
     sys.exit(train.main())

@@ -341,3 +341,41 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
         assert "HF_HUB_OFFLINE" in ask_hub(endpoint, tmp_path, HF_HUB_OFFLINE="1")
         assert re.search(r"no answer within 2 s|timed out", ask_hub(endpoint, tmp_path, answer_seconds=2))
     assert "Connection refused" in ask_hub(endpoint, tmp_path)
+
+
+@pytest.mark.parametrize("home", ["nowhere", "/dev/null", "/proc/1/fdinfo"])
+def test_without_a_home_the_way_out_is_told_and_no_folder_is_made(
+    home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "CLIP_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.setattr(published, "cached_weights", lambda name: None)
+    monkeypatch.setattr(published, "fetch_first", lambda sources: sources[0].fetch())
+    monkeypatch.setattr(
+        published, "archive_source", lambda url, path, sha256: published.Source(url, id, path.parent.mkdir)
+    )
+    with pytest.raises(OSError, match="--pretrained FILE"):
+        published_weights("ViT-B/32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user without an entry in the database of users."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(published, "cached_weights", lambda name: None)
+    with pytest.raises(OSError, match=r"no home folder to keep them in .*--pretrained FILE"):
+        published_weights("ViT-B/32")
+
+
+def test_a_cache_that_may_not_be_read_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "/root/.cache")
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", denied)
+    assert published.cached_weights("ViT-B/32") is None

@@ -230,3 +230,37 @@ def test_published_weights_from_the_hub_are_openais_whatever_stands_beside_them(
         )
     with pytest.raises(ValueError, match="made for activation quick_gelu, not gelu"):
         CLIPModel("RN50", activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("positional_embedding", (100_000, 1), "context length would be 100,000"),
+        ("visual.positional_embedding", (1_000_001, 1), "image resolution would be 32,000"),
+        ("visual.conv1.weight", (128, 3, 0, 0), "image resolution would be 0"),
+    ],
+)
+def test_sizes_that_no_clip_has_are_refused(name: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
+    """A mask of 100,000 x 100,000 is 40 GB, an image of 32,000 x 32,000 12 GB."""
+    torch.save({**random_clip("vit").state_dict(), name: torch.zeros(shape)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt: its {reason}"):
+        read_weights(tmp_path / "x.pt", activation="gelu")
+
+
+def test_many_patches_are_refused(tmp_path: Path) -> None:
+    state = random_clip("vit").state_dict()
+    state |= {"visual.conv1.weight": torch.zeros(128, 3, 1, 1), "visual.positional_embedding": torch.zeros(40_001, 1)}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="number of patches would be 40,000"):
+        read_weights(tmp_path / "x.pt", activation="gelu")
+
+
+@pytest.mark.parametrize("heads", [0, -1, 7, 10**9])
+def test_heads_that_do_not_divide_the_width_are_refused(heads: int, tmp_path: Path) -> None:
+    state = {key: value.contiguous() for key, value in random_clip("vit").state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"text_config": {}, "vision_config": {"num_attention_heads": heads}})
+    )
+    with pytest.raises(ValueError, match=f"{heads} heads do not divide"):
+        read_weights(tmp_path / "model.safetensors")

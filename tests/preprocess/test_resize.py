@@ -1,8 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from cliptune.preprocess.resize import Span, resize
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -41,3 +47,14 @@ def test_where_pillow_takes_the_columns_first_pixels_differ_little() -> None:
     assert np.array_equal(got, np.asarray(rows_first))
     difference = got.astype(int) - np.asarray(image.resize((40, 200), Image.Resampling.BICUBIC))
     assert np.abs(difference).mean() < 0.5  # noise is the worst case: it is cut off at 0 and 255 between the passes
+
+
+def test_where_nothing_can_be_written_the_machine_code_is_not_cached() -> None:
+    """The code's folder is read-only, and there is no home: as for a user of a container."""
+    code = (
+        "import numba.core.caching as caching; caching.CacheImpl._locator_classes = []\n"
+        "import numpy as np; from cliptune.preprocess.resize import Span, resize\n"
+        "print(resize(np.zeros((9, 9, 4), np.uint8), Span(0, 9, 3, 0, 3), Span(0, 9, 3, 0, 3)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "(3, 3, 3)\n"

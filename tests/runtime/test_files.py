@@ -136,3 +136,15 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "gone").symlink_to("nowhere")
     (tmp_path / "a" / "around").symlink_to(tmp_path)
     assert size_on_disk(tmp_path, tmp_path / "y", tmp_path / "none") == 1000
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "a": 2}', '{"a": 1, "a": 1}', '{"b": {"a": 1, "c": 2, "a": 3}}', '{"b": [{"a": {}, "a": []}]}']
+)
+def test_a_key_that_occurs_twice_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"x.json: not valid JSON: the key 'a' occurs twice in one object"):
+        read_json_object(path)
+    path.write_text('{"a": {"a": 1}, "b": [{"a": 1}, {"a": 1}]}')
+    assert read_json_object(path)["b"] == [{"a": 1}, {"a": 1}]

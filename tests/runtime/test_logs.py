@@ -2,6 +2,7 @@
 
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,41 @@ def test_a_closed_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     setup_logging("info")
     stream.close()
     logging.getLogger("train").info("epoch 1", extra=SHOWN_BY_BAR)
+
+
+FORGED = "2026-01-01 00:00:00,000 INFO train: forged"
+
+
+def test_a_message_is_one_printable_line_in_every_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    setup_logging("debug", tmp_path / "x.log")
+    logger = logging.getLogger("train")
+    logger.info("name %s, and the end", f"a\x1b[31m\r\n{FORGED}\u2028\u202e\x9b")
+    logger.info("name %s, and the end", "n" * 10_000_000)
+    warnings.warn(f"odd\n{FORGED}", UserWarning, stacklevel=1)
+    try:
+        raise ValueError(f"a\x1b\n{FORGED}")
+    except ValueError:
+        logger.debug("traceback", exc_info=True)
+    for text in (stream.getvalue(), (tmp_path / "x.log").read_text()):
+        lines = text.splitlines()
+        assert all(line.isprintable() for line in lines)
+        assert not any(line.startswith(FORGED) for line in lines)
+        assert len(text) < 10_000
+        assert sum("and the end" in line for line in lines) == 2
+        assert any("raise ValueError" in line for line in lines)  # a traceback has its lines
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    (tmp_path / "full.log").symlink_to("/dev/full")
+    setup_logging("info", tmp_path / "full.log")
+    for number in range(3):
+        logging.getLogger("train").info("line %d", number)
+    lines = stream.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("line")] == ["line 0", "line 1", "line 2"]
+    assert [line for line in lines if not line.startswith("line")] == [
+        f"{tmp_path}/full.log cannot be written: [Errno 28] No space left on device"
+    ]

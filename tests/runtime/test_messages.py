@@ -1,6 +1,6 @@
 import pytest
 
-from cliptune.runtime.messages import count, first_few, nearest, one_line, printable, shorten
+from cliptune.runtime.messages import count, first_few, message_line, nearest, one_line, printable, shorten, shown
 
 
 def test_counts_are_singular_or_plural() -> None:
@@ -38,3 +38,19 @@ def test_what_is_meant() -> None:
 def test_an_error_is_one_line() -> None:
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_values_from_files_are_shown_short_and_printable() -> None:
+    assert shown("a\nb\u202e" * 1000, 3) == r"a\nb..."
+    assert shown(3) == "3"
+
+
+def test_a_message_keeps_its_beginning_and_its_end() -> None:
+    line = message_line("in " + "x" * 10_000_000 + "\n: try y")
+    assert line.startswith("in xxx")
+    assert line.endswith(r"xxx\n: try y")
+    assert len(line) < 5000
+
+
+def test_an_item_of_a_list_is_cut() -> None:
+    assert len(first_few(["a" * 1_000_000, "b"])) < 2000

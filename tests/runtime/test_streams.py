@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.datasets import make_images, make_index
+
 ROOT = Path(__file__).parent.parent.parent
 STAGE = """
 import logging, os, sys
@@ -66,3 +68,17 @@ def test_a_stream_of_somebody_else_stays_theirs(capsys: pytest.CaptureFixture[st
     assert (sys.stdout, sys.stderr) == before
     print("caf\udce9")
     assert capsys.readouterr().out == "caf\\udce9\n"
+
+
+@pytest.mark.slow
+def test_files_outside_ascii_are_found_where_the_locale_is_not(tmp_path: Path) -> None:
+    """`LC_ALL=C` as containers and cron have it."""
+    make_images(tmp_path / "数据", "图.png", "片.png", "é.png")
+    make_index(tmp_path / "数据", [{"image": f"{name}.png", "caption": name} for name in "图片é"])
+    done = subprocess.run(
+        [sys.executable, ROOT / "data_loader.py", "--data_dir", "数据", "--check", "--num_workers", "0"],
+        cwd=tmp_path, env={"LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii").endswith("no issues; all 3 images can be read\n")

@@ -1,23 +1,33 @@
 """What is noticed about a run, and what is not."""
 
+import json
 import math
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cliptune.data.loaders import EpochBatches
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.features.metrics import chance_level, compute_retrieval_metrics
 from cliptune.features.similarity import similarity_means
 from cliptune.training.advice import (
     chance_loss,
     collapse,
+    is_at_chance,
     long_warmup,
     no_better_epoch,
+    nothing_carries_over,
+    pretrained_at_chance,
     small_validation,
     stuck_loss,
     unusual_tower_rate,
 )
 from cliptune.training.optim import num_warmup_steps
+from tests.helpers.runs import SMALL, small_runs
 from train import main
 
 
@@ -36,6 +46,7 @@ def test_one_validation_image_says_nothing() -> None:
     assert "1 validation image says nothing" in str(small_validation(1))
     assert "lower --learning_rate" not in no_better_epoch(1)
     assert "lower --learning_rate" in no_better_epoch(2)
+    assert "lower --learning_rate" not in no_better_epoch(20, at_chance=True)
     assert collapse(image_cosine=1.0, text_cosine=1.0, rsum=600, chance=600) is None
 
 
@@ -86,6 +97,53 @@ def test_features_that_are_all_alike(image_cosine: float, text_cosine: float, rs
     assert (found is None) == (said == "")
 
 
+@pytest.mark.parametrize(("start", "what"), [((0.5, 1.0), "captions"), ((1.0, 0.5), "images"), ((0.99, 0.99), None)])
+def test_features_that_were_all_the_same_before_the_first_step(start: tuple[float, float], what: str | None) -> None:
+    found = str(collapse(image_cosine=1.0, text_cosine=1.0, rsum=20, chance=20, start=start))
+    if what is None:
+        assert "lower --learning_rate" in found
+    else:
+        assert found.startswith(f"the features of all {what} were the same before the first step")
+        assert "learning_rate" not in found
+
+
+@pytest.mark.parametrize(
+    ("losses", "val_losses", "said"),
+    [
+        ([2.2, 2.1], [2.4, 2.35], True),
+        ([2.2, 2.1], [2.35, 2.2], False),  # validates better than chance
+        ([2.2], [2.4], False),
+        ([2.3, 2.29], [2.4, 2.35], False),  # nothing is learned at all
+        ([], [], False),
+    ],
+)
+def test_pairs_that_are_learned_by_heart(losses: list[float], val_losses: list[float], said: bool) -> None:
+    chance = math.log(10)
+    found = nothing_carries_over(losses, val_losses, chance=chance, val_chance=chance)
+    assert (found is not None) == said
+    assert nothing_carries_over(losses, val_losses, chance=0.0, val_chance=chance) is None
+    if said:
+        assert "Captions may not belong to their images" in str(found)
+
+
+@pytest.mark.parametrize("num_images", [20, 200, 2000])
+def test_random_ranks_are_at_chance_and_better_ones_are_not(num_images: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.arange(num_images)
+    chance = chance_level(num_images, owners)
+    draws = []
+    for _ in range(40):
+        images, texts = torch.randn(2, num_images, 16, generator=generator)
+        images, texts = torch.nn.functional.normalize(images, dim=1), torch.nn.functional.normalize(texts, dim=1)
+        metrics = compute_retrieval_metrics(images, texts, owners)
+        draws.append(is_at_chance(metrics["rsum"], chance, num_images=num_images))
+    assert sum(draws) >= 34
+    assert not is_at_chance(1.7 * chance["rsum"], chance, num_images=num_images)
+    assert not is_at_chance(600, chance_level(1, torch.arange(1)), num_images=1)
+    found = pretrained_at_chance(chance["rsum"], chance, num_images=num_images)
+    assert "Captions may not belong to their images" in str(found)
+
+
 def test_the_mean_cosine_of_two() -> None:
     features = torch.nn.functional.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), dim=1)
     means = similarity_means(features, features[:1].expand(7, 5), torch.arange(7))
@@ -104,3 +162,67 @@ def test_a_run_that_collapses_says_so_once(
     error = capsys.readouterr().err
     for message in ("6 validation images tell", "the model has collapsed", "the rates rise for 7 steps, but"):
         assert error.count(message) == 1, message
+
+
+def shuffled(rows: list[dict[str, Any]]) -> None:
+    captions = [row["caption"] for row in rows]
+    random.Random(0).shuffle(captions)
+    for row, caption in zip(rows, captions, strict=True):
+        row["caption"] = caption
+
+
+def begun_alike(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["caption"] = ["word " * 100 + caption for caption in row["caption"]]
+
+
+def unchanged(rows: list[dict[str, Any]]) -> None:
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "said", "never"),
+    [
+        (shuffled, "images with their captions: do they belong together", "lower --learning_rate\n"),
+        (begun_alike, "the features of all captions were the same before the first step", "a lower --learning_rate"),
+        (unchanged, "", "do they belong together"),
+    ],
+)
+def test_data_that_no_rate_helps_is_told_within_four_epochs(
+    change: Callable[[list[dict[str, Any]]], None],
+    said: str,
+    never: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    create_sample_dataset(tmp_path / "data", 200)
+    rows = json.loads((tmp_path / "data" / "data.json").read_text())
+    change(rows)
+    (tmp_path / "data" / "data.json").write_text(json.dumps(rows))
+    with small_runs():
+        flags = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--num_epochs", "4"]
+        assert main([*flags, *SMALL, "--precision", "fp32"]) == 0
+    out, error = capsys.readouterr()
+    assert said in error
+    assert never not in out + error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [shuffled, unchanged])
+def test_a_pretrained_model_says_at_once_that_captions_belong_elsewhere(
+    change: Callable[[list[dict[str, Any]]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_sample_dataset(tmp_path / "data", 200)
+    flags = ["--data_dir", str(tmp_path / "data"), "--val_split", "0.2", *SMALL, "--precision", "fp32"]
+    with small_runs():
+        assert main([*flags, "--output_dir", str(tmp_path / "first"), "--num_epochs", "6"]) == 0
+        rows = json.loads((tmp_path / "data" / "data.json").read_text())
+        change(rows)
+        (tmp_path / "data" / "data.json").write_text(json.dumps(rows))
+        capsys.readouterr()
+        weights = str(tmp_path / "first" / "model-checkpoint" / "best_model.pth")
+        more = ["--pretrained", weights, "--output_dir", str(tmp_path / "second"), "--num_epochs", "1"]
+        assert main([*flags, *more]) == 0
+    said = "the pretrained model finds no more than chance" in capsys.readouterr().err
+    assert said == (change is shuffled)
