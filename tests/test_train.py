@@ -1,5 +1,6 @@
 """Runs of the training stage: what they leave, how they are broken off and resumed, what they say."""
 
+import errno
 import json
 import math
 import os
@@ -352,6 +353,65 @@ def test_an_earlier_run_is_set_aside(
     for name in ("model-checkpoint/best_model.pth", "logs/steps.jsonl", "logs/train.log"):
         assert (tmp_path / "previous" / started / name).exists()
     assert (tmp_path / "results" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("removed", ["logs", "results", "logs/train.log", ""])
+def test_what_is_removed_while_a_run_goes_on_is_made_again(
+    removed: str, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_step, files = MultimodalTrainer.train_step, RunFiles(tmp_path / "out")
+
+    def removing(self: MultimodalTrainer, *arguments: Any) -> Any:
+        if self.global_step == 7:  # in the second epoch
+            path = files.root / removed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return train_step(self, *arguments)
+
+    small.setattr(MultimodalTrainer, "train_step", removing)
+    assert main(small_flags(sample_dir, files.root, "--log_interval", "1")) == 0
+    error = capsys.readouterr().err
+    assert error.count("removed while the run goes on") == 1
+    assert "Traceback" not in error
+    assert load_checkpoint(files.last)["epoch"] == 2
+    assert [record["epoch"] for record in lines_of(files.history)] == [0, 1, 2]
+    assert len(json.loads(files.results.read_text())["history"]) == 3
+    assert "epoch 2: loss" in files.log.read_text()
+    assert list(files.events.glob("events*"))
+    assert main(["--output_dir", str(files.root), "--resume", "--num_epochs", "3"]) == 0
+
+
+def test_a_second_run_leaves_the_first_ones_files_on_their_disk(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = RunFiles(tmp_path / "out")
+    files.root.mkdir()
+    (tmp_path / "disk").mkdir()
+    files.last.parent.symlink_to(tmp_path / "disk")
+    flags = small_flags(sample_dir, files.root, "--num_epochs", "1", "--freeze_backbone")
+    assert main(flags) == 0
+    first = files.last.read_bytes()
+    assert main(flags) == 0
+    assert re.search(
+        r"the earlier run's files are now in .*/out/previous/\S+ \(\d+\.\d [MG]B\)", capsys.readouterr().err
+    )
+    assert next((files.root / "previous").glob("*/model-checkpoint/last_model.pth")).read_bytes() == first
+    assert files.last.parent.is_symlink()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_locks_and_warns_once(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    small.setattr("fcntl.flock", refuse)
+    assert main(small_flags(sample_dir, tmp_path, "--num_epochs", "1")) == 0
+    assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
+    assert capsys.readouterr().err.count("has no locks (No locks available)") == 2  # a warning a run
+    with RunFiles(tmp_path).locked():
+        assert main(["--output_dir", str(tmp_path), "--resume"]) == 2
+    assert "another run is writing to" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_state_that_is_not_finite_is_not_saved(

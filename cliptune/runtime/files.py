@@ -49,7 +49,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            _sync(file.fileno())
+            _sync(file.fileno(), path)
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -139,13 +139,13 @@ def size_on_disk(*paths: Path) -> int:
     return sum(sizes.values())
 
 
-def _sync(descriptor: int) -> None:
+def _sync(descriptor: int, path: Path) -> None:
     """Bring a file's content to the disk, where the file system can; an input/output error is raised."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in NO_SYNC:
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _sync_folder(folder: Path) -> None:
     except OSError:  # it may be written, but not read
         return
     try:
-        _sync(descriptor)
+        _sync(descriptor, folder)
     except OSError as error:
         if error.errno in {errno.EIO, *FULL}:  # others: network file systems that cannot
             raise

@@ -21,7 +21,7 @@ from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
-from cliptune.runtime.messages import printable, shown
+from cliptune.runtime.messages import first_few, printable, shown
 from cliptune.training.advice import (
     SAME_COSINE,
     chance_loss,
@@ -94,10 +94,12 @@ class Journal:
         self._bar = progress_bar(disable=True)
         self._steps: Any = None
         self._events: Any = None
+        self._written: set[Path] = set()
         if is_main():
             # a run that is resumed at step 40 was killed at step 47: 41 to 47 come again
             _drop_later_steps(files.steps, state.step)
             self._open_files(state)
+            self._written = {path for path in (files.log, files.history, files.steps) if path.exists()}
             self._events = EventFile(files.events, purge_step=state.step + 1)
 
     def __enter__(self) -> Journal:
@@ -178,18 +180,18 @@ class Journal:
         self._steps = self.files.steps.open("a", encoding="utf-8")
 
     def _append_history(self, state: RunState) -> None:
-        """Add the last epoch to `history.jsonl`; if somebody has removed the logs meanwhile, begin them again."""
-        if self.files.history.exists() and self.files.steps.exists():
+        """Add the last epoch to `history.jsonl`; what somebody has removed meanwhile is begun again."""
+        removed = sorted(path for path in self._written if not path.exists())
+        if removed:
+            self._steps.close()
+            self._open_files(state)
+            reopen_log_file()
+            logger.warning(
+                "removed while the run goes on, and begun again without what was in them: %s", first_few(removed)
+            )
+        else:
             with self.files.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.history[-1]) + "\n")
-            return
-        self._steps.close()
-        self._open_files(state)
-        reopen_log_file()
-        logger.warning(
-            "files of %s were removed while the run goes on: they are begun again, without the lines of earlier steps",
-            self.files.log.parent,
-        )
 
     def write_results(self, state: RunState, *, finished: bool) -> None:
         """Write the results file: all that the figures are drawn from."""
@@ -212,6 +214,7 @@ class Journal:
             "history": state.history,
         }
         results.write(self.files.results, results.TrainingResults.model_validate(values))
+        self._written.add(self.files.results)
 
     def summary(self, state: RunState) -> str:
         """Lay the result beside the model as loaded."""
