@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import time
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from cliptune.data.table import Strings
 from cliptune.preprocess.decode import file_stamp, read_ends
+from cliptune.preprocess.resize import compiled
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.logs import progress_bar
 
@@ -74,7 +73,7 @@ def text_hashes(texts: Strings, *, prefix: str = "", seed: int = 0) -> Hashes:
     for begin in range(0, len(texts), _BLOCK):
         column = texts.column(slice(begin, begin + _BLOCK))
         _, ends, content = column.buffers()
-        _hash_texts(
+        compiled(_hash_texts)(
             np.frombuffer(content or b"", dtype=np.uint8),
             np.frombuffer(ends, dtype=np.int64),
             start,
@@ -84,7 +83,6 @@ def text_hashes(texts: Strings, *, prefix: str = "", seed: int = 0) -> Hashes:
     return hashes
 
 
-@functools.partial(njit, nogil=True, cache=True)  # compiled where it is first called
 def _hash_texts(text: Any, ends: Any, prefix: Any, seed: Any, hashes: Any) -> None:
     for row in range(len(hashes)):
         begin, end = ends[row], ends[row + 1]

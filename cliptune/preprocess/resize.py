@@ -64,9 +64,9 @@ def resize(pixels: Pixels, columns: Span, rows: Span) -> Pixels:
     # along the rows first, as Pillow: rounding between the passes makes the order visible in the pixels
     top, bottom = int(down.starts.min()), int((down.starts + down.counts).max())
     narrow = np.empty((bottom - top, columns.num_out, 4), dtype=np.uint8)  # [rows used, new width, 4]
-    _compiled(_sum_across)(pixels.view(np.uint32)[..., 0], top, *across, narrow.view(np.uint32)[..., 0])
+    compiled(_sum_across)(pixels.view(np.uint32)[..., 0], top, *across, narrow.view(np.uint32)[..., 0])
     result = np.empty((rows.num_out, columns.num_out, 4), dtype=np.uint8)
-    _compiled(_sum_down)(_lines(narrow), down.starts - top, down.counts, down.values, _lines(result))
+    compiled(_sum_down)(_lines(narrow), down.starts - top, down.counts, down.values, _lines(result))
     return result[..., :3]  # [new height, new width, 3]
 
 
@@ -77,19 +77,19 @@ def _lines(pixels: Pixels) -> Pixels:
 
 @lru_cache(maxsize=512)
 def _weights(span: Span) -> _Weights:
-    starts, counts, values = _compiled(_weigh)(span.stop - span.start, span.size, span.first, span.num_out)
+    starts, counts, values = compiled(_weigh)(span.stop - span.start, span.size, span.first, span.num_out)
     return _Weights(starts + span.start, counts, values)
 
 
 @lru_cache(maxsize=8)
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile where a function is first called, not at import; numba caches the machine code for the next process."""
     compile_with = partial(njit, function, nogil=True)
     try:
-        compiled: Callable[..., Any] = compile_with(cache=True)
+        fast: Callable[..., Any] = compile_with(cache=True)
     except RuntimeError:  # neither the code's folder nor a home can be written to
-        compiled = compile_with()
-    return compiled
+        fast = compile_with()
+    return fast
 
 
 def _weigh(length: int, size: int, first: int, num_out: int) -> Any:
