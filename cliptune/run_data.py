@@ -171,7 +171,7 @@ def open_data(
     )  # fmt: skip
     cache = None
     if _caches_features(config, model):
-        identify = _identify_within(splits, cache_file=cache_dir / "identities.parquet")
+        identify = _identify_within(splits, cache_file=cache_dir / "identities.npz")
         cache = FeatureCache(encoder, cache_dir / "features", identify=identify)
 
     transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
