@@ -34,10 +34,7 @@ class _Fields(BaseModel):
     epoch: Count
     global_step: Count
     run_id: Annotated[str, Field(max_length=100)] = ""
-    run_id: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     config: dict[str, Any] = {}
-    config_file: dict[str, dict[str, Any]] = {}
-    data: dict[str, dict[str, Any]] = {}
     config_file: dict[str, dict[str, Any]] = {}
     data: dict[str, dict[str, Any]] = {}
     val_images: list[Annotated[str, Field(max_length=MAX_TEXT)]] = []
