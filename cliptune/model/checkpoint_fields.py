@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cliptune.runtime.messages import printable, shorten
 
@@ -23,6 +23,16 @@ MAX_TEXT = 10_000
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def _check_length(path: str) -> str:
+    if len(path) > MAX_TEXT:
+        raise ValueError(f"a path has more than {MAX_TEXT:,} characters")
+    return path
+
+
+ImagePath = Annotated[str, AfterValidator(_check_length)]
+"""Not `max_length`, for which pydantic wants Unicode: file names are bytes, and odd ones are half characters here."""
+
+
 class _Fields(BaseModel):
     """Types of what a checkpoint holds, where it holds it; other keys are not looked at."""
 
@@ -37,7 +47,7 @@ class _Fields(BaseModel):
     config: dict[str, Any] = {}
     config_file: dict[str, dict[str, Any]] = {}
     data: dict[str, dict[str, Any]] = {}
-    val_images: list[Annotated[str, Field(max_length=MAX_TEXT)]] = []
+    val_images: list[ImagePath] = []
     run_state: dict[str, Any] = {}
     optimizer_state_dict: dict[str, Any] = {}
     scheduler_state_dict: dict[str, Any] | None = None
