@@ -93,7 +93,7 @@ def test_an_error_of_the_disk_is_an_error(of_folder: bool, tmp_path: Path, monke
 
     write_json(tmp_path / "x.json", {})
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error: .*/"):
+    with pytest.raises(OSError, match=r"Input/output error: .*/"):
         write_json(tmp_path / "x.json", {"a": 1})
     assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
 
