@@ -255,9 +255,8 @@ def check_config(folder: Path, content: bytes) -> None:
     path.write_bytes(content)
     found = read_or_refuse(path, lambda: load_config(["--config", str(path)], description=""))
     if found is not None:
-        config, given_flags = found
-        assert not given_flags
-        assert Config.model_validate(config.model_dump()) == config
+        assert not found.given
+        assert Config.model_validate(found.config.model_dump()) == found.config
 
 
 @MANY
