@@ -140,8 +140,6 @@ class Loader(DataLoader[Any]):
                     raise item.error
                 yield _map_fields(item, _Piped, self._from_pipe)
         except RuntimeError as error:
-            if str(error).startswith("DataLoader worker (pid"):
-                raise KilledWorkerError from None
             if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
                 raise OSError(f"too many open files: {FEWER_FILES}") from None
             raise
@@ -149,12 +147,19 @@ class Loader(DataLoader[Any]):
     def _start(self) -> Generator[Any]:
         takes_signals = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if takes_signals else None
+        items: Any = self._iterator
         try:
             items = super().__iter__()  # persistent workers are waited for here
             if takes_signals:
                 signal.signal(signal.SIGCHLD, before)
             yield from items
-        except (ConnectionError, EOFError):  # a tensor's memory is fetched from the worker that has put it there
+        # a tensor's memory is fetched from the worker that has put it there
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+                raise
+            # the others may wait for a lock that it held, and heed SIGTERM after half a minute only
+            for worker in items._workers if items is not None else ():
+                worker.kill()
             raise KilledWorkerError from None
 
     def _from_pipe(self, piped: _Piped) -> Tensor:
@@ -273,9 +278,18 @@ def _free_descriptors() -> int:
 
 def _begin_worker(worker_id: int) -> None:
     leave_signals_to_main(worker_id)
+    threading.Thread(target=_end_with_main, daemon=True).start()
     # what fails on its way out is dropped by Python with a traceback, and the main process would wait for it for ever;
     # it sees a worker that ends
     Queue._on_queue_feeder_error = staticmethod(_leave)  # type: ignore[attr-defined]
+
+
+def _end_with_main() -> None:
+    """Leave once the main process is gone; a full pipe that nobody reads any more would hold a worker for ever."""
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
 
 
 def _leave(error: Exception, _: Any) -> None:

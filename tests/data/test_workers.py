@@ -19,6 +19,7 @@ from cliptune.data.workers import fitting_workers, make_loader, shared_number
 from cliptune.preprocess import decode
 from cliptune.preprocess.decode import read_bytes
 from cliptune.preprocess.transforms import clip_transform
+from cliptune.runtime.stopping import KilledWorkerError
 from data_loader import ImageTextDataset
 from tests.helpers.datasets import make_shards
 from tests.helpers.limits import run_limited
@@ -170,6 +171,26 @@ def test_what_cannot_be_handed_over_ends_the_run() -> None:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, alarm)
+
+
+class Deadly(Dataset[int]):
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> int:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_where_a_worker_is_killed_the_others_end_too(persistent: bool) -> None:
+    loader = make_loader(Deadly(), num_workers=3, persistent=persistent)
+    with pytest.raises(KilledWorkerError, match="try fewer --num_workers"):
+        list(loader)
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=20)
+        assert not worker.is_alive()
 
 
 class Numbers(Dataset[int]):

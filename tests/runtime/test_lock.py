@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cliptune.runtime import lock
+from cliptune.runtime.files import write_json
 from cliptune.runtime.lock import LOCK_NAME, MARKER_NAME, exclusive
 from tests.helpers.launch import ROOT
 
@@ -57,7 +58,7 @@ def refused(folder: Path) -> str:
 def edit(folder: Path, **values: Any) -> Path:
     """Change what the marker says."""
     path = folder / MARKER_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    write_json(path, {**json.loads(path.read_text()), **values})  # whole at once, since the run looks at it
     return path
 
 

@@ -36,7 +36,7 @@ def test_a_folder_that_is_removed_is_made_again(tmp_path: Path, caplog: pytest.L
     events.path.parent.rmdir()
     events.add_scalar("loss", 2.0, 2)
     assert read(tmp_path / "x", "loss") == [(2, 2.0)]
-    assert not [record for record in caplog.records if record.name != "tensorboard"]
+    assert "TensorBoard events" not in caplog.text
 
 
 def test_what_cannot_be_written_is_said_once_and_the_run_goes_on(
@@ -45,4 +45,4 @@ def test_what_cannot_be_written_is_said_once_and_the_run_goes_on(
     (tmp_path / "x").touch()
     events = EventFile(tmp_path / "x", purge_step=1)
     events.add_scalar("loss", 1.0, 1)
-    assert [record.getMessage()[:38] for record in caplog.records] == ["no more TensorBoard events are written"]
+    assert caplog.text.count("no more TensorBoard events are written") == 1
