@@ -43,8 +43,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the random part keeps two writers of the same file apart, also on two machines
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -58,6 +57,19 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(path)) from error  # the system does not say which file
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def has_link(source: Path, path: Path) -> bool:
+    """Give a file a second name, which another file may have had; tell whether this disk takes one."""
+    temporary = _temporary(path)
+    try:
+        temporary.hardlink_to(source)
+        temporary.replace(path)
+    except OSError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming a file to its own other name does nothing
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,6 +118,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def _temporary(path: Path) -> Path:
+    # the random part keeps two writers of the same file apart, also on two machines
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
 
 
 def remove_partial_files(folder: Path, *, older_than: float = 0.0) -> None:

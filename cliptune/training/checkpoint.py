@@ -17,7 +17,7 @@ from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fiel
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
 from cliptune.model.parallel import whole
 from cliptune.runtime.distributed import any_rank, is_main
-from cliptune.runtime.files import read_json_object, remove_partial_files, size_on_disk
+from cliptune.runtime.files import has_link, read_json_object, remove_partial_files, size_on_disk
 from cliptune.runtime.lock import exclusive
 from cliptune.runtime.messages import one_line
 from cliptune.training.state import RunState
@@ -308,7 +308,7 @@ class CheckpointWriter:
         written: dict[int, Path] = {}
         for path in list(self._waiting):
             state = self._waiting[path]
-            if (same := written.get(id(state))) is not None and _has_link(same, path):
+            if (same := written.get(id(state))) is not None and has_link(same, path):
                 del self._waiting[path]
                 continue
             written[id(state)] = path
@@ -327,7 +327,7 @@ class CheckpointWriter:
         step, last = state["global_step"], self.files.last
         if self.keep > 1 and self.last_step not in {None, step} and last.exists():
             earlier = self.files.earlier(self.last_step)
-            if _has_link(last, earlier):  # a rename would leave a moment without a last one
+            if has_link(last, earlier):  # a rename would leave a moment without a last one
                 self.own.add(earlier)
             else:
                 logger.warning("no state before %s is kept: this disk does not take a second name for a file", last)
@@ -343,19 +343,6 @@ class CheckpointWriter:
         tensors = state["model_state_dict"]
         # the memo of deepcopy: what is fixed counts as copied already, and is shared
         return copy.deepcopy(state, {id(tensors[name]): tensors[name] for name in self.fixed})
-
-
-def _has_link(path: Path, name: Path) -> bool:
-    """Give a file a second name, which another file may have had; tell whether this disk takes one."""
-    temporary = name.with_name(f".{name.name}.link")
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.hardlink_to(path)
-        temporary.replace(name)
-        temporary.unlink(missing_ok=True)  # renaming a file to its own other name does nothing
-    except OSError:
-        return False
-    return True
 
 
 def check_state(content: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cliptune.model.checkpoint_fields import STATE_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
-from cliptune.runtime.files import atomic_writer
+from cliptune.runtime.files import atomic_writer, has_link
 from cliptune.runtime.messages import count, one_line
 from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.state import RunState
@@ -51,7 +51,7 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
             path.replace(aside)
             logger.warning("%s; that file is now %s", reason, aside)
         if reason and not why_not(origin / path.name, run_id=run_id, epoch=epoch):
-            copy_or_link(origin / path.name, path)
+            _link_or_copy(origin / path.name, path)
     if not files.best.exists() and state.totals is None and state.epoch == state.best_epoch:
         content = load_checkpoint(state_path)  # whose weights are the best ones
         save_checkpoint(files.best, {key: value for key, value in content.items() if key not in TRAINING_KEYS})
@@ -63,7 +63,7 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
                 state.best_epoch,
             )
         state.best, state.best_epoch = state.baseline, 0
-        copy_or_link(files.loaded, files.best)
+        _link_or_copy(files.loaded, files.best)
     for path in (files.best, files.loaded):
         if not path.exists():
             logger.warning("%s is not there, and cannot be had: it is of a run of before it was kept, or lost", path)
@@ -83,13 +83,8 @@ def verify_best(state: RunState, files: RunFiles, *, run_id: str) -> None:
         )
 
 
-def copy_or_link(source: Path, path: Path) -> None:
-    """Give a file a second name; copy it where the disk takes none, or it is another disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    try:
-        path.hardlink_to(source)
-    except OSError:
+def _link_or_copy(source: Path, path: Path) -> None:
+    if not has_link(source, path):  # another disk, or one that takes no second names
         with source.open("rb") as content, atomic_writer(path) as file:
             shutil.copyfileobj(content, file)
 
