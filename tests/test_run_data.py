@@ -22,12 +22,21 @@ def small() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+@pytest.fixture(scope="module")
+def finished(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    with small_runs() as patch:
+        patch.chdir(folder)
+        shutil.copytree(sample_dir, folder / "data")
+        assert main(["--data_dir", "data", "--output_dir", "run", "--num_epochs", "1", *FLAGS]) == 0
+    return folder
+
+
 @pytest.fixture
-def run(sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> Path:
+def run(finished: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> Path:
     """A run of one epoch, on data of its own."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     small.chdir(tmp_path)
-    shutil.copytree(sample_dir, tmp_path / "data")
-    assert main(["--data_dir", "data", "--output_dir", "run", "--num_epochs", "1", *FLAGS]) == 0
     return tmp_path / "run"
 
 

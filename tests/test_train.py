@@ -271,6 +271,7 @@ def test_a_run_that_is_broken_off_and_resumed_is_the_unbroken_one(
     assert_same_runs(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_a_changed_bit_of_a_run_would_be_seen(whole: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(whole("augmented"), tmp_path / "other")
     assert_same_runs(tmp_path / "other", whole("augmented"))
@@ -355,6 +356,7 @@ def test_an_earlier_run_is_set_aside(
     assert (tmp_path / "results" / "mine.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", ["logs", "results", "logs/train.log", ""])
 def test_what_is_removed_while_a_run_goes_on_is_made_again(
     removed: str, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -458,6 +460,7 @@ def test_an_image_without_numbers_stops_the_run_or_is_skipped(
         assert "skipped (1 in a row)" in error
 
 
+@pytest.mark.slow
 def test_a_later_run_with_frozen_towers_runs_no_tower(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:
@@ -539,6 +542,7 @@ def test_sample_data_is_made_only_where_no_folder_was_named(
     assert len(json.loads((tmp_path / "data" / "data.json").read_text())) == 40
 
 
+@pytest.mark.slow
 def test_a_worse_fine_tuning_is_seen_and_not_kept(
     trained_dir: Path, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -561,6 +565,7 @@ def test_a_worse_fine_tuning_is_seen_and_not_kept(
     assert results["run"]["model_name"] == "ViT-Ti/32"
 
 
+@pytest.mark.slow
 def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:
@@ -613,6 +618,7 @@ def test_a_profile_and_the_peak_memory(whole: Callable[[str], Path]) -> None:
     assert results["peak_memory_gb"]["process"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_trained_in_micro_batches(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,6 +159,7 @@ def make_unsendable(samples: Any) -> Any:
     return Unsendable() if samples[0] == 4 else samples
 
 
+@pytest.mark.slow
 def test_what_cannot_be_handed_over_ends_the_run() -> None:
     """PyTorch alone waits for it for ever."""
     batches = [[0], [4], [6]]
@@ -183,6 +184,7 @@ class Deadly(Dataset[int]):
         return index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_where_a_worker_is_killed_the_others_end_too(persistent: bool) -> None:
     loader = make_loader(Deadly(), num_workers=3, persistent=persistent)
@@ -223,6 +225,7 @@ def refusing(call: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
     return refuse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
 def test_too_many_open_files_are_no_fault_of_an_image(
