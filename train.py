@@ -211,9 +211,18 @@ class Resumed(NamedTuple):
     path: Path
     content: dict[str, Any]
 
+    @classmethod
+    def checked(cls, path: Path, content: dict[str, Any]) -> Resumed:
+        """Return a checkpoint that a run can be resumed from.
+
+        Raises:
+            ValueError: it is none.
+        """
+        check_state(content, path)
+        return cls(path, content)
+
     def settings(self, started: Started) -> Config:
         """Return its run's settings, changed by the flags that are given and may change."""
-        check_state(self.content, self.path)
         return resumed_config(self.content, started, source=self.path)
 
 
@@ -230,7 +239,7 @@ def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resu
     config, resumed = started.config, None
     resume = config.run.resume
     if resume not in {None, "latest"}:
-        resumed = Resumed(Path(str(resume)), load_checkpoint(str(resume)))
+        resumed = Resumed.checked(Path(str(resume)), load_checkpoint(str(resume)))
         if "output_dir" not in started.given:  # where it goes on is told by where the file lies, not by what it holds
             started = started.at(RunFiles.around(resumed.path).root)
         config = resumed.settings(started)
@@ -243,7 +252,7 @@ def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resu
         if found is None:
             logger.info("nothing to resume in %s: starting from the beginning", files.root)
         else:
-            resumed = Resumed(*found)
+            resumed = Resumed.checked(*found)
             config = resumed.settings(started)
     if resumed is not None:
         epoch, step = resumed.content["epoch"], resumed.content["global_step"]
