@@ -238,9 +238,10 @@ def test_an_epoch_goes_on_from_a_batch_without_loading_those_before(
 def test_workers_leave_signals_to_the_main_process(sample_dir: Path) -> None:
     loader = TrainLoader(ImageTextDataset(sample_dir), batch_size=5, num_workers=2, device=CPU)
     batches = loader.epoch(1)
-    next(batches)
+    for _ in range(2):  # one of each worker, which by then leaves signals alone
+        next(batches)
     for process in loader.loader._iterator._workers:  # type: ignore[union-attr]
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(process.pid, number)
-    assert len(list(batches)) == 11
+    assert len(list(batches)) == 10
     assert len(list(loader.epoch(2))) == 12
