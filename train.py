@@ -108,10 +108,11 @@ def _train(argv: list[str] | None) -> int:
         trainer = _make_trainer(
             config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
+        began = {} if resumed is None else resumed.content
         about: dict[str, Any] = {
-            "run_id": uuid.uuid4().hex if resumed is None else resumed.content.get("run_id", ""),
+            "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
             "config": config.model_dump(),
-            "config_file": started.file_values,
+            "config_file": began.get("config_file", started.file_values),
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
         }
