@@ -5,6 +5,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_a_worker_that_is_killed_ends_a_run_whose_last_step_is_saved(
     assert error.startswith("train.py: error: a loader worker was killed")
     assert "Traceback" not in done.stderr
     found = load_checkpoint(RunFiles(tmp_path).last)["global_step"]
-    assert saved.startswith(f"stopped at epoch 1, step {found}, which are saved")
+    # it is noticed up to five seconds later, when the epoch's last steps may be done
+    assert re.match(rf"stopped at epoch [12], step {found}, which are saved", saved)
     assert found >= step
     assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
     assert_same_runs(tmp_path, whole)
