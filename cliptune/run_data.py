@@ -18,7 +18,15 @@ from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import Shards, is_shards
 from cliptune.data.skipped import SkippedData
-from cliptune.data.snapshot import Snapshot, Snapshots, describe_change, is_reordered, keep_sides, take_snapshots
+from cliptune.data.snapshot import (
+    Snapshot,
+    Snapshots,
+    describe_change,
+    is_reordered,
+    keep_sides,
+    take_snapshots,
+    validates_on_trained,
+)
 from cliptune.data.splits import training_pairs
 from cliptune.data.table import Strings
 from cliptune.data.workers import fitting_workers
@@ -82,6 +90,11 @@ def reread_data(
         logger.warning("resumed with other data (--allow_data_change): %s", change)
         splits = _read_splits(config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file))
         snapshots = take_snapshots(splits, cache_file=cache_file)
+        if validates_on_trained(snapshots, before):
+            raise ValueError(
+                f"{config.data.data_dir} has no image that the run validated on, and all others may have been trained "
+                "on: name a validation set with --val_data"
+            )
     elif is_reordered(before, snapshots):
         logger.warning("the images come in another order than before: this epoch's batches are not the unbroken run's")
     return splits, snapshots

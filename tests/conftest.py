@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cliptune.data.sample_data import create_sample_dataset
+from tests.helpers.runs import small_runs
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small() -> Iterator[pytest.MonkeyPatch]:
+    """Let `train.main` know the small model."""
+    with small_runs() as patch:
+        yield patch
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,6 @@ from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
 FLAGS = [*SMALL, "--precision", "fp32"]
-
-
-@pytest.fixture
-def small() -> Iterator[pytest.MonkeyPatch]:
-    with small_runs() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -38,12 +38,6 @@ def flags_for(data_dir: Path, output_dir: Path, *more: str) -> list[str]:
 
 def small_flags(data_dir: Path, output_dir: Path, *more: str) -> list[str]:
     return ["--data_dir", str(data_dir), "--output_dir", str(output_dir), *SMALL, "--num_epochs", "2", *more]
-
-
-@pytest.fixture
-def small() -> Iterator[pytest.MonkeyPatch]:
-    with small_runs() as patch:
-        yield patch
 
 
 def test_a_run_leaves_what_the_readme_says(trained_dir: Path) -> None:

@@ -125,6 +125,13 @@ def keep_sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: P
     return replace(pairs, splits=splits).select(np.flatnonzero(~crossed))
 
 
+def validates_on_trained(now: Snapshots, before: Snapshots) -> bool:
+    """Tell whether validation images were drawn from those that were trained on, since none of the old ones is left."""
+    val = now["val"].files
+    was_val, was_train = (np.isin(val, before.get(split, EMPTY).files).any() for split in ("val", "train"))
+    return bool(was_train and not was_val)
+
+
 EMPTY = Snapshot(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint64))
 
 

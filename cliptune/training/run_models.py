@@ -48,7 +48,9 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
         reason = why_not(path, run_id=run_id, epoch=epoch)
         if reason and path.exists():
             aside = path.with_name(f"{path.stem}.aside.pth")
-            path.replace(aside)
+            while aside.exists():  # of an earlier start
+                aside = aside.with_name(f"{aside.stem}+.pth")
+            path.rename(aside)
             logger.warning("%s; that file is now %s", reason, aside)
         if reason and not why_not(origin / path.name, run_id=run_id, epoch=epoch):
             _link_or_copy(origin / path.name, path)

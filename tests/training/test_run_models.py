@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
 FLAGS = [*SMALL, "--precision", "fp32"]
-
-
-@pytest.fixture
-def small() -> Iterator[pytest.MonkeyPatch]:
-    with small_runs() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="session")
@@ -201,3 +194,16 @@ def test_on_other_data_the_models_are_evaluated_anew(
     # what one start allowed is asked for again
     (tmp_path / "data" / "data.json").write_text(json.dumps(records[:20]))
     assert main([*flags[:-4], "--num_epochs", "4"]) == 2
+
+
+def test_what_was_trained_on_does_not_validate(
+    run: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sample_dir, tmp_path / "data")
+    records = json.loads((tmp_path / "data" / "data.json").read_text())
+    validated = {Path(path).name for path in model(run, "last")["val_images"]}
+    left = [record for record in records if Path(record["image_path"]).name not in validated]
+    (tmp_path / "data" / "data.json").write_text(json.dumps(left))
+    flags = ["--resume", "--output_dir", str(run), "--num_epochs", "3", "--data_dir", "data", "--allow_data_change"]
+    assert main(flags) == 2
+    assert "name a validation set with --val_data" in capsys.readouterr().err
