@@ -25,6 +25,13 @@ SPLITS = {
 }  # fmt: skip
 
 
+KNOWN_FORMS = (
+    'known forms: a JSON list or JSON lines of {"image_path", "caption"}; CSV or TSV with a header such as '
+    "image,caption; Parquet with such columns; COCO captions; Karpathy; a JSON mapping {file name: [captions]}; lines "
+    "of name.jpg#0<TAB>caption; a folder with images/ and captions/"
+)
+
+
 class Index(NamedTuple):
     """What an index file holds.
 

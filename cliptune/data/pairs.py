@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliptune.data.formats import find_index, read_directory, read_index
+from cliptune.data.folders import find_index, read_directory
+from cliptune.data.formats import read_index
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows

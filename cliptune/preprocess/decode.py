@@ -31,6 +31,8 @@ MAX_BYTES = 10**9
 
 STRIP_PIXELS = 2**22
 
+IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
+
 _OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4}
 """Bytes of each pixel that a decoder keeps beside the result."""
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cliptune.data import index as entries
-from cliptune.data.formats import find_index, read_directory, read_index
+from cliptune.data.folders import find_index, read_directory
+from cliptune.data.formats import read_index
 from tests.helpers.datasets import make_images
 
 EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]

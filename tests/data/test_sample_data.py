@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data_loader
-from cliptune.data.formats import find_index
+from cliptune.data.folders import find_index
 from cliptune.data.pairs import holds_only_placeholders
 from cliptune.data.sample_data import COLOURS, create_sample_dataset, describe, distinct_scenes, render
 
