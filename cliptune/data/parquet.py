@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cliptune.data.columns import refuse_repeated
+from cliptune.data.columns import refuse_repeated, take_row
 from cliptune.data.index import Records
 from cliptune.runtime.messages import one_line
 
@@ -36,21 +36,21 @@ def read_parquet(found: Records) -> str:
             refuse_repeated(found, schema.names)
             columns = Counter(dict.fromkeys(schema.names, num_rows))
             texts = Counter({name: num_rows for name in schema.names if not _holds_bytes(schema.field(name).type)})
-            held = next((name for name in found.image_columns if name in columns and name not in texts), None)
-            if held is not None and texts.keys().isdisjoint(found.image_columns):
+            names = found.column_names
+            if not names.images(texts) and (held := names.images(columns)):
                 raise ValueError(
-                    f"{found.path}: the column {held} holds the images themselves, which is not read: write them to "
+                    f"{found.path}: the column {held[0]} holds the images themselves, which is not read: write them to "
                     "files and name these in a column image_path"
                 )
-            image_column = found.choose(texts, found.image_columns, "image")
-            caption_column = found.choose_caption(columns)
-            used = [image_column, caption_column, *({"split", "group"} & columns.keys())]
-            found.ignore(columns, used)
+            found.texts_hold_lists = True
+            chosen = found.choose_columns(columns if names.images(texts) else texts)
+            chosen = chosen._replace(image=names.images(texts)[0])
+            used = [name for name in (chosen.image, *chosen.captions, chosen.split, chosen.group) if name is not None]
             for number, row in enumerate(_parquet_rows(file, used), 1):
                 if isinstance(row, ValueError):
                     found.issue(number, str(row))
                 else:
-                    found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+                    take_row(found, number, row, chosen)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column name
         raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
     return "parquet"
