@@ -77,7 +77,7 @@ class ImageTextDataset(Dataset[Sample]):
         ValueError: an index that cannot be read, or no image in that split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a notebook chooses)
         self,
         data_dir: str | Path | Pairs,
         *,

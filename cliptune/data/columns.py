@@ -34,9 +34,11 @@ def read_rows(found: Records, form: str, rows: Callable[[], Iterator[tuple[int, 
 def _take_rows(
     found: Records, rows: Iterator[tuple[int, Any]], names: dict[str, None], *, to_end: bool
 ) -> Counter[str] | None:
-    """Take the rows with the columns that `names` give; None once a row, or `to_end` any row, has names that give others.
+    """Take the rows with the columns that `names` give, and add the names that matter to it.
 
-    `names` gets the names that matter.
+    Returns:
+        In how many rows each name stands; None if a row has names that give other columns: at once, or with `to_end`
+        when `names` has those of all rows.
     """
     chosen = found.column_names.columns(names)
     is_chosen = True

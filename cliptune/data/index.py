@@ -35,7 +35,7 @@ KNOWN_FORMS = (
 )
 
 
-class NoCaptions(ValueError):
+class NoCaptionsError(ValueError):
     """An index, or a folder of images, that holds no caption at all, as contests hand out a test set."""
 
 
@@ -168,7 +168,7 @@ class Records:
         missing = self.column_names.missing(columns) if self.caption_key is not None else None
         if not captions or missing in self.column_names.caption_keys:
             key = missing if missing in self.column_names.caption_keys else self.caption_key
-            raise NoCaptions(self._missing_column(columns, "caption", key, (*preferred, *CAPTION_COLUMNS)))
+            raise NoCaptionsError(self._missing_column(columns, "caption", key, (*preferred, *CAPTION_COLUMNS)))
         self._tell_choice("caption", captions)
         return captions[0]
 
