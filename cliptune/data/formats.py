@@ -15,6 +15,7 @@ from cliptune.data.documents import is_json_lines, json_lines, read_object
 from cliptune.data.folders import read_directory
 from cliptune.data.index import KNOWN_FORMS, Index, Records, quote
 from cliptune.data.parquet import is_parquet, read_parquet
+from cliptune.data.split_lists import with_split_lists
 from cliptune.data.text_stream import TextFile
 from cliptune.data.token_lines import TOKEN_LINE, read_token_lines
 from cliptune.data.unknown import refuse_binary, resemblance
@@ -40,7 +41,8 @@ def read_index(path: Path, *, caption_key: str | None = None, image_key: str | N
     if is_parquet(path):
         return found.index(read_parquet(found))
     refuse_binary(path)
-    return found.index(_read_text(found, TextFile(path)))
+    index = found.index(_read_text(found, TextFile(path)))
+    return with_split_lists(index, path) if index.form in {"token", "csv", "tsv"} else index
 
 
 def _read_text(found: Records, text: TextFile) -> str:
