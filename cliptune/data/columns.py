@@ -54,7 +54,7 @@ def _take_rows(
         if not num_before:
             new = [name for name in shape if name not in names and found.column_names.matters(name)]
             names.update(dict.fromkeys(new))
-            if new and found.column_names.columns(names) != chosen:
+            if new and is_chosen and found.column_names.columns(names) != chosen:
                 is_chosen = False
                 if not to_end:
                     return None
