@@ -1,4 +1,4 @@
-"""Lists of image names beside an index, which say its splits: Flickr8k's `Flickr_8k.trainImages.txt`, or `train.txt`."""
+"""Lists of names beside an index that are its splits: Flickr8k's `Flickr_8k.trainImages.txt`, or `train.txt`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from os.path import basename, splitext
 from pathlib import Path
+from posixpath import basename, splitext
 
 import numpy as np
 
