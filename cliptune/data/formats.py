@@ -57,11 +57,12 @@ def _read_text(found: Records, text: TextFile) -> str:
         return read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
     if first[0] == "{":
         return read_object(found, text)
-    table, keys = None, found.column_names
+    keys, said = found.column_names, None
     if separator := SEPARATOR_LINE.fullmatch(first.strip('"')):
         number, line = text.first_line(2 * MAX_HEADER, after=number)
-        table = Header(separator[1], header_names(line.strip("\r\n"), separator[1])) if line.strip() else None
-    table = table or header(line.lstrip().removesuffix("\n"), keys.caption_key, keys.image_key)
+        said = Header(separator[1], header_names(line.strip("\r\n"), separator[1])) if line.strip() else None
+    table = said if said and keys.num_known(said.names) else None
+    table = table or header(line.lstrip().removesuffix("\n"), keys.caption_key, keys.image_key) or said
     if table is not None:
         return read_table(found, text, table, line=number)
     if TOKEN_LINE.match(first):

@@ -102,7 +102,8 @@ def _table_resemblance(line: str) -> str:
 
 
 def _is_bare(line: str) -> bool:
-    return len(line.split()) == 1 and (_is_image(line) or line in IMAGE_COLUMNS)
+    is_one = len(line.split()) == 1 and not _table_resemblance(line)
+    return is_one and (_is_image(line) or line in IMAGE_COLUMNS)
 
 
 def _bare(line: str) -> str:

@@ -145,6 +145,7 @@ def test_a_separator_line_names_the_delimiter(tmp_path: Path) -> None:
     for first in ("sep=;", "SEP=;", '"sep=;"'):
         assert read(tmp_path, f"\ufeff{first}\r\nimage;caption\r\na.jpg;x, y\r\n") == [("a.jpg", ("x, y",))]
     assert read(tmp_path, "sep=^\nimage^caption\na.jpg^x\n") == [("a.jpg", ("x",))]
+    assert read(tmp_path, "sep=,\nimage;caption\na.jpg;x\n") == [("a.jpg", ("x",))]
     with pytest.raises(ValueError, match="of no known form"):
         read(tmp_path, "sep=;\n")
 

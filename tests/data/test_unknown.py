@@ -14,6 +14,7 @@ from cliptune.data.formats import read_index
     ("text", "message"),
     [
         ("img/0.jpg,a red kite\nimg/1.jpg,a boat\n", "is no header: add one as the first line, 'image,caption'"),
+        ("0.jpg,kite\n", "is no header: add one as the first line, 'image,caption'"),
         ("a red kite\timg/0.jpg\n", "is no header: add one as the first line, 'caption<TAB>image'"),
         ("0;img/0.jpg;a red kite;1\n", "add one as the first line, 'column_1;image;caption;column_4'"),
         ("a kite\thttps://a.org/0.jpg\n", "'caption<TAB>image'; and it holds addresses: download the images first"),
