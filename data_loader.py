@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import SAMPLE_SIZE, InspectSettings, TrainingSettings
+from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, InspectSettings, TrainingSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
@@ -177,7 +177,9 @@ def _inspect(argv: list[str] | None) -> int:
     settings, given = parse_settings(InspectSettings, argv, description=str(__doc__))
     setup_logging("info")
     folder = Path(settings.data_dir)
-    wants_sample = settings.num_samples is not None or "data_dir" not in given
+    wants_sample = settings.num_samples is not None or not (
+        "data_dir" in given or settings.data_dir != DEFAULT_DATA_DIR
+    )
     if settings.num_samples is not None or (wants_sample and holds_only_placeholders(folder)):
         index = create_sample_dataset(
             folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed, exist_ok=settings.num_samples is None

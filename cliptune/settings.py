@@ -8,7 +8,7 @@ here is slow to import: a stage answers `--help` and a wrong setting before it l
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -84,6 +84,11 @@ class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_config: ClassVar[frozenset[str]] = frozenset()
+    """Flags that a stage after training takes from a run's config file."""
+    below_output_dir: ClassVar[dict[str, str]] = {}
+    """Settings of such a stage that are files below the run's output folder, and where."""
 
     @model_validator(mode="before")
     @classmethod
@@ -253,6 +258,10 @@ class Config(Settings):
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
+    from_config = frozenset(
+        ("data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed")
+    )
+
     data_dir: DataDir = DEFAULT_DATA_DIR
     image_dir: ImageDir = None
     caption_key: CaptionKey = None
@@ -272,6 +281,10 @@ class InspectSettings(Settings):
 
 class EvaluationSettings(Settings):
     """Settings of the evaluation stage."""
+
+    # not the data: a run's data_dir is what it was trained on, and without one its own validation images are taken
+    from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
+    below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
 
     checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
     data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
@@ -293,6 +306,8 @@ class EvaluationSettings(Settings):
 
 class VisualizationSettings(Settings):
     """Settings of the figure stage."""
+
+    below_output_dir = {"results": "results/training_results.json"}
 
     results: str = Field(
         "results/training_results.json", description="training_results.json or evaluation_results.json"
