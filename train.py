@@ -37,7 +37,17 @@ from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
-from cliptune.run_data import RunData, Splits, is_other_data, num_views, open_data, read_data, reread_data
+from cliptune.run_data import (
+    RunData,
+    Splits,
+    found_again,
+    is_other_data,
+    located,
+    num_views,
+    open_data,
+    read_data,
+    reread_data,
+)
 from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -111,7 +121,8 @@ def _train(argv: list[str] | None) -> int:
         began = {} if resumed is None else resumed.content
         about: dict[str, Any] = {
             "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
-            "config": config.model_dump(),
+            "config": located(config).model_dump(),
+            "folder": str(Path.cwd()),
             "config_file": began.get("config_file", started.file_values),
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
@@ -233,9 +244,24 @@ class Resumed(NamedTuple):
         check_state(content, path)
         return cls(path, content)
 
+    @classmethod
+    def named(cls, path: Path) -> Resumed:
+        """Return a checkpoint, or the newest one of a run's folder.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: a run cannot be resumed from it.
+        """
+        if not path.is_dir():
+            return cls.checked(path, load_checkpoint(path))
+        found = load_newest_state(RunFiles(path))
+        if found is None:
+            raise FileNotFoundError(f"--resume: {path} holds no run's model-checkpoint/last_model.pth")
+        return cls.checked(*found)
+
     def settings(self, started: Started) -> Config:
         """Return its run's settings, changed by the flags that are given and may change."""
-        return resumed_config(self.content, started, source=self.path)
+        return found_again(resumed_config(self.content, started, source=self.path), self.content.get("folder", ""))
 
 
 def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
@@ -251,7 +277,7 @@ def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resu
     config, resumed = started.config, None
     resume = config.run.resume
     if resume not in {None, "latest"}:
-        resumed = Resumed.checked(Path(str(resume)), load_checkpoint(str(resume)))
+        resumed = Resumed.named(Path(str(resume)))
         if "output_dir" not in started.given:  # where it goes on is told by where the file lies, not by what it holds
             started = started.at(RunFiles.around(resumed.path).root)
         config = resumed.settings(started)

@@ -206,7 +206,7 @@ class RunSettings(Settings):
     cache_dir: str | None = Field(None, description="folder for cached images and features; none: cache/ in output_dir")
     resume: str | None = Field(
         None,
-        description="continue a run: alone, the one in output_dir; or a checkpoint file",
+        description="continue a run: alone, the one in output_dir; or a run's folder, or a checkpoint file",
         json_schema_extra={"bare": "latest"},
     )
     checkpoint_every: Interval = Field(
@@ -286,7 +286,9 @@ class EvaluationSettings(Settings):
     from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
     below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
 
-    checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
+    checkpoint: str = Field(
+        "model-checkpoint/best_model.pth", description="checkpoint to evaluate, or the folder of its run"
+    )
     data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
