@@ -55,8 +55,8 @@ def _read(found: Records, file: Any) -> None:
     schema, num_rows = file.schema_arrow, file.metadata.num_rows
     refuse_repeated(found, schema.names)
     columns = Counter(dict.fromkeys(schema.names, num_rows))
-    held = _held_column(found, file)
-    image_column = held or found.choose(columns, found.image_columns, "image")
+    held, paths = _image_columns(found, file)
+    image_column = held or found.choose(Counter(dict.fromkeys(paths, num_rows)), found.image_columns, "image")
     caption_column = found.choose_caption(columns)
     used = [caption_column, *({"split", "group"} & columns.keys())]
     found.ignore(columns, [image_column, *used])
@@ -112,26 +112,28 @@ def _address(found: Records, number: int, column: str, cell: Any, *, is_full: bo
     return path
 
 
-def _held_column(found: Records, file: Any) -> str | None:
-    """Return the column that holds the images themselves, by a known name or by its content; None: there are paths.
+def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
+    """Return the column that holds the images themselves, by a known name or by its content, and those that hold none.
 
     Where a file has both, images come before paths: they are there for sure.
     """
     fields = [file.schema_arrow.field(name) for name in file.schema_arrow.names]
     firsts = {field.name: _first(file, field) for field in fields if _holds_bytes(field.type)}
-    known = [name for name in found.image_columns if name in firsts and not _is_text(firsts[name])]
-    named = [field for field in fields if field.name in found.image_columns]
+    others = [field for field in fields if field.name not in firsts or _is_path(field, firsts[field.name])]
+    paths = [field for field in others if field.name in found.image_columns]
+    known = [name for name in found.image_columns if name in firsts and name not in {field.name for field in others}]
     held = [
         *(name for name in known if firsts[name] is not None),
         *(name for name, content in firsts.items() if _is_image(content)),
-        *(name for name in known if len(named) == len(known)),  # whose first rows are null
+        *(name for name in known if not paths),  # whose first rows are null
     ]
-    lists = [field.name for field in named if _is_list_of_bytes(field.type)]
-    if not held and len(lists) == len(named) > 0:
-        raise ValueError(f"{found.path}: the column {quote(lists[0])} holds lists of images: give each image a row")
     if held and not is_parquet_name(str(found.path)):
         raise ValueError(f"{found.path} holds images: rename it to end in .parquet, by which their addresses are known")
-    return held[0] if held else None
+    if not held and paths and all(_is_list_of_bytes(field.type) for field in paths):
+        raise ValueError(
+            f"{found.path}: the column {quote(paths[0].name)} holds lists of images: give each image a row"
+        )
+    return (held[0] if held else None), [field.name for field in others]
 
 
 def _first(file: Any, field: pa.Field) -> Any:
@@ -154,9 +156,9 @@ def _is_image(content: Any) -> bool:
         return False
 
 
-def _is_text(content: Any) -> bool:
-    """Tell a path from an image."""
-    if not isinstance(content, bytes) or len(content) > _LONGEST_PATH:
+def _is_path(field: pa.Field, content: Any) -> bool:
+    """Tell a column of paths in bytes, by the first of them, from one of images."""
+    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_PATH:
         return False
     try:
         return content.decode().isprintable()
@@ -210,7 +212,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
+        return index >= 0 and (pa.types.is_null(kind.field(index).type) or _holds_bytes(kind.field(index).type))
     return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
