@@ -63,7 +63,7 @@ class ImageFinder:
                     path = self._resolve(os.path.join(self.root, image))  # noqa: PTH118  (see _resolve)
                 except (OSError, ValueError) as error:
                     reason = getattr(error, "strerror", None) or str(error)
-                    rules, path = self._find(image)
+                    rules, path = self._look_for(image)
                     if not path:
                         reason = "an address, not a file" if ADDRESS.match(image) else reason
                         issues.add(Issue(f"image {image}: {reason}", image=image, location=rows.location(row)))
@@ -105,7 +105,14 @@ class ImageFinder:
         folder, name = os.path.split(path)
         return os.path.join(self._real_folder(folder), name)  # noqa: PTH118
 
-    def _find(self, image: str) -> tuple[tuple[str, ...], str]:
+    def find(self, image: str) -> str:
+        """Return the real path of an image; nothing if it is not found."""
+        try:
+            return self._resolve(os.path.join(self.root, image))  # noqa: PTH118  (see _resolve)
+        except (OSError, ValueError):
+            return self._look_for(image)[1]
+
+    def _look_for(self, image: str) -> tuple[tuple[str, ...], str]:
         """Return the rules by which an image that is not where it is said to be was found, and its real path, or ""."""
         candidates = list(self._candidates(image))
         for find in (lambda path: ("", path), self._alike):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from posixpath import basename, commonpath, dirname, join, splitext
 
-from cliptune.data.lookup import ADDRESS, DRIVE, folded
+from cliptune.data.lookup import ADDRESS, DRIVE, ImageFinder, folded
 from cliptune.data.table import Strings
 from cliptune.runtime.messages import count, shorten
 
@@ -36,10 +36,14 @@ def explain_missing(images: Strings, index_path: Path, root: Path) -> str:
     is_absolute = DRIVE.match(sample[0]) or sample[0][:1] in {"/", "\\"}
     facts = [f"{shorten(sample[0])} is not {'there' if is_absolute else f'in {root}'}", *_in_common(sample)]
     wanted = sample[:: -(-len(sample) // _LOOKED_FOR)]
-    number, folder = _best_folder(wanted, [index_path.parent, root, index_path.absolute().parent.parent])
-    if folder:
+    folder = _likely_folder(wanted, [index_path.parent, root, index_path.absolute().parent.parent])
+    finder = ImageFinder(Path(folder), replaces_folders=True)
+    number = sum(bool(finder.find(path)) for path in wanted)
+    if folder and number:
         held = "holds them" if number == len(wanted) else f"holds {number} of the {len(wanted)} looked for"
         way_out = f"try --image_dir {folder}, which {held}"
+    elif folder:
+        way_out = f"{folder} has files of such names, but with other endings: the index must have those"
     else:
         way_out = "--image_dir FOLDER names the folder that holds them, and takes the place of those of the paths"
     return f"{none} ({'; '.join(facts)}): {way_out}"
@@ -61,8 +65,8 @@ def _in_common(paths: Sequence[str]) -> Iterator[str]:
         yield "none has an ending such as .jpg"
 
 
-def _best_folder(paths: Sequence[str], starts: Sequence[Path]) -> tuple[int, str]:
-    """Return how many of some images a folder has that lies below one of `starts`, and that folder; of the best one."""
+def _likely_folder(paths: Sequence[str], starts: Sequence[Path]) -> str:
+    """Return the folder below one of `starts` that has most files named like some images; nothing if there is none."""
     wanted = {folded(_stem(path)): path.replace("\\", "/") for path in paths}
     found: Counter[str] = Counter()
     for start in starts:
@@ -70,9 +74,8 @@ def _best_folder(paths: Sequence[str], starts: Sequence[Path]) -> tuple[int, str
             for stem in {folded(_stem(name)) for name in names} & wanted.keys():
                 found[_without(folder, wanted[stem])] += 1
         if found:
-            [(folder, number)] = found.most_common(1)
-            return number, folder
-    return 0, ""
+            return found.most_common(1)[0][0]
+    return ""
 
 
 def _folders(start: Path) -> Iterator[tuple[str, list[str]]]:
