@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from cliptune.data.columns import refuse_repeated
 from cliptune.data.index import Records, quote
 from cliptune.preprocess.decode import image_format
 from cliptune.preprocess.encoded import is_parquet_name, parquet_path
-from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet
+from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet, read_image
 from cliptune.runtime.messages import one_line
 
 logger = logging.getLogger(__name__)
@@ -60,24 +61,60 @@ def _read(found: Records, file: Any) -> None:
     caption_column = found.choose_caption(columns)
     used = [caption_column, *({"split", "group"} & columns.keys())]
     found.ignore(columns, [image_column, *used])
+    images = None if held is None else _HeldImages(found.path, schema.field(held))
     if held is not None:
         _warn_of_large_groups(file, held)
     for span in _spans(file, held):
-        names = used if span.is_full else [image_column, *used]
-        batch = _BATCH if held is None or span.is_full else _IMAGES
-        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch), span.first):
+        names = [*used, *(images.names if images is not None and span.is_full else [image_column])]
+        batch_size = _BATCH if images is None or span.is_full else _IMAGES
+        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch_size), span.first):
             if isinstance(row, ValueError):
                 found.issue(number, str(row))
                 continue
-            image = row.get(image_column)
-            if held is not None:
-                image = _address(found, number, held, image, is_full=span.is_full)
+            image, captions = row.get(image_column), row[caption_column]
             try:
-                image, captions = _text(image), _text(row[caption_column])
+                captions = _text(captions)
+                image = _text(image) if images is None else images.address(number, image, is_full=span.is_full)
             except UnicodeDecodeError:
                 found.issue(number, "text is not UTF-8")
                 continue
             found.add(number, image, captions, row.get("split"), row.get("group"))
+
+
+class _HeldImages:
+    """The images in a column of a file. Rows of one image are joined: a row a caption repeats it.
+
+    Attributes:
+        names: of what is read of the column where all rows hold an image: the names of the images, which are text.
+    """
+
+    def __init__(self, path: Path, field: pa.Field) -> None:
+        self._file, self._column = str(path.absolute()), field.name
+        has_names = pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0
+        self.names = [f"{field.name}.path"] if has_names else []
+        self._rows: dict[str, int] = {}
+        self._digests: dict[str, bytes] = {}
+
+    def address(self, number: int, cell: Any, *, is_full: bool) -> Any:
+        """Return the address of a row's image; its path where the row has only that, as with the Hub's datasets."""
+        content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is None and not is_full:
+            return name
+        if isinstance(name, str) and self._rows.setdefault(name, number) != number:
+            number = self._first_of(name, number)
+        return parquet_path(self._file, number, self._column)
+
+    def _first_of(self, name: str, number: int) -> int:
+        """Return the first row of a name if it has the same image; once one has not, the name says nothing."""
+        first = self._rows[name]
+        if first and name not in self._digests:
+            self._digests[name] = self._digest(first)
+        if first and self._digest(number) != self._digests[name]:
+            self._rows[name] = first = 0
+        return first or number
+
+    def _digest(self, number: int) -> bytes:
+        return hashlib.blake2b(read_image(self._file, number, self._column), digest_size=16).digest()
 
 
 class _Span(NamedTuple):
@@ -102,14 +139,6 @@ def _spans(file: Any, held: str | None) -> Iterator[_Span]:
         groups = list(run)
         yield _Span(groups, first, full)
         first += sum(metadata.row_group(group).num_rows for group in groups)
-
-
-def _address(found: Records, number: int, column: str, cell: Any, *, is_full: bool) -> Any:
-    """Return the address of an image in the file, or its path where the row has only that."""
-    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-    if is_full or content is not None:
-        return parquet_path(str(found.path.absolute()), number, column)
-    return path
 
 
 def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
@@ -145,7 +174,7 @@ def _first(file: Any, field: pa.Field) -> Any:
 
 
 def _text(cell: Any) -> Any:
-    """Return the text of bytes: some writers do not mark text as text."""
+    """Return the text of bytes that are no image: some writers do not mark text as text."""
     return cell.decode() if isinstance(cell, bytes) else cell
 
 
