@@ -14,7 +14,6 @@ from cliptune.data.index import Records, is_id, kind, quote
 from cliptune.data.text_stream import TextFile
 from cliptune.preprocess.decode import MAX_BYTES
 from cliptune.preprocess.encoded import base64_path
-from cliptune.runtime.logs import progress_bar
 
 TEXTS, IMAGES = "texts.jsonl", "imgs.tsv"
 _IMAGE_LINE = re.compile(r"[^\t]+\t(/9j/|_9j_|iVBORw|R0lGOD|UklGR)")
@@ -81,6 +80,8 @@ class _Images:
     """Where each image of a file lies in it, by its id."""
 
     def __init__(self, found: Records, path: Path) -> None:
+        from cliptune.runtime.logs import progress_bar  # noqa: PLC0415  (it imports PyTorch, and few files are read here)
+
         self._found, self._path = found, path
         self._file = str(path.absolute())
         self._row_of: dict[str, int] = {}
