@@ -10,6 +10,7 @@ from posixpath import basename, commonpath, dirname, join, splitext
 
 from cliptune.data.lookup import ADDRESS, DRIVE, LONGEST_PATH, ImageFinder, folded
 from cliptune.data.table import Strings
+from cliptune.preprocess.decode import IMAGE_ENDINGS
 from cliptune.runtime.messages import count, shorten
 
 _SAMPLE = 1000
@@ -78,7 +79,8 @@ def _likely_folder(paths: Sequence[str], starts: Sequence[Path]) -> str:
     found: Counter[str] = Counter()
     for start in starts:
         for folder, names in _folders(start):
-            for stem in {folded(_stem(name)) for name in names} & wanted.keys():
+            images = (name for name in names if splitext(name)[1].lower() in IMAGE_ENDINGS)
+            for stem in set(map(folded, map(_stem, images))) & wanted.keys():
                 found[_without(folder, wanted[stem])] += 1
         if found:
             return found.most_common(1)[0][0]

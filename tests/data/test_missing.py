@@ -27,6 +27,8 @@ def test_the_folder_that_holds_the_images_is_named(folder: str, tmp_path: Path) 
     way_out = f"try --image_dir {tmp_path}/{folder}, which holds them"
     assert refusal(tmp_path, names) == f"none of its 12 images is found (000.png is not in {tmp_path}): {way_out}"
     make_images(tmp_path, "wrong/x.png")
+    for number in NUMBERS:
+        (tmp_path / "wrong" / f"{number}.txt").touch()
     assert refusal(tmp_path, names, tmp_path / "wrong").endswith(
         f"try --image_dir {tmp_path}/{folder}, which holds them"
     )
