@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ def images_beside(texts: Path) -> Path | None:
     return texts.with_name(name.removesuffix(TEXTS) + IMAGES) if name.endswith(TEXTS) else None
 
 
-def texts_of_images(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the files of captions whose images are among `paths` too, each with what its name begins with: `train`."""
-    paths = list(paths)
-    texts = (path for path in paths if images_beside(path) in paths)
-    return {path: path.name.removesuffix(TEXTS).rstrip("_-.") for path in texts}
+def split_of_texts(path: Path) -> str | None:
+    """Return what the name of a file of captions begins with: `train`; None if no file of images is beside it."""
+    images = images_beside(path)
+    return path.name.removesuffix(TEXTS).rstrip("_-.") if images is not None and images.is_file() else None
 
 
 def refuse_images(path: Path, line: str) -> None:
