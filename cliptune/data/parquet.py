@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from cliptune.data.columns import refuse_repeated
+from cliptune.data.columns import refuse_repeated, take_row
 from cliptune.data.index import Records, quote
 from cliptune.preprocess.decode import image_format
 from cliptune.preprocess.encoded import is_parquet_name, parquet_path
@@ -27,7 +27,7 @@ _IMAGES = 16
 """Rows of a batch that holds images."""
 _LARGE_GROUP = 1 << 26
 """Bytes of images from which on a row group is slow to read at random."""
-_LONGEST_PATH = 4096
+_LONGEST_TEXT = 4096
 
 
 def is_parquet(path: Path) -> bool:
@@ -53,32 +53,34 @@ def read_parquet(found: Records) -> str:
 
 
 def _read(found: Records, file: Any) -> None:
-    schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    schema, found.texts_hold_lists = file.schema_arrow, True
     refuse_repeated(found, schema.names)
-    columns = Counter(dict.fromkeys(schema.names, num_rows))
-    held, paths = _image_columns(found, file)
-    image_column = held or found.choose(Counter(dict.fromkeys(paths, num_rows)), found.image_columns, "image")
-    caption_column = found.choose_caption(columns)
-    used = [caption_column, *({"split", "group"} & columns.keys())]
-    found.ignore(columns, [image_column, *used])
+    held, others = _image_columns(found, file)
+    columns, all_columns = (Counter(dict.fromkeys(names, file.metadata.num_rows)) for names in (others, schema.names))
+    image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
+    captions = found.choose_captions(columns)
+    chosen = found.column_names.columns(columns)._replace(image=image, captions=captions)
+    used = [name for name in (*captions, chosen.split, chosen.group) if name is not None]
+    found.ignore(all_columns, (image, *used))
+    in_bytes = [name for name in (image, *used) if name != held and _holds_bytes(schema.field(name).type)]
     images = None if held is None else _HeldImages(found.path, schema.field(held))
     if held is not None:
         _warn_of_large_groups(file, held)
     for span in _spans(file, held):
-        names = [*used, *(images.names if images is not None and span.is_full else [image_column])]
+        names = [*used, *(images.names if images is not None and span.is_full else [image])]
         batch_size = _BATCH if images is None or span.is_full else _IMAGES
         for number, row in enumerate(_parquet_rows(file, names, span.groups, batch_size), span.first):
             if isinstance(row, ValueError):
                 found.issue(number, str(row))
                 continue
-            image, captions = row.get(image_column), row[caption_column]
+            if images is not None:
+                row[image] = images.address(number, row.get(image), is_full=span.is_full)
             try:
-                captions = _text(captions)
-                image = _text(image) if images is None else images.address(number, image, is_full=span.is_full)
+                row.update({name: _text(row[name]) for name in in_bytes})
             except UnicodeDecodeError:
                 found.issue(number, "text is not UTF-8")
                 continue
-            found.add(number, image, captions, row.get("split"), row.get("group"))
+            take_row(found, number, row, chosen)
 
 
 class _HeldImages:
@@ -148,20 +150,19 @@ def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
     """
     fields = [file.schema_arrow.field(name) for name in file.schema_arrow.names]
     firsts = {field.name: _first(file, field) for field in fields if _holds_bytes(field.type)}
-    others = [field for field in fields if field.name not in firsts or _is_path(field, firsts[field.name])]
-    paths = [field for field in others if field.name in found.image_columns]
-    known = [name for name in found.image_columns if name in firsts and name not in {field.name for field in others}]
+    others = [field for field in fields if field.name not in firsts or _is_text(field, firsts[field.name])]
+    names = found.column_names
+    paths = names.images(field.name for field in others)
+    known = names.images(name for name in firsts if name not in {field.name for field in others})
     held = [
         *(name for name in known if firsts[name] is not None),
-        *(name for name, content in firsts.items() if _is_image(content)),
+        *(name for name, content in firsts.items() if names.image_key is None and _is_image(content)),
         *(name for name in known if not paths),  # whose first rows are null
     ]
     if held and not is_parquet_name(str(found.path)):
         raise ValueError(f"{found.path} holds images: rename it to end in .parquet, by which their addresses are known")
-    if not held and paths and all(_is_list_of_bytes(field.type) for field in paths):
-        raise ValueError(
-            f"{found.path}: the column {quote(paths[0].name)} holds lists of images: give each image a row"
-        )
+    if not held and paths and all(_is_list_of_bytes(file.schema_arrow.field(name).type) for name in paths):
+        raise ValueError(f"{found.path}: the column {quote(paths[0])} holds lists of images: give each image a row")
     return (held[0] if held else None), [field.name for field in others]
 
 
@@ -185,12 +186,12 @@ def _is_image(content: Any) -> bool:
         return False
 
 
-def _is_path(field: pa.Field, content: Any) -> bool:
-    """Tell a column of paths in bytes, by the first of them, from one of images."""
-    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_PATH:
+def _is_text(field: pa.Field, content: Any) -> bool:
+    """Tell a column of text in bytes, by the first of them, from one of images."""
+    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_TEXT:
         return False
     try:
-        return content.decode().isprintable()
+        return "".join(content.decode().split()).isprintable()
     except UnicodeDecodeError:
         return False
 

@@ -177,3 +177,19 @@ def test_a_damaged_image_costs_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "data.parquet@4/image: cannot be read as an image" in out
     with pytest.raises(ValueError, match=r"data\.parquet@4/image: cannot be read as an image"):
         load_image(f"{path}@4/image")
+
+
+def test_keys_and_numbered_captions_count_beside_images(tmp_path: Path) -> None:
+    make_images(tmp_path, *(f"{number}.png" for number in range(4)))
+    other = [{"bytes": png_bytes(9 - number), "path": None} for number in range(4)]
+    names = [f"{number}.png" for number in range(4)]
+    columns = {"mask": other, "Image": IMAGES, "filename": names, "caption_0": CAPTIONS, "caption_1": names}
+    path = write(tmp_path, columns)
+    pairs = load_pairs(path)
+    assert [read_bytes(image) for image in pairs.paths] == [png_bytes(number) for number in range(4)]
+    assert pairs.captions_of(1) == ["b", "1.png"]
+    masks = load_pairs(DataSource(path, image_key="mask", caption_key="caption_0")).paths
+    assert [read_bytes(image) for image in masks] == [png_bytes(9 - number) for number in range(4)]
+    assert Path(load_pairs(DataSource(path, image_key="filename")).paths[3]) == tmp_path / "3.png"
+    with pytest.raises(ValueError, match="no row has image_key 'maks'; did you mean mask"):
+        load_pairs(DataSource(path, image_key="maks"))
