@@ -62,7 +62,8 @@ class ImageTextDataset(Dataset[Sample]):
         transform: RGB image to `[3, R, R]`, uint8, or float and normalised; CLIP's own by default. A random one is
             reproducible as long as it draws from `torch` or `random`.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        image_key: column that holds the image paths; None: the first known one.
+        caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the first known one.
         captions: `random`: an item an image; `all`: an item a pair.
         val_split: fraction of the images for validation, whole groups of them, in (0, 1).
         seed: of the split, the caption choice and a random transform.
@@ -83,6 +84,7 @@ class ImageTextDataset(Dataset[Sample]):
         split: str | None = None,
         transform: PixelTransform | Transform | None = None,
         image_dir: str | Path | None = None,
+        image_key: str | None = None,
         caption_key: str | None = None,
         captions: str = "random",
         val_split: float = 0.1,
@@ -93,7 +95,7 @@ class ImageTextDataset(Dataset[Sample]):
         if captions not in {"random", "all"}:
             raise ValueError(f"captions must be 'random' or 'all', got {captions!r}")
         if not isinstance(data_dir, Pairs):
-            pairs = load_pairs(DataSource(data_dir, image_dir=image_dir, caption_key=caption_key))
+            pairs = load_pairs(DataSource(data_dir, image_dir, caption_key, image_key=image_key))
             data_dir = pairs if split is None else split_pairs(pairs, val_split=val_split, seed=seed)[split]
         if not len(data_dir):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
@@ -186,7 +188,7 @@ def _inspect(argv: list[str] | None) -> int:
         )
         print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
-    source = DataSource(folder, settings.image_dir, settings.caption_key, fraction)
+    source = DataSource(folder, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key)
     pairs = load_pairs(source)
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.val_data is not None:

@@ -58,8 +58,9 @@ DataDir = Annotated[
 ImageDir = Annotated[
     str | None, Field(description="folder that image paths are relative to; none: the index file's folder")
 ]
+ImageKey = Annotated[str | None, Field(description="column that holds the image paths; none: the first known one")]
 CaptionKey = Annotated[
-    str | None, Field(description="column that holds the captions; none: the first of caption, captions, title")
+    str | None, Field(description="column that holds the captions, or several (en,de); none: the first known one")
 ]
 ValSplit = Annotated[
     float,
@@ -138,6 +139,7 @@ class DataSettings(Settings):
         None, description="separate validation set, which shards need; none: split off from the data"
     )
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
     captions: Literal["random", "all"] = Field(
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
@@ -264,6 +266,7 @@ class InspectSettings(Settings):
 
     data_dir: DataDir = DEFAULT_DATA_DIR
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
     val_split: ValSplit = 0.1
     val_data: str | None = Field(
@@ -294,6 +297,7 @@ class EvaluationSettings(Settings):
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from cliptune.data.pairs import load_pairs
+from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.preprocess.decode import read_bytes
 from evaluation import main as evaluation_main
+from tests.helpers.datasets import make_chinese_clip, make_index, make_parquet
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
@@ -197,3 +201,32 @@ def test_a_project_that_moved_as_a_whole_goes_on_with_its_own_data(
 def test_a_folder_without_a_run_is_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
     assert f"--resume: {tmp_path} holds no run's model-checkpoint/last_model.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["parquet", "chinese-clip"])
+def test_images_inside_other_files_train_as_files_do_and_may_move(
+    form: str, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    small.chdir(tmp_path)
+    for split, first, number in (("train", 0, 30), ("val", 30, 8)):
+        if form == "chinese-clip":
+            make_chinese_clip(tmp_path / "data", split, number, first=first)
+        else:
+            make_parquet(tmp_path / "data" / f"{split}.parquet", number, first=first, rows_per_group=7)
+    pairs = load_pairs("data")
+    rows = []
+    for row, path in enumerate(pairs.paths):
+        image = tmp_path / "files" / f"{row:03}.png"
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(read_bytes(path))
+        rows.append({"image": image.name, "caption": pairs.captions[row], "split": SPLITS[pairs.splits[row]]})
+    make_index(tmp_path / "files", rows)
+    flags = [*FLAGS, "--num_epochs", "1", "--num_workers", "2"]
+    assert main(["--data_dir", "files", "--output_dir", "plain", *flags]) == 0
+    assert main(["--data_dir", "data", "--output_dir", "run", "--cache_images", "true", *flags]) == 0
+    models = [stored(tmp_path / run)["model_state_dict"] for run in ("plain", "run")]
+    assert_same(models[1], models[0])
+    shutil.move("data", "moved")
+    assert resume() == 2
+    assert resume("--data_dir", "moved") == 0
+    assert evaluation_main(["--checkpoint", "run/model-checkpoint/last_model.pth", "--output_dir", "run"]) == 0

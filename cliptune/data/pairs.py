@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cliptune.data.folders import find_index, read_directory
 from cliptune.data.formats import read_index
-from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.issues import MAX_ISSUES, Issue, Issues, first_issues
 from cliptune.data.lookup import ImageFinder
 from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
@@ -108,8 +108,9 @@ class DataSource:
     Attributes:
         data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose images stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the known ones.
         max_skipped_fraction: how many of the records may be skipped, in [0, 1].
+        image_key: column that holds the image paths; None: a known one.
         may_run_commands: `data_dir` may be a `pipe:` address, whose command is run; only what a person has typed.
     """
 
@@ -117,6 +118,7 @@ class DataSource:
     image_dir: str | Path | None = None
     caption_key: str | None = None
     max_skipped_fraction: float = 0.01
+    image_key: str | None = None
     may_run_commands: bool = False
 
 
@@ -171,7 +173,11 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
     issues, missing = Issues(), []
     for declared, index_path in _index_files(path):
         is_folder = index_path.is_dir()
-        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
+        index = (
+            read_directory(index_path)
+            if is_folder
+            else read_index(index_path, caption_key=source.caption_key, image_key=source.image_key)
+        )
         if index.ignored_columns:
             columns = [f"{shorten(name)} ({num_rows})" for name, num_rows in index.ignored_columns.items()]
             logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
@@ -221,7 +227,7 @@ def _judge(issues: Issues, *, num_images: int, source: DataSource) -> None:
     """Say which records are skipped; too many of them are an error."""
     if not issues.count:
         return
-    total, shown = issues.count + num_images, first_few(issues.first, 10, total=issues.count)
+    total, shown = issues.count + num_images, first_issues(issues.first, 10, total=issues.count)
     if issues.count > source.max_skipped_fraction * total:
         raise ValueError(
             f"{source.data_dir}: {issues.count:,} of {count(total, 'record')} cannot be used: {shown}. At most "

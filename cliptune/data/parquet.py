@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from cliptune.data.columns import refuse_repeated
+from cliptune.data.columns import refuse_repeated, take_row
 from cliptune.data.index import Records, quote
 from cliptune.preprocess.decode import image_format
 from cliptune.preprocess.encoded import is_parquet_name, parquet_path
-from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet
+from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet, read_image
 from cliptune.runtime.messages import one_line
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _IMAGES = 16
 """Rows of a batch that holds images."""
 _LARGE_GROUP = 1 << 26
 """Bytes of images from which on a row group is slow to read at random."""
-_LONGEST_PATH = 4096
+_LONGEST_TEXT = 4096
 
 
 def is_parquet(path: Path) -> bool:
@@ -52,32 +53,70 @@ def read_parquet(found: Records) -> str:
 
 
 def _read(found: Records, file: Any) -> None:
-    schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    schema, found.texts_hold_lists = file.schema_arrow, True
     refuse_repeated(found, schema.names)
-    columns = Counter(dict.fromkeys(schema.names, num_rows))
-    held, paths = _image_columns(found, file)
-    image_column = held or found.choose(Counter(dict.fromkeys(paths, num_rows)), found.image_columns, "image")
-    caption_column = found.choose_caption(columns)
-    used = [caption_column, *({"split", "group"} & columns.keys())]
-    found.ignore(columns, [image_column, *used])
+    held, others = _image_columns(found, file)
+    columns, all_columns = (Counter(dict.fromkeys(names, file.metadata.num_rows)) for names in (others, schema.names))
+    image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
+    captions = found.choose_captions(columns)
+    chosen = found.column_names.columns(columns)._replace(image=image, captions=captions)
+    used = [name for name in (*captions, chosen.split, chosen.group) if name is not None]
+    found.ignore(all_columns, (image, *used))
+    in_bytes = [name for name in (image, *used) if name != held and _holds_bytes(schema.field(name).type)]
+    images = None if held is None else _HeldImages(found.path, schema.field(held))
     if held is not None:
         _warn_of_large_groups(file, held)
     for span in _spans(file, held):
-        names = used if span.is_full else [image_column, *used]
-        batch = _BATCH if held is None or span.is_full else _IMAGES
-        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch), span.first):
+        names = [*used, *(images.names if images is not None and span.is_full else [image])]
+        batch_size = _BATCH if images is None or span.is_full else _IMAGES
+        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch_size), span.first):
             if isinstance(row, ValueError):
                 found.issue(number, str(row))
                 continue
-            image = row.get(image_column)
-            if held is not None:
-                image = _address(found, number, held, image, is_full=span.is_full)
+            if images is not None:
+                row[image] = images.address(number, row.get(image), is_full=span.is_full)
             try:
-                image, captions = _text(image), _text(row[caption_column])
+                row.update({name: _text(row[name]) for name in in_bytes})
             except UnicodeDecodeError:
                 found.issue(number, "text is not UTF-8")
                 continue
-            found.add(number, image, captions, row.get("split"), row.get("group"))
+            take_row(found, number, row, chosen)
+
+
+class _HeldImages:
+    """The images in a column of a file. Rows of one image are joined: a row a caption repeats it.
+
+    Attributes:
+        names: of what is read of the column where all rows hold an image: the names of the images, which are text.
+    """
+
+    def __init__(self, path: Path, field: pa.Field) -> None:
+        self._file, self._column = str(path.absolute()), field.name
+        has_names = pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0
+        self.names = [f"{field.name}.path"] if has_names else []
+        self._rows: dict[str, int] = {}
+        self._digests: dict[str, bytes] = {}
+
+    def address(self, number: int, cell: Any, *, is_full: bool) -> Any:
+        """Return the address of a row's image; its path where the row has only that, as with the Hub's datasets."""
+        content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is None and not is_full:
+            return name
+        if isinstance(name, str) and self._rows.setdefault(name, number) != number:
+            number = self._first_of(name, number)
+        return parquet_path(self._file, number, self._column)
+
+    def _first_of(self, name: str, number: int) -> int:
+        """Return the first row of a name if it has the same image; once one has not, the name says nothing."""
+        first = self._rows[name]
+        if first and name not in self._digests:
+            self._digests[name] = self._digest(first)
+        if first and self._digest(number) != self._digests[name]:
+            self._rows[name] = first = 0
+        return first or number
+
+    def _digest(self, number: int) -> bytes:
+        return hashlib.blake2b(read_image(self._file, number, self._column), digest_size=16).digest()
 
 
 class _Span(NamedTuple):
@@ -104,14 +143,6 @@ def _spans(file: Any, held: str | None) -> Iterator[_Span]:
         first += sum(metadata.row_group(group).num_rows for group in groups)
 
 
-def _address(found: Records, number: int, column: str, cell: Any, *, is_full: bool) -> Any:
-    """Return the address of an image in the file, or its path where the row has only that."""
-    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-    if is_full or content is not None:
-        return parquet_path(str(found.path.absolute()), number, column)
-    return path
-
-
 def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
     """Return the column that holds the images themselves, by a known name or by its content, and those that hold none.
 
@@ -119,20 +150,19 @@ def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
     """
     fields = [file.schema_arrow.field(name) for name in file.schema_arrow.names]
     firsts = {field.name: _first(file, field) for field in fields if _holds_bytes(field.type)}
-    others = [field for field in fields if field.name not in firsts or _is_path(field, firsts[field.name])]
-    paths = [field for field in others if field.name in found.image_columns]
-    known = [name for name in found.image_columns if name in firsts and name not in {field.name for field in others}]
+    others = [field for field in fields if field.name not in firsts or _is_text(field, firsts[field.name])]
+    names = found.column_names
+    paths = names.images(field.name for field in others)
+    known = names.images(name for name in firsts if name not in {field.name for field in others})
     held = [
         *(name for name in known if firsts[name] is not None),
-        *(name for name, content in firsts.items() if _is_image(content)),
+        *(name for name, content in firsts.items() if names.image_key is None and _is_image(content)),
         *(name for name in known if not paths),  # whose first rows are null
     ]
     if held and not is_parquet_name(str(found.path)):
         raise ValueError(f"{found.path} holds images: rename it to end in .parquet, by which their addresses are known")
-    if not held and paths and all(_is_list_of_bytes(field.type) for field in paths):
-        raise ValueError(
-            f"{found.path}: the column {quote(paths[0].name)} holds lists of images: give each image a row"
-        )
+    if not held and paths and all(_is_list_of_bytes(file.schema_arrow.field(name).type) for name in paths):
+        raise ValueError(f"{found.path}: the column {quote(paths[0])} holds lists of images: give each image a row")
     return (held[0] if held else None), [field.name for field in others]
 
 
@@ -145,7 +175,7 @@ def _first(file: Any, field: pa.Field) -> Any:
 
 
 def _text(cell: Any) -> Any:
-    """Return the text of bytes: some writers do not mark text as text."""
+    """Return the text of bytes that are no image: some writers do not mark text as text."""
     return cell.decode() if isinstance(cell, bytes) else cell
 
 
@@ -156,12 +186,12 @@ def _is_image(content: Any) -> bool:
         return False
 
 
-def _is_path(field: pa.Field, content: Any) -> bool:
-    """Tell a column of paths in bytes, by the first of them, from one of images."""
-    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_PATH:
+def _is_text(field: pa.Field, content: Any) -> bool:
+    """Tell a column of text in bytes, by the first of them, from one of images."""
+    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_TEXT:
         return False
     try:
-        return content.decode().isprintable()
+        return "".join(content.decode().split()).isprintable()
     except UnicodeDecodeError:
         return False
 

@@ -77,11 +77,22 @@ def test_where_the_file_says_that_no_image_is_missing_none_is_read(
     read = parquet._parquet_rows
 
     def only_captions(file: Any, columns: Sequence[str], groups: list[int], batch_size: int) -> Any:
-        assert columns == ["caption"]
+        assert columns == ["caption", "image.path"]
         return read(file, columns, groups, batch_size)
 
     monkeypatch.setattr(parquet, "_parquet_rows", only_captions)
     assert len(read_index(path).rows) == 40
+
+
+def test_a_row_a_caption_is_one_image(tmp_path: Path) -> None:
+    """Images repeat; the name alone, which may be that of every image, does not say so."""
+    images = [image for image in IMAGES for _ in range(3)]
+    captions = [f"{name} {number}" for name in CAPTIONS for number in range(3)]
+    pairs = load_pairs(write(tmp_path, {"image": images, "caption": captions}, row_group_size=4))
+    assert [read_bytes(path) for path in pairs.paths] == [png_bytes(number) for number in range(4)]
+    assert [pairs.captions_of(row) for row in range(4)] == [captions[row : row + 3] for row in (0, 3, 6, 9)]
+    images = [{"bytes": image["bytes"], "path": "image.png"} for image in images]
+    assert len(load_pairs(write(tmp_path, {"image": images, "caption": captions}))) == 10  # the first three are one
 
 
 def test_only_paths_in_a_struct_are_paths(tmp_path: Path) -> None:
@@ -166,3 +177,19 @@ def test_a_damaged_image_costs_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "data.parquet@4/image: cannot be read as an image" in out
     with pytest.raises(ValueError, match=r"data\.parquet@4/image: cannot be read as an image"):
         load_image(f"{path}@4/image")
+
+
+def test_keys_and_numbered_captions_count_beside_images(tmp_path: Path) -> None:
+    make_images(tmp_path, *(f"{number}.png" for number in range(4)))
+    other = [{"bytes": png_bytes(9 - number), "path": None} for number in range(4)]
+    names = [f"{number}.png" for number in range(4)]
+    columns = {"mask": other, "Image": IMAGES, "filename": names, "caption_0": CAPTIONS, "caption_1": names}
+    path = write(tmp_path, columns)
+    pairs = load_pairs(path)
+    assert [read_bytes(image) for image in pairs.paths] == [png_bytes(number) for number in range(4)]
+    assert pairs.captions_of(1) == ["b", "1.png"]
+    masks = load_pairs(DataSource(path, image_key="mask", caption_key="caption_0")).paths
+    assert [read_bytes(image) for image in masks] == [png_bytes(9 - number) for number in range(4)]
+    assert Path(load_pairs(DataSource(path, image_key="filename")).paths[3]) == tmp_path / "3.png"
+    with pytest.raises(ValueError, match="no row has image_key 'maks'; did you mean mask"):
+        load_pairs(DataSource(path, image_key="maks"))

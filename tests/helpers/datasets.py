@@ -52,11 +52,12 @@ def make_shards(folder: Path, *counts: int) -> str:
     return f"{folder}/{{00..{len(counts) - 1:02}}}.tar"
 
 
-def make_parquet(path: Path, count: int, *, rows_per_group: int = 100) -> Path:
+def make_parquet(path: Path, count: int, *, first: int = 0, rows_per_group: int = 100) -> Path:
     """Parquet with images inside, as the Hub stores them; the image and the caption of each say which row it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": png_bytes(number), "path": f"{number}.png"} for number in range(count)]
-    columns = {"image": images, "caption": [f"number {number}" for number in range(count)]}
+    numbers = range(first, first + count)
+    images = [{"bytes": png_bytes(number), "path": f"{number}.png"} for number in numbers]
+    columns = {"image": images, "caption": [f"number {number}" for number in numbers]}
     pq.write_table(pa.table(columns), path, row_group_size=rows_per_group)
     return path
 
