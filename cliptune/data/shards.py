@@ -26,7 +26,8 @@ from webdataset.writer import TarWriter
 from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.table import RowBuffer, Rows
 from cliptune.data.tar_samples import count_samples, is_local, read_samples
-from cliptune.preprocess.decode import IMAGE_ENDINGS, file_stamp, image_format, read_bytes
+from cliptune.preprocess.decode import file_stamp, image_format, read_bytes
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import count, first_few, shorten

@@ -20,7 +20,8 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
 from cliptune.data.index import check_text
-from cliptune.preprocess.decode import IMAGE_ENDINGS, MAX_BYTES, part_path
+from cliptune.preprocess.decode import MAX_BYTES, part_path
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 
 CAPTION_KEYS = ("caption", "captions")
 TEXT_ENDINGS = frozenset(("json", "txt"))

@@ -18,6 +18,8 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS as IMAGE_ENDINGS  # noqa: PLC0414
+from cliptune.preprocess.image_formats import add_format, ending_of, unread_format
 from cliptune.preprocess.resize import Pixels
 
 # Pillow warns of odd metadata in images that it reads all the same; what it cannot read is an error without this
@@ -31,10 +33,10 @@ MAX_BYTES = 10**9
 
 STRIP_PIXELS = 2**22
 
-IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
-
-_OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4}
+_OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4, "HEIF": 8}
 """Bytes of each pixel that a decoder keeps beside the result."""
+_KIND_OF_PAGE, _SUB_PAGES = 254, 330
+"""TIFF's NewSubfileType and SubIFDs: where the first is 1, for a smaller copy, the other leads to the image itself."""
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
 
 DecodedImage: TypeAlias = Image.Image | Pixels
@@ -162,13 +164,13 @@ def decode_image(
 
 
 def image_format(data: bytes) -> str:
-    """Return the format of an image file by its content, in lower case: `jpeg`, `png`, ...
+    """Return the format of an image file by its content, as a file of it ends: `jpeg`, `png`, `jp2`, ...
 
     Raises:
         ValueError: it is no image.
     """
     with _opened(data, MAX_PIXELS) as (image, _):
-        return str(image.format).lower()
+        return ending_of(str(image.format))
 
 
 @contextmanager
@@ -176,18 +178,32 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image
     """Give an image, not decoded yet, and the bytes of its file; what fails in the block is an error that names it."""
     data, name = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
     try:
-        with Image.open(BytesIO(data)) as image:
+        with _open_image(data) as image:
             if image.width * image.height > max_pixels:  # Pillow's own check goes by a setting of the process
                 raise ValueError(f"more than {max_pixels} pixels")
             if (num_bytes := _bytes_to_decode(image)) > MAX_BYTES:
                 raise ValueError(f"its pixels would take {num_bytes / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB")
             if image.format == "EPS":  # which Pillow has a program run
                 raise ValueError("PostScript, which is a program: convert it to an image")
+            if isinstance(image, TiffImageFile) and image.tag_v2.get(_KIND_OF_PAGE) == 1 and _SUB_PAGES in image.tag_v2:
+                raise ValueError("its first page is a thumbnail, as in a camera's raw file: convert it to PNG or JPEG")
             yield image, data
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may end in any exception of Pillow's decoders
         raise ValueError(f"{name}cannot be read as an image: {_reason(error)}") from None
+
+
+def _open_image(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        if not add_format(data):
+            raise ValueError(unread_format(data)) from None
+    try:
+        return Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("a damaged HEIC or AVIF file") from None
 
 
 def _bytes_to_decode(image: Image.Image) -> int:
@@ -204,8 +220,6 @@ def _bytes_to_decode(image: Image.Image) -> int:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "of no known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS} pixels"
     return str(error) if isinstance(error, OSError | ValueError) and str(error) else f"damaged ({error!r})"
