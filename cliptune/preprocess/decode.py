@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from cliptune.preprocess import depth
 from cliptune.preprocess.image_formats import IMAGE_ENDINGS as IMAGE_ENDINGS  # noqa: PLC0414
 from cliptune.preprocess.image_formats import add_format, ending_of, unread_format
 from cliptune.preprocess.resize import Pixels
@@ -30,8 +31,6 @@ MAX_PIXELS = 178_956_970
 
 MAX_BYTES = 10**9
 """Of an image's file, and of its pixels as they are decoded."""
-
-STRIP_PIXELS = 2**22
 
 _OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4, "HEIF": 8}
 """Bytes of each pixel that a decoder keeps beside the result."""
@@ -139,8 +138,8 @@ def load_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         ValueError: the file is no image, or a damaged one; names the file.
         OSError: no such file, or it cannot be read.
     """
-    with _opened(source, max_pixels) as (image, _):
-        return to_rgb(image)
+    with _opened(source, max_pixels) as (image, data, name):
+        return to_rgb(image, data, name)
 
 
 def decode_image(
@@ -158,9 +157,9 @@ def decode_image(
         ValueError: the file is no image, or a damaged one; names the file.
         OSError: no such file, or it cannot be read.
     """
-    with _opened(source, max_pixels) as (image, data):
+    with _opened(source, max_pixels) as (image, data, name):
         pixels = _decode_jpeg(data, image, shortest_side)
-        return to_rgb(image) if pixels is None else pixels
+        return to_rgb(image, data, name) if pixels is None else pixels
 
 
 def image_format(data: bytes) -> str:
@@ -169,13 +168,13 @@ def image_format(data: bytes) -> str:
     Raises:
         ValueError: it is no image.
     """
-    with _opened(data, MAX_PIXELS) as (image, _):
+    with _opened(data, MAX_PIXELS) as (image, *_):
         return ending_of(str(image.format))
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, bytes]]:
-    """Give an image, not decoded yet, and the bytes of its file; what fails in the block is an error that names it."""
+def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, bytes, str]]:
+    """Give an image, not decoded yet, its file's bytes and name; what fails in the block is an error that names it."""
     data, name = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
     try:
         with _open_image(data) as image:
@@ -187,7 +186,7 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image
                 raise ValueError("PostScript, which is a program: convert it to an image")
             if isinstance(image, TiffImageFile) and image.tag_v2.get(_KIND_OF_PAGE) == 1 and _SUB_PAGES in image.tag_v2:
                 raise ValueError("its first page is a thumbnail, as in a camera's raw file: convert it to PNG or JPEG")
-            yield image, data
+            yield image, data, name.removesuffix(": ") or "an image"
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may end in any exception of Pillow's decoders
@@ -254,20 +253,25 @@ _UPRIGHT: dict[int, Callable[[Any], Any]] = {
 """What sets an image upright, by its EXIF orientation."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, data: bytes = b"", name: str = "an image") -> Image.Image:
     """Turn any Pillow image into 8-bit RGB: first frame, EXIF orientation applied, transparency laid on white.
 
-    16-bit grey keeps its range (divided by 257); float images are taken as [0, 1] if they stay within it.
+    Deeper images are brought to 8 bits by the depth that their file or their values tell, see `depth`.
+
+    Args:
+        image: as Pillow has opened it.
+        data: of its file, which may tell more than Pillow does.
+        name: of the image, for what is said about it.
     """
+    stored = depth.stored_as(image, data)
+    if stored.raw:
+        image = depth.colors(image, stored, name)
     if image.getexif().get(ExifTags.Base.Orientation) in _UPRIGHT:  # without one exif_transpose would copy
         image = ImageOps.exif_transpose(image)
         if image.mode == "RGB" and "transparency" not in image.info:
             return image  # which is a copy already
-    if image.mode.startswith("I"):
-        return _in_strips(image, lambda strip: _to_8_bit(strip, 1 / 257))  # 65535 -> 255; Pillow itself clips above 255
-    if image.mode == "F":
-        largest = max(np.nanmax(np.asarray(strip), initial=0) for _, strip in _strips(image))
-        return _in_strips(image, lambda strip: _to_8_bit(strip, 255 if largest <= 1 else 1))
+    if image.mode[0] in "IF":
+        return depth.grey(image, stored, name).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         return _in_strips(image, _on_white)
     return image.convert("RGB")
@@ -280,24 +284,12 @@ def size_of(image: DecodedImage) -> tuple[int, int]:
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Convert an image to RGB some rows at a time: the copies on the way take up to eight times an image's memory."""
-    if image.width * image.height <= STRIP_PIXELS:
+    if image.width * image.height <= depth.STRIP_PIXELS:
         return convert(image).convert("RGB")
     result = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
+    for top, strip in depth.strips(image):
         result.paste(convert(strip).convert("RGB"), (0, top))
     return result
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the first row and the pixels of each strip."""
-    num_rows = max(STRIP_PIXELS // image.width, 1)
-    for top in range(0, image.height, num_rows):
-        yield top, image.crop((0, top, image.width, min(top + num_rows, image.height)))
-
-
-def _to_8_bit(image: Image.Image, factor: float) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64) * factor  # [H, W]
-    return Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
