@@ -44,7 +44,8 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": "unzstd < IT > NEW.tar", b"PK\3\4": "unzip, and give the folder",
 }  # fmt: skip
 """What unpacks a file, by its beginning."""
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_META = re.compile(r"__[^/]*__($|/)|(.*/)?\.[^/]*$", re.DOTALL)
+"""What is no sample's: what webdataset skips, and hidden files, as macOS puts one beside each of its files."""
 _COMMON = frozenset(ending[1:] for ending in COMMON_ENDINGS)
 _APART = (
     "the files of a sample share the name up to the dot and stand next to each other: unpack the shard, and write it "

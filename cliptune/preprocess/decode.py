@@ -184,13 +184,24 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image
                 raise ValueError(f"its pixels would take {num_bytes / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB")
             if image.format == "EPS":  # which Pillow has a program run
                 raise ValueError("PostScript, which is a program: convert it to an image")
-            if isinstance(image, TiffImageFile) and image.tag_v2.get(_KIND_OF_PAGE) == 1 and _SUB_PAGES in image.tag_v2:
-                raise ValueError("its first page is a thumbnail, as in a camera's raw file: convert it to PNG or JPEG")
+            if isinstance(image, TiffImageFile):
+                _refuse_misread(image)
             yield image, data, name.removesuffix(": ") or "an image"
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may end in any exception of Pillow's decoders
         raise ValueError(f"{name}cannot be read as an image: {_reason(error)}") from None
+
+
+def _refuse_misread(image: TiffImageFile) -> None:
+    """Refuse what Pillow would take for another image without a word."""
+    tags = image.tag_v2
+    if tags.get(_KIND_OF_PAGE) == 1 and _SUB_PAGES in tags:
+        raise ValueError("its first page is a thumbnail, as in a camera's raw file: convert it to PNG or JPEG")
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))
+    is_planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1
+    if is_planar and max(bits) > 8 and any(tile.codec_name == "raw" for tile in image.tile):
+        raise ValueError("planes of more than 8 bits without compression, which Pillow misreads: convert it to PNG")
 
 
 def _open_image(data: bytes) -> Image.Image:

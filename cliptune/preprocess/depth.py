@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION, SAMPLEFORMAT, TiffImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Stored(NamedTuple):
     """The largest value that there can be."""
     is_unsigned: bool = False
     """Pillow's int32 stand for uint32."""
+    is_planar: bool = False
     data: bytes = b""
     """The file."""
 
@@ -65,7 +66,8 @@ def stored_as(image: Image.Image, data: bytes) -> Stored:
         )  # a number, or one for each channel
         bits, format_, top = (value[0] if isinstance(value, tuple) else value for value in (bits, format_ or 1, top))
         word = top or (2**bits - 1 if bits and bits % 8 else None)
-        return Stored(raw, word, format_ == 1 and image.mode == "I", data)
+        is_planar = image.tag_v2.get(PLANAR_CONFIGURATION) == 2
+        return Stored(raw, word, format_ == 1 and image.mode == "I", is_planar, data)
     if image.format in {"PPM", "JPEG2000"}:  # Pillow has brought their values to 16 bits already
         return Stored(raw, _FULL, data=data)
     depth = _significant_bits(data)
@@ -149,6 +151,9 @@ def colors(image: Image.Image, stored: Stored, name: str) -> Image.Image:
     """Bring an image of 16 bits a channel to 8, the upper ones unless its values need no more than 14 bits.
 
     Pillow has no such image in memory, but decodes either byte of each value: with the bytes swapped, the lower one.
+
+    Raises:
+        ValueError: it does not, of an image whose lower bytes matter.
     """
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     extrema: Any = image.getextrema()  # of the upper bytes; Pillow has LA of 16 bits as RGBA
@@ -156,6 +161,8 @@ def colors(image: Image.Image, stored: Stored, name: str) -> Image.Image:
     is_full = max(high for _, high in extrema[:3]) >= 2**6 or stored.top == _FULL
     if not stored.data or (is_full and key is None):
         return image
+    if stored.is_planar:  # where Pillow decodes no other byte than the upper
+        raise ValueError("planes of 16 bits whose values need fewer, which Pillow misreads: convert it to PNG")
     lower = _lower_bytes(stored)
     largest = np.max([values.max((0, 1)) for _, values in _wide_strips(image, lower, stored)], axis=0)  # [C]
     _, white = _integer_range(0, int(largest[:3].max()), stored.top)

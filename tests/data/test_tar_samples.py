@@ -105,6 +105,14 @@ def test_more_files_of_a_sample_change_nothing(tmp_path: Path) -> None:
     assert [sample.captions() for sample in read_samples(url)] == [(f"number {n}",) for n in range(len(more))]
 
 
+def test_hidden_files_are_none_of_a_sample(tmp_path: Path) -> None:
+    """A tar file of macOS has d/._0.jpg before d/0.jpg, and d/._0.txt before d/0.txt."""
+    members = of_each(("d/._{}.jpg", b"x"), ("d/{}.jpg", b""), ("d/._{}.txt", b"x"), ("d/{}.txt", b"number 1"))
+    make_tar(tmp_path / "x.tar", [("./._0.jpg", b"x"), *members, ("__MACOSX/._d", b"x"), (".DS_Store", b"x")])
+    assert assert_counts_agree(str(tmp_path / "x.tar")) == 9
+    assert len(load_pairs(tmp_path / "x.tar")) == 9
+
+
 SAID: dict[str, tuple[Members, str, int]] = {
     "apart": ([(f"{n}.jpg", b"x") for n in range(9)] + [(f"{n}.txt", b"x") for n in range(9)], "stand next to", 18),
     "apart in folders": (

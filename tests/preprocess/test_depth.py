@@ -40,17 +40,33 @@ def png16(values: np.ndarray, *, sbit: bytes = b"", trns: bytes = b"", orientati
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def tiff(values: np.ndarray, order: Literal["<", ">"] = "<", extra: tuple[tuple[int, int, int], ...] = ()) -> bytes:
-    """An uncompressed TIFF, `[H, W]` or `[H, W, C]`; `extra` are further tags, as kind of number and value."""
+def tiff(
+    values: np.ndarray,
+    order: Literal["<", ">"] = "<",
+    extra: tuple[tuple[int, int, int], ...] = (),
+    *,
+    packed: bool = False,
+    planes: bool = False,
+) -> bytes:
+    """A TIFF, `[H, W]` or `[H, W, C]`; `extra` are further tags, as kind of number and value."""
     height, width, channels = (*values.shape, 1)[:3]
-    content = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    stored = values.astype(values.dtype.newbyteorder(order))
+    parts = [stored[..., channel].tobytes() for channel in range(channels)] if planes else [stored.tobytes()]
+    parts = [zlib.compress(part) for part in parts] if packed else parts
+    content = b"".join(parts)
     bits = values.dtype.itemsize * 8
     after = 8 + len(content)
     per_channel = struct.pack(f"{order}{channels}H", *[bits] * channels)
+    where = after + len(per_channel)
+    starts = [8 + sum(map(len, parts[:part])) for part in range(len(parts))]
+    per_channel += struct.pack(f"{order}{2 * len(parts)}I", *starts, *map(len, parts))
     tags = [
-        (256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits if channels == 1 else after), (259, 3, 1, 1),
-        (262, 3, 1, 1 if channels == 1 else 2), (273, 4, 1, 8), (277, 3, 1, channels), (278, 4, 1, height),
-        (279, 4, 1, len(content)), (339, 3, 1, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]),
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits if channels == 1 else after),
+        (259, 3, 1, 8 if packed else 1),
+        (262, 3, 1, 1 if channels == 1 else 2), (277, 3, 1, channels), (278, 4, 1, height),
+        (273, 4, len(parts), where if planes else 8), (284, 3, 1, 1 + planes),
+        (279, 4, len(parts), where + 4 * len(parts) if planes else len(content)),
+        (339, 3, 1, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]),
         *((tag, kind, 1, value) for tag, kind, value in extra),
     ]  # fmt: skip
     directory = struct.pack(f"{order}H", len(tags))
@@ -188,7 +204,9 @@ def test_colors_are_as_deep_as_their_values_need(
     bits: int, channels: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = deep_colors(2**bits - 1, channels)
-    contents = [png16(values), *([tiff(values), tiff(values, ">")] if channels == 3 else [])]
+    contents = [png16(values)]
+    if channels == 3:
+        contents += [tiff(values, order, packed=packed) for order in ("<", ">") for packed in (False, True)]
     expected = COLORS * 255 if channels > 2 else COLORS[..., [0, 0, 0]] * 255
     if bits == 16:
         expected = (values[..., :3] if channels > 2 else values[..., [0, 0, 0]]) >> 8  # as Pillow has it
@@ -199,6 +217,16 @@ def test_colors_are_as_deep_as_their_values_need(
             assert np.abs(pixels - expected).max() <= (0 if bits == 16 else 1)
             assert np.array_equal(np.asarray(to_rgb(Image.open(BytesIO(content)))), pixels)
     assert len(caplog.messages) == (bits < 16)
+
+
+def test_planes_are_read_unless_pillow_misreads_them() -> None:
+    bytes_, values = deep_colors(255, 3).astype("u1"), deep_colors(65535, 3)
+    for content in (tiff(bytes_, planes=True), tiff(bytes_, planes=True, packed=True)):
+        assert np.array_equal(np.asarray(load_image(content)), bytes_)
+    assert np.array_equal(np.asarray(load_image(tiff(values, planes=True, packed=True))), values >> 8)
+    for content in (tiff(values, planes=True), tiff(deep_colors(4095, 3), planes=True, packed=True)):
+        with pytest.raises(ValueError, match="which Pillow misreads"):
+            load_image(content)
 
 
 @pytest.mark.parametrize("alpha_top", [4095, 65535])
