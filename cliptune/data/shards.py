@@ -99,6 +99,12 @@ def is_shards(data_dir: str | Path) -> bool:
     return any(map(_is_tar, _sources(str(data_dir))))
 
 
+def folder_of(data_dir: str) -> Path:
+    """Return the folder that all of the shards lie in: of `a/x.tar::a/b/{0..9}.tar` it is a."""
+    before_braces = (source.partition("{")[0] for source in _sources(data_dir))
+    return Path(os.path.commonpath([os.path.realpath(os.path.dirname(source)) for source in before_braces]))  # noqa: PTH120
+
+
 def _is_tar(source: str) -> bool:
     try:
         first = next(iter(braceexpand(source)))

@@ -333,6 +333,7 @@ def test_sources_are_joined(tmp_path: Path) -> None:
     assert [shard.num_samples for shard in open_shards(joined).shards] == [3, 4, 2]
     pairs = load_pairs(joined)
     assert len(pairs) == 9
+    assert (pairs.root, load_pairs(one).root) == (str(tmp_path), str(tmp_path / "a"))  # which paths are relative to
     assert {Path(path.split("@")[0]).parent.name for path in pairs.paths} == {"a", "b"}
     # of one name, so it takes the whole to tell them apart
     assert open_shards(joined).describe(0) == f"{tmp_path}/a/00.tar (sample 0)"
