@@ -22,8 +22,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CROP_AREA = (0.6, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-VERSION = 1
-"""Raised whenever the same image gives other pixels or the same text other tokens: cached features go by it."""
+VERSION = 2
+"""Raised whenever the same image gives other pixels or the same text other tokens: caches go by it."""
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -51,7 +51,7 @@ class PixelTransform(ABC):
     @property
     def key(self) -> str:
         """Name of the first step: images shrunk under the same key are the same."""
-        return f"{type(self).__name__}-{self.shrunk_side}" + ("-fast" if self.fast_decode else "")
+        return f"{type(self).__name__}-{self.shrunk_side}-v{VERSION}" + ("-fast" if self.fast_decode else "")
 
     @abstractmethod
     def shrink(self, image: DecodedImage) -> Pixels:
