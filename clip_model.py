@@ -26,13 +26,13 @@ from cliptune.model.self_test import check_self_test, compute_self_test, describ
 from cliptune.model.towers import (
     RunLayer,
     StatisticsSnapshot,
+    apply_settings,
     build_backbone,
     checkpointed_layers,
     compiled_layers,
     image_tower,
     run_by_method,
     running_statistics,
-    set_activation,
     shared_projection,
     text_tower,
 )
@@ -276,7 +276,7 @@ class CLIPModel(nn.Module):
         activation = "quick_gelu" if bool(state) else "gelu"
         if activation != self.architecture.activation:
             self.architecture = replace(self.architecture, activation=activation)
-            set_activation(self.backbone, activation)
+            apply_settings(self.backbone, self.architecture)
 
     def _layer_runner(self, tower: str) -> RunLayer | None:
         # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs

@@ -213,6 +213,12 @@ class _QuickGELU(torch.autograd.Function):
         return cast(Tensor, torch.ops.aten.silu_backward(gradients[0], *ctx.saved_tensors))
 
 
+_CLASS_ARGUMENTS = (
+    "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length",
+    "vocab_size", "transformer_width", "transformer_heads", "transformer_layers",
+)  # fmt: skip
+
+
 def build_backbone(
     architecture: Architecture, tensors: Mapping[str, Tensor] | None = None, *, source: str = "given tensors"
 ) -> Any:
@@ -227,9 +233,7 @@ def build_backbone(
         ValueError: weights that do not fit.
     """
     clip_class = import_clip().model.CLIP
-    sizes = {
-        key: value for key, value in vars(architecture).items() if key not in {"name", "activation", "vision_heads"}
-    }
+    sizes = {key: getattr(architecture, key) for key in _CLASS_ARGUMENTS}
     with torch.device("cpu" if tensors is None else "meta"):  # no random weights where they are given
         backbone = clip_class(**sizes)
     del backbone.logit_scale
@@ -239,13 +243,9 @@ def build_backbone(
         except RuntimeError as error:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise ValueError(f"{source}: weights that do not fit a {architecture.name}: {reason[:300]}") from None
-    if architecture.is_vit:
-        for block in backbone.visual.transformer.resblocks:
-            block.attn.num_heads = architecture.vision_heads
-            block.attn.head_dim = architecture.vision_width // architecture.vision_heads
-    else:
+    if not architecture.is_vit:
         backbone.visual.to(memory_format=torch.channels_last)  # what convolutions are fastest in
-    set_activation(backbone, architecture.activation)
+    apply_settings(backbone, architecture)
     return backbone.float()
 
 
@@ -257,9 +257,13 @@ def _take_in(backbone: Any, tensors: Mapping[str, Tensor]) -> None:
         block.attn_mask = mask
 
 
-def set_activation(backbone: nn.Module, activation: str) -> None:
-    """Put `quick_gelu` or `gelu` into every layer."""
-    make = QuickGELU if activation == QUICK_GELU else nn.GELU
+def apply_settings(backbone: Any, architecture: Architecture) -> None:
+    """Put what the features depend on and no tensor shows (`Architecture.unseen`) into a backbone, new or in use."""
+    if architecture.is_vit:
+        for block in backbone.visual.transformer.resblocks:
+            block.attn.num_heads = architecture.vision_heads
+            block.attn.head_dim = architecture.vision_width // architecture.vision_heads
+    make = QuickGELU if architecture.activation == QUICK_GELU else nn.GELU
     for module in backbone.modules():
         if hasattr(module, "mlp") and hasattr(module.mlp, "gelu"):
             module.mlp.gelu = make()
