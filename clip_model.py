@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
+from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import clip_gradient, is_sharded, load_optimizer_state, whole
+from cliptune.model.positions import resize_tensors, resized
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
+from cliptune.model.state_dicts import extra_state, read_extra_state
 from cliptune.model.towers import (
     RunLayer,
     StatisticsSnapshot,
@@ -71,8 +73,12 @@ class CLIPModel(nn.Module):
         freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
         pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), a file or hub folder, or
             weights already read, which become the model's.
-        activation: `quick_gelu` or `gelu`, for weights files that do not tell.
+        activation: `quick_gelu`, `gelu` or `gelu_tanh`, for weights files that do not tell.
         freeze_tower: `image` or `text`: hold that tower as `freeze_backbone` holds both.
+        context_length: tokens of a text. Fewer than the weights' take the first positions; for more, all but the first
+            20 are interpolated. None: the weights' own.
+        image_resolution: height and width of the input in pixels, a multiple of the patch size (of 32 for ResNets);
+            positions are interpolated. None: the weights' own.
 
     Attributes:
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
@@ -92,6 +98,8 @@ class CLIPModel(nn.Module):
         *,
         activation: str | None = None,
         freeze_tower: str | None = None,
+        context_length: int | None = None,
+        image_resolution: int | None = None,
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
@@ -101,17 +109,22 @@ class CLIPModel(nn.Module):
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        sizes = {"context_length": context_length, "image_resolution": image_resolution}
         if weights is None:
-            architecture = known_architecture(model_name or DEFAULT_MODEL_NAME)
+            architecture = resized(known_architecture(model_name or DEFAULT_MODEL_NAME), **sizes)
             self.architecture = replace(architecture, activation=activation or architecture.activation)
             self.backbone = build_backbone(self.architecture)
         else:
             self.architecture = weights.architecture
             self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
-            if weights.self_test is not None:  # of the model with its own projections, whatever is asked for
+            if weights.self_test is not None:  # of the model as it was saved, whatever is asked for
                 self._make_projections(None, weights)
                 check_self_test(self, weights.self_test, source=weights.source)
+            self.architecture = resized(weights.architecture, **sizes)
+            if self.architecture != weights.architecture:
+                tensors = resize_tensors(weights.tensors, weights.architecture, self.architecture)
+                self.backbone = build_backbone(self.architecture, tensors, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
@@ -234,7 +247,7 @@ class CLIPModel(nn.Module):
 
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
-        pixels = normalize(images.to(self.device, non_blocking=True))
+        pixels = normalize(images.to(self.device, non_blocking=True), self.architecture.mean, self.architecture.std)
         return image_tower(self.backbone, pixels, self._layer_runner("image"))
 
     def run_text_tower(self, tokens: Tensor) -> Tensor:
@@ -268,15 +281,17 @@ class CLIPModel(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Put the activation into the state dict: tensors do not show it, and the wrong one is silent."""
-        return torch.tensor(self.architecture.activation == QUICK_GELU)
+        """Put what features depend on and tensors do not show into the state dict: the wrong one is silent."""
+        return extra_state(self.architecture)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the activation that loaded weights were made with."""
-        activation = "quick_gelu" if bool(state) else "gelu"
-        if activation != self.architecture.activation:
-            self.architecture = replace(self.architecture, activation=activation)
-            apply_settings(self.backbone, self.architecture)
+        """Take what loaded weights were made with.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        self.architecture = self.architecture.with_unseen(read_extra_state(state))
+        apply_settings(self.backbone, self.architecture)
 
     def _layer_runner(self, tower: str) -> RunLayer | None:
         # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs
@@ -317,7 +332,7 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     return {
         **state,
         "activation": model.architecture.activation,
-        "preprocessing": describe_preprocessing(model.image_resolution),
+        "preprocessing": describe_preprocessing(model.architecture),
         "temperature": math.exp(-model.logit_scale.item()),
         "self_test": self_test,
     }

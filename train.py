@@ -279,6 +279,7 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
     model = CLIPModel(
         settings.name, settings.projection_dim, settings.freeze_backbone, weights,
         activation=settings.activation, freeze_tower=settings.freeze_tower,
+        context_length=settings.context_length, image_resolution=settings.image_resolution,
     )  # fmt: skip
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
