@@ -20,22 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
+from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.parallel import clip_gradient, is_sharded, load_optimizer_state, whole
+from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
-from cliptune.model.towers import (
-    RunLayer,
-    StatisticsSnapshot,
-    apply_settings,
-    build_backbone,
-    checkpointed_layers,
-    compiled_layers,
-    image_tower,
-    run_by_method,
-    running_statistics,
-    shared_projection,
-    text_tower,
-)
+from cliptune.model.towers import apply_settings, build_backbone, layers_of, set_compiled, shared_projection
 from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
@@ -95,7 +84,7 @@ class CLIPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
-        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
+        self.is_compiled = False
         weights = find_weights(model_name, pretrained, activation=activation)
         # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
@@ -116,7 +105,7 @@ class CLIPModel(nn.Module):
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
                 parameter.requires_grad_(False)
-        self.train()
+        self.float().train()  # whatever type is the default where it is made
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: str | torch.device = "cpu") -> CLIPModel:
@@ -211,11 +200,13 @@ class CLIPModel(nn.Module):
 
     def compile_towers(self) -> None:
         """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
-        self._run_layer = {"image": compiled_layers(dynamic=False), "text": compiled_layers(dynamic=True)}
+        self.is_compiled = True
+        self.train(self.training)
 
     def checkpoint_gradients(self) -> None:
         """Keep the input alone of each layer for the backward pass, which runs the layer again: the same gradient."""
-        self._run_layer = {tower: checkpointed_layers(run_layer) for tower, run_layer in self._run_layer.items()}
+        for layer in layers_of(self.backbone):
+            layer.checkpointed = True  # type: ignore[assignment]
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch of pairs.
@@ -235,11 +226,13 @@ class CLIPModel(nn.Module):
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
         pixels = normalize(images.to(self.device, non_blocking=True))
-        return image_tower(self.backbone, pixels, self._layer_runner("image"))
+        output: Tensor = self.backbone.encode_image(pixels)
+        return output
 
     def run_text_tower(self, tokens: Tensor) -> Tensor:
         """Turn tokens, int `[B, 77]`, into the text tower's output `[B, embed_dim]`."""
-        return text_tower(self.backbone, tokens, self._layer_runner("text"))
+        output: Tensor = self.backbone.encode_text(tokens)
+        return output
 
     def project_image(self, tower_output: Tensor) -> Tensor:
         """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
@@ -257,6 +250,7 @@ class CLIPModel(nn.Module):
     def train(self, mode: bool = True) -> CLIPModel:
         """Set training mode; frozen towers, and the BatchNorm statistics of loaded weights, stay held."""
         super().train(mode)
+        set_compiled(self.backbone, self.is_compiled and mode)
         if "image" in self.frozen_towers:
             self.backbone.visual.eval()
         if "text" in self.frozen_towers:
@@ -277,11 +271,6 @@ class CLIPModel(nn.Module):
         if activation != self.architecture.activation:
             self.architecture = replace(self.architecture, activation=activation)
             apply_settings(self.backbone, self.architecture)
-
-    def _layer_runner(self, tower: str) -> RunLayer | None:
-        # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs
-        run_layer = self._run_layer[tower] if self.training else None
-        return run_by_method(run_layer) if is_sharded(self) else run_layer
 
     def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
         sequence = [images] if isinstance(images, Image.Image | str | Path) else images
