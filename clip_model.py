@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
 from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.model.inputs import ImageInput, TextInput, to_pixels, to_tokens
 from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
 from cliptune.model.towers import apply_settings, build_backbone, layers_of, set_compiled, shared_projection
 from cliptune.model.weights import Weights, find_weights, own_weights
-from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
 from cliptune.runtime.device import Precision
@@ -43,9 +42,6 @@ logger = logging.getLogger(__name__)
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # both as in section 2.5 of CLIP's paper
 MAX_LOGIT_SCALE = math.log(100)
 TOWERS = ("image", "text")
-
-ImageInput = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path]
-TextInput = Tensor | str | Sequence[str]
 
 
 class CLIPModel(nn.Module):
@@ -168,34 +164,37 @@ class CLIPModel(nn.Module):
         """Encode images.
 
         Args:
-            images: pixels `[B, 3, R, R]`, uint8, or float and normalised; or one or several Pillow images or paths,
-                which go through CLIP's own preprocessing.
+            images: pixels `[B, 3, R, R]` or `[3, R, R]`, uint8, or float and normalised; or one or several Pillow
+                images, paths, files' bytes, open binary files, or uint8 arrays `[H, W, 3]`, which go through the
+                model's own preprocessing; see `inputs.to_pixels`.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
 
         Raises:
-            ValueError: pixels of another type, or a file that is no image.
+            ValueError: pixels of another type or size, or what is no image.
             FileNotFoundError: no such file.
         """
-        pixels = images if isinstance(images, Tensor) else self._preprocess(images)  # [B, 3, R, R]
+        pixels = to_pixels(images, clip_transform(self.image_resolution))  # [B, 3, R, R]
         return self.project_image(self.run_image_tower(pixels))
 
     def encode_text(self, texts: TextInput) -> Tensor:
         """Encode texts.
 
         Args:
-            texts: tokens, int `[B, 77]`, or one or several strings (truncated to 77 tokens).
+            texts: one or several strings, truncated to the model's context; or tokens, int `[B, L]` or `[L]`, or what
+                a tokenizer returns, see `inputs.to_tokens`.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
+
+        Raises:
+            ValueError: what are no texts, ids that the model has not, or more tokens than its context.
         """
-        if isinstance(texts, Tensor):
-            tokens = texts
-        else:
-            tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
-            if truncated:
-                logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
+        shape = self.architecture
+        tokens = to_tokens(
+            texts, self._tokenize, context_length=shape.context_length, vocab_size=shape.vocab_size
+        )  # [B, L]
         return self.project_text(self.run_text_tower(tokens))
 
     def compile_towers(self) -> None:
@@ -219,8 +218,10 @@ class CLIPModel(nn.Module):
             `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
         """
         # a frozen tower's output may come in place of its input: pixels have 4 dimensions, tokens are integers
-        image_features = self.project_image(images) if images.ndim == 2 else self.encode_image(images)
-        text_features = self.project_text(tokens) if tokens.is_floating_point() else self.encode_text(tokens)
+        is_image_output = isinstance(images, Tensor) and images.ndim == 2
+        is_text_output = isinstance(tokens, Tensor) and tokens.is_floating_point()
+        image_features = self.project_image(images) if is_image_output else self.encode_image(images)
+        text_features = self.project_text(tokens) if is_text_output else self.encode_text(tokens)
         return image_features, text_features
 
     def run_image_tower(self, images: Tensor) -> Tensor:
@@ -236,11 +237,11 @@ class CLIPModel(nn.Module):
 
     def project_image(self, tower_output: Tensor) -> Tensor:
         """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
-        return F.normalize(self.image_projection(tower_output.to(self.device)).float(), dim=-1)
+        return F.normalize(self.image_projection(tower_output.to(self.logit_scale)).float(), dim=-1)
 
     def project_text(self, tower_output: Tensor) -> Tensor:
         """Take the text tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
-        return F.normalize(self.text_projection(tower_output.to(self.device)).float(), dim=-1)
+        return F.normalize(self.text_projection(tower_output.to(self.logit_scale)).float(), dim=-1)
 
     def tower_state(self, tower: str) -> dict[str, Tensor]:
         """Return one tower's own parameters and buffers by name; `tower` is `image` or `text`."""
@@ -272,11 +273,11 @@ class CLIPModel(nn.Module):
             self.architecture = replace(self.architecture, activation=activation)
             apply_settings(self.backbone, self.architecture)
 
-    def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
-        sequence = [images] if isinstance(images, Image.Image | str | Path) else images
-        transform = clip_transform(self.image_resolution)
-        decoded = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
-        return torch.stack([transform(image) for image in decoded])  # [B, 3, R, R]
+    def _tokenize(self, texts: Sequence[str]) -> Tensor:
+        tokens, truncated = tokenize(texts, self.architecture.context_length)
+        if truncated:
+            logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
+        return tokens
 
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}

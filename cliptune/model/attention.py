@@ -49,7 +49,7 @@ class Attention(nn.MultiheadAttention):
     PyTorch's own reads the weight of `out_proj` alone, so that an adapter or a hook there would have no part in it.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(  # noqa: PLR0913  (PyTorch's arguments)
         self,
         query: Tensor,
         key: Tensor | None = None,
@@ -68,13 +68,8 @@ class Attention(nn.MultiheadAttention):
             return self.out_proj(mixed), None
         is_plain = query is key is value and query.ndim == 3 and key_padding_mask is None and not self.batch_first
         if not is_plain or self.dropout or is_causal or (attn_mask is not None and attn_mask.ndim != 2):
-            return cast(
-                "tuple[Tensor, Tensor | None]",
-                super().forward(
-                    query, cast(Tensor, key), cast(Tensor, value), key_padding_mask, need_weights, attn_mask,
-                    average_attn_weights, is_causal,
-                ),
-            )  # fmt: skip
+            given = cast(Tensor, key), cast(Tensor, value), key_padding_mask, need_weights, attn_mask
+            return super().forward(query, *given, average_attn_weights, is_causal)
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
         heads = projected.permute(2, 1, 3, 0, 4)  # [L, B, 3, heads, d] -> [3, B, heads, L, d]
         mixed = attend(heads[0], heads[1], heads[2], mask=attn_mask)  # [B, heads, L, d]
@@ -104,9 +99,7 @@ class Attention(nn.MultiheadAttention):
         return attend(query, key, value, mask=mask).flatten(1)  # [B, width]
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Attention `[B, heads, L, d]`; over short sequences on the CPU as two plain products.
 
     There PyTorch's blockwise kernel is the faster one forwards, but several times slower backwards, and it has no
@@ -134,13 +127,19 @@ def attention_weights(query: Tensor, key: Tensor, *, mask: Tensor | None) -> Ten
         scores = scores.masked_fill(~mask, -math.inf)
     elif mask is not None:
         scores = scores + mask.to(scores.dtype)
-    return scores.softmax(-1)
+    weights: Tensor = scores.softmax(-1)
+    return weights
 
 
 def is_transformed() -> bool:
     """Tell whether a transform of `torch.func` is at work, which knows no fused kernels."""
     # the state is private; `autograd.Function` asks for it in the same way
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+
+
+def is_recorded() -> bool:
+    """Tell whether what runs becomes a program that will see other inputs, or another function."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed()
 
 
 class QuickGELU(nn.Module):
@@ -149,7 +148,7 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to every element."""
         # a compiler makes one loop of it by itself; a trace and a transform cannot look into a function of ours
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+        if is_recorded():
             return x * torch.sigmoid(1.702 * x)
         activated, _ = cast("tuple[Tensor, Tensor]", _QuickGELU.apply(x))
         return activated

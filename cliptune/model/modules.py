@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend, is_transformed
+from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend, is_recorded
 from cliptune.model.batchnorm import held_statistics
 from cliptune.runtime.openai_clip import import_clip
 
@@ -34,10 +34,11 @@ import_clip()  # first of all, since it needs help
 from clip import model as openai  # noqa: E402
 
 
-class Backbone(openai.CLIP):  # type: ignore[misc]
+class Backbone(openai.CLIP):
     """OpenAI's `CLIP`: both towers, not normalised, without its `logit_scale`."""
 
-    text_pooling, end_token = "largest", None
+    text_pooling = "largest"
+    end_token: int | None = None
     """As `Architecture` has them; `causal` is what its transformer's mask says."""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -57,7 +58,11 @@ class Backbone(openai.CLIP):  # type: ignore[misc]
         Returns:
             `[B, embed_dim]`.
         """
-        causal, context, device = self.transformer.attn_mask is not None, self.context_length, self.text_projection.device
+        causal, context, device = (
+            self.transformer.attn_mask is not None,
+            self.context_length,
+            self.text_projection.device,
+        )
         if not causal or self.text_pooling == "last":  # padding counts, too
             tokens = F.pad(tokens, (0, context - tokens.shape[1]))
         ends = self._ends(tokens)  # [B]
@@ -76,8 +81,8 @@ class Backbone(openai.CLIP):  # type: ignore[misc]
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Return the position that each text is pooled at."""
-        if self.text_pooling == "end":
-            return (tokens == self.end_token).int().argmax(dim=-1)
+        if self.end_token is not None:  # pooling "end"
+            return tokens.eq(self.end_token).int().argmax(dim=-1)
         if self.text_pooling == "largest":  # the end-of-text token has the largest id
             return tokens.argmax(dim=-1)
         return tokens.new_full(tokens.shape[:1], 0 if self.text_pooling == "first" else self.context_length - 1)
@@ -88,7 +93,7 @@ class Backbone(openai.CLIP):  # type: ignore[misc]
         return parts_are_own and not (is_touched(embedding) or is_touched(norm)) and self.transformer.is_as_built()
 
 
-class VisionTransformer(openai.VisionTransformer):  # type: ignore[misc]
+class VisionTransformer(openai.VisionTransformer):
     """OpenAI's ViT."""
 
     pooling = "class"
@@ -103,7 +108,9 @@ class VisionTransformer(openai.VisionTransformer):  # type: ignore[misc]
         batch, length = x.shape[:2]
         # the class token is the first of each image
         pooled = torch.arange(0, batch * length, length, device=x.device) if self.pooling == "class" else None
-        rows = self.transformer(x.flatten(0, 1), Layout(batch, length, pooled=pooled))  # [B * length, width] or [B, width]
+        rows = self.transformer(
+            x.flatten(0, 1), Layout(batch, length, pooled=pooled)
+        )  # [B * length, width] or [B, width]
         return self._finish(rows.unflatten(0, (batch, -1)))
 
     def _patches(self, pixels: Tensor) -> Tensor:
@@ -130,19 +137,20 @@ class VisionTransformer(openai.VisionTransformer):  # type: ignore[misc]
             x = self.ln_post(x[:, 1:].mean(1))
         else:
             x = self.ln_post(x[:, 1:]).mean(1)
-        return x @ self.proj
+        return cast(Tensor, x @ self.proj)
 
     def _is_as_built(self) -> bool:
         norms = self.ln_pre, self.ln_post
         parts_are_own = type(self.conv1) is nn.Conv2d and all(isinstance(norm, LayerNorm) for norm in norms)
-        return parts_are_own and not any(map(is_touched, (self, self.conv1, *norms))) and self.transformer.is_as_built()
+        return parts_are_own and not any(map(is_touched, (self.conv1, *norms))) and self.transformer.is_as_built()
 
 
-class Transformer(openai.Transformer):  # type: ignore[misc]
+class Transformer(openai.Transformer):
     """A stack of blocks, which takes sequences `[L, B, width]`, or packed rows with their layout."""
 
     attn_mask: Tensor | None = None
     """That all its blocks are built with."""
+    resblocks: nn.Sequential
     compiled = False
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
@@ -164,7 +172,7 @@ class Transformer(openai.Transformer):  # type: ignore[misc]
         )
 
 
-class Block(openai.ResidualAttentionBlock):  # type: ignore[misc]
+class Block(openai.ResidualAttentionBlock):
     """Attention and an MLP, each after a LayerNorm and beside the sum of what was."""
 
     attn: Attention
@@ -200,13 +208,13 @@ def _run_block(block: Block, rows: Tensor, layout: Layout) -> Tensor:
     return cast(Tensor, rows + block.mlp(block.ln_2(rows)))
 
 
-@lru_cache
+@cache
 def _compiled(dynamic: bool) -> Callable[..., Tensor]:
     """Compile what a block does, when the first one runs; all blocks of a tower share the result."""
     return torch.compile(_run_block, dynamic=dynamic)
 
 
-class LayerNorm(openai.LayerNorm):  # type: ignore[misc]
+class LayerNorm(openai.LayerNorm):
     """LayerNorm that gives the type it is given, whatever autocast computes it in."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,7 +222,7 @@ class LayerNorm(openai.LayerNorm):  # type: ignore[misc]
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
-class Bottleneck(openai.Bottleneck):  # type: ignore[misc]
+class Bottleneck(openai.Bottleneck):
     """A layer of a ResNet, which can be checkpointed."""
 
     checkpointed = False
@@ -224,7 +232,7 @@ class Bottleneck(openai.Bottleneck):  # type: ignore[misc]
         return _checkpointed(self, super().forward, x)
 
 
-class AttentionPool2d(openai.AttentionPool2d):  # type: ignore[misc]
+class AttentionPool2d(openai.AttentionPool2d):
     """Attention from the mean of all positions; its four layers are called, so that adapters of theirs take part."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -290,15 +298,12 @@ def runs_plainly(x: Tensor) -> bool:
     return is_recorded() or not x.shape[0] or any(map(_are_foreign, _HOOKS_OF_ALL))
 
 
-def is_recorded() -> bool:
-    """Tell whether what runs becomes a program that will see other inputs, or another function."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed()
-
-
 def is_touched(module: nn.Module) -> bool:
     """Tell whether a module has hooks of others, or a `forward` that was put on it."""
     own = module.__dict__
-    return "forward" in own or any(_are_foreign(own[name]) for name in _HOOKS)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return any(_are_foreign(own[name]) for name in _HOOKS)
+    return "forward" in own
 
 
 def _are_foreign(hooks: dict[int, Any]) -> bool:
@@ -323,7 +328,7 @@ def is_row_wise(module: nn.Module) -> bool:
     return (is_adapter or _is_row_wise_kind(type(module))) and all(map(is_row_wise, module._modules.values()))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_row_wise_kind(kind: type[nn.Module]) -> bool:
     if issubclass(kind, nn.Linear):
         return True
@@ -349,4 +354,5 @@ def _checkpointed(layer: Any, run: Callable[..., Tensor], *arguments: Any) -> Te
         # of the forward pass, and of its repetition, which must not move BatchNorm's statistics once more
         return nullcontext(), held_statistics(layer)
 
-    return cast(Tensor, checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts))
+    output: Tensor = checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts)
+    return output
