@@ -44,14 +44,22 @@ def resized(
     return replace(changed, name=name_of(changed, default=default))
 
 
-def resize_tensors(tensors: dict[str, Tensor], before: Architecture, after: Architecture) -> dict[str, Tensor]:
-    """Return weights for the sizes of another architecture; says what is made of the positions.
+def resize_weights(
+    before: Architecture, tensors: dict[str, Tensor], **sizes: int | None
+) -> tuple[Architecture, dict[str, Tensor]]:
+    """Return architecture and weights for other sizes, as they are where nothing changes; says what is made of them.
 
     Args:
-        tensors: in OpenAI's names, of `before`.
-        before: their architecture.
-        after: what `resized` made of it.
+        before: the weights' architecture.
+        tensors: in OpenAI's names.
+        sizes: as `resized` takes them.
+
+    Raises:
+        ValueError: a size that the architecture cannot have.
     """
+    after = resized(before, **sizes)
+    if after == before:
+        return before, tensors
     changed = dict(tensors)
     if after.context_length != before.context_length:
         name = "positional_embedding"
@@ -67,7 +75,7 @@ def resize_tensors(tensors: dict[str, Tensor], before: Architecture, after: Arch
             "image resolution %d -> %d: image positions are interpolated: fine-tune them",
             before.image_resolution, after.image_resolution,
         )  # fmt: skip
-    return changed
+    return after, changed
 
 
 def resize_text_positions(positions: Tensor, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.random import fork_rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cliptune.model.towers import held_statistics
+from cliptune.model.batchnorm import held_statistics
 from cliptune.runtime.device import Precision, autocast, free_memory, tf32
 from cliptune.runtime.distributed import all_min, world_size
 
