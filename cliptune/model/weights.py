@@ -25,7 +25,7 @@ from cliptune.model.architectures import (
     name_of,
 )
 from cliptune.model.checkpoint_file import is_checkpoint
-from cliptune.model.hub_files import read_hub_file, weights_files
+from cliptune.model.hub_files import read_hub_file, weights_files, whole_file
 from cliptune.model.hub_settings import HubSettings, check_refused, read_settings
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.state_dicts import OtherModelError, StateDict, find_model, read_extra_state, to_openai_names
@@ -128,6 +128,7 @@ def read_weights(path: Path, *, activation: str | None = None, told: str | None 
         raise partial[0]
     if not path.is_file():
         raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of {', '.join(NAMED_WEIGHTS)}")
+    path = whole_file(path)
     return _read_file(path, activation=activation, told=told, of_hub=told is None and _is_of_hub(path))
 
 

@@ -1,5 +1,6 @@
 """A checkpoint on disk: whole or refused, whatever happens while it is written or to it afterwards."""
 
+import argparse
 import gzip
 import os
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +87,28 @@ def test_files_of_others_may_be_without_crcs(tmp_path: Path) -> None:
     damage_first_crc(path)
     with pytest.raises(ValueError, match=r"x\.pth: damaged"):
         load_checkpoint(path)
+
+
+class Best(float):
+    """A class of a user's own."""
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+        ({"best": np.float64(1.5)}, "numpy"),
+        ({"path": Path("x")}, "pathlib"),
+        ({"best": Best(1)}, "test_checkpoint_file.Best"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_objects_in_a_file_are_named_with_the_way_out(content: Any, named: str, is_old: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not is_old)
+    with pytest.raises(ValueError, match=rf"x\.pth: cannot be opened safely: .*{named}.* save its state dict alone"):
+        load_tensors(path)
 
 
 def damage_first_crc(path: Path) -> None:
