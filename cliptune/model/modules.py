@@ -150,7 +150,6 @@ class Transformer(openai.Transformer):
 
     attn_mask: Tensor | None = None
     """That all its blocks are built with."""
-    resblocks: nn.Sequential
     compiled = False
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
@@ -165,11 +164,10 @@ class Transformer(openai.Transformer):
 
     def is_as_built(self) -> bool:
         """Tell whether nothing in it needs to see whole sequences."""
-        if is_touched(self) or is_touched(self.resblocks) or type(self.resblocks) is not nn.Sequential:
+        blocks: Any = self.resblocks
+        if is_touched(self) or is_touched(blocks) or type(blocks) is not nn.Sequential:
             return False
-        return all(
-            type(block).forward is Block.forward and block.is_as_built(self.attn_mask) for block in self.resblocks
-        )
+        return all(type(block).forward is Block.forward and block.is_as_built(self.attn_mask) for block in blocks)
 
 
 class Block(openai.ResidualAttentionBlock):
