@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
+from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, known_architecture
 from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.inputs import ImageInput, TextInput, to_pixels, to_tokens
 from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
+from cliptune.model.positions import resize_weights, resized
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
+from cliptune.model.state_dicts import extra_state, read_extra_state
 from cliptune.model.towers import apply_settings, build_backbone, layers_of, set_compiled, shared_projection
 from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.preprocess.tokens import tokenize
@@ -56,8 +58,10 @@ class CLIPModel(nn.Module):
         freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
         pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), a file or hub folder, or
             weights already read, which become the model's.
-        activation: `quick_gelu` or `gelu`, for weights files that do not tell.
+        activation: `quick_gelu`, `gelu` or `gelu_tanh`, for weights files that do not tell.
         freeze_tower: `image` or `text`: hold that tower as `freeze_backbone` holds both.
+        context_length: tokens of a text; None: the weights' own. Positions are cut, or interpolated behind the 20th.
+        image_resolution: sides of the input in pixels; None: the weights' own. Positions are interpolated.
 
     Attributes:
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
@@ -77,6 +81,8 @@ class CLIPModel(nn.Module):
         *,
         activation: str | None = None,
         freeze_tower: str | None = None,
+        context_length: int | None = None,
+        image_resolution: int | None = None,
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
@@ -86,17 +92,21 @@ class CLIPModel(nn.Module):
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        sizes = {"context_length": context_length, "image_resolution": image_resolution}
         if weights is None:
-            architecture = known_architecture(model_name or DEFAULT_MODEL_NAME)
+            architecture = resized(known_architecture(model_name or DEFAULT_MODEL_NAME), **sizes)
             self.architecture = replace(architecture, activation=activation or architecture.activation)
             self.backbone = build_backbone(self.architecture)
         else:
             self.architecture = weights.architecture
             self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
-            if weights.self_test is not None:  # of the model with its own projections, whatever is asked for
+            if weights.self_test is not None:  # of the model as it was saved, whatever is asked for
                 self._make_projections(None, weights)
                 check_self_test(self, weights.self_test, source=weights.source)
+            self.architecture, tensors = resize_weights(weights.architecture, weights.tensors, **sizes)
+            if tensors is not weights.tensors:
+                self.backbone = build_backbone(self.architecture, tensors, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
@@ -226,7 +236,7 @@ class CLIPModel(nn.Module):
 
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
-        pixels = normalize(images.to(self.device, non_blocking=True))
+        pixels = normalize(images.to(self.device, non_blocking=True), self.architecture.mean, self.architecture.std)
         output: Tensor = self.backbone.encode_image(pixels)
         return output
 
@@ -263,14 +273,17 @@ class CLIPModel(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Put the activation into the state dict: tensors do not show it, and the wrong one is silent."""
-        return torch.tensor(self.architecture.activation == QUICK_GELU)
+        """Put what features depend on and no tensor shows into the state dict: the wrong one is silent."""
+        return extra_state(self.architecture)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the activation that loaded weights were made with."""
-        activation = "quick_gelu" if bool(state) else "gelu"
-        if activation != self.architecture.activation:
-            self.architecture = replace(self.architecture, activation=activation)
+        """Take what loaded weights were made with.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        before, self.architecture = self.architecture, self.architecture.with_unseen(read_extra_state(state))
+        if self.architecture != before:
             apply_settings(self.backbone, self.architecture)
 
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -307,7 +320,7 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     return {
         **state,
         "activation": model.architecture.activation,
-        "preprocessing": describe_preprocessing(model.image_resolution),
+        "preprocessing": describe_preprocessing(model.architecture),
         "temperature": math.exp(-model.logit_scale.item()),
         "self_test": self_test,
     }

@@ -124,7 +124,7 @@ def _train(argv: list[str] | None) -> int:
         )
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
-            journal.advise(**_odd_data(config, splits, snapshots))
+            journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -279,6 +279,7 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
     model = CLIPModel(
         settings.name, settings.projection_dim, settings.freeze_backbone, weights,
         activation=settings.activation, freeze_tower=settings.freeze_tower,
+        context_length=settings.context_length, image_resolution=settings.image_resolution,
     )  # fmt: skip
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
@@ -452,7 +453,7 @@ def _open_journal(
     return journal
 
 
-def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str, str | None]:
+def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int) -> dict[str, str | None]:
     """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
     found = data_findings(
         splits,
@@ -460,6 +461,7 @@ def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str,
         val_split=config.data.val_split,
         batch_size=config.training.batch_size,
         every_pair=config.data.captions == "all",
+        context_length=context_length,
     )
     return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 

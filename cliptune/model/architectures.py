@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD
+from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, Triple
 
 DEFAULT_MODEL_NAME = "ViT-B/32"
 QUICK_GELU, GELU, GELU_TANH = "quick_gelu", "gelu", "gelu_tanh"
@@ -17,8 +17,6 @@ IMAGE_POOLINGS = ("class", "average", "average_of_normed")
 """The class token; `ln_post` of the patches' mean; the mean of `ln_post` of each patch."""
 TEXT_POOLINGS = ("largest", "end", "first", "last")
 """The position of the largest id, as OpenAI's; the first one of `end_token`; the first or last of the whole context."""
-
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -207,3 +205,12 @@ def describe_architecture(architecture: Architecture) -> str:
     if architecture.is_vit:
         return f"ViT-{architecture.vision_width}x{architecture.vision_layers}/{architecture.vision_patch_size}"
     return f"RN-{architecture.vision_width}x{'-'.join(map(str, architecture.vision_layers))}"  # type: ignore[arg-type]
+
+
+def name_of(architecture: Architecture, *, default: str = "") -> str:
+    """Return the known name of an architecture, else `default`, else a description of its sizes."""
+    heads = architecture.vision_heads, architecture.transformer_heads
+    for name, known in ARCHITECTURES.items():
+        if known.same_tensors(architecture) and (known.vision_heads, known.transformer_heads) == heads:
+            return name
+    return default or describe_architecture(architecture)

@@ -36,7 +36,7 @@ def build_backbone(
 
     sizes = {key: getattr(architecture, key) for key in _CLASS_ARGUMENTS}
     with torch.device("cpu" if tensors is None else "meta"):  # no random weights where they are given
-        backbone = import_clip().model.CLIP(**sizes)
+        backbone = _make_clip(sizes, architecture)
         _set_mlp_widths(backbone, architecture)
     del backbone.logit_scale
     for module in backbone.modules():
@@ -97,6 +97,17 @@ def set_compiled(backbone: Any, compiled: bool) -> None:
 
 def _make_activation(name: str) -> nn.Module:
     return QuickGELU() if name == QUICK_GELU else nn.GELU(approximate="tanh" if name == GELU_TANH else "none")
+
+
+def _make_clip(sizes: dict[str, Any], architecture: Architecture) -> Any:
+    """Make OpenAI's `CLIP`, whose image tower has a head for every 64 of its width: below it cannot be made by it."""
+    openai = import_clip().model
+    if not architecture.is_vit or architecture.vision_width >= 64:
+        return openai.CLIP(**sizes)
+    backbone = openai.CLIP(**{**sizes, "vision_layers": 0})
+    width, layers, heads = architecture.vision_width, architecture.vision_layers, architecture.vision_heads
+    backbone.visual.transformer = openai.Transformer(width, layers, heads)
+    return backbone
 
 
 def _set_mlp_widths(backbone: Any, architecture: Architecture) -> None:

@@ -137,12 +137,12 @@ def squeezed(self: CenterTransform, image: Image.Image) -> Pixels:
     return SHRINK(self, RESIZE(image, (self.resolution, self.resolution)))
 
 
-def other_mean(pixels: Tensor) -> Tensor:
-    return NORMALIZE(pixels) + 0.01
+def other_mean(pixels: Tensor, *moments: Any) -> Tensor:
+    return NORMALIZE(pixels, *moments) + 0.01
 
 
-def other_deviation(pixels: Tensor) -> Tensor:
-    return NORMALIZE(pixels) * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) / 0.225
+def other_deviation(pixels: Tensor, *moments: Any) -> Tensor:
+    return NORMALIZE(pixels, *moments) * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) / 0.225
 
 
 SHRINK, RESIZE, NORMALIZE = CenterTransform.shrink, Image.Image.resize, transforms.normalize
