@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend, is_recorded
+from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend
 from cliptune.model.batchnorm import held_statistics
 from cliptune.runtime.openai_clip import import_clip
+from cliptune.runtime.recording import is_recorded
 
 import_clip()  # first of all, since it needs help
 from clip import model as openai  # noqa: E402
@@ -164,9 +165,9 @@ class Transformer(openai.Transformer):
 
     def is_as_built(self) -> bool:
         """Tell whether nothing in it needs to see whole sequences."""
-        blocks: Any = self.resblocks
-        if is_touched(self) or is_touched(blocks) or type(blocks) is not nn.Sequential:
+        if is_touched(self) or is_touched(self.resblocks) or type(self.resblocks) is not nn.Sequential:
             return False
+        blocks = cast(Any, self.resblocks)
         return all(type(block).forward is Block.forward and block.is_as_built(self.attn_mask) for block in blocks)
 
 

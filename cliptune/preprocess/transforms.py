@@ -16,6 +16,7 @@ from torchvision import transforms
 
 from cliptune.preprocess.decode import MAX_PIXELS, DecodedImage, decode_image, size_of
 from cliptune.preprocess.resize import Pixels, Span, resize
+from cliptune.runtime.recording import is_recorded
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -167,7 +168,8 @@ def normalize(pixels: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) 
         return pixels
     if pixels.dtype != torch.uint8:
         raise ValueError(f"pixels must be uint8, or float and normalised, got {pixels.dtype}")
-    means, stds = _moments(pixels.device, mean, std)
+    moments = _moments.__wrapped__ if is_recorded() else _moments  # a stand-in must not stay in the cache
+    means, stds = moments(pixels.device, mean, std)
     return pixels.float().div_(255).sub_(means).div_(stds)
 
 
