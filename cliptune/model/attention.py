@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cliptune.runtime.recording import is_recorded, is_transformed
+
 GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All but cuDNN's, which PyTorch prefers on newer GPUs, and which takes about a second for every new shape."""
 GPU_LENGTH_MULTIPLE = 8
@@ -129,17 +131,6 @@ def attention_weights(query: Tensor, key: Tensor, *, mask: Tensor | None) -> Ten
         scores = scores + mask.to(scores.dtype)
     weights: Tensor = scores.softmax(-1)
     return weights
-
-
-def is_transformed() -> bool:
-    """Tell whether a transform of `torch.func` is at work, which knows no fused kernels."""
-    # the state is private; `autograd.Function` asks for it in the same way
-    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
-
-
-def is_recorded() -> bool:
-    """Tell whether what runs becomes a program that will see other inputs, or another function."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or is_transformed()
 
 
 class QuickGELU(nn.Module):

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cliptune.model.attention import is_recorded
 from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.transforms import PixelTransform
+from cliptune.runtime.recording import is_recorded
 
 ImageInput = Tensor | NDArray[Any] | Image.Image | str | Path | bytes | BinaryIO | Mapping[str, Any] | Iterable[Any]
 TextInput = Tensor | NDArray[Any] | str | Mapping[str, Any] | Iterable[Any]

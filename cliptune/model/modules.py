@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend, is_recorded
+from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend
 from cliptune.model.batchnorm import held_statistics
 from cliptune.runtime.openai_clip import import_clip
+from cliptune.runtime.recording import is_recorded
 
 import_clip()  # first of all, since it needs help
 from clip import model as openai  # noqa: E402
@@ -150,7 +151,6 @@ class Transformer(openai.Transformer):
 
     attn_mask: Tensor | None = None
     """That all its blocks are built with."""
-    resblocks: Any
     compiled = False
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
@@ -167,9 +167,8 @@ class Transformer(openai.Transformer):
         """Tell whether nothing in it needs to see whole sequences."""
         if is_touched(self) or is_touched(self.resblocks) or type(self.resblocks) is not nn.Sequential:
             return False
-        return all(
-            type(block).forward is Block.forward and block.is_as_built(self.attn_mask) for block in self.resblocks
-        )
+        blocks = cast(Any, self.resblocks)
+        return all(type(block).forward is Block.forward and block.is_as_built(self.attn_mask) for block in blocks)
 
 
 class Block(openai.ResidualAttentionBlock):
