@@ -37,13 +37,18 @@ class HubSettings(NamedTuple):
         return None
 
 
+def settings_path(folder: Path, *, hugging_face: bool) -> Path:
+    """Return where a folder holds the settings of tensors with these names."""
+    return folder / ("config.json" if hugging_face else "open_clip_config.json")
+
+
 def read_settings(folder: Path, *, hugging_face: bool) -> HubSettings | None:
     """Read the settings in a folder that go with tensors of these names; None: there are none.
 
     Raises:
         ValueError: a setting's value is of no use.
     """
-    path = folder / ("config.json" if hugging_face else "open_clip_config.json")
+    path = settings_path(folder, hugging_face=hugging_face)
     content = read_json(path)
     try:
         if hugging_face and isinstance(content.get("vision_config", content.get("vision_config_dict")), dict):

@@ -257,7 +257,7 @@ def test_a_setting_counts_only_if_its_file_is_of_these_weights(
     peer, other = OpenClip(), HuggingFace(hidden_act="gelu")
     other.save(tmp_path)
     torch.save(peer.state, tmp_path / "my_clip.pt")
-    with pytest.raises(ValueError, match=r"does not tell its activation \(config.json beside it is not taken"):
+    with pytest.raises(ValueError, match="does not tell its activation"):
         CLIPModel(pretrained=tmp_path / "my_clip.pt")
     assert_same_features(CLIPModel(pretrained=tmp_path / "my_clip.pt", activation="quick_gelu"), peer)
     assert "as asked for" not in caplog.text
@@ -266,6 +266,10 @@ def test_a_setting_counts_only_if_its_file_is_of_these_weights(
     assert_same_features(CLIPModel(pretrained=tmp_path), other)
     with pytest.raises(ValueError, match="does not tell its activation"):  # a loose file beside a model
         CLIPModel(pretrained=tmp_path / "my_clip.pt")
+    assert (
+        "open_clip_config.json is not used: my_clip.pt is not the file that its folder would be read from"
+        in caplog.text
+    )
 
 
 def test_settings_of_other_sizes_are_another_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
