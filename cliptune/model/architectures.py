@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, Triple
+from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD, Triple
 
 DEFAULT_MODEL_NAME = "ViT-B/32"
 QUICK_GELU, GELU, GELU_TANH = "quick_gelu", "gelu", "gelu_tanh"

@@ -24,8 +24,9 @@ from cliptune.model.checkpoint_fields import check_fields
 from cliptune.runtime.files import atomic_writer, require_free_space
 from cliptune.runtime.messages import first_few, shown
 
-FORMAT_VERSION = 3
-"""3: verified by the CRCs of its zip archive. Files of 1 and 2 were never released; each later one must be readable."""
+FORMAT_VERSION, OLDEST_READ = 4, 3
+"""3: verified by the CRCs of its zip archive; 4: what no tensor shows is JSON in the state dict, not the activation's
+bit. Files of 1 and 2 were never released; each later one must be readable."""
 SPARE_BYTES = 64 * 2**20
 """Room to leave on the disk beside the tensors."""
 
@@ -131,10 +132,12 @@ def is_checkpoint(content: Any) -> bool:
 
 def _check_format(state: dict[str, Any], path: Path) -> None:
     version = state.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        older = type(version) is int and version < FORMAT_VERSION
+    if type(version) is not int or not OLDEST_READ <= version <= FORMAT_VERSION:
+        older = type(version) is int and version < OLDEST_READ
         way_out = "such files cannot be read any more: train again" if older else "try the version that wrote it"
-        raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}; {way_out}")
+        raise ValueError(
+            f"{path}: checkpoint format {version!r}, this version reads {OLDEST_READ} to {FORMAT_VERSION}; {way_out}"
+        )
     if state.get("self_test") is None:
         raise ValueError(f"{path}: damaged, or written by other means than this toolkit: it holds no self_test")
 

@@ -51,6 +51,13 @@ def weights_files(folder: Path) -> list[Path]:
     return found
 
 
+def whole_file(path: Path) -> Path:
+    """Return the index of a shard, which alone is no model; of any other file itself."""
+    shard = _SHARD.fullmatch(path.name)
+    index = path if shard is None else path.with_name(f"{shard[1]}{shard[2]}.index.json")
+    return index if index.is_file() else path
+
+
 def read_hub_file(path: Path) -> Any:
     """Read tensors from a safetensors or `torch.save` file, or from all shards that an index lists.
 
@@ -58,9 +65,6 @@ def read_hub_file(path: Path) -> Any:
         FileNotFoundError: a shard is not there.
         ValueError: damaged, or more than tensors and plain values.
     """
-    shard = _SHARD.fullmatch(path.name)
-    if shard is not None and (index := path.with_name(f"{shard[1]}{shard[2]}.index.json")).is_file():
-        path = index  # one shard alone is no model
     if path.suffix == ".json":
         return _read_shards(path)
     return _read_safetensors(path) if _is_safetensors(path) else load_tensors(path)

@@ -37,13 +37,18 @@ class HubSettings(NamedTuple):
         return None
 
 
+def settings_path(folder: Path, *, hugging_face: bool) -> Path:
+    """Return where a folder holds the settings of tensors with these names."""
+    return folder / ("config.json" if hugging_face else "open_clip_config.json")
+
+
 def read_settings(folder: Path, *, hugging_face: bool) -> HubSettings | None:
     """Read the settings in a folder that go with tensors of these names; None: there are none.
 
     Raises:
         ValueError: a setting's value is of no use.
     """
-    path = folder / ("config.json" if hugging_face else "open_clip_config.json")
+    path = settings_path(folder, hugging_face=hugging_face)
     content = read_json(path)
     try:
         if hugging_face and isinstance(content.get("vision_config", content.get("vision_config_dict")), dict):
@@ -105,8 +110,10 @@ def _of_open_clip(content: dict[str, Any], path: Path) -> HubSettings:
 def _of_transformers(content: dict[str, Any], path: Path) -> HubSettings:
     vision = _transformers_part(content, "vision_config", _VISION_DEFAULTS)
     text = _transformers_part(content, "text_config", _TEXT_DEFAULTS)
-    prepared = read_json(path.with_name("preprocessor_config.json"))
+    processor = path.with_name("preprocessor_config.json")
+    prepared = read_json(processor)
     prepared = prepared or _part(read_json(path.with_name("processor_config.json")), "image_processor")
+    tokenizer = path.with_name("tokenizer_config.json")
     sizes = {
         "image_resolution": _square(vision["image_size"]),
         "vision_layers": vision["num_hidden_layers"],
@@ -139,8 +146,8 @@ def _of_transformers(content: dict[str, Any], path: Path) -> HubSettings:
         *_unknown(content, {*_TRANSFORMERS_TOP, *_CHANGES_NOTHING}),
         *_unknown(vision, {*_VISION_DEFAULTS, *_CHANGES_NOTHING}),
         *_unknown(text, {*_TEXT_DEFAULTS, *_CHANGES_NOTHING}),
-        *_other_processing(prepared, sizes["image_resolution"]),
-        *_unlike(read_json(path.with_name("tokenizer_config.json")), {"tokenizer_class": _CLIP_TOKENIZERS}),
+        *(f"{one} ({processor.name})" for one in _other_processing(prepared, sizes["image_resolution"])),
+        *(f"{one} ({tokenizer.name})" for one in _unlike(read_json(tokenizer), {"tokenizer_class": _CLIP_TOKENIZERS})),
         *_other_vocabulary(path.parent),
     ]
     return HubSettings(path, sizes, unseen, refused)
@@ -202,7 +209,8 @@ _CHANGES_NOTHING = {
     "bos_token_id", "pad_token_id", "sep_token_id", "chunk_size_feed_forward", "max_length", "min_length", "num_beams",
     "num_beam_groups", "num_return_sequences", "length_penalty", "repetition_penalty", "diversity_penalty",
     "temperature", "top_k", "top_p", "typical_p", "early_stopping", "do_sample", "no_repeat_ngram_size",
-    "is_composition", "is_encoder_decoder", "is_decoder", "transformers.js_config", "unsloth_version",
+    "is_composition", "is_encoder_decoder", "is_decoder", "gradient_checkpointing", "attn_implementation",
+    "transformers.js_config", "unsloth_version",
 }  # fmt: skip
 _PREPARED = {
     "do_resize", "do_center_crop", "do_normalize", "do_rescale", "rescale_factor", "resample", "size", "crop_size",

@@ -72,7 +72,7 @@ def find_model(content: Any, path: Path) -> StateDict:
     if outer != prefix and all(outer + name in tensors for name in _OWN):
         own = {name.removeprefix(outer): value for name, value in tensors.items() if not name.startswith(prefix)}
         return StateDict(found, own)
-    others = [shown(name) for name in tensors if not name.startswith(prefix) and name != "n_averaged"]
+    others = [shown(name) for name in tensors if not name.startswith(prefix) and name not in _NO_WEIGHTS]
     if others:
         logger.warning("%s: the model is taken from %s; not used: %s", path, shown(prefix), first_few(others))
     # open_clip's CustomTextCLIP has the text tower in a module of its own
@@ -138,7 +138,7 @@ def read_extra_state(state: Tensor) -> dict[str, Any]:
     return values
 
 
-_NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
+_NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask", "n_averaged"}
 _TEXT_PARTS = ("positional_embedding", "token_embedding.weight", "logit_scale")
 _BLOCKS = (
     r"transformer\.resblocks\.\d+\.((ln_1|ln_2|attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)"

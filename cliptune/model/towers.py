@@ -12,10 +12,11 @@ from cliptune.model.architectures import GELU_TANH, QUICK_GELU, Architecture
 from cliptune.model.attention import QuickGELU
 from cliptune.runtime.openai_clip import import_clip
 
-_CLASS_ARGUMENTS = (
+CLASS_ARGUMENTS = (
     "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length",
     "vocab_size", "transformer_width", "transformer_heads", "transformer_layers",
 )  # fmt: skip
+"""Fields of `Architecture` that OpenAI's class takes."""
 
 
 def build_backbone(
@@ -34,7 +35,7 @@ def build_backbone(
     # imported here because this imports OpenAI's package, which reads its vocabulary
     from cliptune.model.modules import OWN_CLASSES  # noqa: PLC0415
 
-    sizes = {key: getattr(architecture, key) for key in _CLASS_ARGUMENTS}
+    sizes = {key: getattr(architecture, key) for key in CLASS_ARGUMENTS}
     with torch.device("cpu" if tensors is None else "meta"):  # no random weights where they are given
         backbone = _make_clip(sizes, architecture)
         _set_mlp_widths(backbone, architecture)

@@ -25,8 +25,8 @@ from cliptune.model.architectures import (
     name_of,
 )
 from cliptune.model.checkpoint_file import is_checkpoint
-from cliptune.model.hub_files import read_hub_file, weights_files
-from cliptune.model.hub_settings import HubSettings, check_refused, read_settings
+from cliptune.model.hub_files import read_hub_file, weights_files, whole_file
+from cliptune.model.hub_settings import HubSettings, check_refused, read_settings, settings_path
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.state_dicts import OtherModelError, StateDict, find_model, read_extra_state, to_openai_names
 from cliptune.model.torchscript import is_torchscript, read_torchscript
@@ -128,6 +128,7 @@ def read_weights(path: Path, *, activation: str | None = None, told: str | None 
         raise partial[0]
     if not path.is_file():
         raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of {', '.join(NAMED_WEIGHTS)}")
+    path = whole_file(path)
     return _read_file(path, activation=activation, told=told, of_hub=told is None and _is_of_hub(path))
 
 
@@ -144,7 +145,7 @@ def _read_file(path: Path, *, activation: str | None, told: str | None, of_hub: 
         told = QUICK_GELU
     tensors = to_openai_names(state, path)
     found = _architecture_of(tensors, path)
-    settings = _settings_beside(path, state, found) if of_hub and told is None else None
+    settings = None if told else _settings_beside(path, state, found, of_hub=of_hub)
     if settings is not None:
         try:
             found = found.with_unseen(settings.unseen)
@@ -195,8 +196,13 @@ def _is_of_hub(path: Path) -> bool:
         return False
 
 
-def _settings_beside(path: Path, state: StateDict, found: Architecture) -> HubSettings | None:
+def _settings_beside(path: Path, state: StateDict, found: Architecture, *, of_hub: bool) -> HubSettings | None:
     """Read the settings that hubs keep beside weights, if they are those of these weights."""
+    if not of_hub:
+        beside = settings_path(path.parent, hugging_face=state.is_hugging_face)
+        if beside.is_file():
+            logger.warning("%s is not used: %s is not the file that its folder would be read from", beside, path.name)
+        return None
     settings = read_settings(path.parent, hugging_face=state.is_hugging_face)
     if settings is None:
         return None
@@ -214,10 +220,8 @@ def _agree_activation(path: Path, *, asked: str | None, told: str | None, certai
         logger.warning("%s: activation %s as asked for, though the settings beside it say %s", path, asked, told)
     activation = asked or told
     if activation is None:
-        others = [name for name in ("open_clip_config.json", "config.json") if path.with_name(name).is_file()]
-        foreign = f" ({others[0]} beside it is not taken for its own)" if others else ""
         raise ValueError(
-            f"{path} does not tell its activation{foreign}, and the wrong one changes results silently; "
+            f"{path} does not tell its activation, and the wrong one changes results silently; "
             f"pass --activation {QUICK_GELU} (OpenAI's weights and those trained from them) or "
             f"--activation {GELU} (most of open_clip's others)"
         )

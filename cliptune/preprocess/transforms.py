@@ -15,11 +15,10 @@ from torch import Tensor
 from torchvision import transforms
 
 from cliptune.preprocess.decode import MAX_PIXELS, DecodedImage, decode_image, size_of
+from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD, Triple
 from cliptune.preprocess.resize import Pixels, Span, resize
 from cliptune.runtime.recording import is_recorded
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CROP_AREA = (0.6, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -27,7 +26,6 @@ VERSION = 1
 """Raised whenever the same image gives other pixels or the same text other tokens: cached features go by it."""
 
 Transform = Callable[[Image.Image], Tensor]
-Triple = tuple[float, float, float]
 
 
 class PixelTransform(ABC):

@@ -13,6 +13,7 @@ from clip_model import CLIPModel, add_self_test
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.self_test import TOLERANCE, check_self_test, compute_self_test
 from cliptune.preprocess import tokens, transforms
+from cliptune.preprocess.moments import CLIP_MEAN
 from cliptune.preprocess.resize import Pixels
 from cliptune.preprocess.transforms import CenterTransform
 
@@ -53,7 +54,7 @@ def distances(model: CLIPModel, self_test: dict[str, Any]) -> list[float]:
 def test_a_checkpoint_holds_what_it_needs_to_be_understood(path: Path) -> None:
     content = load_checkpoint(path)
     assert content["activation"] == "quick_gelu"
-    assert content["preprocessing"]["mean"] == list(transforms.CLIP_MEAN)
+    assert content["preprocessing"]["mean"] == list(CLIP_MEAN)
     assert content["preprocessing"]["version"] == transforms.VERSION
     assert content["temperature"] == pytest.approx(0.07, rel=1e-4)
     assert content["self_test"]["pixels"].dtype == torch.uint8
