@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
 
 from clip_model import CLIPModel
 from cliptune.model import attention
@@ -41,22 +43,24 @@ def make(name: str = "ViT-Mini", **options: Any) -> CLIPModel:
     return model.eval()
 
 
+class Norms(TorchFunctionMode):
+    """Notes the dimensions of what LayerNorms see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dimensions: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.layer_norm:
+            self.dimensions.append(args[0].ndim)
+        return func(*args, **(kwargs or {}))
+
+
 def is_plain(model: CLIPModel, tower: str) -> bool:
-    """Tell by what an MLP sees: sequences of all positions, or rows."""
-    shapes: list[int] = []
-    block = (model.backbone.visual if tower == "image" else model.backbone).transformer.resblocks[0]
-    run = block.mlp.c_fc.__class__.forward
-
-    class Noting(type(block.mlp.c_fc)):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Any:
-            shapes.append(x.ndim)
-            return run(self, x)
-
-    before, block.mlp.c_fc.__class__ = block.mlp.c_fc.__class__, Noting
-    with torch.no_grad():
+    """Tell by what the norms of blocks see: sequences of all positions, or rows."""
+    with torch.no_grad(), Norms() as norms:
         model.backbone.encode_image(PIXELS) if tower == "image" else model.backbone.encode_text(TOKENS)
-    block.mlp.c_fc.__class__ = before
-    return shapes == [3]
+    return bool(norms.dimensions[1] == 3)  # an image has one before its first block
 
 
 def shapes_seen(root: nn.Module, run: Callable[[], Any]) -> dict[str, tuple[Any, ...]]:
@@ -206,6 +210,20 @@ def test_one_touched_tower_leaves_the_other_packed() -> None:
     everywhere.remove()
     assert not is_plain(copy.deepcopy(model), "text")
     assert not is_plain(pickle.loads(pickle.dumps(model)), "text")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_row_wise_layers_leave_a_tower_packed() -> None:
+    model = make()
+    small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert not (is_plain(small, "image") or is_plain(small, "text"))
+    with torch.no_grad():
+        assert torch.allclose(small.encode_text(TOKENS), model.encode_text(TOKENS), atol=0.05)
+    peft = pytest.importorskip("peft")
+    for targets, expected in ((["c_fc", "c_proj", "out_proj"], False), (["attn"], True)):
+        adapted = copy.deepcopy(model)
+        peft.get_peft_model(adapted, peft.LoraConfig(target_modules=targets))
+        assert is_plain(adapted, "image") == is_plain(adapted, "text") == expected
 
 
 def test_attention_weights_are_to_be_had() -> None:
