@@ -277,11 +277,7 @@ class CLIPModel(nn.Module):
         return extra_state(self.architecture)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take what loaded weights were made with.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """Take what loaded weights were made with; a ValueError if it cannot be read."""
         before, self.architecture = self.architecture, self.architecture.with_unseen(read_extra_state(state))
         if self.architecture != before:
             apply_settings(self.backbone, self.architecture)

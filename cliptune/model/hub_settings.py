@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cliptune.model.architectures import GELU, GELU_TANH, QUICK_GELU, Architecture
+from cliptune.model.architectures import ACTIVATIONS, GELU, GELU_TANH, QUICK_GELU, Architecture
 from cliptune.model.hub_files import read_json
 from cliptune.preprocess.tokens import VOCABULARY_SIZE, vocabulary
 from cliptune.runtime.messages import first_few, shown
@@ -55,7 +55,7 @@ def read_settings(folder: Path, *, hugging_face: bool) -> HubSettings | None:
             return _of_transformers(content, path)
         if not hugging_face and isinstance(content.get("model_cfg"), dict):
             return _of_open_clip(content, path)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{path}: a setting that is none: {error}") from None
     return None
 
@@ -77,10 +77,11 @@ def _of_open_clip(content: dict[str, Any], path: Path) -> HubSettings:
         "transformer_layers": text.get("layers", 12),
         **({"embed_dim": model["embed_dim"]} if "embed_dim" in model else {}),
     }
+    activations = _open_clip_activations(model, vision, text)
     pools = text.get("pool_type", "argmax")
     image_pools = vision.get("pool_type", "tok"), bool(vision.get("final_ln_after_pool"))
     unseen = {
-        "activation": _open_clip_activation(model, vision, text),
+        "activation": activations[0],
         "vision_heads": (width * 32 if is_resnet else width) // vision.get("head_width", 64),
         "transformer_heads": text.get("heads", 8),
         "vision_eps": _eps(vision.get("norm_kwargs")),
@@ -100,6 +101,8 @@ def _of_open_clip(content: dict[str, Any], path: Path) -> HubSettings:
         *_unlike(prepared, {"mode": {"RGB"}, "interpolation": {"bicubic"}, "resize_mode": {"shortest"}}),
         *_unlike(vision, {"pool_type": {"tok", "avg"}, "block_type": {None, "default"}}),
         *_unlike(text, {"pool_type": {"argmax", "eos", "first", "last"}, "proj_type": {"linear"}}),
+        *(f"act_kwargs {one}" for one in activations if one not in ACTIVATIONS),
+        *([f"act_kwargs of {' and '.join(activations)}"] if len(set(activations)) > 1 else []),
         *_unlike(text.get("tokenizer_kwargs") or {}, {"clean": {"lower"}}),
     ]
     if not str(text.get("hf_tokenizer_name") or "openai/clip-").startswith("openai/clip-"):
@@ -253,15 +256,16 @@ def _moments(mean: Any, std: Any) -> dict[str, Any]:
     }
 
 
-def _open_clip_activation(model: dict[str, Any], vision: dict[str, Any], text: dict[str, Any]) -> str:
+def _open_clip_activations(model: dict[str, Any], *parts: dict[str, Any]) -> list[str]:
+    """Return the activation of each tower, or what it is instead of one that is supported."""
     if model.get("quick_gelu"):
-        return QUICK_GELU
-    options = [part.get("act_kwargs") or {} for part in (vision, text)]
-    if options == [{"approximate": "tanh"}] * 2:
-        return GELU_TANH
-    if any(option not in ({}, {"approximate": "none"}) for option in options):
-        raise ValueError(f"act_kwargs {shown(options[0])} of the image tower, {shown(options[1])} of the text tower")
-    return GELU
+        return [QUICK_GELU]
+    options = [part.get("act_kwargs") or {"approximate": "none"} for part in parts]
+    known = {"none": GELU, "tanh": GELU_TANH}
+    return [
+        known.get(str(option.get("approximate")), str(option)) if option.keys() == {"approximate"} else str(option)
+        for option in options
+    ]
 
 
 def _unknown(values: dict[str, Any], known: Iterable[str]) -> Iterator[str]:

@@ -25,13 +25,13 @@ _IMAGE_ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embeddin
 _TEXT_ANCHOR = "token_embedding.weight"
 _OWN = ("image_projection.weight", "text_projection.weight")
 _KINDS = (
-    ("lora_", "with adapters beside the weights: merge them into it (merge_and_unload) and save the whole model"),
     ("visual.trunk.", "with an image tower of timm's"),
     ("bert.", "with BERT as its text tower"),
     ("text.transformer.embeddings.", "with a text tower of transformers'"),
     ("text_decoder.", "a CoCa"),
+    ("word_embeddings.", "with a text tower of another kind, such as BERT"),
 )
-"""Parts of names by which other models are told."""
+"""Parts of names by which models with other towers are told."""
 
 
 class OtherModelError(ValueError):
@@ -60,6 +60,11 @@ def find_model(content: Any, path: Path) -> StateDict:
     named = _unwrap(content, path)
     names = {".".join(part for part in name.split(".") if part not in _WRAPPING_MODULES): name for name in named}
     tensors = {name: named[old] for name, old in names.items()}
+    if any(".lora_" in name for name in tensors):
+        raise OtherModelError(
+            f"{path}: not the weights of a CLIP but adapters of peft, or a model with them: merge them into the model "
+            "(merge_and_unload), and save that"
+        )
     prefixes = sorted({name.removesuffix(anchor) for anchor in _IMAGE_ANCHORS for name in tensors if _is(name, anchor)})
     has_text = any(_is(name, _TEXT_ANCHOR) for name in tensors)
     if not prefixes or not has_text:
@@ -177,7 +182,8 @@ def _is(name: str, anchor: str) -> bool:
 def _describe(names: Iterable[str], *, has_image: bool, has_text: bool) -> str:
     """Say what weights are instead of both towers of a CLIP."""
     names = list(names)
-    if kinds := [kind for part, kind in _KINDS if any(part in name for name in names)]:
+    kinds = [kind for part, kind in _KINDS if any(part in name for name in names)]
+    if kinds and (has_image or has_text):
         return f"not the weights of a CLIP that OpenAI's classes can hold: {kinds[0]}"
     # an image tower alone has no `visual.` before its names, or transformers' without `vision_model.`
     has_image = has_image or {"conv1.weight", "class_embedding", "proj"} <= set(names)

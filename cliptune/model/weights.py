@@ -30,6 +30,7 @@ from cliptune.model.hub_settings import HubSettings, check_refused, read_setting
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.state_dicts import OtherModelError, StateDict, find_model, read_extra_state, to_openai_names
 from cliptune.model.torchscript import is_torchscript, read_torchscript
+from cliptune.model.towers import build_backbone
 from cliptune.preprocess.tokens import VOCABULARY_SIZE
 from cliptune.runtime.messages import count
 
@@ -153,6 +154,8 @@ def _read_file(path: Path, *, activation: str | None, told: str | None, of_hub: 
             raise ValueError(f"{settings.path}: {error}") from None
     _check_vocabulary(found, path)
     by_file = found.activation if settings is not None else None
+    if not (activation or told or by_file) and found.transformer_heads and found.vision_heads:
+        build_backbone(found, tensors, source=str(path))  # weights that do not fit are told before anything is asked
     chosen = _agree_activation(path, asked=activation, told=told or by_file, certain=told is not None)
     tensors["logit_scale"] = _log_scale(tensors["logit_scale"], path)
     found = replace(found, activation=chosen)
@@ -230,6 +233,9 @@ def _agree_activation(path: Path, *, asked: str | None, told: str | None, certai
 
 def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return float32 tensors; weights that are not finite give features that are not, or none where nobody looks."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{path}: {name} is of {tensor.dtype}: quantised weights are not supported")
     converted = {name: tensor.float() for name, tensor in tensors.items()}
     for name, tensor in converted.items():
         if num_bad := tensor.numel() - int(tensor.isfinite().sum()):

@@ -1,6 +1,7 @@
 """Settings files beside weights: each setting is used, as the peer uses it, or refused by name."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 from clip_model import CLIPModel
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.hub_settings import read_settings
 from cliptune.model.weights import read_weights
 from cliptune.preprocess.tokens import vocabulary
 from tests.helpers.peers import HuggingFace, OpenClip, assert_same_features
@@ -17,6 +20,7 @@ from tests.helpers.peers import HuggingFace, OpenClip, assert_same_features
 EPS = {"norm_kwargs": {"eps": 1e-3}}
 TANH = {"act_kwargs": {"approximate": "tanh"}}
 HALF = [0.5, 0.5, 0.5]
+ARCHITECTURE = ARCHITECTURES["ViT-B/32"]
 
 
 def edit(path: Path, change: Any) -> None:
@@ -134,6 +138,22 @@ def test_other_settings_of_open_clip_are_refused_by_name(part: str, key: str, va
     peer.settings["model_cfg"][part][key] = value
     shown = "clean 'canonicalize'" if key == "tokenizer_kwargs" else f"{key} {value!r}"
     with pytest.raises(ValueError, match=rf"open_clip_config\.json: {shown}: not supported"):
+        CLIPModel(pretrained=peer.save(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "reason"),
+    [
+        ({"approximate": "tanh"}, None, "act_kwargs of gelu_tanh and gelu"),
+        ({"approximate": "other"}, {"approximate": "other"}, "act_kwargs .*other"),
+        ({"inplace": True}, {"inplace": True}, "act_kwargs .*inplace"),
+    ],
+)
+def test_other_activations_of_open_clip_are_refused(vision: Any, text: Any, reason: str, tmp_path: Path) -> None:
+    peer = OpenClip(quick_gelu=False)
+    peer.settings["model_cfg"]["vision_cfg"]["act_kwargs"] = vision
+    peer.settings["model_cfg"]["text_cfg"]["act_kwargs"] = text
+    with pytest.raises(ValueError, match=f"{reason}.*not supported"):
         CLIPModel(pretrained=peer.save(tmp_path))
 
 
@@ -304,3 +324,38 @@ def test_a_damaged_settings_file_is_no_settings_file(content: bytes, tmp_path: P
     (folder / "open_clip_config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"not tell its activation|open_clip_config\.json: a setting that is none"):
         read_weights(folder)
+
+
+JUNK = [None, True, -1, 0, 1.5, float("nan"), "x", [], [1, 2], {}, {"a": 1}, 10**30]
+
+
+def paths_in(content: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield (*inside, key)
+        yield from paths_in(value, (*inside, key))
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_any_value_of_any_setting_is_used_or_refused(kind: str, tmp_path: Path) -> None:
+    peer: Any = HuggingFace() if kind == "transformers" else OpenClip(EPS | TANH, EPS | TANH, quick_gelu=False)
+    peer.save(tmp_path)
+    path = tmp_path / ("config.json" if kind == "transformers" else "open_clip_config.json")
+    if kind == "open_clip":
+        peer.settings["preprocess_cfg"] = {"mean": HALF, "std": HALF, "interpolation": "bicubic"}
+        peer.settings["model_cfg"]["text_cfg"] |= {"tokenizer_kwargs": {"clean": "lower"}, "pool_type": "eos"}
+        path.write_text(json.dumps(peer.settings))
+    content = json.loads(path.read_text())
+    for *inside, last in paths_in(content):
+        for junk in JUNK:
+            changed = json.loads(json.dumps(content))
+            target = changed
+            for key in inside:
+                target = target[key]
+            target[last] = junk
+            path.write_text(json.dumps(changed))
+            try:
+                found = read_settings(tmp_path, hugging_face=kind == "transformers")
+                if found is not None and not found.refused:
+                    ARCHITECTURE.with_unseen(found.unseen)
+            except ValueError as error:
+                assert "config.json" in str(error) or "not the description" in str(error)

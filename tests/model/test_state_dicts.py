@@ -98,6 +98,14 @@ TEXT_PARTS = ("transformer.", "token_embedding.", "positional_embedding", "ln_fi
         (lambda s: {"visual.trunk.x": torch.zeros(3), "token_embedding.weight": torch.zeros(3)}, "tower of timm's"),
         (lambda s: {**s, "transformer.resblocks.0.ls_1.gamma": torch.zeros(3)}, r"resblocks\.0\.ls_1\.gamma"),
         (lambda s: {"base_model.x.lora_A.weight": torch.zeros(3)}, "merge_and_unload"),
+        (lambda s: {**s, "visual.transformer.resblocks.0.attn.lora_A.x": torch.zeros(3)}, "merge_and_unload"),
+        (
+            lambda s: (
+                {k: v for k, v in s.items() if not k.startswith(TEXT_PARTS)}
+                | {"text_model.embeddings.word_embeddings.weight": torch.zeros(3)}
+            ),
+            "text tower of another kind",
+        ),
         (lambda s: {k: v for k, v in s.items() if k != "text_projection"}, "no text_projection"),
     ],
 )
@@ -107,6 +115,20 @@ def test_other_models_are_told_before_anything_is_asked(
     torch.save(make(peer.state), tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"not the weights of a CLIP.*{reason}"):
         read_weights(tmp_path / "x.pt")
+
+
+def test_what_is_missing_is_told_before_anything_is_asked(peer: OpenClip, tmp_path: Path) -> None:
+    state = {name: value for name, value in peer.state.items() if "ln_pre" not in name}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r'do not fit .*Missing key.*"visual\.ln_pre\.weight"'):
+        CLIPModel(pretrained=tmp_path / "x.pt")
+
+
+def test_quantised_weights_are_refused(peer: OpenClip, tmp_path: Path) -> None:
+    torch.save({name: value.to(torch.int8) if value.ndim > 1 else value for name, value in peer.state.items()},
+               tmp_path / "x.pt")  # fmt: skip
+    with pytest.raises(ValueError, match=r"is of torch\.int8: quantised weights are not supported"):
+        CLIPModel(pretrained=tmp_path / "x.pt", activation="gelu")
 
 
 @pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel",
