@@ -74,6 +74,8 @@ class Attention(nn.MultiheadAttention):
             return super().forward(query, *given, average_attn_weights, is_causal)
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
         heads = projected.permute(2, 1, 3, 0, 4)  # [L, B, 3, heads, d] -> [3, B, heads, L, d]
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # true is hidden in PyTorch's modules, and seen in its functions
         mixed = attend(heads[0], heads[1], heads[2], mask=attn_mask)  # [B, heads, L, d]
         weights = attention_weights(heads[0], heads[1], mask=attn_mask) if need_weights else None  # [B, heads, L, L]
         if weights is not None and average_attn_weights:

@@ -89,7 +89,8 @@ def _plain(value: Any, *, key: str, name: str) -> Any:
                 f"{name}: a mapping without {key!r}; it has {', '.join(map(str, value))[:200] or 'nothing'}"
             )
         value = value[key]
-    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OUS" else value
+    is_list = isinstance(value, np.ndarray) and (value.dtype.kind in "OUS" or value.shape == (0,))
+    return value.tolist() if is_list else value
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -153,18 +154,17 @@ def _padded_ids(rows: list[Any]) -> Tensor:
 
 
 def _checked_tokens(tokens: Tensor, context_length: int, vocab_size: int) -> Tensor:
-    described = f"tokens of shape {list(tokens.shape)}, {tokens.dtype}"
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"{described}: ids are integers")
-    tokens = tokens.long()
+        raise ValueError(f"tokens cannot be encoded: {_describe(tokens)}; ids are integers")
     if tokens.ndim != 2 or not 0 < tokens.shape[1] <= context_length:
-        raise ValueError(f"{described}: this model takes [B, L], L at most {context_length}")
+        raise ValueError(f"tokens: {_describe(tokens)}; this model takes [B, L], L at most {context_length}")
+    tokens = tokens.long()
     if not is_recorded() and tokens.numel():  # a program that is recorded will see others
         least, largest = (int(value) for value in tokens.aminmax())
         if least < 0 or largest >= vocab_size:
             raise ValueError(
-                f"{described}: ids from {least} to {largest}, this model has those from 0 to {vocab_size - 1}; are "
-                "they of another tokenizer?"
+                f"tokens: ids from {least} to {largest}, this model has those from 0 to {vocab_size - 1}; are they of "
+                "another tokenizer?"
             )
     return tokens
 

@@ -332,13 +332,16 @@ def _is_row_wise_kind(kind: type[nn.Module]) -> bool:
     if issubclass(kind, nn.Linear):
         return True
     is_known = kind.__module__.split(".")[0] in {"torch", "clip", "cliptune"}
-    return is_known and (issubclass(kind, _ROW_WISE) or kind.__name__ == "Linear")  # that of quantised models
+    return is_known and (issubclass(kind, _ROW_WISE) or kind.__name__ in _QUANTIZED)
 
 
 _ROW_WISE = (
     nn.LayerNorm, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
     nn.Dropout, nn.Identity, QuickGELU, openai.QuickGELU, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid,
 )  # fmt: skip
+
+_QUANTIZED = {"Linear", "LinearPackedParams"}
+"""PyTorch's linear layers of integers, which are in another module in every version."""
 
 
 def _checkpointed(layer: Any, run: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_model import CLIPModel
@@ -15,7 +14,7 @@ from cliptune.model.attention import QuickGELU
 from cliptune.model.towers import build_backbone
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import can_compile
-from cliptune.runtime.openai_clip import import_clip
+from tests.helpers.models import own_forward, stir
 
 TEXTS = ["a dog", "a much longer text about a dog and a cat, on a mat", "word " * 90, "a", "two red circles"]
 
@@ -29,36 +28,7 @@ def shallow(name: str, *, vision_layers: int = 2) -> Architecture:
 
 def build(shape: Architecture, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    backbone = build_backbone(shape)
-    with torch.no_grad():  # biases and norms start as 0 and 1, which would hide a mistake
-        for parameter in backbone.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    backbone.shape = shape
-    return backbone.eval()
-
-
-class OpenAI(nn.Module):
-    """OpenAI's own class and forward, on a backbone's own weights."""
-
-    def __init__(self, shape: Architecture) -> None:
-        super().__init__()
-        self.clip = import_clip().model.CLIP(
-            shape.embed_dim, shape.image_resolution, shape.vision_layers, shape.vision_width, shape.vision_patch_size,
-            shape.context_length, shape.vocab_size, shape.transformer_width, shape.transformer_heads,
-            shape.transformer_layers,
-        ).eval()  # fmt: skip
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        encode = self.clip.encode_image if inputs.is_floating_point() else self.clip.encode_text
-        result: Tensor = encode(inputs)
-        return result
-
-
-def own_forward(backbone: Any, inputs: Tensor) -> Tensor:
-    weights = {f"clip.{name}": value for name, value in (*backbone.named_parameters(), *backbone.named_buffers())}
-    result: Tensor = functional_call(OpenAI(backbone.shape), weights, inputs)
-    return result
+    return stir(build_backbone(shape)).eval()
 
 
 def assert_same(got: Tensor, expected: Tensor, parameters: list[nn.Parameter]) -> None:
