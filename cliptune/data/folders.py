@@ -8,11 +8,12 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from cliptune.data.base64_images import images_beside, split_of_texts
 from cliptune.data.delimited import MAX_HEADER, header
 from cliptune.data.index import SPLITS, Index, Records
 from cliptune.data.text_stream import TextFile
 from cliptune.data.token_lines import TOKEN_LINE
-from cliptune.preprocess.decode import IMAGE_ENDINGS
+from cliptune.preprocess.image_formats import COMMON_ENDINGS, IMAGE_ENDINGS
 from cliptune.runtime.messages import shorten
 
 INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet"))
@@ -62,10 +63,13 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such file or folder; `python data_loader.py` makes sample data")
     candidates = sorted(path for path in folder.iterdir() if _is_candidate(path))
+    held = set(map(images_beside, candidates))
+    candidates = [path for path in candidates if path not in held]
     splits: dict[str, list[Path]] = {}
     for path in candidates:
-        if path.stem.lower() in SPLITS and path.stem.lower() != "restval":
-            splits.setdefault(SPLITS[path.stem.lower()], []).append(path)
+        stem = (split_of_texts(path) or path.stem).lower()
+        if stem in SPLITS and stem != "restval":
+            splits.setdefault(SPLITS[stem], []).append(path)
     if "train" in splits:
         return _one_for_each(folder, splits)
     for name in ("data.json", "data.parquet"):
@@ -98,6 +102,9 @@ def _by_stem(found: Records, folder: Path, part: str, endings: frozenset[str]) -
             clashing.setdefault(stem.casefold(), []).append((stem, f"{part}/{name.as_posix()}"))
     by_stem: dict[str, str | None] = {}
     for files in clashing.values():
+        if part == "images":
+            common = [file for file in files if Path(file[1]).suffix.lower() in COMMON_ENDINGS]
+            files = common if len(common) == 1 else files  # noqa: PLW2901  (a.jpg is meant beside a.psd)
         if len(files) > 1:
             found.issue(files[0][1], f"clashes with {', '.join(file for _, file in files[1:])}")
         by_stem |= {stem: file if len(files) == 1 else None for stem, file in files}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cliptune.data.base64_images import is_texts, read_texts, refuse_images
 from cliptune.data.columns import read_rows
 from cliptune.data.delimited import MAX_HEADER, SEPARATOR_LINE, Header, header, header_names, read_table
 from cliptune.data.documents import is_json_lines, json_lines, read_object
@@ -51,8 +52,11 @@ def _read_text(found: Records, text: TextFile) -> str:
     first = line.strip()
     if not first:
         raise ValueError(f"{found.path}: the file is empty; {KNOWN_FORMS}")
+    refuse_images(found.path, first)
     if first[0] == "[":
         return read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
+    if is_texts(first):
+        return read_texts(found, text)
     if first[0] == "{" and is_json_lines(text):
         return read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
     if first[0] == "{":
