@@ -41,6 +41,8 @@ def _take_rows(
         when `names` has those of all rows.
     """
     chosen = found.column_names.columns(names)
+    image, captions, split, group = chosen
+    caption = captions[0] if len(captions) == 1 else None
     is_chosen = True
     # millions of rows have a few shapes: ("image", "caption") 999,990 times, ("image", "caption", "split") 10 times
     shapes: dict[tuple[str, ...], int] = {}
@@ -58,7 +60,11 @@ def _take_rows(
                 is_chosen = False
                 if not to_end:
                     return None
-        if is_chosen:
+        if not is_chosen:
+            continue
+        if caption in row and image in row:  # as nearly all are: a call of `take_row` for each would be felt
+            found.add(number, row[image], row[caption], row.get(split), row.get(group))
+        else:
             take_row(found, number, row, chosen)
     columns: Counter[str] = Counter()
     for shape, num_rows in shapes.items():
