@@ -13,7 +13,7 @@ from cliptune.data.delimited import MAX_HEADER, header
 from cliptune.data.index import SPLITS, Index, Records
 from cliptune.data.text_stream import TextFile
 from cliptune.data.token_lines import TOKEN_LINE
-from cliptune.preprocess.decode import IMAGE_ENDINGS
+from cliptune.preprocess.image_formats import COMMON_ENDINGS, IMAGE_ENDINGS
 from cliptune.runtime.messages import shorten
 
 INDEX_ENDINGS = frozenset((".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet"))
@@ -102,6 +102,9 @@ def _by_stem(found: Records, folder: Path, part: str, endings: frozenset[str]) -
             clashing.setdefault(stem.casefold(), []).append((stem, f"{part}/{name.as_posix()}"))
     by_stem: dict[str, str | None] = {}
     for files in clashing.values():
+        if part == "images":
+            common = [file for file in files if Path(file[1]).suffix.lower() in COMMON_ENDINGS]
+            files = common if len(common) == 1 else files  # noqa: PLW2901  (a.jpg is meant beside a.psd)
         if len(files) > 1:
             found.issue(files[0][1], f"clashes with {', '.join(file for _, file in files[1:])}")
         by_stem |= {stem: file if len(files) == 1 else None for stem, file in files}
