@@ -53,8 +53,14 @@ def read_object(found: Records, text: TextFile) -> str:
         return read_rows(found, "json", lambda: enumerate(rows(), 1), unit="row")
     if found.column_names.columns(document).image is not None:
         return read_rows(found, "jsonl", lambda: iter([(1, document)]), unit="line")
+    if all(isinstance(texts, list) and texts and all(map(_is_text, texts)) for texts in document.values()):
+        return _read_mapping(found, text)  # of names without an ending
     keys = ", ".join(shorten(key) for key in list(document)[:10])
     raise ValueError(f"{found.path}: a JSON object of no known form (keys: {keys}); {KNOWN_FORMS}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _sentences(images: list[Any]) -> Iterator[Any]:

@@ -71,6 +71,12 @@ def test_a_lone_object_with_a_list_of_captions_is_a_row(tmp_path: Path) -> None:
     assert read(tmp_path, {"image": "a.jpg", "captions": ["one", "two"]}) == [("a.jpg", ("one", "two"), None)]
 
 
+def test_a_mapping_of_names_without_an_ending(tmp_path: Path) -> None:
+    assert read(tmp_path, {"001": ["one", "two"], "002": ["three"]}) == [
+        ("001", ("one", "two"), None), ("002", ("three",), None),
+    ]  # fmt: skip
+
+
 def test_captions_as_plain_texts_in_a_karpathy_file(tmp_path: Path) -> None:
     images = [{"filename": "a.jpg", "split": "val", "sentences": ["one", "two"]}]
     assert read(tmp_path, {"images": images}) == [("a.jpg", ("one", "two"), "val")]
