@@ -35,6 +35,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.model.architectures import known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
+from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
 from cliptune.run_data import RunData, Splits, is_other_data, num_views, open_data, read_data, reread_data
@@ -267,11 +268,14 @@ def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None
     if resumed is not None:  # the checkpoint holds architecture and weights; nothing else is needed
         return own_weights(resumed.content, resumed.path)
     if settings.pretrained in NAMED_WEIGHTS:
-        known_architecture(settings.name)
+        resized(known_architecture(settings.name), **settings.sizes())
         return settings.pretrained
     chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
     name = settings.name if chosen else None  # which a file may contradict without a warning
-    return find_weights(name, settings.pretrained, activation=settings.activation) or settings.pretrained
+    weights = find_weights(name, settings.pretrained, activation=settings.activation)
+    if weights is not None:
+        resized(weights.architecture, **settings.sizes())
+    return weights or settings.pretrained
 
 
 def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
@@ -279,7 +283,7 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
     model = CLIPModel(
         settings.name, settings.projection_dim, settings.freeze_backbone, weights,
         activation=settings.activation, freeze_tower=settings.freeze_tower,
-        context_length=settings.context_length, image_resolution=settings.image_resolution,
+        **settings.sizes(),
     )  # fmt: skip
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]

@@ -124,6 +124,10 @@ class ModelSettings(Settings):
         None, description="pixels of an image's sides: positions are interpolated; none: the weights' own"
     )
 
+    def sizes(self) -> dict[str, int | None]:
+        """Return the sizes that the weights are to have, by the names that `CLIPModel` takes."""
+        return {"context_length": self.context_length, "image_resolution": self.image_resolution}
+
     @model_validator(mode="after")
     def _freeze_once(self) -> ModelSettings:
         if self.freeze_backbone and self.freeze_tower is not None:

@@ -11,6 +11,8 @@ from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD, Triple
 
 DEFAULT_MODEL_NAME = "ViT-B/32"
 QUICK_GELU, GELU, GELU_TANH = "quick_gelu", "gelu", "gelu_tanh"
+# several times those of the largest CLIP: of narrow layers, a few MB could be weights for any size of input
+MAX_RESOLUTION, MAX_PATCHES, MAX_CONTEXT_LENGTH = 4096, 16_384, 4096
 ACTIVATIONS = (QUICK_GELU, GELU, GELU_TANH)
 """x * sigmoid(1.702 x), as OpenAI's; the exact one; its approximation by tanh."""
 IMAGE_POOLINGS = ("class", "average", "average_of_normed")
@@ -214,3 +216,19 @@ def name_of(architecture: Architecture, *, default: str = "") -> str:
         if known.same_tensors(architecture) and (known.vision_heads, known.transformer_heads) == heads:
             return name
     return default or describe_architecture(architecture)
+
+
+def check_sizes(found: Architecture, source: object) -> None:
+    """Refuse sizes that no CLIP has.
+
+    Raises:
+        ValueError: names the source and the size.
+    """
+    side = found.image_resolution // (found.vision_patch_size or 32)
+    for what, size, limit in (
+        ("image resolution", found.image_resolution, MAX_RESOLUTION),
+        ("number of patches", side * side, MAX_PATCHES),
+        ("context length", found.context_length, MAX_CONTEXT_LENGTH),
+    ):
+        if not 1 <= size <= limit:
+            raise ValueError(f"{source}: its {what} would be {size:,}; at most {limit:,} is supported")

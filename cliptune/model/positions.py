@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliptune.model.architectures import Architecture, name_of
+from cliptune.model.architectures import Architecture, check_sizes, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def resized(
             f"{max(round(image_resolution / cell), 1) * cell}"
         )
     changed = replace(architecture, context_length=context_length, image_resolution=image_resolution)
+    check_sizes(changed, architecture.name)
     if image_resolution == architecture.image_resolution:
         return changed
     default = f"{architecture.name.partition('@')[0]}@{image_resolution}px"

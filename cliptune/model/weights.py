@@ -21,6 +21,7 @@ from cliptune.model.architectures import (
     GELU,
     QUICK_GELU,
     Architecture,
+    check_sizes,
     known_architecture,
     name_of,
 )
@@ -40,8 +41,6 @@ NAMED_WEIGHTS = ("auto", "openai", "none")
 """OpenAI's where published, OpenAI's, random ones."""
 # open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
 _UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
-# several times those of the largest CLIP: of narrow layers, a few MB could be weights for any size of input
-MAX_RESOLUTION, MAX_PATCHES, MAX_CONTEXT_LENGTH = 4096, 16_384, 4096
 MAX_ADDED_TOKENS = 16_384
 """Behind CLIP's own; a vocabulary of more is another tokeniser's."""
 
@@ -238,6 +237,8 @@ def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name} is of {tensor.dtype}: quantised weights are not supported")
     converted = {name: tensor.float() for name, tensor in tensors.items()}
     for name, tensor in converted.items():
+        if tensor.sum().isfinite():  # one pass; a sum of finite values that is not finite is looked at once more
+            continue
         if num_bad := tensor.numel() - int(tensor.isfinite().sum()):
             raise ValueError(
                 f"{path}: {count(num_bad, 'value')} of {name} are not finite (NaN or infinite): damaged, or of a run "
@@ -315,22 +316,6 @@ def _architecture_of(tensors: dict[str, Tensor], path: Path) -> Architecture:
         raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP: {error}") from None
     check_sizes(found, path)
     return found
-
-
-def check_sizes(found: Architecture, source: str | Path) -> None:
-    """Refuse sizes that no CLIP has.
-
-    Raises:
-        ValueError: names the source and the size.
-    """
-    side = found.image_resolution // (found.vision_patch_size or 32)
-    for what, size, limit in (
-        ("image resolution", found.image_resolution, MAX_RESOLUTION),
-        ("number of patches", side * side, MAX_PATCHES),
-        ("context length", found.context_length, MAX_CONTEXT_LENGTH),
-    ):
-        if not 1 <= size <= limit:
-            raise ValueError(f"{source}: its {what} would be {size:,}; at most {limit:,} is supported")
 
 
 def _check_vocabulary(found: Architecture, path: Path) -> None:

@@ -15,6 +15,7 @@ from clip_model import CLIPModel, add_self_test
 from cliptune.model.checkpoint_file import save_checkpoint
 from cliptune.model.positions import resize_image_positions, resize_text_positions
 from data_loader import create_sample_dataset
+from tests.helpers.launch import torchrun
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, small_architectures
 from tests.helpers.peers import OpenClip, assert_same_features
 
@@ -126,11 +127,13 @@ def test_attention_pooling_of_a_resnet_is_resized(tmp_path: Path) -> None:
         ({"image_resolution": 100}, "image_resolution 100: .* takes multiples of 32, such as 96"),
         ({"image_resolution": 8}, "multiples of 32, such as 32"),
         ({"context_length": 2}, "context_length 2: at least 3"),
+        ({"context_length": 5000}, "its context length would be 5,000"),
+        ({"image_resolution": 4096, "model_name": "ViT-Ti/16@112px"}, "its number of patches would be 65,536"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        CLIPModel(SMALL_VIT.name, **sizes)
+        CLIPModel(**{"model_name": SMALL_VIT.name, "pretrained": "none", **sizes})
 
 
 def test_random_weights_have_the_sizes_asked_for() -> None:
@@ -187,6 +190,30 @@ def test_a_run_with_other_sizes_is_trained_resumed_and_evaluated(freeze: str, da
     assert run(evaluation.main, "--checkpoint", out / "model-checkpoint" / "last_model.pth", "--output_dir", out) == 0
     found = json.loads((out / "results" / "evaluation_results.json").read_text())
     assert found["run"]["model_settings"]["image_resolution"] == 96
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [None, "ddp", "fsdp"])
+def test_a_run_goes_by_all_that_its_weights_were_made_with(parallel: str | None, data: Path, tmp_path: Path) -> None:
+    """Pooling, mask, mean and the like are in its checkpoints, whose self-test every reader repeats."""
+    peer = OpenClip({"pool_type": "avg", "norm_kwargs": {"eps": 1e-3}}, {"no_causal_mask": True, "pool_type": "last"})
+    peer.settings["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    folder, out = peer.save(tmp_path / "hub"), tmp_path / "out"
+    flags = ["--data_dir", data, "--pretrained", folder, "--output_dir", out, "--device", "cpu", "--num_workers", 0,
+             "--num_epochs", 1, "--batch_size", 16]  # fmt: skip
+    if parallel is None:
+        assert run(train.main, *flags) == 0
+    else:
+        done = torchrun(2, "train.py", *map(str, flags), "--parallel", parallel)
+        assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(out / "model-checkpoint" / "best_model.pth", weights_only=True)
+    model = CLIPModel(pretrained=out / "model-checkpoint" / "last_model.pth")
+    assert model.architecture.image_pooling == "average_of_normed"
+    assert not model.architecture.causal
+    assert checkpoint["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    loaded = CLIPModel(pretrained=folder)
+    loaded.load_state_dict(checkpoint["model_state_dict"])
+    assert loaded.architecture.unseen() == model.architecture.unseen()
 
 
 @pytest.mark.slow
