@@ -79,8 +79,10 @@ class TarSample(NamedTuple):
         if self.refused:
             raise ValueError(self.refused)
         if len(self.images) != 1:
-            number = f"{len(self.images)} images" if self.images else "no image"
-            raise ValueError(f"{number} among {self._members()}{self._apart(_is_text)}")
+            if self.images:
+                way_out = "name the one that is meant KEY.jpg, the others KEY.NAME.jpg"
+                raise ValueError(f"{len(self.images)} images among {self._members()}; {way_out}")
+            raise ValueError(f"no image among {self._members()}{self._apart(_is_text)}")
         return self.images[0]
 
     def captions(self, caption_key: str | None = None) -> tuple[str, ...]:
@@ -133,7 +135,8 @@ class TarSample(NamedTuple):
             return f"; its JSON has {', '.join(list(values)[:MAX_SHOWN])}: name the one to take with --caption_key"
         if "cls" in self.endings:
             return "; .cls is a class and no caption, unless --caption_key cls says so"
-        return self._apart(_is_image)
+        known = ", ".join(f".{ending}" for ending in TEXT_MEMBERS)
+        return self._apart(_is_image) or ("" if self.texts else f"; texts are {known}, or what --caption_key names")
 
     def _apart(self, is_kind: Callable[[str], bool]) -> str:
         return f"; {_APART}" if all(map(is_kind, self.endings)) else ""

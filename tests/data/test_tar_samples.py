@@ -132,6 +132,10 @@ SAID: dict[str, tuple[Members, str, int]] = {
         pairs_of("{}.jpg", "{}.json", 9, '{{"prompt_en": "number {}", "url": 3}}'),
         "no caption among .jpg, .json; its JSON has prompt_en, url: name the one to take with --caption_key", 9,
     ),
+    "another text": (
+        pairs_of("{}.jpg", "{}.tags", 9),
+        "no caption among .jpg, .tags; texts are .txt, .caption, .captions, .cap, .text, or what --caption_key names", 9,
+    ),
     "no text": ([(f"{n}.jpg", b"x") for n in range(9)], "no caption among .jpg; the files of a sample", 9),
     "no text, dots": ([(f"v1.{n}.jpg", b"x") for n in range(9)], "no caption among .jpg; the files of a sample", 9),
 }  # fmt: skip
