@@ -134,7 +134,8 @@ SAID: dict[str, tuple[Members, str, int]] = {
     ),
     "another text": (
         pairs_of("{}.jpg", "{}.tags", 9),
-        "no caption among .jpg, .tags; texts are .txt, .caption, .captions, .cap, .text, or what --caption_key names", 9,
+        "no caption among .jpg, .tags; texts are .txt, .caption, .captions, .cap, .text, or what --caption_key names",
+        9,
     ),
     "no text": ([(f"{n}.jpg", b"x") for n in range(9)], "no caption among .jpg; the files of a sample", 9),
     "no text, dots": ([(f"v1.{n}.jpg", b"x") for n in range(9)], "no caption among .jpg; the files of a sample", 9),
