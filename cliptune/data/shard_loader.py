@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
 from cliptune.data.tar_samples import TarSample, read_samples
 from cliptune.data.workers import fitting_workers, make_loader, shared_number
-from cliptune.preprocess.tokens import tokenize
+from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
 from cliptune.runtime.messages import count, first_few
@@ -100,9 +101,10 @@ class ShardLoader:
         seed: of the order, the caption choice and a random transform.
         caption_key: key of the captions in each sample's JSON, or ending of its text file; None: the usual ones.
         shuffle_buffer: samples of each worker's buffer.
+        context_length: tokens of a caption, the model's.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
         self,
         shards: Shards,
         *,
@@ -113,16 +115,19 @@ class ShardLoader:
         seed: int,
         caption_key: str | None = None,
         shuffle_buffer: int = SHUFFLE_BUFFER,
+        context_length: int = CONTEXT_LENGTH,
     ) -> None:
         self.dataset = shards
         num_workers = fitting_workers(num_workers)
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
         self.stream = _Stream(
-            shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer
-        )
+            shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer,
+            context_length=context_length,
+        )  # fmt: skip
         self.loader = make_loader(
-            self.stream, num_workers=num_workers, device=device, collate_fn=collate, persistent=True
-        )
+            self.stream, num_workers=num_workers, device=device, persistent=True,
+            collate_fn=partial(collate, context_length=context_length),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -212,6 +217,7 @@ class _Stream(IterableDataset[list[Sample]]):
         seed: int,
         caption_key: str | None,
         shuffle_buffer: int,
+        context_length: int,
     ) -> None:
         self.shards = shards
         self.plan = plan
@@ -219,6 +225,7 @@ class _Stream(IterableDataset[list[Sample]]):
         self.seed = seed
         self.caption_key = caption_key
         self.shuffle_buffer = shuffle_buffer
+        self.context_length = context_length
         self._epoch, self._first_step = shared_number(), shared_number()  # workers that stay alive see a new epoch
 
     def set_epoch(self, epoch: int, first_step: int) -> None:
@@ -263,7 +270,7 @@ class _Stream(IterableDataset[list[Sample]]):
         caption = captions[int(draw_bits(self.seed, epoch, item)[0] % np.uint64(len(captions)))]
         with seeded(int(draw_bits(self.seed, epoch, item, stream=1)[0] >> np.uint64(1))):
             pixels = self.transform(image)  # [3, R, R]
-        return Sample(pixels, tokenize([caption])[0][0], index, caption_id(caption), index)
+        return Sample(pixels, tokenize([caption], self.context_length)[0][0], index, caption_id(caption), index)
 
 
 def _read_range(order: Sequence[Shard], start: int, end: int, *, caption_key: str | None) -> Iterator[_Drawn]:

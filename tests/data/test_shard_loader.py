@@ -54,6 +54,13 @@ def load_as_ranks(
     return [list(ranks) for ranks in zip(*found, strict=True)]
 
 
+def test_captions_are_cut_to_the_models_context(tmp_path: Path) -> None:
+    data_dir = make_shards(tmp_path, 25)
+    for batch in loader_of(data_dir, context_length=4).epoch(1):
+        assert batch.tokens.shape == (len(batch.images), 4)
+        assert (batch.tokens.max(dim=1).values == 49407).all()
+
+
 @pytest.mark.parametrize(
     ("counts", "world_size", "num_workers"),
     [
