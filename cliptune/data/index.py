@@ -35,7 +35,7 @@ KNOWN_FORMS = (
 )
 
 
-class NoCaptions(ValueError):
+class NoCaptionsError(ValueError):
     """An index, or a folder of images, that holds no caption at all, as contests hand out a test set."""
 
 
@@ -168,7 +168,7 @@ class Records:
         missing = self.column_names.missing(columns) if self.caption_key is not None else None
         if not captions or missing in self.column_names.caption_keys:
             key = missing if missing in self.column_names.caption_keys else self.caption_key
-            raise NoCaptions(self._missing_column(columns, "caption", key, (*preferred, *CAPTION_COLUMNS)))
+            raise NoCaptionsError(self._missing_column(columns, "caption", key, (*preferred, *CAPTION_COLUMNS)))
         self._tell_choice("caption", captions)
         return captions[0]
 
@@ -176,9 +176,8 @@ class Records:
         present = [shorten(name) for name, _ in columns.most_common(20)]
         if key is not None:
             return f"{self.path}: no row has {what}_key {quote(key)}{nearest(key, present)}"
-        found, known = ", ".join(present) or "no keys", ", ".join(known)
-        reason = hint(columns, what) or f"; known: {known}; name it with --{what}_key"
-        return f"{self.path}: no {what} column: found {found}{reason}"
+        reason = hint(columns, what) or f"; known: {', '.join([*known][:6])}, ...; name it with --{what}_key"
+        return f"{self.path}: no {what} column: found {', '.join(present) or 'no keys'}{reason}"
 
     def _tell_choice(self, what: str, candidates: list[tuple[str, ...]]) -> None:
         """Say which columns are taken where there are several, or others that are as good."""
