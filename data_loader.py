@@ -63,6 +63,9 @@ class ImageTextDataset(Dataset[Sample]):
             reproducible as long as it draws from `torch` or `random`.
         image_dir: folder that image paths are relative to; None: the index file's.
         caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        captions_from: `json`, `txt` or `caption` files beside the images of a folder, or the names: `folder` or
+            `filename`; None: found by what the folder holds.
+        caption_template: caption in which `{}` stands for such a name.
         captions: `random`: an item an image; `all`: an item a pair.
         val_split: fraction of the images for validation, whole groups of them, in (0, 1).
         seed: of the split, the caption choice and a random transform.
@@ -76,7 +79,7 @@ class ImageTextDataset(Dataset[Sample]):
         ValueError: an index that cannot be read, or no image in that split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (how a data set is read has many settings)
         self,
         data_dir: str | Path | Pairs,
         *,
@@ -84,6 +87,8 @@ class ImageTextDataset(Dataset[Sample]):
         transform: PixelTransform | Transform | None = None,
         image_dir: str | Path | None = None,
         caption_key: str | None = None,
+        captions_from: str | None = None,
+        caption_template: str | None = None,
         captions: str = "random",
         val_split: float = 0.1,
         seed: int = 42,
@@ -93,7 +98,10 @@ class ImageTextDataset(Dataset[Sample]):
         if captions not in {"random", "all"}:
             raise ValueError(f"captions must be 'random' or 'all', got {captions!r}")
         if not isinstance(data_dir, Pairs):
-            pairs = load_pairs(DataSource(data_dir, image_dir=image_dir, caption_key=caption_key))
+            source = DataSource(
+                data_dir, image_dir, caption_key, captions_from=captions_from, caption_template=caption_template
+            )
+            pairs = load_pairs(source)
             data_dir = pairs if split is None else split_pairs(pairs, val_split=val_split, seed=seed)[split]
         if not len(data_dir):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
@@ -184,7 +192,10 @@ def _inspect(argv: list[str] | None) -> int:
         )
         print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
-    source = DataSource(folder, settings.image_dir, settings.caption_key, fraction)
+    source = DataSource(
+        folder, settings.image_dir, settings.caption_key, fraction,
+        captions_from=settings.captions_from, caption_template=settings.caption_template,
+    )  # fmt: skip
     pairs = load_pairs(source)
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.val_data is not None:

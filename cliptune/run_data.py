@@ -114,6 +114,7 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
     settings = config.data
     source = DataSource(
         settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
+        captions_from=settings.captions_from, caption_template=settings.caption_template,
         may_run_commands="data_dir" in given,
     )  # fmt: skip
     if is_shards(settings.data_dir):

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
+from tests.helpers.datasets import make_images, make_index
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
@@ -159,3 +161,45 @@ def test_no_file_runs_a_command(run: Path, tmp_path: Path, key: str, form: str) 
     if form == "pipe:{}":  # what a person has typed is run
         assert main([*FLAGS, "--output_dir", "new", "--data_dir", command, "--val_data", "data"]) == 2
         assert (tmp_path / "canary").exists()
+
+
+def test_a_run_on_names_of_folders_is_evaluated_and_resumed(
+    tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.chdir(tmp_path)
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "dev") for kind in ("kite", "boat") for i in range(10)]
+    make_images(tmp_path / "set", *names)
+    flags = ["--data_dir", "set", "--output_dir", "run", "--num_epochs", "1", *FLAGS]
+    assert main(flags) == 2
+    assert "train: 20 images and no captions: " in (error := capsys.readouterr().err)
+    assert "--captions_from folder (here 'boat')" in error
+    assert main([*flags, "--captions_from", "folder", "--caption_template", "a drawing of a {}"]) == 0
+    checkpoint = ["--checkpoint", "run/model-checkpoint/last_model.pth"]
+    assert evaluation_main(checkpoint) == 0
+    assert evaluation_main([*checkpoint, "--data_dir", "set", "--captions_from", "folder"]) == 0
+    assert resume() == 0
+    shutil.copytree(tmp_path / "set/dev", tmp_path / "other")
+    make_index(tmp_path, [{"image": f"other/kite/{i}.png", "caption": "a kite"} for i in range(10)], "other.json")
+    for val_data in ("other", "other.json"):  # names are for folders
+        val = ["--val_data", val_data, "--output_dir", val_data.replace(".", "-")]
+        assert main([*flags, "--captions_from", "folder", *val]) == 0
+        checkpoint = ["--checkpoint", f"{val[-1]}/model-checkpoint/last_model.pth"]
+        assert evaluation_main(checkpoint) == 0
+
+
+def test_wrong_settings_of_names_are_told(
+    small: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.chdir(tmp_path)
+    make_images(tmp_path / "set", "kite/1.png")
+    for flags, message in [
+        (["--captions_from", "classes"], "captions_from"),
+        (["--captions_from", "folder", "--caption_template", "a photo"], "caption_template 'a photo' has no {}"),
+        (["--caption_template", "a {}"], "needs captions_from folder"),
+    ]:
+        for stage in (main, data_loader_main):
+            try:
+                assert stage(["--data_dir", "set", *flags]) == 2
+            except SystemExit as stopped:
+                assert stopped.code == 2
+            assert message in capsys.readouterr().err
