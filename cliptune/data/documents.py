@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from cliptune.data.columns import read_rows
-from cliptune.data.index import IMAGE_COLUMNS, KNOWN_FORMS, Records, count_columns, is_id, kind, quote
+from cliptune.data.index import IMAGE_COLUMNS, KNOWN_FORMS, NoCaptionsError, Records, count_columns, is_id, kind, quote
 from cliptune.data.text_stream import TextFile, json_reason
 from cliptune.data.token_lines import IMAGE_NAME
 from cliptune.runtime.messages import shorten
@@ -41,6 +41,10 @@ def read_object(found: Records, text: TextFile) -> str:
     if isinstance(document.get("images"), list):
         if isinstance(document.get("annotations"), list):
             return _read_coco(found, document["images"], document["annotations"])
+        if not any(isinstance(image, dict) and "sentences" in image for image in document["images"]):
+            raise NoCaptionsError(
+                f"{found.path}: images without captions: no annotations (COCO) and no sentences (Karpathy)"
+            )
         return _read_karpathy(found, document["images"])
     if not document or any(IMAGE_NAME.search(name) for name in document):
         del document  # it is parsed once more, as pairs

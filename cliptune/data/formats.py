@@ -12,8 +12,7 @@ from pathlib import Path
 from cliptune.data.columns import read_rows
 from cliptune.data.delimited import MAX_HEADER, header, read_table
 from cliptune.data.documents import is_json_lines, json_lines, read_object
-from cliptune.data.folders import read_directory
-from cliptune.data.index import KNOWN_FORMS, Index, Records, quote
+from cliptune.data.index import IMAGE_COLUMNS, KNOWN_FORMS, Index, NoCaptionsError, Records, quote
 from cliptune.data.parquet import is_parquet, read_parquet
 from cliptune.data.text_stream import TextFile
 from cliptune.data.token_lines import IMAGE_NAME, TOKEN_LINE, read_token_lines
@@ -26,10 +25,6 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, of no known form, without a usable row, or lacks the column `caption_key`.
     """
-    if path.is_dir():
-        if caption_key is not None:
-            raise ValueError(f"{path}: caption_key {quote(caption_key)}: a folder with captions/ has no columns")
-        return read_directory(path)
     found = Records(path, caption_key)
     if is_parquet(path):
         return found.index(read_parquet(found))
@@ -49,6 +44,8 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
     elif TOKEN_LINE.match(first):
         form = read_token_lines(found, text)
     else:
-        bare = " is a name without a caption" if IMAGE_NAME.search(first) and len(first.split()) == 1 else ""
-        raise ValueError(f"{path}: line {number}: of no known form: {quote(first)}{bare}; {KNOWN_FORMS}")
+        is_bare = first in IMAGE_COLUMNS or (IMAGE_NAME.search(first) and len(first.split()) == 1)
+        bare = " is a name without a caption" if is_bare else ""
+        error = NoCaptionsError if is_bare else ValueError
+        raise error(f"{path}: line {number}: of no known form: {quote(first)}{bare}; {KNOWN_FORMS}")
     return found.index(form)

@@ -32,10 +32,23 @@ KNOWN_FORMS = (
 )
 
 
+FORM_NAMES = {
+    "json": "a JSON list", "jsonl": "JSON lines", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet",
+    "coco": "COCO captions", "karpathy": "Karpathy's JSON", "mapping": "a JSON mapping", "token": "token lines",
+    "directory": "images/ with captions/", "beside": "images with their captions beside them",
+    "folder": "images with the names of their folders as captions", "filename": "images with their names as captions",
+}  # fmt: skip
+"""What the forms are called in messages."""
+
+
+class NoCaptionsError(ValueError):
+    """An index, or a folder of images, that holds no caption at all, as contests hand out a test set."""
+
+
 class Index(NamedTuple):
     """What an index file holds.
 
-    `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
+    `form` is one of `FORM_NAMES`; `ignored_columns` tells in how many
     objects each unused key stood; `issues` are those of single records.
     """
 
@@ -61,6 +74,7 @@ class Records:
         self.records = RowBuffer()
         self.issues: list[tuple[int, Issue]] = []  # the first ones, each with the number of records before it
         self.num_issues = 0
+        self.num_uncaptioned = 0  # of the issues: those of an image with no or an empty caption
 
     def location(self, number: int, unit: str | None = None) -> str:
         """Return where a record stands, as `data.json: row 17`."""
@@ -83,8 +97,10 @@ class Records:
                 usable.append(check_text("caption", value))
             except ValueError as error:
                 self.issue(location, str(error), image=image)
+                self.num_uncaptioned += value is None or (isinstance(value, str) and not value.strip())
         if values == []:
             self.issue(location, "no caption", image=image)
+            self.num_uncaptioned += 1
         return usable
 
     def add(self, location: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
@@ -103,7 +119,8 @@ class Records:
         """Join the records of each image; none at all is a ValueError that quotes the first issues."""
         if not len(self.records):
             reasons = first_few([issue for _, issue in self.issues], total=self.num_issues) or "it has no records"
-            raise ValueError(f"{self.path}: no image with a caption: {reasons}")
+            error = NoCaptionsError if self.num_uncaptioned == self.num_issues > 0 else ValueError
+            raise error(f"{self.path}: no image with a caption: {reasons}")
         rows = self.records.rows(f"{self.name}: {self.unit}" if self.unit else "")
         first = rows.images.first_equal()
         self.note_conflicts(rows, first)
@@ -151,10 +168,11 @@ class Records:
         present = [shorten(name) for name, _ in columns.most_common(20)]
         if what == "caption" and self.caption_key is not None:
             hint = nearest(self.caption_key, present)
-            raise ValueError(f"{self.path}: no row has caption_key {quote(self.caption_key)}{hint}")
+            raise NoCaptionsError(f"{self.path}: no row has caption_key {quote(self.caption_key)}{hint}")
         way_out = "; name it with --caption_key" if what == "caption" else ""
         listed = ", ".join(present) or "no keys"
-        raise ValueError(f"{self.path}: no {what} column: found {listed}; known: {', '.join(known)}{way_out}")
+        error = NoCaptionsError if what == "caption" else ValueError
+        raise error(f"{self.path}: no {what} column: found {listed}; known: {', '.join(known)}{way_out}")
 
     def choose_caption(self, columns: Counter[str], known: Sequence[str] = CAPTION_COLUMNS) -> str:
         """Return the caption column: `caption_key`, or the first known one."""
@@ -179,6 +197,7 @@ class Records:
 
     def uncaptioned(self, numbers: list[int]) -> None:
         """Note the images that no caption belongs to; many of them in one line."""
+        self.num_uncaptioned += 1 if len(numbers) > 5 else len(numbers)
         if len(numbers) > 5:
             first = ", ".join(f"{self.unit} {number}" for number in numbers[:3])
             self.issue(self.name, f"{count(len(numbers), 'image')} have no caption ({first}, ...)")
