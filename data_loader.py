@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import SAMPLE_SIZE, InspectSettings, TrainingSettings
+from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, InspectSettings, TrainingSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
@@ -62,7 +62,8 @@ class ImageTextDataset(Dataset[Sample]):
         transform: RGB image to `[3, R, R]`, uint8, or float and normalised; CLIP's own by default. A random one is
             reproducible as long as it draws from `torch` or `random`.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        image_key: column that holds the image paths; None: the first known one.
+        caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the first known one.
         captions_from: `json`, `txt` or `caption` files beside the images of a folder, or the names: `folder` or
             `filename`; None: found by what the folder holds.
         caption_template: caption in which `{}` stands for such a name.
@@ -86,6 +87,7 @@ class ImageTextDataset(Dataset[Sample]):
         split: str | None = None,
         transform: PixelTransform | Transform | None = None,
         image_dir: str | Path | None = None,
+        image_key: str | None = None,
         caption_key: str | None = None,
         captions_from: str | None = None,
         caption_template: str | None = None,
@@ -99,8 +101,9 @@ class ImageTextDataset(Dataset[Sample]):
             raise ValueError(f"captions must be 'random' or 'all', got {captions!r}")
         if not isinstance(data_dir, Pairs):
             source = DataSource(
-                data_dir, image_dir, caption_key, captions_from=captions_from, caption_template=caption_template
-            )
+                data_dir, image_dir, caption_key, image_key=image_key, captions_from=captions_from,
+                caption_template=caption_template,
+            )  # fmt: skip
             pairs = load_pairs(source)
             data_dir = pairs if split is None else split_pairs(pairs, val_split=val_split, seed=seed)[split]
         if not len(data_dir):
@@ -185,7 +188,9 @@ def _inspect(argv: list[str] | None) -> int:
     settings, given = parse_settings(InspectSettings, argv, description=str(__doc__))
     setup_logging("info")
     folder = Path(settings.data_dir)
-    wants_sample = settings.num_samples is not None or "data_dir" not in given
+    wants_sample = settings.num_samples is not None or not (
+        "data_dir" in given or settings.data_dir != DEFAULT_DATA_DIR
+    )
     if settings.num_samples is not None or (wants_sample and holds_only_placeholders(folder)):
         index = create_sample_dataset(
             folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed, exist_ok=settings.num_samples is None
@@ -193,7 +198,7 @@ def _inspect(argv: list[str] | None) -> int:
         print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
     source = DataSource(
-        folder, settings.image_dir, settings.caption_key, fraction,
+        folder, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
         captions_from=settings.captions_from, caption_template=settings.caption_template,
     )  # fmt: skip
     pairs = load_pairs(source)

@@ -40,8 +40,9 @@ from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs
 from cliptune.features.metrics import chance_level, compute_retrieval_metrics
 from cliptune.features.similarity import similarity_histograms
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
-from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.model.checkpoint_file import checkpoint_in, load_checkpoint
 from cliptune.model.weights import own_weights
+from cliptune.run_data import found_again
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import is_main, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -62,8 +63,9 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
     started_at = datetime.now().isoformat(timespec="seconds")
     setup_logging(settings.log_level)
     device = rank_device(settings.device)
-    content = load_checkpoint(settings.checkpoint, needs=CONFIG_KEYS)
-    config = stored_config(content["config"], settings.checkpoint)
+    checkpoint = checkpoint_in(settings.checkpoint)
+    content = load_checkpoint(checkpoint, needs=CONFIG_KEYS)
+    config = found_again(stored_config(content["config"], checkpoint), content.get("folder", ""))
     precision = resolve_precision(settings.precision or config.training.precision, device)
     chosen = _find_pairs(settings, config.data, content)
     skipped = SkippedData(
@@ -73,7 +75,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
         path=Path(settings.output_dir) / "results" / "evaluation_skipped.json",
     )
     with process_group(device):
-        model = CLIPModel(pretrained=own_weights(content, settings.checkpoint)).to(device).eval()
+        model = CLIPModel(pretrained=own_weights(content, checkpoint)).to(device).eval()
         run_id = content.get("run_id", "")
         del content  # the model has its own copy of the weights
         encoder = Encoder(
@@ -106,7 +108,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
                 **times,
                 "run_id": run_id,
                 "run": run,
-                "checkpoint": settings.checkpoint,
+                "checkpoint": str(checkpoint),
                 "data": chosen.data_dir,
                 "split": chosen.split,
                 "num_trained_on": chosen.num_trained_on,
@@ -156,7 +158,7 @@ def _find_pairs(settings: EvaluationSettings, run_data: DataSettings, content: d
     is_runs_own = settings.data_dir is None
     if settings.data_dir is not None:
         source = DataSource(
-            settings.data_dir, settings.image_dir, settings.caption_key, fraction,
+            settings.data_dir, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
             captions_from=settings.captions_from, caption_template=settings.caption_template,
         )  # fmt: skip
         pairs = load_pairs(source)
@@ -168,7 +170,8 @@ def _find_pairs(settings: EvaluationSettings, run_data: DataSettings, content: d
             raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
         source, split = DataSource(
             run_data.data_dir, settings.image_dir or run_data.image_dir, run_data.caption_key, fraction,
-            captions_from=run_data.captions_from, caption_template=run_data.caption_template,
+            image_key=run_data.image_key, captions_from=run_data.captions_from,
+            caption_template=run_data.caption_template,
         ), "val"  # fmt: skip
         source = source if run_data.val_data is None else source.at(run_data.val_data)
         pairs = _own_validation_pairs(source, known, content["val_images"])

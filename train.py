@@ -37,7 +37,17 @@ from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
-from cliptune.run_data import RunData, Splits, is_other_data, num_views, open_data, read_data, reread_data
+from cliptune.run_data import (
+    RunData,
+    Splits,
+    found_again,
+    is_other_data,
+    located,
+    num_views,
+    open_data,
+    read_data,
+    reread_data,
+)
 from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -111,7 +121,8 @@ def _train(argv: list[str] | None) -> int:
         began = {} if resumed is None else resumed.content
         about: dict[str, Any] = {
             "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
-            "config": config.model_dump(),
+            "config": located(config).model_dump(),
+            "folder": str(Path.cwd()),
             "config_file": began.get("config_file", started.file_values),
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
@@ -125,6 +136,8 @@ def _train(argv: list[str] | None) -> int:
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
             journal.advise(**_odd_data(config, splits, snapshots))
+        if resumed is not None and (ending := _ending(config, state)):
+            logger.info("nothing is left to train: %s", ending)
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -149,13 +162,13 @@ def _fit(
     Raises:
         KilledWorkerError: a loader worker was killed; the state after the last step is saved.
     """
-    settings, device, code = config.training, trainer.model.device, 0
+    device, code = trainer.model.device, 0
     stop = StopSignals()
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
-            while len(state.history) <= settings.num_epochs and not state.is_stale(settings.early_stopping_patience):
+            while (ending := _ending(config, state)) is None:
                 stop.check()
                 state.begin_epoch(device)
                 journal.begin_epoch(state)
@@ -182,13 +195,22 @@ def _fit(
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
-            if len(state.history) <= settings.num_epochs:
-                epochs = count(state.epochs_since_best, "epoch")
-                logger.info("early stop: no better RSum for %s (--early_stopping_patience)", epochs)
+            if len(state.history) <= config.training.num_epochs:
+                logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
         except (Stopped, KilledWorkerError) as end:
             code = _end_early(end, data, state=state, saver=saver)
     return code
+
+
+def _ending(config: Config, state: RunState) -> str | None:
+    """Say why there is no epoch left to train; None while there is one."""
+    settings = config.training
+    if len(state.history) > settings.num_epochs:
+        return f"the run has had its {count(settings.num_epochs, 'epoch')} (--num_epochs)"
+    if state.is_stale(settings.early_stopping_patience):
+        return f"no better RSum for {count(state.epochs_since_best, 'epoch')} (--early_stopping_patience)"
+    return None
 
 
 def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:
@@ -222,9 +244,24 @@ class Resumed(NamedTuple):
         check_state(content, path)
         return cls(path, content)
 
+    @classmethod
+    def named(cls, path: Path) -> Resumed:
+        """Return a checkpoint, or the newest one of a run's folder.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: a run cannot be resumed from it.
+        """
+        if not path.is_dir():
+            return cls.checked(path, load_checkpoint(path))
+        found = load_newest_state(RunFiles(path))
+        if found is None:
+            raise FileNotFoundError(f"--resume: {path} holds no run's model-checkpoint/last_model.pth")
+        return cls.checked(*found)
+
     def settings(self, started: Started) -> Config:
         """Return its run's settings, changed by the flags that are given and may change."""
-        return resumed_config(self.content, started, source=self.path)
+        return found_again(resumed_config(self.content, started, source=self.path), self.content.get("folder", ""))
 
 
 def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
@@ -240,7 +277,7 @@ def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resu
     config, resumed = started.config, None
     resume = config.run.resume
     if resume not in {None, "latest"}:
-        resumed = Resumed.checked(Path(str(resume)), load_checkpoint(str(resume)))
+        resumed = Resumed.named(Path(str(resume)))
         if "output_dir" not in started.given:  # where it goes on is told by where the file lies, not by what it holds
             started = started.at(RunFiles.around(resumed.path).root)
         config = resumed.settings(started)

@@ -40,9 +40,8 @@ HELP_GROUPS = {
         "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "val_data", "split", "val_split", "image_dir", "caption_key", "captions_from",
-        "caption_template", "captions", "augment", "on_unreadable_image",
-        "max_skipped_fraction", "allow_data_change",
+        "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
+        "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction", "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation"),
     "training": (
@@ -118,7 +117,9 @@ def flags_of(settings: type[Settings], parents: tuple[str, ...] = ()) -> Iterato
 
 
 def parse_settings(settings: type[S], argv: list[str] | None, *, description: str) -> tuple[S, dict[str, Any]]:
-    """Read a stage's settings from its flags alone.
+    """Read a stage's settings: defaults, then the file named by `--config`, then flags.
+
+    The file is a run's, or holds the stage's own keys. What the stage has no use for is named on stderr.
 
     Args:
         settings: the stage's settings.
@@ -129,11 +130,51 @@ def parse_settings(settings: type[S], argv: list[str] | None, *, description: st
         The settings, and the given flags with their values as typed.
 
     Raises:
-        ValueError: an unknown flag or a value that does not fit, naming the flag.
+        ValueError: an unknown key or flag, or a value that does not fit, naming the place.
+        FileNotFoundError: the file named by `--config` is not there.
         SystemExit: `--help` was given (code 0).
     """
+    stage, given, unused = _parse_stage(settings, argv, description=description)
+    if unused:
+        print(printable(f"keys of the config file that this stage does not use: {', '.join(unused)}"), file=sys.stderr)
+    return stage, given
+
+
+def _parse_stage(settings: type[S], argv: list[str] | None, *, description: str) -> tuple[S, dict[str, Any], list[str]]:
+    """Do what `parse_settings` does; the keys of the config file that are not used are returned, too."""
     given = _parse_flags(settings, argv, description=description)
-    return _validate(settings, {}, given, source=None), given
+    named = given.pop("config", None)
+    if named is None:
+        return _validate(settings, {}, given, source=None), given, []
+    values, unused = _of_run(settings, Path(named))
+    return _validate(settings, values, given, source=Path(named)), given, unused
+
+
+def _of_run(settings: type[Settings], path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what a config file says of a stage's settings, and its keys that the stage has no use for."""
+    values = _read_config(path)
+    own = {name: value for name, value in values.items() if name in settings.model_fields}
+    run = {name: value for name, value in values.items() if name not in own}
+    _validate(Config, run, {}, source=path)  # a wrong key is an error in every stage
+    unused: dict[str, list[str]] = {}
+    for name, (group, key), _ in flags_of(Config):
+        if key not in run.get(group, {}):
+            continue
+        value = run[group][key]
+        if name in settings.from_config:
+            own.setdefault(name, value)
+        if name == "output_dir":
+            own = {field: str(Path(value, below)) for field, below in settings.below_output_dir.items()} | own
+        if name not in own and not (name == "output_dir" and settings.below_output_dir):
+            unused.setdefault(group, []).append(f"{group}.{key}")
+    whole = {group for group, keys in unused.items() if len(keys) == len(run[group])}
+    return own, [shown for group, keys in unused.items() for shown in ([group] if group in whole else keys)]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no such file: {path}")
+    return read_json_object(path)
 
 
 def load_config(argv: list[str] | None, *, description: str) -> Started:
@@ -148,9 +189,7 @@ def load_config(argv: list[str] | None, *, description: str) -> Started:
     given = _parse_flags(Config, argv, description=description)
     named = given.pop("config", None)
     path = Path(named) if named is not None else CONFIG_PATH
-    if named is not None and not path.is_file():
-        raise FileNotFoundError(f"--config: no such file: {path}")
-    values = read_json_object(path) if path.is_file() else {}
+    values = _read_config(path) if named is not None or path.is_file() else {}
     return Started(_validate(Config, values, given, source=path), given, values)
 
 
@@ -171,7 +210,7 @@ def check_command_line(settings: type[Settings], description: str) -> None:
         if settings is Config:
             load_config(None, description=description)
         else:
-            parse_settings(settings, None, description=description)
+            _parse_stage(settings, None, description=description)
         return 0
 
     name = Path(sys.argv[0]).name
@@ -285,11 +324,8 @@ def _parse_flags(settings: type[Settings], argv: list[str] | None, *, descriptio
         argument_default=argparse.SUPPRESS,
     )
     arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
-    if settings is Config:
-        arguments["config"] = {
-            "metavar": METAVARS["config"],
-            "help": "JSON file with settings (default: ./config.json if there)",
-        }
+    unnamed = "./config.json if there" if settings is Config else "none"
+    arguments["config"] = {"metavar": METAVARS["config"], "help": f"JSON file with settings (default: {unnamed})"}
     for title, names in _help_groups(arguments):
         group = parser.add_argument_group(title)
         for name in names:

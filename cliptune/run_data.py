@@ -29,6 +29,7 @@ from cliptune.data.snapshot import (
 )
 from cliptune.data.splits import training_pairs
 from cliptune.data.table import Strings
+from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
 from cliptune.features.encode import Encoder
@@ -61,6 +62,42 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
     splits = _read_splits(config, given)
     return splits, take_snapshots(splits, cache_file=cache_file)
+
+
+def located(config: Config) -> Config:
+    """Return a run's settings with the addresses of its data as they hold in any folder."""
+    return _with_addresses(config, _from_root)
+
+
+def found_again(config: Config, folder: str) -> Config:
+    """Return a stored run's settings with the addresses of its data as they hold now.
+
+    A project that was moved as a whole has its data where it was within it: what lay below the `folder` in which the
+    run was started, and is not there any more, is looked for below the current one.
+    """
+
+    def here(address: str) -> str:
+        path = Path(address)
+        found = path.parent if is_shards(address) else path
+        if not folder or found.exists() or not path.is_relative_to(folder):
+            return address
+        moved = path.relative_to(folder)
+        return str(Path.cwd() / moved) if Path(moved.parent if is_shards(address) else moved).exists() else address
+
+    return _with_addresses(config, here)
+
+
+def _with_addresses(config: Config, change: Callable[[str], str]) -> Config:
+    addresses = {name: getattr(config.data, name) for name in ("data_dir", "val_data", "image_dir")}
+    changed = {name: change(address) for name, address in addresses.items() if address is not None}
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+
+
+def _from_root(address: str) -> str:
+    """Write a relative path, or each relative one of the shards that `::` joins, from the root of the file system."""
+    parts = [address] if Path(address).exists() else address.split("::")
+    # {/a,b}/0.tar names files in two folders: braces in front may hide what is relative
+    return "::".join(str(Path.cwd() / part) if is_local(part) and not part.startswith("{") else part for part in parts)
 
 
 def reread_data(
@@ -114,7 +151,7 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
     settings = config.data
     source = DataSource(
         settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
-        captions_from=settings.captions_from, caption_template=settings.caption_template,
+        image_key=settings.image_key, captions_from=settings.captions_from, caption_template=settings.caption_template,
         may_run_commands="data_dir" in given,
     )  # fmt: skip
     if is_shards(settings.data_dir):

@@ -8,7 +8,7 @@ here is slow to import: a stage answers `--help` and a wrong setting before it l
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -58,8 +58,9 @@ DataDir = Annotated[
 ImageDir = Annotated[
     str | None, Field(description="folder that image paths are relative to; none: the index file's folder")
 ]
+ImageKey = Annotated[str | None, Field(description="column that holds the image paths; none: the first known one")]
 CaptionKey = Annotated[
-    str | None, Field(description="column that holds the captions; none: the first of caption, captions, title")
+    str | None, Field(description="column that holds the captions, or several (en,de); none: the first known one")
 ]
 CaptionsFrom = Annotated[
     Literal["json", "txt", "caption", "folder", "filename"] | None,
@@ -95,6 +96,11 @@ class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_config: ClassVar[frozenset[str]] = frozenset()
+    """Flags that a stage after training takes from a run's config file."""
+    below_output_dir: ClassVar[dict[str, str]] = {}
+    """Settings of such a stage that are files below the run's output folder, and where."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +150,7 @@ class DataSettings(Settings):
         None, description="separate validation set, which shards need; none: split off from the data"
     )
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
@@ -214,7 +221,7 @@ class RunSettings(Settings):
     cache_dir: str | None = Field(None, description="folder for cached images and features; none: cache/ in output_dir")
     resume: str | None = Field(
         None,
-        description="continue a run: alone, the one in output_dir; or a checkpoint file",
+        description="continue a run: alone, the one in output_dir; or a run's folder, or a checkpoint file",
         json_schema_extra={"bare": "latest"},
     )
     checkpoint_every: Interval = Field(
@@ -266,8 +273,13 @@ class Config(Settings):
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
+    from_config = frozenset(
+        ("data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed")
+    )
+
     data_dir: DataDir = DEFAULT_DATA_DIR
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
@@ -288,12 +300,19 @@ class InspectSettings(Settings):
 class EvaluationSettings(Settings):
     """Settings of the evaluation stage."""
 
-    checkpoint: str = Field("model-checkpoint/best_model.pth", description="checkpoint to evaluate")
+    # not the data: a run's data_dir is what it was trained on, and without one its own validation images are taken
+    from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
+    below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
+
+    checkpoint: str = Field(
+        "model-checkpoint/best_model.pth", description="checkpoint to evaluate, or the folder of its run"
+    )
     data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
@@ -310,6 +329,8 @@ class EvaluationSettings(Settings):
 
 class VisualizationSettings(Settings):
     """Settings of the figure stage."""
+
+    below_output_dir = {"results": "results/training_results.json"}
 
     results: str = Field(
         "results/training_results.json", description="training_results.json or evaluation_results.json"

@@ -211,7 +211,7 @@ def test_help_shows_every_flag_once_and_in_a_group(
 ) -> None:
     lines = help_of(settings, capsys).splitlines()
     shown = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
-    assert sorted(shown) == sorted([flag.name for flag in flags_of(settings)] + ["config"] * (settings is Config))
+    assert sorted(shown) == sorted([flag.name for flag in flags_of(settings)] + ["config"])
     assert "more:" not in lines
 
 
@@ -303,3 +303,42 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused(flag: str, value:
         load(f"--{flag}", str(value))
     assert len(str(error.value)) < 400
     assert load("--seed", str(2**64 - 1)).training.seed == 2**64 - 1
+
+
+def test_every_stage_takes_what_it_has_a_use_for_from_a_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    run = {
+        "model": {"name": "RN50"},
+        "data": {"data_dir": "pairs.csv", "val_split": 0.2},
+        "training": {"seed": 7, "precision": "fp32"},
+        "run": {"output_dir": "runs/a", "device": "cpu"},
+    }
+    Path("run.json").write_text(json.dumps(run))
+    data, _ = parse_settings(InspectSettings, ["--config", "run.json", "--val_split", "0.3"], description="")
+    assert (data.data_dir, data.val_split, data.seed) == ("pairs.csv", 0.3, 7)
+    unused = "keys of the config file that this stage does not use: "
+    assert capsys.readouterr().err == f"{unused}model, training.precision, run\n"
+    # a run's data is what it was trained on: evaluation stays with the images that it validated on
+    evaluation, _ = parse_settings(EvaluationSettings, ["--config", "run.json"], description="")
+    assert (evaluation.data_dir, evaluation.precision, evaluation.device) == (None, "fp32", "cpu")
+    assert Path(evaluation.checkpoint) == Path("runs/a/model-checkpoint/best_model.pth")
+    assert capsys.readouterr().err == f"{unused}model, data, training.seed\n"
+    figures, _ = parse_settings(VisualizationSettings, ["--config", "run.json"], description="")
+    assert Path(figures.results) == Path("runs/a/results/training_results.json")
+
+
+def test_a_config_file_may_hold_a_stages_own_keys_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.json").write_text(json.dumps({"data_dir": "test.csv", "encode_batch_size": 7}))
+    settings, _ = parse_settings(EvaluationSettings, ["--config", "own.json"], description="")
+    assert (settings.data_dir, settings.encode_batch_size) == ("test.csv", 7)
+    assert not capsys.readouterr().err
+    Path("own.json").write_text(json.dumps({"data": {"data_dri": "test.csv"}}))
+    with pytest.raises(ValueError, match=r"own\.json: data\.data_dri: unknown key; did you mean data\.data_dir\?"):
+        parse_settings(EvaluationSettings, ["--config", "own.json"], description="")
+    with pytest.raises(FileNotFoundError, match=r"--config: no such file: gone\.json"):
+        parse_settings(InspectSettings, ["--config", "gone.json"], description="")
+
+
+def test_only_training_reads_a_config_file_that_is_not_named() -> None:
+    Path("config.json").write_text(json.dumps({"run": {"output_dir": "elsewhere"}}))
+    assert parse_settings(EvaluationSettings, [], description="")[0].output_dir == "."
+    assert load().run.output_dir == "elsewhere"

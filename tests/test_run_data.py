@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from cliptune.data.pairs import load_pairs
+from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.preprocess.decode import read_bytes
 from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
-from tests.helpers.datasets import make_images, make_index
+from tests.helpers.datasets import make_chinese_clip, make_images, make_index, make_parquet
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
@@ -32,6 +35,10 @@ def finished(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def run(finished: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> Path:
     """A run of one epoch, on data of its own."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "run" / "model-checkpoint").glob("*.pth"):
+        content = load_checkpoint(path)
+        content["config"]["data"]["data_dir"] = str(tmp_path / "data")
+        save_checkpoint(path, {**content, "folder": str(tmp_path)})
     small.chdir(tmp_path)
     return tmp_path / "run"
 
@@ -99,7 +106,7 @@ def test_data_that_moved_is_the_same(run: Path, tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert resume() == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the data of the run that is resumed is not there: data does not exist" in error
+    assert f"the data of the run that is resumed is not there: {tmp_path / 'data'} does not exist" in error
     assert "--data_dir, --image_dir and --val_data name where it lies now" in error
     assert not (tmp_path / "data").exists()
     assert resume("--data_dir", "moved") == 0
@@ -161,6 +168,69 @@ def test_no_file_runs_a_command(run: Path, tmp_path: Path, key: str, form: str) 
     if form == "pipe:{}":  # what a person has typed is run
         assert main([*FLAGS, "--output_dir", "new", "--data_dir", command, "--val_data", "data"]) == 2
         assert (tmp_path / "canary").exists()
+
+
+def test_a_run_goes_on_and_is_evaluated_from_any_folder(
+    finished: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run was started with `--data_dir data`; the checkpoint says which folder that was in."""
+    small.chdir(tmp_path)
+    shutil.copytree(finished / "run", tmp_path / "copy")
+    assert evaluation_main(["--checkpoint", str(finished / "run"), "--num_workers", "0"]) == 0
+    assert "6 images, 12 texts" in capsys.readouterr().out
+    assert main(["--resume", "copy", "--num_epochs", "2"]) == 0
+    assert stored(tmp_path / "copy")["epoch"] == 2
+
+
+def test_a_project_that_moved_as_a_whole_goes_on_with_its_own_data(
+    finished: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("before", "after"):
+        shutil.copytree(finished, tmp_path / name)
+    small.chdir(tmp_path / "before")
+    assert main(["--resume", "--output_dir", "run", "--num_epochs", "2", "--data_dir", "data"]) == 0
+    shutil.rmtree(tmp_path / "after" / "run")
+    shutil.move(tmp_path / "before" / "run", tmp_path / "after" / "run")
+    shutil.rmtree(tmp_path / "before")
+    small.chdir(tmp_path / "after")
+    capsys.readouterr()
+    assert main(["--resume", "--output_dir", "run", "--num_epochs", "3"]) == 0
+    assert f"data {tmp_path / 'after' / 'data'}" in capsys.readouterr().err
+    assert evaluation_main(["--checkpoint", "run", "--num_workers", "0"]) == 0
+
+
+def test_a_folder_without_a_run_is_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert f"--resume: {tmp_path} holds no run's model-checkpoint/last_model.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["parquet", "chinese-clip"])
+def test_images_inside_other_files_train_as_files_do_and_may_move(
+    form: str, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    small.chdir(tmp_path)
+    for split, first, number in (("train", 0, 30), ("val", 30, 8)):
+        if form == "chinese-clip":
+            make_chinese_clip(tmp_path / "data", split, number, first=first)
+        else:
+            make_parquet(tmp_path / "data" / f"{split}.parquet", number, first=first, rows_per_group=7)
+    pairs = load_pairs("data")
+    rows = []
+    for row, path in enumerate(pairs.paths):
+        image = tmp_path / "files" / f"{row:03}.png"
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(read_bytes(path))
+        rows.append({"image": image.name, "caption": pairs.captions[row], "split": SPLITS[pairs.splits[row]]})
+    make_index(tmp_path / "files", rows)
+    flags = [*FLAGS, "--num_epochs", "1", "--num_workers", "2"]
+    assert main(["--data_dir", "files", "--output_dir", "plain", *flags]) == 0
+    assert main(["--data_dir", "data", "--output_dir", "run", "--cache_images", "true", *flags]) == 0
+    models = [stored(tmp_path / run)["model_state_dict"] for run in ("plain", "run")]
+    assert_same(models[1], models[0])
+    shutil.move("data", "moved")
+    assert resume() == 2
+    assert resume("--data_dir", "moved") == 0
+    assert evaluation_main(["--checkpoint", "run/model-checkpoint/last_model.pth", "--output_dir", "run"]) == 0
 
 
 def test_a_run_on_names_of_folders_is_evaluated_and_resumed(

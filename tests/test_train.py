@@ -301,6 +301,7 @@ def test_a_resumed_run_has_its_own_settings_and_says_which_changed(
     assert "device cpu, precision " in error
     assert "resumed with --num_epochs 3\n" in error
     assert "resumed with --checkpoint_every 3\n" in error
+    assert "the next step's rates change: projection 0 to " in error
     assert "micro-batches of" not in error
     last = load_checkpoint(RunFiles(folder).last)
     assert (last["epoch"], last["config"]["training"]["micro_batch_size"]) == (3, 4)
@@ -338,9 +339,10 @@ def test_an_earlier_run_is_set_aside(
     assert main(flags) == 0
     started = json.loads((tmp_path / "results/training_results.json").read_text())["started_at"].replace(":", "-")
     (tmp_path / "results" / "mine.txt").touch()
+    capsys.readouterr()
     assert main([*flags, "--resume"]) == 0  # a finished run that is resumed moves nothing
     assert not (tmp_path / "previous").exists()
-    capsys.readouterr()
+    assert "nothing is left to train: the run has had its 1 epoch (--num_epochs)" in capsys.readouterr().err
     assert main(flags) == 0
     assert f"previous/{started}" in capsys.readouterr().err
     for name in ("model-checkpoint/best_model.pth", "logs/steps.jsonl", "logs/train.log"):

@@ -143,8 +143,11 @@ class _CaptionFiles:
             numbered = ((number, line) for number, line in enumerate(lines, 1) if line)
             return [text for number, line in numbered for text in self.found.captions(f"{name}: line {number}", line)]
         values = self.json_object(name)
-        captions: Any = next((values[key] for key in self.found.caption_columns if values.get(key)), [])
-        return captions if isinstance(captions, list) else [captions]
+        for names in self.found.column_names.captions(values):
+            found = [values[name] for name in names if values[name]]
+            if found:
+                return [text for value in found for text in (value if isinstance(value, list) else [value])]
+        return []
 
     def json_object(self, name: str) -> dict[str, Any]:
         """Return what a JSON file holds, nothing if it is no object; raises as `captions` does."""

@@ -92,8 +92,8 @@ class DataCheck:
     def lines(self) -> Iterator[str]:
         """Say all of it: a line an issue, then what is odd, then the sum."""
         yield from map(str, self.issues.first)
-        if self.issues.count > len(self.issues.first):
-            yield f"... and {count(self.issues.count - len(self.issues.first), 'more issue')}"
+        if self.issues.num_untold:
+            yield f"... and {count(self.issues.num_untold, 'more issue')}"
         if self.num_truncated:
             yield f"note: {count(self.num_truncated, 'caption')} longer than {CONTEXT_LENGTH} tokens will be truncated"
         if self.num_repeated:

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from cliptune.data.base64_images import images_beside, split_of_texts
 from cliptune.data.delimited import MAX_HEADER, header
 from cliptune.data.index import SPLITS
 from cliptune.data.token_lines import IMAGE_NAME, TOKEN_LINE
@@ -176,8 +177,10 @@ def index_files(listing: Listing) -> list[Path]:
             beside = True
         elif _may_be_index(listing.folder / name):
             found.append(listing.folder / name)
+    held = set(map(images_beside, found))  # images in base64, beside the file of their captions
     # img2dataset has 000000007.json of an image that could not be downloaded
-    return [path for path in found if not (beside and path.suffix.lower() == ".json" and path.stem.isdecimal())]
+    lost = {path for path in found if beside and path.suffix.lower() == ".json" and path.stem.isdecimal()}
+    return [path for path in found if path not in held | lost]
 
 
 def _index_files(listing: Listing) -> list[Part]:
@@ -252,7 +255,7 @@ def _base(path: Path) -> str:
     """Return an index file's name without ending and, where it is one of several, without its number."""
     match = _NUMBERED.fullmatch(path.stem)
     if match is None:
-        return path.stem
+        return split_of_texts(path) or path.stem
     # flickr_30.parquet is an index of its own
     is_one_of_several = match[3] or (path.suffix.lower() == ".parquet" and (not match[1] or len(match[2]) > 4))
     return match[1] or "" if is_one_of_several else path.stem
@@ -304,7 +307,8 @@ def _may_be_index(path: Path) -> bool:
 
 
 def _names_images(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet" or IMAGE_NAME.search(_head(path)) is not None
+    holds_images = path.suffix.lower() == ".parquet" or split_of_texts(path) is not None
+    return holds_images or IMAGE_NAME.search(_head(path)) is not None
 
 
 def _head(path: Path) -> str:

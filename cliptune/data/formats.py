@@ -9,43 +9,59 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cliptune.data.base64_images import is_texts, read_texts, refuse_images
 from cliptune.data.columns import read_rows
-from cliptune.data.delimited import MAX_HEADER, header, read_table
+from cliptune.data.delimited import MAX_HEADER, SEPARATOR_LINE, Header, header, header_names, read_table
 from cliptune.data.documents import is_json_lines, json_lines, read_object
-from cliptune.data.index import IMAGE_COLUMNS, KNOWN_FORMS, Index, NoCaptionsError, Records, quote
+from cliptune.data.index import KNOWN_FORMS, Index, Records
 from cliptune.data.parquet import is_parquet, read_parquet
 from cliptune.data.text_stream import TextFile
-from cliptune.data.token_lines import IMAGE_NAME, TOKEN_LINE, read_token_lines
+from cliptune.data.token_lines import TOKEN_LINE, read_token_lines
+from cliptune.data.unknown import refuse_binary, resemblance
 
 
-def read_index(path: Path, *, caption_key: str | None = None) -> Index:
-    """Read an index file of any known form; captions come from the column `caption_key` if it is given.
+def read_index(path: Path, *, caption_key: str | None = None, image_key: str | None = None) -> Index:
+    """Read an index file of any known form.
+
+    Args:
+        path: of the file.
+        caption_key: column of the captions, or several of them, `caption_en,caption_de`; None: a known one.
+        image_key: column of the images; None: a known one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, of no known form, without a usable row, or lacks the column `caption_key`.
+        ValueError: the file is not UTF-8, of no known form, without a usable row, or lacks a column that is named.
     """
-    found = Records(path, caption_key)
+    found = Records(path, caption_key, image_key)
     if is_parquet(path):
         return found.index(read_parquet(found))
-    text = TextFile(path)
+    refuse_binary(path)
+    return found.index(_read_text(found, TextFile(path)))
+
+
+def _read_text(found: Records, text: TextFile) -> str:
+    """Read a text in the form that its first lines show; the docs state the order."""
     number, line = text.first_line(2 * MAX_HEADER)
     first = line.strip()
     if not first:
-        raise ValueError(f"{path}: the file is empty; {KNOWN_FORMS}")
+        raise ValueError(f"{found.path}: the file is empty; {KNOWN_FORMS}")
+    refuse_images(found.path, first)
     if first[0] == "[":
-        form = read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
-    elif first[0] == "{" and is_json_lines(text):
-        form = read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
-    elif first[0] == "{":
-        form = read_object(found, text)
-    elif names := header(line.lstrip().removesuffix("\n"), caption_key):
-        form = read_table(found, text, *names)
-    elif TOKEN_LINE.match(first):
-        form = read_token_lines(found, text)
-    else:
-        is_bare = first in IMAGE_COLUMNS or (IMAGE_NAME.search(first) and len(first.split()) == 1)
-        bare = " is a name without a caption" if is_bare else ""
-        error = NoCaptionsError if is_bare else ValueError
-        raise error(f"{path}: line {number}: of no known form: {quote(first)}{bare}; {KNOWN_FORMS}")
-    return found.index(form)
+        return read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
+    if is_texts(first):
+        return read_texts(found, text)
+    if first[0] == "{" and is_json_lines(text):
+        return read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
+    if first[0] == "{":
+        return read_object(found, text)
+    table, keys = None, found.column_names
+    if separator := SEPARATOR_LINE.fullmatch(first.strip('"')):
+        number, line = text.first_line(2 * MAX_HEADER, after=number)
+        table = Header(separator[1], header_names(line.strip("\r\n"), separator[1])) if line.strip() else None
+    table = table or header(line.lstrip().removesuffix("\n"), keys.caption_key, keys.image_key)
+    if table is not None:
+        return read_table(found, text, table, line=number)
+    if TOKEN_LINE.match(first):
+        return read_token_lines(found, text)
+    reason, error = resemblance(first)
+    raise error(f"{found.path}: line {number}: {reason}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,9 @@ from cliptune.data.caption_files import TEMPLATES, read_directory
 from cliptune.data.folders import find_index, split_folders
 from cliptune.data.formats import read_index
 from cliptune.data.index import FORM_NAMES, Index, NoCaptionsError
-from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.issues import MAX_ISSUES, Issue, Issues, first_issues
+from cliptune.data.lookup import ImageFinder
+from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows
 from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
@@ -110,8 +110,9 @@ class DataSource:
     Attributes:
         data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose images stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the known ones.
         max_skipped_fraction: how many of the records may be skipped, in [0, 1].
+        image_key: column that holds the image paths; None: a known one.
         captions_from: where the captions of a folder of images are: `json`, `txt` or `caption` files, or the names:
             `folder` or `filename`; None: found by what the folder holds.
         caption_template: caption in which `{}` stands for such a name; None: "a photo of a {}", or the file's name.
@@ -122,6 +123,7 @@ class DataSource:
     image_dir: str | Path | None = None
     caption_key: str | None = None
     max_skipped_fraction: float = 0.01
+    image_key: str | None = None
     captions_from: str | None = None
     caption_template: str | None = None
     may_run_commands: bool = False
@@ -140,7 +142,7 @@ class DataSource:
         """Return how another data set is read; what is said of a folder of images does not count for other forms."""
         if Path(data_dir).is_dir():
             return replace(self, data_dir=data_dir, may_run_commands=False)
-        return DataSource(data_dir, self.image_dir, self.caption_key, self.max_skipped_fraction)
+        return replace(self, data_dir=data_dir, may_run_commands=False, captions_from=None, caption_template=None)
 
 
 def load_pairs(source: DataSource | str | Path) -> Pairs:
@@ -195,7 +197,7 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues, list[str]]
     """Read the indexes of a data set, with the images resolved and the splits that the files are."""
     parts: list[Rows] = []
     forms: list[str] = []
-    issues = Issues()
+    issues, missing = Issues(), []
     found = find_index(path, captions_from=source.captions_from)
     for declared, index_path in found:
         try:
@@ -213,10 +215,19 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues, list[str]]
             logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
         beside = index_path if is_folder else index_path.parent
         root = beside if source.image_dir is None else Path(source.image_dir)
-        rows, missing = _resolve_images(index.rows, root)
+        finder = ImageFinder(root, replaces_folders=source.image_dir is not None)
+        rows, not_found = finder.resolve(index.rows)
+        for rule, number in finder.taken.items():
+            logger.info("%s: %s: %s", index_path, count(number, "image path"), rule)
+        if not len(rows):
+            missing.append(explain_missing(index.rows.images, index_path, root))
         parts.append(replace(rows, splits=np.full_like(rows.splits, SPLITS.index(declared))) if declared else rows)
         issues.extend(index.issues)
-        issues.extend(missing)
+        issues.extend(not_found)
+    if len(missing) == len(parts):
+        raise ValueError(missing[0])
+    for message in missing:
+        logger.warning("%s", message)
     return Rows.concatenate(parts), issues, forms
 
 
@@ -229,7 +240,10 @@ def _read_part(index_path: Path, data_dir: Path, source: DataSource) -> Index:
         )  # fmt: skip
         inside = index_path
     else:
-        index, inside = read_index(index_path, caption_key=source.caption_key), index_path.parent
+        index, inside = (
+            read_index(index_path, caption_key=source.caption_key, image_key=source.image_key),
+            index_path.parent,
+        )
     if index_path.stem == "metadata":  # as the Hub's image folders have it
         index = index._replace(rows=_split_by_folder(index.rows))
     if not data_dir.is_dir() or inside == data_dir:
@@ -247,44 +261,6 @@ def _split_by_folder(rows: Rows) -> Rows:
     tops = [image.partition("/")[0] for image in rows.images]
     splits = {folder: SPLITS.index(split) for split, folder in split_folders(set(tops)).items()}
     return replace(rows, splits=np.array([splits.get(top, NO_SPLIT) for top in tops], dtype=np.int8))
-
-
-def _resolve_images(rows: Rows, root: Path) -> tuple[Rows, Issues]:
-    """Give each row its image's resolved path; those that are not files become issues."""
-    real_folder = lru_cache(maxsize=1 << 16)(os.path.realpath)
-    found, issues = np.zeros(len(rows), dtype=bool), Issues()
-
-    def resolved() -> Iterator[str]:
-        for row, image in enumerate(rows.images):
-            try:
-                path = _resolve(os.path.join(root, image), real_folder)  # noqa: PTH118  (see _resolve)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                issues.add(Issue(f"image {image}: {reason}", image=image, location=rows.location(row)))
-            else:
-                found[row] = True
-                yield path
-
-    paths = Strings.of(resolved())
-    rows = rows if found.all() else rows.take(np.flatnonzero(found))
-    return replace(rows, images=paths), issues
-
-
-def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
-    """Return the real path of an image's file; os.path, because pathlib is several times as slow.
-
-    Raises:
-        OSError, ValueError: there is no such file.
-    """
-    folder, name = os.path.split(image)
-    path = os.path.join(real_folder(folder), name)  # noqa: PTH118
-    mode = os.lstat(path).st_mode
-    if stat.S_ISLNK(mode):
-        path = os.path.realpath(path, strict=True)
-        mode = os.stat(path).st_mode  # noqa: PTH116
-    if not stat.S_ISREG(mode):
-        raise ValueError("not a file")
-    return path
 
 
 def _merge(rows: Rows) -> tuple[Rows, Issues]:
@@ -308,7 +284,7 @@ def _judge(issues: Issues, *, num_images: int, source: DataSource) -> None:
     """Say which records are skipped; too many of them are an error."""
     if not issues.count:
         return
-    total, shown = issues.count + num_images, first_few(issues.first, 10, total=issues.count)
+    total, shown = issues.count + num_images, first_issues(issues.first, 10, total=issues.count)
     if issues.count > source.max_skipped_fraction * total:
         raise ValueError(
             f"{source.data_dir}: {issues.count:,} of {count(total, 'record')} cannot be used: {shown}. At most "

@@ -1,20 +1,33 @@
-"""Parquet files, some thousands of rows at a time."""
+"""Parquet files, some thousands of rows at a time; the images may lie in them."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from cliptune.data.columns import refuse_repeated
-from cliptune.data.index import Records
+from cliptune.data.columns import refuse_repeated, take_row
+from cliptune.data.index import Records, quote
+from cliptune.preprocess.decode import image_format
+from cliptune.preprocess.encoded import is_parquet_name, parquet_path
+from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet, read_image
 from cliptune.runtime.messages import one_line
+
+logger = logging.getLogger(__name__)
 
 _MAGIC = b"PAR1"
 _BATCH = 1 << 14
+_IMAGES = 16
+"""Rows of a batch that holds images."""
+_LARGE_GROUP = 1 << 26
+"""Bytes of images from which on a row group is slow to read at random."""
+_LONGEST_TEXT = 4096
 
 
 def is_parquet(path: Path) -> bool:
@@ -26,39 +39,187 @@ def is_parquet(path: Path) -> bool:
 
 
 def read_parquet(found: Records) -> str:
-    """Take the rows of the columns that matter, some thousands at a time; no other column is read."""
-    import pyarrow.parquet as pq  # noqa: PLC0415  (only where such a file is read)
+    """Take the rows of the columns that matter, some thousands at a time; no other column is read.
 
+    Images that the file holds stay in it: each gets its address, see `parquet_path`.
+    """
     found.unit = "row"
     try:
-        with pq.ParquetFile(found.path) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-            refuse_repeated(found, schema.names)
-            columns = Counter(dict.fromkeys(schema.names, num_rows))
-            texts = Counter({name: num_rows for name in schema.names if not _holds_bytes(schema.field(name).type)})
-            held = next((name for name in found.image_columns if name in columns and name not in texts), None)
-            if held is not None and texts.keys().isdisjoint(found.image_columns):
-                raise ValueError(
-                    f"{found.path}: the column {held} holds the images themselves, which is not read: write them to "
-                    "files and name these in a column image_path"
-                )
-            image_column = found.choose(texts, found.image_columns, "image")
-            caption_column = found.choose_caption(columns)
-            used = [image_column, caption_column, *({"split", "group"} & columns.keys())]
-            found.ignore(columns, used)
-            for number, row in enumerate(_parquet_rows(file, used), 1):
-                if isinstance(row, ValueError):
-                    found.issue(number, str(row))
-                else:
-                    found.add(number, row[image_column], row[caption_column], row.get("split"), row.get("group"))
+        with open_parquet(found.path) as file:
+            _read(found, file)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column name
         raise ValueError(f"{found.path}: damaged Parquet file: {one_line(error)}") from None
     return "parquet"
 
 
-def _parquet_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any] | ValueError]:
+def _read(found: Records, file: Any) -> None:
+    schema, found.texts_hold_lists = file.schema_arrow, True
+    refuse_repeated(found, schema.names)
+    held, others = _image_columns(found, file)
+    columns, all_columns = (Counter(dict.fromkeys(names, file.metadata.num_rows)) for names in (others, schema.names))
+    image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
+    captions = found.choose_captions(columns)
+    chosen = found.column_names.columns(columns)._replace(image=image, captions=captions)
+    used = [name for name in (*captions, chosen.split, chosen.group) if name is not None]
+    found.ignore(all_columns, (image, *used))
+    in_bytes = [name for name in (image, *used) if name != held and _holds_bytes(schema.field(name).type)]
+    images = None if held is None else _HeldImages(found.path, schema.field(held))
+    if held is not None:
+        _warn_of_large_groups(file, held)
+    for span in _spans(file, held):
+        names = [*used, *(images.names if images is not None and span.is_full else [image])]
+        batch_size = _BATCH if images is None or span.is_full else _IMAGES
+        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch_size), span.first):
+            if isinstance(row, ValueError):
+                found.issue(number, str(row))
+                continue
+            if images is not None:
+                row[image] = images.address(number, row.get(image), is_full=span.is_full)
+            try:
+                row.update({name: _text(row[name]) for name in in_bytes})
+            except UnicodeDecodeError:
+                found.issue(number, "text is not UTF-8")
+                continue
+            take_row(found, number, row, chosen)
+
+
+class _HeldImages:
+    """The images in a column of a file. Rows of one image are joined: a row a caption repeats it.
+
+    Attributes:
+        names: of what is read of the column where all rows hold an image: the names of the images, which are text.
+    """
+
+    def __init__(self, path: Path, field: pa.Field) -> None:
+        self._file, self._column = str(path.absolute()), field.name
+        has_names = pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0
+        self.names = [f"{field.name}.path"] if has_names else []
+        self._rows: dict[str, int] = {}
+        self._digests: dict[str, bytes] = {}
+
+    def address(self, number: int, cell: Any, *, is_full: bool) -> Any:
+        """Return the address of a row's image; its path where the row has only that, as with the Hub's datasets."""
+        content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is None and not is_full:
+            return name
+        if isinstance(name, str) and self._rows.setdefault(name, number) != number:
+            number = self._first_of(name, number)
+        return parquet_path(self._file, number, self._column)
+
+    def _first_of(self, name: str, number: int) -> int:
+        """Return the first row of a name if it has the same image; once one has not, the name says nothing."""
+        first = self._rows[name]
+        if first and name not in self._digests:
+            self._digests[name] = self._digest(first)
+        if first and self._digest(number) != self._digests[name]:
+            self._rows[name] = first = 0
+        return first or number
+
+    def _digest(self, number: int) -> bytes:
+        return hashlib.blake2b(read_image(self._file, number, self._column), digest_size=16).digest()
+
+
+class _Span(NamedTuple):
+    """Row groups one after another: all of their rows hold an image, or some may hold none."""
+
+    groups: list[int]
+    first: int
+    """Number of the first row."""
+    is_full: bool
+
+
+def _spans(file: Any, held: str | None) -> Iterator[_Span]:
+    """Yield the row groups. Where the file says that no image is missing, none needs to be read."""
+    metadata, first = file.metadata, 1
+    leaf = None if held is None else _leaf(file, held)
+
+    def is_full(group: int) -> bool:
+        statistics = None if leaf is None else metadata.row_group(group).column(leaf).statistics
+        return statistics is not None and statistics.has_null_count and statistics.null_count == 0
+
+    for full, run in groupby(range(file.num_row_groups), is_full):
+        groups = list(run)
+        yield _Span(groups, first, full)
+        first += sum(metadata.row_group(group).num_rows for group in groups)
+
+
+def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
+    """Return the column that holds the images themselves, by a known name or by its content, and those that hold none.
+
+    Where a file has both, images come before paths: they are there for sure.
+    """
+    fields = [file.schema_arrow.field(name) for name in file.schema_arrow.names]
+    firsts = {field.name: _first(file, field) for field in fields if _holds_bytes(field.type)}
+    others = [field for field in fields if field.name not in firsts or _is_text(field, firsts[field.name])]
+    names = found.column_names
+    paths = names.images(field.name for field in others)
+    known = names.images(name for name in firsts if name not in {field.name for field in others})
+    held = [
+        *(name for name in known if firsts[name] is not None),
+        *(name for name, content in firsts.items() if names.image_key is None and _is_image(content)),
+        *(name for name in known if not paths),  # whose first rows are null
+    ]
+    if held and not is_parquet_name(str(found.path)):
+        raise ValueError(f"{found.path} holds images: rename it to end in .parquet, by which their addresses are known")
+    if not held and paths and all(_is_list_of_bytes(file.schema_arrow.field(name).type) for name in paths):
+        raise ValueError(f"{found.path}: the column {quote(paths[0])} holds lists of images: give each image a row")
+    return (held[0] if held else None), [field.name for field in others]
+
+
+def _first(file: Any, field: pa.Field) -> Any:
+    """Return the first bytes of a column that are not null, among the first rows."""
+    batch = next(file.iter_batches(_IMAGES, columns=[bytes_of(field)]), None)
+    cells = [] if batch is None else batch.column(0).to_pylist()
+    values = (cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells)
+    return next((value for value in values if value is not None), None)
+
+
+def _text(cell: Any) -> Any:
+    """Return the text of bytes that are no image: some writers do not mark text as text."""
+    return cell.decode() if isinstance(cell, bytes) else cell
+
+
+def _is_image(content: Any) -> bool:
+    try:
+        return isinstance(content, bytes) and bool(image_format(content))
+    except ValueError:
+        return False
+
+
+def _is_text(field: pa.Field, content: Any) -> bool:
+    """Tell a column of text in bytes, by the first of them, from one of images."""
+    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_TEXT:
+        return False
+    try:
+        return "".join(content.decode().split()).isprintable()
+    except UnicodeDecodeError:
+        return False
+
+
+def _warn_of_large_groups(file: Any, held: str) -> None:
+    leaf = _leaf(file, held)
+    sizes = [
+        file.metadata.row_group(group).column(leaf).total_uncompressed_size for group in range(file.num_row_groups)
+    ]
+    if max(sizes, default=0) > _LARGE_GROUP and sum(sizes) > CACHE_BYTES:
+        logger.warning(
+            "row groups of %.0f MB of images: in training each image costs reading half a group. --to_shards SHARDS "
+            "writes them as shards, which are read fast; or write the file anew with 100 rows a group",
+            max(sizes) / 1e6,
+        )
+
+
+def _leaf(file: Any, column: str) -> int:
+    """Return the index of the column that the bytes are stored in; fields of columns are columns of the file."""
+    name = bytes_of(file.schema_arrow.field(column))
+    return next(index for index in range(len(file.schema)) if file.schema.column(index).path == name)
+
+
+def _parquet_rows(
+    file: Any, columns: Sequence[str], groups: list[int], batch_size: int
+) -> Iterator[dict[str, Any] | ValueError]:
     """Yield the cells of each row by name; for one that Python cannot hold (not UTF-8, year 30,000) its error."""
-    for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+    for batch in file.iter_batches(batch_size, row_groups=groups, columns=columns):
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):  # one by one, so that a bad cell costs its row alone
@@ -77,5 +238,14 @@ def _parquet_row(batch: pa.RecordBatch) -> dict[str, Any] | ValueError:
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    """Tell a column of images from one of their paths; the Hub has both in one, `{"bytes": ..., "path": ...}`."""
-    return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    """Tell a column of bytes; the Hub has them in a field, beside the path of the image."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and (pa.types.is_null(kind.field(index).type) or _holds_bytes(kind.field(index).type))
+    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _is_list_of_bytes(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in lists) and _holds_bytes(kind.value_type)

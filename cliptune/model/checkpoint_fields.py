@@ -46,6 +46,7 @@ class _Fields(BaseModel):
     run_id: Annotated[str, Field(max_length=100)] = ""
     config: dict[str, Any] = {}
     config_file: dict[str, dict[str, Any]] = {}
+    folder: ImagePath = ""
     data: dict[str, dict[str, Any]] = {}
     val_images: list[ImagePath] = []
     run_state: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from cliptune.runtime.files import atomic_writer, require_free_space
 
 FORMAT_VERSION = 3
 """3: verified by the CRCs of its zip archive. Files of 1 and 2 were never released; each later one must be readable."""
+BEST_NAME = "best_model.pth"
 SPARE_BYTES = 64 * 2**20
 """Room to leave on the disk beside the tensors."""
 
@@ -52,7 +53,7 @@ def load_checkpoint(path: str | Path, *, needs: Collection[str] = ()) -> dict[st
     """Read a checkpoint of this toolkit onto the CPU.
 
     Args:
-        path: of the file.
+        path: of the file, or of a run's folder, whose best model is read.
         needs: keys that it must have beside those that every checkpoint has, such as `checkpoint_fields.CONFIG_KEYS`.
 
     Raises:
@@ -60,11 +61,19 @@ def load_checkpoint(path: str | Path, *, needs: Collection[str] = ()) -> dict[st
         ValueError: damaged, not a checkpoint of this toolkit, of a format that this version does not read, or its keys
             are missing or of another type.
     """
+    path = checkpoint_in(path)
     state = load_tensors(path)
     if not is_checkpoint(state):
         raise ValueError(f"{path}: not a checkpoint of this toolkit (weights of others go to --pretrained)")
     check_fields(state, path, needs=needs)
     return state  # type: ignore[no-any-return]
+
+
+def checkpoint_in(path: str | Path) -> Path:
+    """Return the best model of a run's folder, or of its model-checkpoint folder; any other path as it is."""
+    path = Path(path)
+    found = (path / "model-checkpoint" / BEST_NAME, path / BEST_NAME)
+    return next((file for file in found if file.is_file()), path)
 
 
 def load_tensors(path: str | Path) -> Any:

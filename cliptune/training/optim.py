@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 MAX_POINTS = 500
 BACKBONE_LR_SCALE = 0.01
@@ -71,7 +74,10 @@ def build_scheduler(
 
 
 def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any], *, step: int) -> None:
-    """Let a schedule go on from a stored state.
+    """Let a schedule go on from a stored state, at the rates that its own course has there.
+
+    The optimiser holds the rates of the stored course: of a run that now has more epochs those would be the rates of
+    one step more.
 
     Raises:
         KeyError, TypeError: a part of it is missing, or no number.
@@ -86,6 +92,21 @@ def load_scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler, state:
         if len(known[key]) != len(own[key]) or not all(0 <= rate < math.inf for rate in known[key]):
             raise ValueError(f"rates of {known[key]!r:.100}")
     scheduler.load_state_dict(known)
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        _set_rates(scheduler, step)
+
+
+def _set_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Give the optimiser the rates of a step, and say where they are others than it has."""
+    before = rates_of(scheduler.optimizer)
+    factors = [factor(step) for factor in scheduler.lr_lambdas]
+    for group, peak, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, factors, strict=True):
+        group["lr"] = peak * factor
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    now = rates_of(scheduler.optimizer)
+    changed = [f"{name} {before[name]:.3g} to {rate:.3g}" for name, rate in now.items() if rate != before[name]]
+    if changed:
+        logger.info("the run has another length now, so the next step's rates change: %s", ", ".join(changed))
 
 
 def load_scaler_state(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:

@@ -93,12 +93,6 @@ def test_parquet_may_hold_lists_and_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_images_inside_parquet_are_named(tmp_path: Path) -> None:
-    columns = {"image": [{"bytes": b"x", "path": None}], "caption": ["x"]}
-    with pytest.raises(ValueError, match=r"the column image holds the images themselves.*image_path"):
-        read_index(parquet(tmp_path, columns))
-
-
 def test_a_parquet_cell_that_python_cannot_hold_costs_its_row(tmp_path: Path) -> None:
     encoded = pa.array([b"a.jpg", b"\xff.jpg", b"c.jpg"])
     images = pa.StringArray.from_buffers(3, *encoded.buffers()[1:])
@@ -142,14 +136,14 @@ def test_further_columns_are_counted_and_caption_key_picks_one(tmp_path: Path) -
     assert read_index(path).ignored_columns == {"caption_zh": 1, "width": 1}
     assert read_index(path, caption_key="caption_zh").rows[0].captions == ("好",)
     with pytest.raises(ValueError, match="did you mean caption_zh"):
-        read_index(path, caption_key="captionzh")
+        read_index(path, caption_key="captoin_zh")
 
 
 def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
     rows = [
         {"image": "ok.jpg", "caption": "fine"},
         {"image": "a.jpg", "caption": " "},
-        {"image": "b.jpg", "caption": 3},
+        {"image": "b.jpg", "caption": False},
     ]
     rows += [{"image": None, "caption": "x"}, {"image": "c.jpg", "caption": "x", "split": "tset"}, 7]
     index = read_index(write(tmp_path, json.dumps(rows), "i.json"))
@@ -170,7 +164,9 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
         ("[]", "it has no records"),
         ('[{"image": "a.jpg", "caption": ""}]', "row 1: empty caption"),
         ('[{"image": "a.jpg",\n "capt', "line 2, column 2"),
-        ('[{"file": "a.jpg", "caption": "x"}]', "no image column: found file, caption"),
+        ('[{"pic": "a.jpg", "caption": "x"}]', "no image column: found pic, caption.*--image_key"),
+        ('[{"url": "https://a.org/a.jpg", "caption": "x"}]', "url: it holds addresses: download the images first"),
+        ('[["a.jpg", "x"]]', r'row 1: expected an object, found a list .*orient="records"'),
         ("a.jpg\nb.jpg\n", "of no known form"),
         ("[" * 100_000, "nested too deeply"),
     ],
@@ -182,7 +178,7 @@ def test_what_cannot_be_read_is_said(text: str, message: str, tmp_path: Path) ->
 
 HALF_GOOD = {
     "a line that is no JSON": ('{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg",\n', "line 2: not valid JSON"),
-    "a quote that never closes": ('image,caption\na.jpg,x\nb.jpg,"y\nc.jpg,z\n', "line 3: not a valid row"),
+    "a quote before another one": ('image,caption\na.jpg,x\nb.jpg,"y \\"z\\""\n', "line 3: not a valid row"),
     "a comma without quotes": ("image,caption\nb.jpg,one, two\na.jpg,x\n", "line 2: 3 cells, the header has 2"),
     "a NUL byte": ("image,caption\nb.jpg,o\0ne\na.jpg,x\n", "line 2: caption holds a NUL byte"),
     "half a character": (r'[{"image": "b.jpg", "caption": "\ud800"}, {"image": "a.jpg", "caption": "x"}]', "row 1"),
