@@ -42,7 +42,7 @@ from cliptune.data.splits import own_training, separate_validation, split_pairs
 from cliptune.data.table import SPLITS
 from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
-from cliptune.preprocess.tokens import tokenize
+from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
 from cliptune.runtime.logs import progress_bar, setup_logging
 from cliptune.runtime.messages import count, printable
@@ -70,6 +70,7 @@ class ImageTextDataset(Dataset[Sample]):
         captions: `random`: an item an image; `all`: an item a pair.
         val_split: fraction of the images for validation, whole groups of them, in (0, 1).
         seed: of the split, the caption choice and a random transform.
+        context_length: tokens of a caption, the model's: a longer one is truncated.
 
     Attributes:
         num_views: views that a random transform makes of an image, taken in turn by the epochs: epoch e sees view
@@ -80,7 +81,7 @@ class ImageTextDataset(Dataset[Sample]):
         ValueError: an index that cannot be read, or no image in that split.
     """
 
-    def __init__(  # noqa: PLR0913  (how a data set is read has many settings)
+    def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
         self,
         data_dir: str | Path | Pairs,
         *,
@@ -94,6 +95,7 @@ class ImageTextDataset(Dataset[Sample]):
         captions: str = "random",
         val_split: float = 0.1,
         seed: int = 42,
+        context_length: int = CONTEXT_LENGTH,
     ) -> None:
         if split is not None and split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -113,6 +115,7 @@ class ImageTextDataset(Dataset[Sample]):
         self.cache: ImageCache | None = None
         self.every_pair = captions == "all"
         self.seed = seed
+        self.context_length = context_length
         self.num_views = 0
         self._image_of_pair = self.pairs.text_to_image.numpy()
         self._epoch = shared_number()  # workers that stay alive see a new epoch
@@ -139,7 +142,8 @@ class ImageTextDataset(Dataset[Sample]):
             raise IndexError(index)
         image_index, caption_index = (int(found[0]) for found in self.choose(np.array([index])))
         path, caption = self.pairs.paths[image_index], self.pairs.captions[caption_index]
-        sample = Sample(None, tokenize([caption])[0][0], image_index, caption_id(caption), caption_index)
+        tokens = tokenize([caption], self.context_length)[0][0]
+        sample = Sample(None, tokens, image_index, caption_id(caption), caption_index)
         try:
             finish = self._open(path)
         except (ValueError, OSError) as error:

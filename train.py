@@ -35,6 +35,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.model.architectures import known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
+from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
 from cliptune.run_data import (
@@ -135,7 +136,7 @@ def _train(argv: list[str] | None) -> int:
         )
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
-            journal.advise(**_odd_data(config, splits, snapshots))
+            journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
         if resumed is not None and (ending := _ending(config, state)):
             logger.info("nothing is left to train: %s", ending)
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
@@ -304,11 +305,14 @@ def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None
     if resumed is not None:  # the checkpoint holds architecture and weights; nothing else is needed
         return own_weights(resumed.content, resumed.path)
     if settings.pretrained in NAMED_WEIGHTS:
-        known_architecture(settings.name)
+        resized(known_architecture(settings.name), **settings.sizes())
         return settings.pretrained
     chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
     name = settings.name if chosen else None  # which a file may contradict without a warning
-    return find_weights(name, settings.pretrained, activation=settings.activation) or settings.pretrained
+    weights = find_weights(name, settings.pretrained, activation=settings.activation)
+    if weights is not None:
+        resized(weights.architecture, **settings.sizes())
+    return weights or settings.pretrained
 
 
 def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
@@ -316,6 +320,7 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
     model = CLIPModel(
         settings.name, settings.projection_dim, settings.freeze_backbone, weights,
         activation=settings.activation, freeze_tower=settings.freeze_tower,
+        **settings.sizes(),
     )  # fmt: skip
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
@@ -489,7 +494,7 @@ def _open_journal(
     return journal
 
 
-def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str, str | None]:
+def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int) -> dict[str, str | None]:
     """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
     found = data_findings(
         splits,
@@ -497,6 +502,7 @@ def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str,
         val_split=config.data.val_split,
         batch_size=config.training.batch_size,
         every_pair=config.data.captions == "all",
+        context_length=context_length,
     )
     return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 

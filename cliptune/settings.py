@@ -131,9 +131,19 @@ class ModelSettings(Settings):
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
     )
     pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
-    activation: Literal["quick_gelu", "gelu"] | None = Field(
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = Field(
         None, description="activation of a weights file that does not tell it; none: found from the file"
     )
+    context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
+        None, description="tokens of a text, 3 to 4096: positions are cut or interpolated; none: the weights' own"
+    )
+    image_resolution: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="pixels of an image's sides: positions are interpolated; none: the weights' own"
+    )
+
+    def sizes(self) -> dict[str, int | None]:
+        """Return the sizes that the weights are to have, by the names that `CLIPModel` takes."""
+        return {"context_length": self.context_length, "image_resolution": self.image_resolution}
 
     @model_validator(mode="after")
     def _freeze_once(self) -> ModelSettings:

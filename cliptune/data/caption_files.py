@@ -17,7 +17,8 @@ from cliptune.data.folder_hints import resemblance
 from cliptune.data.folders import CAPTION_ENDINGS, NO_CAPTIONS, is_hidden, list_folder, split_folders, stem_and_ending
 from cliptune.data.index import Index, NoCaptionsError, Records
 from cliptune.data.text_stream import TextFile, json_reason
-from cliptune.preprocess.decode import IMAGE_ENDINGS, read_bytes
+from cliptune.preprocess.decode import read_bytes
+from cliptune.preprocess.image_formats import COMMON_ENDINGS, IMAGE_ENDINGS
 from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
@@ -116,11 +117,13 @@ class _CaptionFiles:
         beside = [(ending, texts[stem]) for ending, texts in self.texts.items() if stem in texts]
         looked_for = ".txt" if ".txt" in self.texts else next(iter(self.texts))
         reason = f"no captions (no {shorten(self.text_root + stem)}{looked_for})"
-        for position, (ending, name) in enumerate(beside):
+        # as in shards: a JSON file's key `caption`, then the texts, then its other keys that may hold captions
+        others = beside[:1] if beside and beside[0][0] == ".json" else []
+        for position, (ending, name) in enumerate(beside + others):
             if name is None:
                 return  # it clashes with another one, which is an issue
             try:
-                captions = self.captions(name)
+                captions = self.captions(name, any_known=position >= len(beside))
             except (ValueError, OSError) as error:
                 reason = f"{shorten(name)}: {_reason(error, self.folder / name)}"
                 continue
@@ -128,12 +131,17 @@ class _CaptionFiles:
                 self.found.add(image, image, captions, split)
                 self.passed.update((ending, other) for other, _ in beside[position + 1 :])
                 return
-            reason = f"no caption in {shorten(name)}"
+            if position < len(beside):
+                reason = f"no caption in {shorten(name)}"
         self.found.issue(image, reason, image=image)
         self.found.num_uncaptioned += 1
 
-    def captions(self, name: str) -> list[Any]:
-        """Return the captions in a file: of JSON what the caption's key holds, of a text the lines that are not blank.
+    def captions(self, name: str, *, any_known: bool = False) -> list[Any]:
+        """Return the captions in a file: of JSON what a key holds, of a text the lines that are not blank.
+
+        Args:
+            name: of the file.
+            any_known: a JSON file's key may be any name of captions, where none is named by the caption key.
 
         Raises:
             ValueError, OSError: it cannot be read.
@@ -143,7 +151,8 @@ class _CaptionFiles:
             numbered = ((number, line) for number, line in enumerate(lines, 1) if line)
             return [text for number, line in numbered for text in self.found.captions(f"{name}: line {number}", line)]
         values = self.json_object(name)
-        for names in self.found.column_names.captions(values):
+        known = [(key,) for key in ("caption", "captions") if key in values]
+        for names in self.found.column_names.captions(values) if any_known or self.found.caption_key else known:
             found = [values[name] for name in names if values[name]]
             if found:
                 return [text for value in found for text in (value if isinstance(value, list) else [value])]
@@ -168,13 +177,14 @@ class _CaptionFiles:
         folders = None if self.is_apart else {stem.rpartition("/")[0] for stem in images}
         elsewhere = []
         for stem, texts_of in orphans.items():
-            if folders is not None and stem.rpartition("/")[0] not in folders:
-                elsewhere += texts_of
-            elif (name := self.promise(texts_of)) is not None:
+            name = self.promise(texts_of)
+            if name is not None and folders is not None and stem.rpartition("/")[0] not in folders:
+                elsewhere.append(name)
+            elif name is not None:
                 there = others.get(stem)
                 missing = f"{shorten(there)} is no image" if there else f"no {shorten(self.image_root + stem)}.*"
                 self.found.issue(name, f"captions without an image ({missing})")
-        if elsewhere := [name for name in elsewhere if not NO_CAPTIONS.match(name.rpartition("/")[2])]:
+        if elsewhere:
             what = count(len(elsewhere), "file is", "files are")
             logger.warning("%s: %s not read, in folders without images: %s", self.folder, what, first_few(elsewhere))
 
@@ -185,7 +195,7 @@ class _CaptionFiles:
             with suppress(ValueError, OSError):
                 if self.json_object(name).get("status", "success") != "success":
                     return None  # img2dataset could not download it: there never was an image
-                if self.captions(name):
+                if self.captions(name, any_known=True):
                     continue
             promising.remove(name)  # some other JSON
         return promising[0] if promising else None
@@ -210,6 +220,8 @@ class _CaptionFiles:
             clashing.setdefault(stem.casefold(), []).append((stem, name))
         by_stem: dict[str, str | None] = {}
         for files in clashing.values():
+            common = [file for file in files if stem_and_ending(file[1])[1] in COMMON_ENDINGS]
+            files = common if len(common) == 1 else files  # noqa: PLW2901  (a.jpg is meant beside a.psd)
             if len(files) > 1:
                 self.found.issue(files[0][1], f"clashes with {', '.join(name for _, name in files[1:])}")
             by_stem |= {stem: name if len(files) == 1 else None for stem, name in files}

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from cliptune.data.folders import CAPTION_ENDINGS, INDEX_ENDINGS, index_files, list_folder, stem_and_ending
-from cliptune.preprocess.decode import IMAGE_ENDINGS
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 from cliptune.runtime.messages import count, first_few, shorten
 
 _WAYS_OUT = {

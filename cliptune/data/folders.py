@@ -15,7 +15,7 @@ from cliptune.data.base64_images import images_beside, split_of_texts
 from cliptune.data.delimited import MAX_HEADER, header
 from cliptune.data.index import SPLITS
 from cliptune.data.token_lines import IMAGE_NAME, TOKEN_LINE
-from cliptune.preprocess.decode import IMAGE_ENDINGS
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 from cliptune.runtime.messages import first_few, shorten
 
 logger = logging.getLogger(__name__)

@@ -37,9 +37,10 @@ KNOWN_FORMS = (
 
 FORM_NAMES = {
     "json": "a JSON list", "jsonl": "JSON lines", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet",
-    "chinese-clip": "Chinese-CLIP's texts", "coco": "COCO captions", "karpathy": "Karpathy's JSON", "mapping": "a JSON mapping", "token": "token lines",
-    "directory": "images/ with captions/", "beside": "images with their captions beside them",
-    "folder": "images with the names of their folders as captions", "filename": "images with their names as captions",
+    "chinese-clip": "Chinese-CLIP's texts", "coco": "COCO captions", "karpathy": "Karpathy's JSON",
+    "mapping": "a JSON mapping", "token": "token lines", "directory": "images/ with captions/",
+    "beside": "images with their captions beside them", "folder": "images with the names of their folders as captions",
+    "filename": "images with their names as captions",
 }  # fmt: skip
 """What the forms are called in messages."""
 

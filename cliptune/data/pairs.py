@@ -20,7 +20,7 @@ from cliptune.data.issues import MAX_ISSUES, Issue, Issues, first_issues
 from cliptune.data.lookup import ImageFinder
 from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
-from cliptune.data.shards import is_shards, read_rows
+from cliptune.data.shards import folder_of, is_shards, read_rows
 from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
 from cliptune.runtime.messages import count, first_few, shorten
 
@@ -173,8 +173,10 @@ def load_pairs(source: DataSource | str | Path) -> Pairs:
 
 
 def _root(source: DataSource) -> Path:
+    if is_shards(source.data_dir):
+        return folder_of(str(source.data_dir))
     data_dir = Path(source.data_dir)
-    if source.image_dir is not None and not is_shards(source.data_dir):
+    if source.image_dir is not None:
         return Path(source.image_dir)
     return data_dir if data_dir.is_dir() else data_dir.parent
 

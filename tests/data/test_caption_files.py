@@ -47,20 +47,20 @@ def test_what_has_no_counterpart_beside_it_is_an_issue(tmp_path: Path) -> None:
     names = ["ok.png", "bare.png", "blank.png", "latin.png", "pipe.png", "big.png"]
     make_images(tmp_path, *names)
     write_files(tmp_path, "ok.txt", "lost.txt", "drawing.txt", "readme.txt", "classes.txt", text="fine\n")
-    write_files(tmp_path, "blank.txt", "drawing.svg", "settings.json", text="\n")
+    write_files(tmp_path, "blank.txt", "drawing.mp4", "settings.json", text="\n")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     os.mkfifo(tmp_path / "pipe.txt")
     with (tmp_path / "big.txt").open("wb") as file:
         file.truncate(1 << 25)
     index = read_directory(tmp_path)
     assert [row.image for row in index.rows] == ["ok.png"]
-    assert [str(issue) for issue in index.issues.first] == [
+    assert [str(issue).partition("; save")[0] for issue in index.issues.first] == [
         "bare.png: no captions (no bare.txt)",
         "big.png: big.txt: a file of 33,554,432 bytes; at most 16,777,216 are read",
         "blank.png: no caption in blank.txt",
-        "latin.png: latin.txt: not UTF-8 at byte 3; save the file as UTF-8",
+        "latin.png: latin.txt: not UTF-8 at byte 3",
         "pipe.png: pipe.txt: not a file",
-        "drawing.txt: captions without an image (drawing.svg is no image)",
+        "drawing.txt: captions without an image (drawing.mp4 is no image)",
         "lost.txt: captions without an image (no lost.*)",
     ]  # fmt: skip
 
@@ -97,6 +97,19 @@ def test_img2dataset_files(tmp_path: Path) -> None:
     alt = read_rows(tmp_path, captions_from="json", caption_key="alt", max_skipped_fraction=0.5)
     assert [row[1] for row in alt] == [["an alt"], ["other"]]
     assert read_rows(tmp_path, captions_from="txt", max_skipped_fraction=0.5)[0][1] == ["one", "two"]
+
+
+def test_json_may_have_its_captions_under_another_name(tmp_path: Path) -> None:
+    make_images(tmp_path, "a.png", "b.png")
+    write_files(tmp_path, "a.json", "b.json", text='{"text": "from the JSON"}')
+    write_files(tmp_path, "a.txt", text="from the text")
+    assert [row[1] for row in read_rows(tmp_path)] == [["from the text"], ["from the JSON"]]
+
+
+def test_of_two_images_of_a_caption_the_usual_one_is_meant(tmp_path: Path) -> None:
+    make_images(tmp_path, "a.png")
+    write_files(tmp_path, "a.psd", "a.txt", text="x")
+    assert read_rows(tmp_path) == [("a.png", ["x"], None)]
 
 
 def test_json_beside_an_image_may_be_something_else(tmp_path: Path) -> None:
