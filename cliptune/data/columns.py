@@ -34,9 +34,11 @@ def read_rows(found: Records, form: str, rows: Callable[[], Iterator[tuple[int, 
 def _take_rows(
     found: Records, rows: Iterator[tuple[int, Any]], names: dict[str, None], *, to_end: bool
 ) -> Counter[str] | None:
-    """Take the rows with the columns that `names` give; None once a row, or `to_end` any row, has names that give others.
+    """Take the rows with the columns that `names` give, and add the names that matter to it.
 
-    `names` gets the names that matter.
+    Returns:
+        In how many rows each name stands; None if a row has names that give other columns: at once, or with `to_end`
+        when `names` has those of all rows.
     """
     chosen = found.column_names.columns(names)
     is_chosen = True
@@ -52,7 +54,7 @@ def _take_rows(
         if not num_before:
             new = [name for name in shape if name not in names and found.column_names.matters(name)]
             names.update(dict.fromkeys(new))
-            if new and found.column_names.columns(names) != chosen:
+            if new and is_chosen and found.column_names.columns(names) != chosen:
                 is_chosen = False
                 if not to_end:
                     return None

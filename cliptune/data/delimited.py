@@ -98,7 +98,7 @@ class _Table:
             del lines[:start]
 
     def block_rows(self, lines: list[str], number: int, *, is_last: bool) -> Generator[tuple[int, Any], None, int]:
-        """Yield the rows of some lines, the first of which has a number; return where a record may go on behind them."""
+        """Yield the rows of lines from that of a number on; return where a record begins that may go on behind them."""
         names, num_names, start = self.names, len(self.names), 0
         while start < len(lines):
             begin = start
@@ -169,12 +169,12 @@ class _Table:
 
     def row(self, cells: list[str]) -> dict[str, str] | ValueError:
         """Return a row's cells by name, or why they do not fit."""
-        names = self.names
-        if len(cells) == len(names):
-            return dict(zip(names, cells, strict=True))
-        return ValueError(
-            f"{len(cells)} cells, the header has {len(names)} (cells that hold the delimiter need quotes)"
-        )
+        if len(cells) == len(self.names):
+            return dict(zip(self.names, cells, strict=True))
+        way_out = "cells that hold the delimiter need quotes"
+        if any(cell.strip().startswith("'") for cell in cells):
+            way_out += ": double ones, not single ones"
+        return ValueError(f"{len(cells)} cells, the header has {len(self.names)} ({way_out})")
 
 
 def _shape(name: str) -> str:

@@ -31,7 +31,7 @@ _NO_INDEX = re.compile(
     re.IGNORECASE,
 )
 NO_CAPTIONS = re.compile(
-    r"(readme|licen[cs]e|citation|changelog)\b|(requirements|classes|labels|tags|notes|log|(sample_)?prompts)\.txt$",
+    r"(readme|licen[cs]e|citation|changelog)\b|(requirements|classes|labels|tags|notes|log|(sample_)?prompts|train|val|test)\.txt$",
     re.IGNORECASE,
 )
 """Names of texts beside images that are captions of none."""

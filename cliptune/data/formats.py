@@ -15,6 +15,7 @@ from cliptune.data.delimited import MAX_HEADER, SEPARATOR_LINE, Header, header, 
 from cliptune.data.documents import is_json_lines, json_lines, read_object
 from cliptune.data.index import KNOWN_FORMS, Index, Records
 from cliptune.data.parquet import is_parquet, read_parquet
+from cliptune.data.split_lists import with_split_lists
 from cliptune.data.text_stream import TextFile
 from cliptune.data.token_lines import TOKEN_LINE, read_token_lines
 from cliptune.data.unknown import refuse_binary, resemblance
@@ -36,7 +37,8 @@ def read_index(path: Path, *, caption_key: str | None = None, image_key: str | N
     if is_parquet(path):
         return found.index(read_parquet(found))
     refuse_binary(path)
-    return found.index(_read_text(found, TextFile(path)))
+    index = found.index(_read_text(found, TextFile(path)))
+    return with_split_lists(index, path) if index.form in {"token", "csv", "tsv"} else index
 
 
 def _read_text(found: Records, text: TextFile) -> str:
@@ -54,11 +56,12 @@ def _read_text(found: Records, text: TextFile) -> str:
         return read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
     if first[0] == "{":
         return read_object(found, text)
-    table, keys = None, found.column_names
+    keys, said = found.column_names, None
     if separator := SEPARATOR_LINE.fullmatch(first.strip('"')):
         number, line = text.first_line(2 * MAX_HEADER, after=number)
-        table = Header(separator[1], header_names(line.strip("\r\n"), separator[1])) if line.strip() else None
-    table = table or header(line.lstrip().removesuffix("\n"), keys.caption_key, keys.image_key)
+        said = Header(separator[1], header_names(line.strip("\r\n"), separator[1])) if line.strip() else None
+    table = said if said and keys.num_known(said.names) else None
+    table = table or header(line.lstrip().removesuffix("\n"), keys.caption_key, keys.image_key) or said
     if table is not None:
         return read_table(found, text, table, line=number)
     if TOKEN_LINE.match(first):

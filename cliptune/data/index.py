@@ -185,9 +185,8 @@ class Records:
         present = [shorten(name) for name, _ in columns.most_common(20)]
         if key is not None:
             return f"{self.path}: no row has {what}_key {quote(key)}{nearest(key, present)}"
-        found, known = ", ".join(present) or "no keys", ", ".join(known)
-        reason = hint(columns, what) or f"; known: {known}; name it with --{what}_key"
-        return f"{self.path}: no {what} column: found {found}{reason}"
+        reason = hint(columns, what) or f"; known: {', '.join([*known][:6])}, ...; name it with --{what}_key"
+        return f"{self.path}: no {what} column: found {', '.join(present) or 'no keys'}{reason}"
 
     def _tell_choice(self, what: str, candidates: list[tuple[str, ...]]) -> None:
         """Say which columns are taken where there are several, or others that are as good."""

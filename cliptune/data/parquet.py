@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from cliptune.data.column_names import Columns
 from cliptune.data.columns import refuse_repeated, take_row
 from cliptune.data.index import Records, quote
 from cliptune.preprocess.decode import image_format
@@ -53,34 +54,56 @@ def read_parquet(found: Records) -> str:
 
 
 def _read(found: Records, file: Any) -> None:
-    schema, found.texts_hold_lists = file.schema_arrow, True
-    refuse_repeated(found, schema.names)
-    held, others = _image_columns(found, file)
-    columns, all_columns = (Counter(dict.fromkeys(names, file.metadata.num_rows)) for names in (others, schema.names))
-    image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
-    captions = found.choose_captions(columns)
-    chosen = found.column_names.columns(columns)._replace(image=image, captions=captions)
-    used = [name for name in (*captions, chosen.split, chosen.group) if name is not None]
-    found.ignore(all_columns, (image, *used))
-    in_bytes = [name for name in (image, *used) if name != held and _holds_bytes(schema.field(name).type)]
-    images = None if held is None else _HeldImages(found.path, schema.field(held))
-    if held is not None:
-        _warn_of_large_groups(file, held)
-    for span in _spans(file, held):
-        names = [*used, *(images.names if images is not None and span.is_full else [image])]
-        batch_size = _BATCH if images is None or span.is_full else _IMAGES
-        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch_size), span.first):
-            if isinstance(row, ValueError):
-                found.issue(number, str(row))
-                continue
-            if images is not None:
-                row[image] = images.address(number, row.get(image), is_full=span.is_full)
-            try:
-                row.update({name: _text(row[name]) for name in in_bytes})
-            except UnicodeDecodeError:
-                found.issue(number, "text is not UTF-8")
-                continue
+    refuse_repeated(found, file.schema_arrow.names)
+    found.texts_hold_lists = True
+    chosen, holds_images = _choose_columns(found, file)
+    for number, row in _rows(found.path, file, chosen, holds_images=holds_images):
+        if isinstance(row, ValueError):
+            found.issue(number, str(row))
+        else:
             take_row(found, number, row, chosen)
+
+
+def _choose_columns(found: Records, file: Any) -> tuple[Columns, bool]:
+    """Return the columns to read, and whether that of the images holds themselves; note the others."""
+    held, others = _image_columns(found, file)
+    names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    columns, all_columns = (Counter(dict.fromkeys(some, num_rows)) for some in (others, names))
+    image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
+    chosen = found.column_names.columns(columns)._replace(image=image, captions=found.choose_captions(columns))
+    found.ignore(all_columns, (image, *chosen.captions, chosen.split, chosen.group))
+    return chosen, held is not None
+
+
+def _rows(
+    path: Path, file: Any, columns: Columns, *, holds_images: bool
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Yield number and cells of each row, an image that the file holds by its address; or what is wrong with it."""
+    schema, image = file.schema_arrow, str(columns.image)
+    texts = [name for name in (*columns.captions, columns.split, columns.group) if name is not None]
+    texts += [] if holds_images else [image]
+    in_bytes = [name for name in texts if _holds_bytes(schema.field(name).type)]
+    images = _HeldImages(path, schema.field(image)) if holds_images else None
+    if images is not None:
+        _warn_of_large_groups(path, file, image)
+    for span in _spans(file, image if holds_images else None):
+        cells = [] if images is None else images.names if span.is_full else [image]
+        batch_size = _IMAGES if image in cells else _BATCH
+        for number, row in enumerate(_parquet_rows(file, [*texts, *cells], span.groups, batch_size), span.first):
+            if isinstance(row, dict):
+                if images is not None:
+                    row[image] = images.address(number, row.get(image), is_full=span.is_full)
+                yield number, _with_texts(row, in_bytes) if in_bytes else row
+            else:
+                yield number, row
+
+
+def _with_texts(row: dict[str, Any], in_bytes: list[str]) -> dict[str, Any] | ValueError:
+    """Return a row with the text of cells that hold it as bytes: some writers do not mark text as text."""
+    try:
+        return {**row, **{name: row[name].decode() for name in in_bytes if isinstance(row[name], bytes)}}
+    except UnicodeDecodeError:
+        return ValueError("text is not UTF-8")
 
 
 class _HeldImages:
@@ -174,11 +197,6 @@ def _first(file: Any, field: pa.Field) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _text(cell: Any) -> Any:
-    """Return the text of bytes that are no image: some writers do not mark text as text."""
-    return cell.decode() if isinstance(cell, bytes) else cell
-
-
 def _is_image(content: Any) -> bool:
     try:
         return isinstance(content, bytes) and bool(image_format(content))
@@ -196,15 +214,16 @@ def _is_text(field: pa.Field, content: Any) -> bool:
         return False
 
 
-def _warn_of_large_groups(file: Any, held: str) -> None:
+def _warn_of_large_groups(path: Path, file: Any, held: str) -> None:
     leaf = _leaf(file, held)
     sizes = [
         file.metadata.row_group(group).column(leaf).total_uncompressed_size for group in range(file.num_row_groups)
     ]
     if max(sizes, default=0) > _LARGE_GROUP and sum(sizes) > CACHE_BYTES:
         logger.warning(
-            "row groups of %.0f MB of images: in training each image costs reading half a group. --to_shards SHARDS "
+            "%s: row groups of %.0f MB of images: in training each image costs reading half of one. --to_shards SHARDS "
             "writes them as shards, which are read fast; or write the file anew with 100 rows a group",
+            path,
             max(sizes) / 1e6,
         )
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from cliptune.data.index import IMAGE_COLUMNS, KNOWN_FORMS, NoCaptionsError, quote
 from cliptune.data.token_lines import IMAGE_NAME
 
-_OFFICE, _ZIP = b"[Content_Types].xml", b"PK\x03\x04"
 _HEAD = 4096
+_ZIP, _OFFICE, _OPEN_DOCUMENT = b"PK\x03\x04", b"[Content_Types].xml", b"mimetypeapplication/vnd.oasis"
+_EXCEL = "an Excel workbook: save it as CSV, in Excel as CSV UTF-8"
+_TO_PARQUET = 'write it with pandas.{}(...).to_parquet("data.parquet")'
 _BINARY = {
-    b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls): save it as CSV, in Excel as CSV UTF-8",
-    b"ARROW1": 'a Feather or Arrow file: write it with pandas.read_feather(...).to_parquet("data.parquet")',
+    b"\xd0\xcf\x11\xe0": _EXCEL,
+    b"ARROW1": f"a Feather or Arrow file: {_TO_PARQUET.format('read_feather')}",
     b"\xff\xff\xff\xff": 'an Arrow stream: write it with datasets.Dataset.from_file(...).to_parquet("data.parquet")',
     b"\x1f\x8b": "compressed with gzip: unpack it with gunzip",
     b"BZh": "compressed with bzip2: unpack it with bunzip2",
@@ -21,15 +23,22 @@ _BINARY = {
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"Rar!": "a RAR archive: unpack it",
     b"SQLite format 3": "an SQLite database: write its table as CSV",
-    b"\x89HDF": 'an HDF5 file: write its table with pandas.read_hdf(...).to_parquet("data.parquet")',
+    b"\x89HDF": f"an HDF5 file: {_TO_PARQUET.format('read_hdf')}",
     b"\x93NUMPY": "a NumPy array: write names and captions as CSV with a header image,caption",
     b"%PDF": "a PDF: write names and captions as CSV with a header image,caption",
 }
 # a pickle of protocol 2 to 5 begins so; those of pandas and of lists and dicts
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x95\x8c\]}(cX]", re.DOTALL)
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
+_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+"""Of UTF-16 and UTF-32, which have many zeros."""
 
 _NUMBERS = re.compile(r"[\d.\s+-]+")
+_STARTS = {
+    "#": " is a comment: remove the lines before the header",
+    "<": " looks like XML or HTML: write names and captions as CSV with a header image,caption",
+}
+_BLANKS = " has blanks between its columns: write a tab there, below a header image<TAB>caption"
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -44,26 +53,23 @@ def refuse_binary(path: Path) -> None:
 
 
 def _binary_kind(head: bytes) -> str:
-    if head.startswith(_ZIP):
-        if _OFFICE in head or b"xl/" in head:
-            return "an Excel workbook (.xlsx): save it as CSV, in Excel as CSV UTF-8"
-        if b"mimetypeapplication/vnd.oasis.opendocument" in head:
-            return "an OpenDocument table (.ods): save it as CSV"
-        return "a ZIP archive: unpack it, and name the folder or the index file in it"
-    if head.startswith(_IMAGES):
-        return "an image: --data_dir names a folder, an index file or shards"
-    if _PICKLE.match(head):
-        return 'a pickle, which is not opened: write it with pandas.read_pickle(...).to_parquet("data.parquet")'
-    for start, what in _BINARY.items():
-        if head.startswith(start):
-            return what
-    if head[257:262] == b"ustar":
-        return "a tar file: unpack it, or rename it to end in .tar if it holds shards"
-    num_zeros = head.count(0)
-    if num_zeros > len(head) // 4 and not head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
-        is_text = bytes(set(head)).replace(b"\0", b"").isascii()
-        return "UTF-16 without a byte order mark: save it as UTF-8" if is_text else "no text, and no Parquet file"
-    return ""
+    kinds = (
+        (head.startswith(_ZIP) and (_OFFICE in head or b"xl/" in head), _EXCEL),
+        (head.startswith(_ZIP) and _OPEN_DOCUMENT in head, "an OpenDocument table (.ods): save it as CSV"),
+        (head.startswith(_ZIP), "a ZIP archive: unpack it, and name the folder or the index file in it"),
+        (head.startswith(_IMAGES), "an image: --data_dir names a folder, an index file or shards"),
+        (_PICKLE.match(head), f"a pickle, which is not opened: {_TO_PARQUET.format('read_pickle')}"),
+        (head[257:262] == b"ustar", "a tar file: unpack it, or rename it to end in .tar if it holds shards"),
+        *((head.startswith(start), what) for start, what in _BINARY.items()),
+        (not head.startswith(_MARKS) and head.count(0) > len(head) // 4, _not_text(head)),
+    )
+    return next((what for is_kind, what in kinds if is_kind), "")
+
+
+def _not_text(head: bytes) -> str:
+    if head.replace(b"\0", b"").isascii():
+        return "UTF-16 without a byte order mark: save it as UTF-8"
+    return "neither text nor Parquet"
 
 
 def resemblance(line: str) -> tuple[str, type[ValueError]]:
@@ -75,26 +81,29 @@ def resemblance(line: str) -> tuple[str, type[ValueError]]:
 
 
 def _resemblance(line: str) -> str:
-    if line.startswith("#"):
-        return " is a comment: remove the lines before the header"
-    if line.startswith("<"):
-        return " looks like XML or HTML: write names and captions as CSV with a header image,caption"
-    if _NUMBERS.fullmatch(line) and len(line.split()) > 1:
+    words = line.split()
+    has_blanks = _is_image(words[0]) or {"image", "caption"} <= set(map(str.lower, words))
+    for start, what in _STARTS.items():
+        if line.startswith(start):
+            return what
+    if _NUMBERS.fullmatch(line) and len(words) > 1:
         return " is numbers alone, as YOLO's boxes are: write captions as CSV with a header image,caption"
+    return _table_resemblance(line) or (_BLANKS if has_blanks else f"; {KNOWN_FORMS}")
+
+
+def _table_resemblance(line: str) -> str:
     for delimiter in ",\t;|":
         cells = [cell.strip().strip("\"'") for cell in line.split(delimiter)]
         if len(cells) > 1 and any(map(_is_image, cells)):
             return f" is no header: add one as the first line, {_header(cells, delimiter)}{_addresses(cells)}"
         if 1 < len(cells) < 100 and all(0 < len(cell) < 40 for cell in cells):
             return " names no known column: if it is a header, say which with --image_key and --caption_key"
-    words = line.split()
-    if _is_image(words[0]) or {"image", "caption"} <= set(map(str.lower, words)):
-        return " has blanks between its columns: write a tab there, below a header image<TAB>caption"
-    return f"; {KNOWN_FORMS}"
+    return ""
 
 
 def _is_bare(line: str) -> bool:
-    return len(line.split()) == 1 and (_is_image(line) or line in IMAGE_COLUMNS)
+    is_one = len(line.split()) == 1 and not _table_resemblance(line)
+    return is_one and (_is_image(line) or line in IMAGE_COLUMNS)
 
 
 def _bare(line: str) -> str:

@@ -122,13 +122,15 @@ def test_many_lone_quotes_cost_no_more_than_a_moment_and_a_little_memory(caption
 def test_a_lone_quote_at_the_top_does_not_read_all(tmp_path: Path) -> None:
     words = ["".join(chr(97 + number // 26**place % 26) for place in range(5)) for number in range(100_000)]
     lines = [f"{word}\tkite {word}" for word in words]
-    (tmp_path / "data.tsv").write_text("\n".join(["image\tcaption", 'top\t"tis', *lines]))
-    tracemalloc.start()
-    rows = read_index(tmp_path / "data.tsv").rows
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (len(rows), rows[0].captions) == (100_001, ('"tis',))
-    assert peak < 20e6
+    peaks = []
+    for first in ("tis", '"tis'):
+        (tmp_path / "data.tsv").write_text("\n".join(["image\tcaption", f"top\t{first}", *lines]))
+        tracemalloc.start()
+        rows = read_index(tmp_path / "data.tsv").rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (len(rows), rows[0].captions) == (100_001, (first,))
+    assert peaks[1] < peaks[0] + 2e6
 
 
 def test_lines_that_are_no_rows_count_each(tmp_path: Path) -> None:
@@ -143,6 +145,7 @@ def test_a_separator_line_names_the_delimiter(tmp_path: Path) -> None:
     for first in ("sep=;", "SEP=;", '"sep=;"'):
         assert read(tmp_path, f"\ufeff{first}\r\nimage;caption\r\na.jpg;x, y\r\n") == [("a.jpg", ("x, y",))]
     assert read(tmp_path, "sep=^\nimage^caption\na.jpg^x\n") == [("a.jpg", ("x",))]
+    assert read(tmp_path, "sep=,\nimage;caption\na.jpg;x\n") == [("a.jpg", ("x",))]
     with pytest.raises(ValueError, match="of no known form"):
         read(tmp_path, "sep=;\n")
 
