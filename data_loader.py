@@ -64,6 +64,9 @@ class ImageTextDataset(Dataset[Sample]):
         image_dir: folder that image paths are relative to; None: the index file's.
         image_key: column that holds the image paths; None: the first known one.
         caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the first known one.
+        captions_from: `json`, `txt` or `caption` files beside the images of a folder, or the names: `folder` or
+            `filename`; None: found by what the folder holds.
+        caption_template: caption in which `{}` stands for such a name.
         captions: `random`: an item an image; `all`: an item a pair.
         val_split: fraction of the images for validation, whole groups of them, in (0, 1).
         seed: of the split, the caption choice and a random transform.
@@ -87,6 +90,8 @@ class ImageTextDataset(Dataset[Sample]):
         image_dir: str | Path | None = None,
         image_key: str | None = None,
         caption_key: str | None = None,
+        captions_from: str | None = None,
+        caption_template: str | None = None,
         captions: str = "random",
         val_split: float = 0.1,
         seed: int = 42,
@@ -97,7 +102,11 @@ class ImageTextDataset(Dataset[Sample]):
         if captions not in {"random", "all"}:
             raise ValueError(f"captions must be 'random' or 'all', got {captions!r}")
         if not isinstance(data_dir, Pairs):
-            pairs = load_pairs(DataSource(data_dir, image_dir, caption_key, image_key=image_key))
+            source = DataSource(
+                data_dir, image_dir, caption_key, image_key=image_key, captions_from=captions_from,
+                caption_template=caption_template,
+            )  # fmt: skip
+            pairs = load_pairs(source)
             data_dir = pairs if split is None else split_pairs(pairs, val_split=val_split, seed=seed)[split]
         if not len(data_dir):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
@@ -192,7 +201,10 @@ def _inspect(argv: list[str] | None) -> int:
         )
         print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
-    source = DataSource(folder, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key)
+    source = DataSource(
+        folder, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
+        captions_from=settings.captions_from, caption_template=settings.caption_template,
+    )  # fmt: skip
     pairs = load_pairs(source)
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.val_data is not None:

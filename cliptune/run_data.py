@@ -151,7 +151,8 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
     settings = config.data
     source = DataSource(
         settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
-        image_key=settings.image_key, may_run_commands="data_dir" in given,
+        image_key=settings.image_key, captions_from=settings.captions_from, caption_template=settings.caption_template,
+        may_run_commands="data_dir" in given,
     )  # fmt: skip
     if is_shards(settings.data_dir):
         return training_shards(

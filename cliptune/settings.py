@@ -62,6 +62,17 @@ ImageKey = Annotated[str | None, Field(description="column that holds the image 
 CaptionKey = Annotated[
     str | None, Field(description="column that holds the captions, or several (en,de); none: the first known one")
 ]
+CaptionsFrom = Annotated[
+    Literal["json", "txt", "caption", "folder", "filename"] | None,
+    Field(
+        description="captions of a folder of images: files json, txt or caption, or names of folder or filename; none: "
+        "found by what it holds"
+    ),
+]
+CaptionTemplate = Annotated[
+    str | None,
+    Field(description='caption in which {} stands for such a name; none: "a photo of a {}", or the file\'s name'),
+]
 ValSplit = Annotated[
     float,
     Field(
@@ -151,6 +162,8 @@ class DataSettings(Settings):
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
+    captions_from: CaptionsFrom = None
+    caption_template: CaptionTemplate = None
     captions: Literal["random", "all"] = Field(
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
@@ -278,6 +291,8 @@ class InspectSettings(Settings):
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
+    captions_from: CaptionsFrom = None
+    caption_template: CaptionTemplate = None
     val_split: ValSplit = 0.1
     val_data: str | None = Field(
         None, description="separate validation set that is compared with the data; none: split off"
@@ -309,6 +324,8 @@ class EvaluationSettings(Settings):
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
+    captions_from: CaptionsFrom = None
+    caption_template: CaptionTemplate = None
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )

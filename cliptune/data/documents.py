@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from cliptune.data.columns import caption_cells, read_rows
-from cliptune.data.index import KNOWN_FORMS, Records, count_columns, is_id, kind, quote
+from cliptune.data.index import KNOWN_FORMS, NoCaptionsError, Records, count_columns, is_id, kind, quote
 from cliptune.data.json_tables import table_rows
 from cliptune.data.text_stream import TextFile, json_reason
 from cliptune.data.token_lines import IMAGE_NAME
@@ -53,6 +53,10 @@ def read_object(found: Records, text: TextFile) -> str:
         return read_rows(found, "json", lambda: enumerate(rows(), 1), unit="row")
     if found.column_names.columns(document).image is not None:
         return read_rows(found, "jsonl", lambda: iter([(1, document)]), unit="line")
+    if isinstance(images, list) and images:
+        raise NoCaptionsError(
+            f"{found.path}: images without captions: no annotations (COCO) and no sentences (Karpathy)"
+        )
     if all(isinstance(texts, list) and texts and all(map(_is_text, texts)) for texts in document.values()):
         return _read_mapping(found, text)  # of names without an ending
     keys = ", ".join(shorten(key) for key in list(document)[:10])

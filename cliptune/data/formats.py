@@ -13,8 +13,7 @@ from cliptune.data.base64_images import is_texts, read_texts, refuse_images
 from cliptune.data.columns import read_rows
 from cliptune.data.delimited import MAX_HEADER, SEPARATOR_LINE, Header, header, header_names, read_table
 from cliptune.data.documents import is_json_lines, json_lines, read_object
-from cliptune.data.folders import read_directory
-from cliptune.data.index import KNOWN_FORMS, Index, Records, quote
+from cliptune.data.index import KNOWN_FORMS, Index, Records
 from cliptune.data.parquet import is_parquet, read_parquet
 from cliptune.data.split_lists import with_split_lists
 from cliptune.data.text_stream import TextFile
@@ -26,7 +25,7 @@ def read_index(path: Path, *, caption_key: str | None = None, image_key: str | N
     """Read an index file of any known form.
 
     Args:
-        path: of the file, or of a folder with images/ and captions/.
+        path: of the file.
         caption_key: column of the captions, or several of them, `caption_en,caption_de`; None: a known one.
         image_key: column of the images; None: a known one.
 
@@ -34,10 +33,6 @@ def read_index(path: Path, *, caption_key: str | None = None, image_key: str | N
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, of no known form, without a usable row, or lacks a column that is named.
     """
-    if path.is_dir():
-        if caption_key is not None:
-            raise ValueError(f"{path}: caption_key {quote(caption_key)}: a folder with captions/ has no columns")
-        return read_directory(path)
     found = Records(path, caption_key, image_key)
     if is_parquet(path):
         return found.index(read_parquet(found))

@@ -35,6 +35,16 @@ KNOWN_FORMS = (
 )
 
 
+FORM_NAMES = {
+    "json": "a JSON list", "jsonl": "JSON lines", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet",
+    "chinese-clip": "Chinese-CLIP's texts", "coco": "COCO captions", "karpathy": "Karpathy's JSON",
+    "mapping": "a JSON mapping", "token": "token lines", "directory": "images/ with captions/",
+    "beside": "images with their captions beside them", "folder": "images with the names of their folders as captions",
+    "filename": "images with their names as captions",
+}  # fmt: skip
+"""What the forms are called in messages."""
+
+
 class NoCaptionsError(ValueError):
     """An index, or a folder of images, that holds no caption at all, as contests hand out a test set."""
 
@@ -42,7 +52,7 @@ class NoCaptionsError(ValueError):
 class Index(NamedTuple):
     """What an index file holds.
 
-    `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
+    `form` is one of `FORM_NAMES`; `ignored_columns` tells in how many
     objects each unused key stood; `issues` are those of single records.
     """
 
@@ -70,6 +80,7 @@ class Records:
         self.records = RowBuffer()
         self.issues: list[tuple[int, Issue]] = []  # the first ones, each with the number of records before it
         self.num_issues = 0
+        self.num_uncaptioned = 0  # of the issues: those of an image with no or an empty caption
 
     def location(self, number: int, unit: str | None = None) -> str:
         """Return where a record stands, as `data.json: row 17`."""
@@ -96,8 +107,10 @@ class Records:
                 usable.append(check_text("caption", value))
             except ValueError as error:
                 self.issue(location, str(error), image=image)
+                self.num_uncaptioned += value is None or (isinstance(value, str) and not value.strip())
         if values == []:
             self.issue(location, "no caption", image=image)
+            self.num_uncaptioned += 1
         return usable
 
     def add(self, location: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
@@ -116,7 +129,8 @@ class Records:
         """Join the records of each image; none at all is a ValueError that quotes the first issues."""
         if not len(self.records):
             reasons = first_issues([issue for _, issue in self.issues], 3, total=self.num_issues) or "it has no records"
-            raise ValueError(f"{self.path}: no image with a caption: {reasons}")
+            error = NoCaptionsError if self.num_uncaptioned == self.num_issues > 0 else ValueError
+            raise error(f"{self.path}: no image with a caption: {reasons}")
         rows = self.records.rows(f"{self.name}: {self.unit}" if self.unit else "")
         first = rows.images.first_equal()
         self.note_conflicts(rows, first)
@@ -140,11 +154,6 @@ class Records:
                     self.issue(rows.location(row), f"{quote(image)}: {said}", image=image, num_before=row)
         # issues of reading and these, in the order of the records that they stand behind
         self.issues = sorted([*earlier, *self.issues], key=itemgetter(0))[:MAX_ISSUES]
-
-    @property
-    def caption_columns(self) -> tuple[str, ...]:
-        """Names of the caption column, the preferred one first."""
-        return CAPTION_COLUMNS if self.caption_key is None else (self.caption_key,)
 
     def choose_columns(self, columns: Counter[str]) -> Columns:
         """Return the columns to read, and note the others; raise if there are none of images or none of captions."""
@@ -205,6 +214,7 @@ class Records:
 
     def uncaptioned(self, numbers: list[int]) -> None:
         """Note the images that no caption belongs to; many of them in one line."""
+        self.num_uncaptioned += len(numbers)
         if len(numbers) > 5:
             first = ", ".join(f"{self.unit} {number}" for number in numbers[:3])
             message = f"{count(len(numbers), 'image')} have no caption ({first}, ...)"

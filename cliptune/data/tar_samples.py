@@ -20,7 +20,9 @@ from urllib.parse import urlparse
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
-from cliptune.data.index import check_text, is_id
+from cliptune.data.caption_lists import caption_list
+from cliptune.data.column_names import ColumnNames, hint
+from cliptune.data.index import check_text
 from cliptune.preprocess.decode import MAX_BYTES, part_path
 from cliptune.preprocess.image_formats import COMMON_ENDINGS, IMAGE_ENDINGS
 
@@ -28,8 +30,7 @@ IMAGE_MEMBERS = frozenset((*(ending[1:] for ending in IMAGE_ENDINGS), "img", "im
 TEXT_MEMBERS = ("txt", "caption", "captions", "cap", "text")
 """Endings of captions, one a line, the preferred one first."""
 CAPTION_KEYS = ("caption", "captions")
-OTHER_KEYS = ("text", "texts", "title", "description", "prompt", "alt")
-"""Of JSON that holds captions if no text does."""
+"""Of JSON; under another usual name it holds captions if no text does."""
 MAX_TEXT_BYTES = 2**24
 """Of a sample's captions; an image's limit is any image file's."""
 MAX_READ = 2**20
@@ -79,12 +80,14 @@ class TarSample(NamedTuple):
         if self.refused:
             raise ValueError(self.refused)
         if len(self.images) != 1:
-            number = f"{len(self.images)} images" if self.images else "no image"
-            raise ValueError(f"{number} among {self._members()}{self._apart(_is_text)}")
+            if self.images:
+                way_out = "name the one that is meant KEY.jpg, the others KEY.NAME.jpg"
+                raise ValueError(f"{len(self.images)} images among {self._members()}; {way_out}")
+            raise ValueError(f"no image among {self._members()}{self._apart(_is_text)}")
         return self.images[0]
 
     def captions(self, caption_key: str | None = None) -> tuple[str, ...]:
-        """Return the captions: what the JSON holds under `caption_key`, or each line of the file that ends in it.
+        """Return the captions: of the JSON under `caption_key` (`a,b`: both), or each line of the file that ends in it.
 
         Without that key it is what the JSON holds under `caption` or `captions`, else each line of the text, else what
         the JSON holds under another usual name.
@@ -96,14 +99,13 @@ class TarSample(NamedTuple):
             raise ValueError(self.refused)
         values = self._json()
         if caption_key is None:
-            found = _under(values, CAPTION_KEYS) or self._lines() or _under(values, OTHER_KEYS) or _texts(values)
+            found = _caption(values) or self._lines() or _columns(values, None) or _texts(values)
         else:
-            found = _under(values, (caption_key,)) or _lines(self.texts.get(caption_key.lower(), b""))
+            files = (self.texts.get(ending, b"") for ending in _endings(caption_key))
+            found = _columns(values, caption_key) or [line for file in files for line in _lines(file)]
         # a blank line is no caption; what is no text and no number at all is a mistake
-        given = (str(caption) if is_id(caption) else caption for caption in found)
-        captions = tuple(
-            check_text("caption", caption) for caption in given if not isinstance(caption, str) or caption.strip()
-        )
+        given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
+        captions = tuple(check_text("caption", caption) for caption in given)
         if not captions:
             where = f"among {self._members()}" if caption_key is None else f"under {caption_key!r}"
             raise ValueError(f"no caption {where}{self._way_out(values)}")
@@ -130,10 +132,12 @@ class TarSample(NamedTuple):
 
     def _way_out(self, values: Any) -> str:
         if isinstance(values, dict):
-            return f"; its JSON has {', '.join(list(values)[:MAX_SHOWN])}: name the one to take with --caption_key"
+            keys = ", ".join(list(values)[:MAX_SHOWN])
+            return f"; its JSON has {keys}: name the one to take with --caption_key{hint(values, 'caption')}"
         if "cls" in self.endings:
             return "; .cls is a class and no caption, unless --caption_key cls says so"
-        return self._apart(_is_image)
+        known = ", ".join(f".{ending}" for ending in TEXT_MEMBERS)
+        return self._apart(_is_image) or ("" if self.texts else f"; texts are {known}, or what --caption_key names")
 
     def _apart(self, is_kind: Callable[[str], bool]) -> str:
         return f"; {_APART}" if all(map(is_kind, self.endings)) else ""
@@ -155,16 +159,28 @@ def _lines(content: bytes) -> list[str]:
     return [line.strip() for line in content.decode("utf-8-sig").split("\n")]  # bad UTF-8 is a ValueError too
 
 
-def _under(values: Any, keys: Sequence[str]) -> list[Any]:
-    """Return what a JSON object holds under the first of the keys that has something, in any case."""
+def _endings(caption_key: str | None) -> list[str]:
+    """Return the endings of texts that a key names: it may name several."""
+    return [key.lower() for key in ColumnNames(None, caption_key).caption_keys]
+
+
+def _caption(values: Any) -> list[Any]:
+    """Return what a JSON object holds as its caption or captions, in nearly every shard."""
     if not isinstance(values, dict):
         return []
-    found: Any = next((values[key] for key in keys if values.get(key)), None)
-    if found is None:
-        folded = {
-            str(key).casefold(): value for key, value in values.items() if value or type(value) is int
-        }  # 0 is one
-        found = next((folded[key.casefold()] for key in keys if key.casefold() in folded), [])
+    return _listed(next((values[key] for key in CAPTION_KEYS if values.get(key)), []))
+
+
+def _columns(values: Any, caption_key: str | None) -> list[Any]:
+    """Return what a JSON object holds where a table would have its captions."""
+    given = [key for key, value in values.items() if value or type(value) is int] if isinstance(values, dict) else []
+    names = next(iter(ColumnNames(None, caption_key).captions(given)), ())
+    return [caption for name in names for caption in _listed(values[name])]
+
+
+def _listed(found: Any) -> list[Any]:
+    """Return a list; also of what is written as one in a text, as tables have it that shards are made of."""
+    found = caption_list(found) if isinstance(found, str) else found
     return found if isinstance(found, list) else [found]
 
 
@@ -189,18 +205,19 @@ def read_samples(
         start: position of the first one; those before it are passed over.
         end: position after the last one.
         by_path: leave the images where they are, and give each one's path for `read_bytes`.
-        caption_key: ending of files that are texts besides those that always are.
+        caption_key: endings of files that are texts besides those that always are.
 
     Raises:
         OSError: the shard cannot be read, or not to its end; names it.
     """
     if end is not None and end <= start:
         return
+    asked = _endings(caption_key)
     with _opened(url) as tar:
 
         def load(info: tarfile.TarInfo, ending: str, last_position: int) -> str | bytes | None:
             is_image = _is_image(ending)
-            if last_position < start or not (is_image or _is_text(ending) or ending == (caption_key or "").lower()):
+            if last_position < start or not (is_image or _is_text(ending) or ending in asked):
                 return None
             if reason := _refusal(info, MAX_BYTES if is_image else MAX_TEXT_BYTES):
                 return _Refused(f".{ending} is {reason}")

@@ -73,10 +73,10 @@ class Attention(nn.MultiheadAttention):
             given = cast(Tensor, key), cast(Tensor, value), key_padding_mask, need_weights, attn_mask
             return super().forward(query, *given, average_attn_weights, is_causal)
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
-        heads = projected.permute(2, 1, 3, 0, 4)  # [L, B, 3, heads, d] -> [3, B, heads, L, d]
+        heads = projected.permute(2, 1, 3, 0, 4).unbind()  # [L, B, 3, heads, d] -> three of [B, heads, L, d]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask  # true is hidden in PyTorch's modules, and seen in its functions
-        mixed = attend(heads[0], heads[1], heads[2], mask=attn_mask)  # [B, heads, L, d]
+        mixed = attend(*heads, mask=attn_mask)  # [B, heads, L, d]
         weights = attention_weights(heads[0], heads[1], mask=attn_mask) if need_weights else None  # [B, heads, L, L]
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -84,10 +84,10 @@ class Attention(nn.MultiheadAttention):
 
     def _packed(self, rows: Tensor, layout: Layout) -> Tensor:
         qkv = layout.pad(F.linear(rows, self.in_proj_weight, self.in_proj_bias))
-        heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, L, d]
+        heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # three of [B, heads, L, d]
         # Causal is enough for padded texts: padding stands behind a text, where none of its tokens looks. What padding
         # itself gets there is thrown away by `unpad`.
-        mixed = attend(heads[0], heads[1], heads[2], causal=layout.causal)
+        mixed = attend(*heads, causal=layout.causal)
         return layout.unpad(mixed.transpose(1, 2))  # [N, width]
 
     def _pooled(self, rows: Tensor, layout: Layout) -> Tensor:
@@ -98,7 +98,7 @@ class Attention(nn.MultiheadAttention):
         split = (self.num_heads, -1)
         query = F.linear(rows[layout.pooled], weights[0], biases[0]).unflatten(1, split).unsqueeze(2)
         pairs = layout.pad(F.linear(rows, weights[1], biases[1]))
-        key, value = pairs.unflatten(2, (2, *split)).permute(2, 0, 3, 1, 4)  # [B, heads, L, d] each
+        key, value = pairs.unflatten(2, (2, *split)).permute(2, 0, 3, 1, 4).unbind()  # [B, heads, L, d] each
         mask = None if layout.used is None else layout.used[:, None, None, :]
         return attend(query, key, value, mask=mask).flatten(1)  # [B, width]
 

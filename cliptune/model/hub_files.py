@@ -44,8 +44,8 @@ def weights_files(folder: Path) -> list[Path]:
     if not found and len(others) == 1:
         found = others
     if not found:
-        folders = sorted(path.parent for name in _NAMES for path in folder.glob(f"*/{name}"))
-        candidates = others or list(dict.fromkeys(folders))
+        folders = sorted({path.parent for name in _NAMES for path in folder.glob(f"*/{name}")})
+        candidates = others or folders or sorted(path for path in folder.glob("*/*") if path.suffix in _SUFFIXES)
         hint = f"; name one of {first_few([shown(path) for path in candidates])}" if candidates else ""
         raise FileNotFoundError(f"{folder}: no weights file in this folder; looked for {', '.join(_NAMES)}{hint}")
     return found

@@ -208,7 +208,7 @@ def _refuse_misread(image: TiffImageFile) -> None:
         raise ValueError("its first page is a thumbnail, as in a camera's raw file: convert it to PNG or JPEG")
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))
     is_planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1
-    if is_planar and max(bits) > 8 and any(tile.codec_name == "raw" for tile in image.tile):
+    if is_planar and max(bits) > 8 and any(codec == "raw" for codec, *_ in image.tile):
         raise ValueError("planes of more than 8 bits without compression, which Pillow misreads: convert it to PNG")
 
 
@@ -221,7 +221,7 @@ def _open_image(data: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(data))
     except UnidentifiedImageError:
-        raise ValueError("a damaged HEIC or AVIF file") from None
+        raise ValueError("a damaged HEIC file") from None
 
 
 def _bytes_to_decode(image: Image.Image) -> int:

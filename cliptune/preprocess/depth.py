@@ -54,7 +54,7 @@ def stored_as(image: Image.Image, data: bytes) -> Stored:
         data: of the file; empty: what is still open is read.
     """
     tiles: Any = getattr(image, "tile", None)
-    args = tiles[0].args if tiles else ""
+    args = tiles[0][3] if tiles else ""
     raw = str(args if isinstance(args, str) else next(iter(args or ("",))))
     raw = raw if _DEEP_COLORS.fullmatch(raw) else ""
     if not raw and image.mode[0] not in "IF":
@@ -195,9 +195,9 @@ def _lower_bytes(stored: Stored) -> Image.Image:
     raw = stored.raw[:-1] + _SWAPPED[stored.raw[-1]]
     if stored.raw.startswith("LA"):  # which Pillow swaps not: four bytes a pixel as they are
         image._mode = raw = "RGBA"
-    image.tile = [
-        tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:])) for tile in image.tile
-    ]
+    for number, tile in enumerate(image.tile):
+        args = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
+        image.tile[number] = getattr(tile, "_make", tuple)((*tile[:3], args))  # a plain tuple before Pillow 11
     image.load()
     return image  # type: ignore[no-any-return]
 

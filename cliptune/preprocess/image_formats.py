@@ -27,11 +27,14 @@ IMAGE_ENDINGS = COMMON_ENDINGS | _READ | frozenset(_OTHERS.split())
 """Of all image files: those that Pillow reads, and those of which reading says what they are."""
 
 _CONVERT = "convert it to PNG or JPEG"
+_HAS_AVIF = ".avif" in _READ and features.check("avif")
+_AVIF = "a damaged AVIF file" if _HAS_AVIF else "AVIF, which this Pillow does not read: pip install -U pillow"
+_HEIC = "HEIC, which Pillow reads with: pip install pillow-heif"
 _RAW = f"a camera's raw file: {_CONVERT}"
 _BEGINNINGS = (
     (rb"$", "an empty file"),
-    (rb"(?s).{4}ftyp(avi[fs]|m[is]f1.{0,40}avif)", "AVIF, which this Pillow does not read: pip install -U pillow"),
-    (rb"(?s).{4}ftyp(he[im][cvxms]|hev[cxms]|m[is]f1)", "HEIC, which Pillow reads with: pip install pillow-heif"),
+    (rb"(?s).{4}ftyp(avi[fs]|m[is]f1.{0,40}avif)", _AVIF),
+    (rb"(?s).{4}ftyp(he[im][cvxms]|hev[cxms]|m[is]f1)", _HEIC),
     (rb"(?s).{4}ftypcrx |II.{6}CR|FUJIFILM|IIR[OS]|MMOR|II\x55\0", _RAW),
     (rb"(?s).{4}ftyp|\x1a\x45\xdf\xa3|RIFF.{4}AVI ", "a video: save its frames as images"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", f"JPEG XL: {_CONVERT}"),
@@ -40,7 +43,7 @@ _BEGINNINGS = (
     (rb"(?s)\s*<!doctype html|\s*<html", "a web page, as a download that failed leaves it"),
     (rb"(?s).{0,900}<svg", f"SVG, a drawing and no raster image: {_CONVERT}"),
     (rb"%PDF|%!PS|\xc5\xd0\xd3\xc6", f"a document: {_CONVERT}"),
-    (rb"gimp xcf|8BPS|AT&TFORM", f"a format that Pillow does not read: {_CONVERT}"),
+    (rb"gimp xcf|8BPS\x00\x02|AT&TFORM", f"a format that Pillow does not read: {_CONVERT}"),
     (rb"(?s).{128}DICM", f"DICOM: {_CONVERT}"),
     (rb"version https://git-lfs", "a pointer of Git LFS: fetch the image with git lfs pull"),
     (rb"\x1f\x8b|PK\x03\x04", "a compressed file: unpack it"),
@@ -63,7 +66,7 @@ def unread_format(data: bytes) -> str:
 
 def add_format(data: bytes) -> bool:
     """Have Pillow read HEIC files with `pillow-heif`, if this is one and the package is there; tell whether it is."""
-    if "HEIC" in unread_format(data) or (not features.check("avif") and "AVIF" in unread_format(data)):
+    if unread_format(data) == _HEIC:
         with suppress(ImportError):
             import_module("pillow_heif").register_heif_opener()
             return True

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cliptune.data import index as entries
-from cliptune.data.folders import find_index, read_directory
+from cliptune.data.caption_files import read_directory
+from cliptune.data.folders import find_index
 from cliptune.data.formats import read_index
-from tests.helpers.datasets import make_images
 
 EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
 
@@ -79,7 +79,7 @@ def test_parquet_is_read_by_row_group(text: pa.DataType, tmp_path: Path) -> None
     assert (index.form, index.ignored_columns, index.issues.count) == ("parquet", {"score": 3}, 0)
     assert [(row.image, row.captions) for row in index.rows] == EXPECTED
     assert index.rows[1].location == "data.parquet: row 3"
-    assert find_index(tmp_path) == path
+    assert find_index(tmp_path) == [(None, path)]
 
 
 def test_parquet_may_hold_lists_and_nothing(tmp_path: Path) -> None:
@@ -113,14 +113,6 @@ def test_parquet_with_two_columns_of_one_name_is_refused(names: list[str], tmp_p
         read_index(path)
 
 
-def test_data_parquet_comes_before_other_index_files(tmp_path: Path) -> None:
-    path = parquet(tmp_path, {"image": ["a.jpg"], "caption": ["x"]})
-    (tmp_path / "captions.csv").write_text("image,caption\na.jpg,x\n", encoding="utf-8")
-    assert find_index(tmp_path) == path
-    (tmp_path / "data.json").write_text("[]", encoding="utf-8")
-    assert find_index(tmp_path) == tmp_path / "data.json"
-
-
 def test_damaged_parquet_is_one_clean_error(tmp_path: Path) -> None:
     path = parquet(tmp_path, {"image": ["a.jpg"], "caption": ["x"]})
     content = path.read_bytes()
@@ -137,18 +129,6 @@ def test_splits_and_groups_are_read(tmp_path: Path) -> None:
     assert [row.split for row in read_index(write(tmp_path, FORMS["karpathy"])).rows] == ["train", "test"]
     text = '{"image": "a.jpg", "caption": "x", "split": "dev", "group": "g"}\n{"image": "b.jpg", "caption": "y"}'
     assert [row[2:4] for row in read_index(write(tmp_path, text)).rows] == [("val", "g"), (None, None)]
-
-
-def test_the_directory_form(tmp_path: Path) -> None:
-    for name in ("images/a/x.JPG", "images/y.png", "images/z.png", "images/z.jpg", "captions/q.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("q")
-    (tmp_path / "captions/a").mkdir()
-    (tmp_path / "captions/a/x.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "captions/z.txt").write_text("clash\n")
-    index = read_directory(tmp_path)
-    assert [(row.image, row.captions) for row in index.rows] == [("images/a/x.JPG", ("one", "two"))]
-    assert index.issues.count == 3  # clashing z, y without captions, q without image
 
 
 def test_further_columns_are_counted_and_caption_key_picks_one(tmp_path: Path) -> None:
@@ -309,24 +289,6 @@ def test_captions_survive_json_and_csv(tmp_path_factory: pytest.TempPathFactory,
     assert read_index(folder / "x").rows[0].captions == expected
 
 
-def test_find_index(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"python data_loader\.py"):
-        find_index(tmp_path)
-    write(tmp_path, "notes", "notes.txt")
-    one = write(tmp_path, FORMS["json"], "pairs.json")
-    assert find_index(tmp_path) == one
-    write(tmp_path, FORMS["token"], "tokens.txt")
-    with pytest.raises(ValueError, match=r"pairs.json, tokens.txt; name one with --data_dir FILE"):
-        find_index(tmp_path)
-    data = write(tmp_path, FORMS["json"], "data.json")
-    assert find_index(tmp_path) == data
-    splits = {split: write(tmp_path, FORMS["json"], f"{split}.json") for split in ("train", "val")}
-    assert find_index(tmp_path) == splits
-    write(tmp_path, FORMS["csv"], "train.csv")
-    with pytest.raises(ValueError, match=r"several train files: train.csv, train.json"):
-        find_index(tmp_path)
-
-
 REAL = {
     "annotations/coco_captions_val2017.json": ("coco", 5000, 25014),
     "annotations/ucm_karpathy.json": ("karpathy", 2100, 10500),
@@ -349,23 +311,3 @@ def test_two_forms_of_flickr8k_agree(real_data: Path) -> None:
     table = {row.image: row.captions for row in read_index(real_data / "annotations/captions.kaggle.txt").rows}
     assert set(tokens) - set(table) == {"2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg"} - set(table)
     assert all(sorted(tokens[image]) == sorted(table[image]) for image in table)
-
-
-def test_the_directory_form_follows_links_but_in_no_circle(tmp_path: Path) -> None:
-    make_images(tmp_path / "disk", "images/x.png", "images/deep/y.png", "images/.hidden/z.png")
-    for name in ("captions/x.txt", "captions/deep/y.txt"):
-        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "disk" / name).write_text("a dog")
-    data = tmp_path / "data"
-    for part in ("images", "captions"):
-        (data / part).mkdir(parents=True)
-        (data / part / "cats").symlink_to(tmp_path / "disk" / part)
-        (data / part / "cats again").symlink_to(tmp_path / "disk" / part)
-        (data / part / "up").symlink_to("..")
-        (data / part / "root").symlink_to("/")
-    (tmp_path / "disk" / "images" / "back").symlink_to(data / "images")
-    found = read_directory(data)
-    assert not found.issues.count
-    assert sorted(found.rows.images) == [
-        "images/cats again/deep/y.png", "images/cats again/x.png", "images/cats/deep/y.png", "images/cats/x.png",
-    ]  # fmt: skip

@@ -57,11 +57,10 @@ def test_a_struct_may_have_further_fields(tmp_path: Path) -> None:
     check_pairs(write(tmp_path, {"image": images, "caption": CAPTIONS}))
 
 
-@pytest.mark.parametrize("statistics", [True, False])
-def test_a_row_without_bytes_has_a_path_or_is_an_issue(statistics: bool, tmp_path: Path) -> None:
+def test_a_row_without_bytes_has_a_path_or_is_an_issue(tmp_path: Path) -> None:
     make_images(tmp_path, "1.png")
     images = [IMAGES[0], {"bytes": None, "path": "1.png"}, {"bytes": None, "path": None}, None]
-    path = write(tmp_path, {"image": images, "caption": CAPTIONS}, row_group_size=1, write_statistics=statistics)
+    path = write(tmp_path, {"image": images, "caption": CAPTIONS}, row_group_size=1)
     pairs = load_pairs(DataSource(path, max_skipped_fraction=0.5))
     assert list(pairs.paths) == [f"{tmp_path}/data.parquet@1/image", str(tmp_path / "1.png")]
     assert [str(issue) for issue in pairs.issues.first] == [
@@ -70,18 +69,27 @@ def test_a_row_without_bytes_has_a_path_or_is_an_issue(statistics: bool, tmp_pat
     ]
 
 
-def test_where_the_file_says_that_no_image_is_missing_none_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_not_read_to_list_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_parquet(tmp_path / "data.parquet", 40, rows_per_group=10)
     read = parquet._parquet_rows
 
-    def only_captions(file: Any, columns: Sequence[str], groups: list[int], batch_size: int) -> Any:
-        assert columns == ["caption", "image.path"]
-        return read(file, columns, groups, batch_size)
+    def only_texts(file: Any, columns: Sequence[str], batch_size: int) -> Any:
+        assert list(columns) == ["caption", "image.path"]
+        return read(file, columns, batch_size)
 
-    monkeypatch.setattr(parquet, "_parquet_rows", only_captions)
+    monkeypatch.setattr(parquet, "_parquet_rows", only_texts)
     assert len(read_index(path).rows) == 40
+
+
+def test_an_image_that_is_missing_later_is_an_issue_once_it_is_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [*IMAGES * 10, {"bytes": None, "path": "0.png"}, None]
+    path = write(tmp_path, {"image": images, "caption": list(map(str, range(42)))})
+    assert data_loader(["--data_dir", str(path), "--check", "--num_workers", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "data.parquet@41/image: the row holds no bytes" in out
+    assert "data.parquet@42/image: the row holds no bytes" in out
 
 
 def test_a_row_a_caption_is_one_image(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ READ = {
     "text under another key": pairs_of("{:04}.jpg", "{:04}.json", content='{{"TEXT": "number {}", "caption": ""}}'),
     "JSON that is the text": pairs_of("{:04}.jpg", "{:04}.json", content='["number {}"]'),
     "number": pairs_of("{:04}.jpg", "{:04}.json", content='{{"caption": {}}}'),
+    "another spelling": pairs_of("{:04}.jpg", "{:04}.json", content='{{"Alt-Text": "number {}", "url": "x"}}'),
     "folders": pairs_of("v1.0/{:04}.jpg", "v1.0/{:04}.txt"),
 }
 
@@ -81,6 +82,12 @@ def test_other_names_are_read(members: Members, tmp_path: Path) -> None:
     batches = list(loader.epoch(1))
     assert sum(len(batch.image_ids) for batch in batches) == 20
     assert not [issue for batch in batches for issue in batch.issues]
+
+
+def test_lists_that_are_written_as_texts_are_captions(tmp_path: Path) -> None:
+    content = json.dumps({"caption": "['one, two', 'three']"}).encode()
+    make_tar(tmp_path / "x.tar", [("0.jpg", png_bytes(0)), ("0.json", content)])
+    assert next(read_samples(str(tmp_path / "x.tar"))).captions() == ("one, two", "three")
 
 
 def test_more_files_of_a_sample_change_nothing(tmp_path: Path) -> None:
@@ -132,6 +139,11 @@ SAID: dict[str, tuple[Members, str, int]] = {
         pairs_of("{}.jpg", "{}.json", 9, '{{"prompt_en": "number {}", "url": 3}}'),
         "no caption among .jpg, .json; its JSON has prompt_en, url: name the one to take with --caption_key", 9,
     ),
+    "another text": (
+        pairs_of("{}.jpg", "{}.tags", 9),
+        "no caption among .jpg, .tags; texts are .txt, .caption, .captions, .cap, .text, or what --caption_key names",
+        9,
+    ),
     "no text": ([(f"{n}.jpg", b"x") for n in range(9)], "no caption among .jpg; the files of a sample", 9),
     "no text, dots": ([(f"v1.{n}.jpg", b"x") for n in range(9)], "no caption among .jpg; the files of a sample", 9),
 }  # fmt: skip
@@ -153,6 +165,8 @@ def test_what_a_sample_has_and_what_to_do_is_said(members: Members, said: str, l
 @pytest.mark.parametrize(("key", "members"), [
     ("cls", pairs_of("{}.jpg", "{}.cls", 9)),
     ("en.txt", of_each(("{}.jpg", b""), ("{}.de.txt", b"x"), ("{}.en.txt", b"number 1"))),
+    ("en,de", of_each(("{}.jpg", b""), ("{}.json", b'{"en": "number 1", "de": "number 2", "x": "x"}'))),
+    ("de.txt,en.txt", of_each(("{}.jpg", b""), ("{}.de.txt", b"number 1"), ("{}.en.txt", b"number 2"))),
     ("prompt_en", pairs_of("{}.jpg", "{}.json", 9, '{{"prompt_en": "number {}", "caption": "x"}}')),
 ])  # fmt: skip
 def test_the_caption_key_names_a_file_or_a_key(key: str, members: Members, tmp_path: Path) -> None:

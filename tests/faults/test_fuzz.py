@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cliptune.data.shards import open_shards, write_shards
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.transforms import CropTransform
 from cliptune.settings import Config
+from tests.helpers.datasets import png_bytes
 from tests.helpers.launch import ROOT
 from tests.helpers.zoo import corners
 
@@ -256,6 +258,26 @@ def parquet_bytes() -> list[bytes]:
 @given(content=spoiled_bytes(parquet_bytes()))
 def test_a_spoiled_parquet_index(folder: Path, content: bytes) -> None:
     check_index(folder, content, caption_key=None)
+
+
+def held_images_bytes() -> list[bytes]:
+    columns = {"image": [{"bytes": png_bytes(n), "path": f"{n // 2}.png"} for n in range(6)], "caption": list("abcdef")}
+    contents = []
+    for options in ({}, {"compression": "none", "row_group_size": 2}, {"use_dictionary": False}):
+        buffer = BytesIO()
+        pq.write_table(pa.table(columns), buffer, **options)
+        contents.append(buffer.getvalue())
+    return contents
+
+
+@MANY
+@given(content=spoiled_bytes(held_images_bytes()))
+def test_spoiled_images_in_parquet(folder: Path, content: bytes) -> None:
+    path = folder / "spoiled.parquet"
+    path.write_bytes(content)
+    pairs = read_or_refuse(path, lambda: load_pairs(DataSource(path, max_skipped_fraction=1)))
+    for image in pairs.paths if pairs is not None else ():
+        read_or_refuse(path, partial(load_image, image))
 
 
 def check_config(folder: Path, content: bytes) -> None:

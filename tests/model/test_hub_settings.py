@@ -104,6 +104,23 @@ def test_added_tokens_are_pooled_as_the_settings_say(eos: int, tmp_path: Path) -
     assert_same_features(CLIPModel(pretrained=peer.save(tmp_path)), peer, tokens=tokens)
 
 
+BAGGAGE: dict[str, Any] = {
+    "_name_or_path": "x", "add_cross_attention": False, "architectures": None, "bad_words_ids": None,
+    "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "decoder_start_token_id": None,
+    "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0, "finetuning_task": None, "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "is_decoder": False, "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20, "min_length": 0,
+    "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1, "output_attentions": False,
+    "output_hidden_states": False, "output_scores": False, "prefix": None, "problem_type": None, "pruned_heads": {},
+    "remove_invalid_values": False, "repetition_penalty": 1.0, "return_dict": True, "sep_token_id": None,
+    "temperature": 1.0, "tie_encoder_decoder": False, "tie_word_embeddings": True, "tokenizer_class": None,
+    "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False, "transformers_version": "4.16.0.dev0",
+    "typical_p": 1.0, "use_bfloat16": False,
+}  # fmt: skip
+"""What the files of 2022 hold beside the settings of a CLIP."""
+
+
 def test_older_files_of_transformers_hold_a_second_description(tmp_path: Path) -> None:
     """`text_config_dict` goes before `text_config`, what it does not tell is transformers' default."""
     peer = HuggingFace(hidden_act="gelu")
@@ -113,7 +130,7 @@ def test_older_files_of_transformers_hold_a_second_description(tmp_path: Path) -
         for part in ("text_config", "vision_config"):
             content[f"{part}_dict"] = dict(content[part])
             content[part]["hidden_act"] = "quick_gelu"
-            content[part] |= {"top_k": 50, "max_length": 20, "_name_or_path": "x", "bad_words_ids": None}
+            content[part] |= BAGGAGE
 
     edit(tmp_path / "config.json", move)
     assert_same_features(CLIPModel(pretrained=tmp_path), peer)

@@ -292,6 +292,7 @@ class Part(nn.Module):
     def __init__(self, model: CLIPModel, method: str) -> None:
         super().__init__()
         self.model, self.method = model, method
+        self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
         result: Tensor = getattr(self.model, self.method)(inputs)
@@ -343,6 +344,7 @@ def test_an_onnx_file_is_right_for_other_batches(
             assert np.abs(found - part(inputs).numpy()).max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_both_towers_are_traced_and_exported_and_uint8_pixels_leave_no_trace() -> None:
     model = make()
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)

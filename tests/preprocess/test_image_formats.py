@@ -18,6 +18,7 @@ WRITTEN = {
     "avif": "AVIF", "jp2": "JPEG2000", "jfif": "JPEG", "jpe": "JPEG", "ico": "ICO", "tga": "TGA", "qoi": "QOI",
     "pgm": "PPM", "dib": "DIB", "pcx": "PCX", "sgi": "SGI", "JPG": "JPEG", "TIFF": "TIFF",
 }  # fmt: skip
+WRITTEN = {ending: form for ending, form in WRITTEN.items() if form in Image.SAVE}  # AVIF and QOI are new in Pillow
 
 
 @pytest.fixture(scope="module")
@@ -118,5 +119,5 @@ def test_heic_is_read_by_its_package_or_named_with_it(monkeypatch: pytest.Monkey
 
 
 def test_avif_of_another_brand_is_told_from_heic() -> None:
-    assert unread_format(BOX + b"mif1\0\0\0\0mif1avifmiaf").startswith("AVIF")
+    assert unread_format(BOX + b"mif1\0\0\0\0mif1avifmiaf").count("AVIF") == 1
     assert unread_format(BOX + b"mif1\0\0\0\0mif1heic").startswith("HEIC")
