@@ -41,9 +41,7 @@ def test_images_of_the_hub_are_read_in_place(rows_per_group: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["image", "jpg", "pixel.data", "image_bytes"])
-@pytest.mark.parametrize(
-    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str
-)
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())], ids=str)
 def test_a_column_of_bytes_holds_images_whatever_its_name(kind: pa.DataType, name: str, tmp_path: Path) -> None:
     bytes_of = pa.array([image["bytes"] for image in IMAGES], pa.binary()).cast(kind)
     # a column of paths does not win over the images themselves, nor do bytes that are no image
