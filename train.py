@@ -137,8 +137,6 @@ def _train(argv: list[str] | None) -> int:
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
             journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
-        if resumed is not None and (ending := _ending(config, state)):
-            logger.info("nothing is left to train: %s", ending)
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -163,13 +161,15 @@ def _fit(
     Raises:
         KilledWorkerError: a loader worker was killed; the state after the last step is saved.
     """
-    device, code = trainer.model.device, 0
-    stop = StopSignals()
+    settings, device, code = config.training, trainer.model.device, 0
+    limits, stop = (settings.num_epochs, settings.early_stopping_patience), StopSignals()
+    if state.history and (ending := state.ending(*limits)):
+        logger.info("nothing is left to train: %s", ending)
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
-            while (ending := _ending(config, state)) is None:
+            while (ending := state.ending(*limits)) is None:
                 stop.check()
                 state.begin_epoch(device)
                 journal.begin_epoch(state)
@@ -196,22 +196,12 @@ def _fit(
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
-            if len(state.history) <= config.training.num_epochs:
+            if len(state.history) <= settings.num_epochs:
                 logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
         except (Stopped, KilledWorkerError) as end:
             code = _end_early(end, data, state=state, saver=saver)
     return code
-
-
-def _ending(config: Config, state: RunState) -> str | None:
-    """Say why there is no epoch left to train; None while there is one."""
-    settings = config.training
-    if len(state.history) > settings.num_epochs:
-        return f"the run has had its {count(settings.num_epochs, 'epoch')} (--num_epochs)"
-    if state.is_stale(settings.early_stopping_patience):
-        return f"no better RSum for {count(state.epochs_since_best, 'epoch')} (--early_stopping_patience)"
-    return None
 
 
 def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:

@@ -20,6 +20,7 @@ def read_rows(found: Records, form: str, rows: Callable[[], Iterator[tuple[int, 
     then when all names are known, so that a file whose every row has a new name is not read without end.
     """
     found.unit = unit
+    found.texts_hold_lists = True
     names: dict[str, None] = {}
     columns, num_starts = None, 0
     while columns is None:

@@ -52,7 +52,6 @@ def header_names(line: str, delimiter: str) -> list[str]:
 def read_table(found: Records, text: TextFile, table: Header, *, line: int) -> str:
     """Take the rows below a header, which is the line of that number."""
     refuse_repeated(found, table.names)
-    found.texts_hold_lists = True
     reader = _Table(text, table, line, found.column_names)
     form = read_rows(found, "tsv" if table.delimiter == "\t" else "csv", reader.rows, unit="line")
     if reader.num_lone:

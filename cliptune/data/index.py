@@ -70,7 +70,7 @@ class Records:
         self.name = path.name
         self.caption_key = caption_key
         self.column_names = ColumnNames(image_key, caption_key)
-        self.texts_hold_lists = False  # as cells of a table do, which have no other way
+        self.texts_hold_lists = False  # as cells of a table do, which have no other way, and what is made of tables
         self.unit = ""
         self.ignored: Counter[str] = Counter()
         self.restart()

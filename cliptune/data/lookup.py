@@ -20,7 +20,8 @@ import numpy as np
 
 from cliptune.data.issues import Issue, Issues
 from cliptune.data.table import IntArray, Rows, Strings
-from cliptune.preprocess.decode import IMAGE_ENDINGS, archive_of
+from cliptune.preprocess.decode import archive_of
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)

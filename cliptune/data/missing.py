@@ -10,7 +10,7 @@ from posixpath import basename, commonpath, dirname, join, splitext
 
 from cliptune.data.lookup import ADDRESS, DRIVE, LONGEST_PATH, ImageFinder, folded
 from cliptune.data.table import Strings
-from cliptune.preprocess.decode import IMAGE_ENDINGS
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 from cliptune.runtime.messages import count, shorten
 
 _SAMPLE = 1000

@@ -20,7 +20,6 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from cliptune.preprocess import depth
 from cliptune.preprocess.encoded import container_of, read_encoded
-from cliptune.preprocess.image_formats import IMAGE_ENDINGS as IMAGE_ENDINGS  # noqa: PLC0414
 from cliptune.preprocess.image_formats import add_format, ending_of, unread_format
 from cliptune.preprocess.resize import Pixels
 

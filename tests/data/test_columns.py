@@ -143,8 +143,9 @@ def test_lists_in_cells_are_captions_each(tmp_path: Path) -> None:
     for cell in ('"[""one"", ""two""]"', "\"['one', 'two']\"", "\"['one' 'two']\""):
         assert read(tmp_path, "image,caption", f"a.jpg,{cell}") == [("a.jpg", ("one", "two"))]
     assert read(tmp_path, "image,caption", "a.jpg,[sic] a dog") == [("a.jpg", ("[sic] a dog",))]
+    # a table that was made JSON
     (tmp_path / "data.json").write_text(json.dumps([{"image": "a.jpg", "caption": '["one", "two"]'}]))
-    assert read_index(tmp_path / "data.json").rows[0].captions == ('["one", "two"]',)
+    assert read_index(tmp_path / "data.json").rows[0].captions == ("one", "two")
 
 
 COCO = {

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 import data_loader
-from cliptune.data.formats import read_index
 from cliptune.data.pairs import load_pairs
 from cliptune.preprocess.decode import image_format, load_image
 from cliptune.preprocess.image_formats import IMAGE_ENDINGS, unread_format
@@ -58,8 +57,8 @@ def test_of_two_files_of_one_name_the_common_image_is_meant(tmp_path: Path) -> N
     for ending in ("tga", "jpg"):
         corners().save(tmp_path / f"images/a.{ending}")
     (tmp_path / "captions/a.txt").write_text("a\n")
-    index = read_index(tmp_path)
-    assert (list(index.rows.images), index.issues.count) == (["images/a.jpg"], 0)
+    pairs = load_pairs(tmp_path)
+    assert ([Path(path).name for path in pairs.paths], pairs.issues.count) == (["a.jpg"], 0)
 
 
 BOX = b"\0\0\0\x18ftyp"
