@@ -5,11 +5,11 @@ and the gallery is held fixed: the interval tells what other images of the same 
 
 A recall is a ratio of two sums over groups, hits and queries. Its error is that of the sum of the groups' influences
 (linearised variance of a ratio under cluster sampling: Cochran, Sampling Techniques, 3rd ed. 1977, section 6.3; it is
-what a paired bootstrap over groups tends to, without drawing). Near 100% only a handful of groups differ and
-that error is too small, even 0; so two made-up groups join, of which one gains and one loses half a query, as
+what a paired bootstrap over groups tends to, without drawing). Near 100% only a handful of groups differ and that error
+is too small, even 0; so two made-up groups join, of which one gains and one loses a quarter of a query, as
 pseudo-observations do in intervals of paired proportions (Bonett and Price, Psychometrika 77, 2012). Quantiles are
-Student's. Percentiles of the bootstrap cover less, and those of a studentised one, too: `benchmarks/verdict_coverage.py`
-compares them.
+Student's. Percentiles of the bootstrap cover less, and those of a studentised one, too, which
+`benchmarks/verdict_coverage.py` shows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 RECALLS = (1, 5, 10)
 DIRECTIONS = ("i2t", "t2i")
-HALF_A_QUERY = 50.0
+QUARTER_OF_A_QUERY = 25.0
 """Points that each of the two made-up groups gains or loses."""
 NUM_FOLDS, NUM_DRAWS = 5, 10
 
@@ -177,7 +177,7 @@ def _verdict(hits: FloatArray, queries: _Queries, *, spread: float, confidence: 
     quantile = student_quantile((1 + confidence) / 2, num_groups - 1)
 
     def interval(gain: float, influence: FloatArray, added: float = 0.0) -> Interval:
-        squares = float((influence**2).sum()) + 2 * HALF_A_QUERY**2 + added
+        squares = float((influence**2).sum()) + 2 * QUARTER_OF_A_QUERY**2 + added
         error = quantile * math.sqrt(squares / (num_groups * (num_groups - 1)))
         return Interval(gain, gain - error, gain + error)
 
