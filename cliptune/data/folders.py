@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from cliptune.data.base64_images import images_beside, texts_of_images
 from cliptune.data.delimited import MAX_HEADER, header
 from cliptune.data.index import SPLITS, Index, Records
 from cliptune.data.text_stream import TextFile
@@ -62,10 +63,13 @@ def find_index(folder: Path) -> dict[str, Path] | Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such file or folder; `python data_loader.py` makes sample data")
     candidates = sorted(path for path in folder.iterdir() if _is_candidate(path))
+    texts = texts_of_images(candidates)
+    candidates = [path for path in candidates if path not in map(images_beside, texts)]
     splits: dict[str, list[Path]] = {}
     for path in candidates:
-        if path.stem.lower() in SPLITS and path.stem.lower() != "restval":
-            splits.setdefault(SPLITS[path.stem.lower()], []).append(path)
+        stem = texts.get(path, path.stem).lower()
+        if stem in SPLITS and stem != "restval":
+            splits.setdefault(SPLITS[stem], []).append(path)
     if "train" in splits:
         return _one_for_each(folder, splits)
     for name in ("data.json", "data.parquet"):

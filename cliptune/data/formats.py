@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cliptune.data.base64_images import is_texts, read_texts, refuse_images
 from cliptune.data.columns import read_rows
 from cliptune.data.delimited import MAX_HEADER, header, read_table
 from cliptune.data.documents import is_json_lines, json_lines, read_object
@@ -38,8 +39,11 @@ def read_index(path: Path, *, caption_key: str | None = None) -> Index:
     first = line.strip()
     if not first:
         raise ValueError(f"{path}: the file is empty; {KNOWN_FORMS}")
+    refuse_images(path, first)
     if first[0] == "[":
         form = read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
+    elif is_texts(first):
+        form = read_texts(found, text)
     elif first[0] == "{" and is_json_lines(text):
         form = read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
     elif first[0] == "{":

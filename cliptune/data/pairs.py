@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ from torch import Tensor
 from cliptune.data.folders import find_index, read_directory
 from cliptune.data.formats import read_index
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.lookup import ImageFinder
+from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import is_shards, read_rows
 from cliptune.data.table import SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
@@ -168,9 +168,8 @@ def _read_files(source: DataSource) -> tuple[Rows, Issues]:
 def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
     """Read the indexes of a data set, with the images resolved and the splits that the files are."""
     parts: list[Rows] = []
-    issues = Issues()
-    found = find_index(path)
-    for declared, index_path in [(None, found)] if isinstance(found, Path) else found.items():
+    issues, missing = Issues(), []
+    for declared, index_path in _index_files(path):
         is_folder = index_path.is_dir()
         index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
         if index.ignored_columns:
@@ -178,49 +177,27 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
             logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
         beside = index_path if is_folder else index_path.parent
         root = beside if source.image_dir is None else Path(source.image_dir)
-        rows, missing = _resolve_images(index.rows, root)
+        finder = ImageFinder(root, replaces_folders=source.image_dir is not None)
+        rows, not_found = finder.resolve(index.rows)
+        for rule, number in finder.taken.items():
+            logger.info("%s: %s: %s", index_path, count(number, "image path"), rule)
+        if not len(rows):
+            missing.append(explain_missing(index.rows.images, index_path, root))
         parts.append(replace(rows, splits=np.full_like(rows.splits, SPLITS.index(declared))) if declared else rows)
         issues.extend(index.issues)
-        issues.extend(missing)
+        issues.extend(not_found)
+    if len(missing) == len(parts):
+        raise ValueError(missing[0])
+    for message in missing:
+        logger.warning("%s", message)
     return Rows.concatenate(parts), issues
 
 
-def _resolve_images(rows: Rows, root: Path) -> tuple[Rows, Issues]:
-    """Give each row its image's resolved path; those that are not files become issues."""
-    real_folder = lru_cache(maxsize=1 << 16)(os.path.realpath)
-    found, issues = np.zeros(len(rows), dtype=bool), Issues()
-
-    def resolved() -> Iterator[str]:
-        for row, image in enumerate(rows.images):
-            try:
-                path = _resolve(os.path.join(root, image), real_folder)  # noqa: PTH118  (see _resolve)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                issues.add(Issue(f"image {image}: {reason}", image=image, location=rows.location(row)))
-            else:
-                found[row] = True
-                yield path
-
-    paths = Strings.of(resolved())
-    rows = rows if found.all() else rows.take(np.flatnonzero(found))
-    return replace(rows, images=paths), issues
-
-
-def _resolve(image: str, real_folder: Callable[[str], str]) -> str:
-    """Return the real path of an image's file; os.path, because pathlib is several times as slow.
-
-    Raises:
-        OSError, ValueError: there is no such file.
-    """
-    folder, name = os.path.split(image)
-    path = os.path.join(real_folder(folder), name)  # noqa: PTH118
-    mode = os.lstat(path).st_mode
-    if stat.S_ISLNK(mode):
-        path = os.path.realpath(path, strict=True)
-        mode = os.stat(path).st_mode  # noqa: PTH116
-    if not stat.S_ISREG(mode):
-        raise ValueError("not a file")
-    return path
+def _index_files(path: Path) -> Iterator[tuple[str | None, Path]]:
+    """Yield the files of a data set, each with the split that its name declares."""
+    found = find_index(path)
+    for split, files in [(None, found)] if isinstance(found, Path) else found.items():
+        yield from ((split, file) for file in ([files] if isinstance(files, Path) else files))
 
 
 def _merge(rows: Rows) -> tuple[Rows, Issues]:

@@ -180,7 +180,7 @@ class Rows(Sequence[Row]):
         splits: int8 `[N]`: index in `SPLITS`, or `NO_SPLIT`.
         groups: group of each image, or an empty string.
         numbers: int64 `[N]`: number of each row in its file.
-        origins: int8 `[N]`: index in `units` of where each row is from.
+        origins: int32 `[N]`: index in `units` of where each row is from.
         units: what a number counts ("data.json: row"), or an empty string where the image itself says it.
     """
 
@@ -190,7 +190,7 @@ class Rows(Sequence[Row]):
     splits: CodeArray
     groups: Strings
     numbers: IntArray
-    origins: CodeArray
+    origins: NDArray[np.int32]
     units: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -259,7 +259,7 @@ class Rows(Sequence[Row]):
         num_units = np.cumsum([0, *(len(part.units) for part in parts)]).tolist()
         num_captions = np.cumsum([0, *(len(part.captions) for part in parts)]).tolist()
         shifted = [part.starts[1:] + shift for part, shift in zip(parts, num_captions, strict=False)]
-        origins = [part.origins + np.int8(shift) for part, shift in zip(parts, num_units, strict=False)]
+        origins = [part.origins + np.int32(shift) for part, shift in zip(parts, num_units, strict=False)]
         return cls(
             images=Strings.concatenate([part.images for part in parts]),
             captions=Strings.concatenate([part.captions for part in parts]),
@@ -319,7 +319,7 @@ class RowBuffer:
             splits=np.frombuffer(self._splits, dtype=np.int8),
             groups=self._groups.strings(),
             numbers=np.frombuffer(self._numbers, dtype=np.int64),
-            origins=np.zeros(len(self), dtype=np.int8),
+            origins=np.zeros(len(self), dtype=np.int32),
             units=(unit,),
         )
 

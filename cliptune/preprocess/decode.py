@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from cliptune.preprocess.encoded import container_of, read_encoded
 from cliptune.preprocess.resize import Pixels
 
 # Pillow warns of odd metadata in images that it reads all the same; what it cannot read is an error without this
@@ -54,11 +55,13 @@ def part_path(archive: str, offset: int, size: int, name: str) -> str:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a file, or the part of a tar file that `part_path` names.
+    """Read a file, or an image inside another file: what `part_path`, `parquet_path` or `base64_path` names.
 
     Raises:
         OSError: it cannot be read, or has more than `MAX_BYTES`.
     """
+    if container_of(str(path)):
+        return read_encoded(str(path))
     part = _part(path)
     with _open(path if part is None else part[1]) as file:
         size = os.fstat(file.fileno()).st_size if part is None else int(part[3])
@@ -75,13 +78,17 @@ def too_large(num_bytes: int) -> str:
 
 
 def read_ends(path: str | Path, num_bytes: int) -> tuple[int, bytes, bytes]:
-    """Return the size of a file, or part of a tar file, and up to `num_bytes` of its beginning and of its end.
+    """Return the size of a file, or image inside another one, and up to `num_bytes` of its beginning and of its end.
 
     Of 6 KB and 4 KB asked for, the end is the other 2. Waits for no pipe.
 
     Raises:
         OSError: it cannot be read.
     """
+    if container_of(str(path)):
+        content = read_encoded(str(path))
+        first = content[:num_bytes]
+        return len(content), first, content[max(len(content) - num_bytes, len(first)) :]
     part = _part(path)
     with _open(path if part is None else part[1]) as file:
         start, size = (0, os.fstat(file.fileno()).st_size) if part is None else (int(part[2]), int(part[3]))
@@ -102,22 +109,23 @@ def _open(path: str | Path) -> BinaryIO:
 
 
 def archive_of(path: str) -> str | None:
-    """Return the tar file that an image lies in; None if it is a file of its own."""
+    """Return the tar, Parquet or base64 file that an image lies in; None if it is a file of its own."""
     part = _part(path)
-    return None if part is None else part[1]
+    return container_of(path) if part is None else part[1]
 
 
 def file_stamp(path: str | Path) -> tuple[int, int, int, int]:
     """Return what changes when a file is written to or replaced: size in bytes, both times in nanoseconds, inode.
 
     The second time, of the inode's change, is the system's own: `cp -p` and `rsync -t` copy only the first. A part of a
-    tar file has the size of the part.
+    tar file has the size of the part; an image in a Parquet or base64 file has what that file has.
 
     Raises:
         OSError: it is not there.
     """
     part = _part(path)
-    found = os.stat(path if part is None else part[1])  # noqa: PTH116  (pathlib is several times as slow, and this runs once an image)
+    file = (container_of(str(path)) or path) if part is None else part[1]
+    found = os.stat(file)  # noqa: PTH116  (pathlib is several times as slow, and this runs once an image)
     size = found.st_size if part is None else int(part[3])
     return size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 

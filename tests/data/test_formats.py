@@ -93,12 +93,6 @@ def test_parquet_may_hold_lists_and_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_images_inside_parquet_are_named(tmp_path: Path) -> None:
-    columns = {"image": [{"bytes": b"x", "path": None}], "caption": ["x"]}
-    with pytest.raises(ValueError, match=r"the column image holds the images themselves.*image_path"):
-        read_index(parquet(tmp_path, columns))
-
-
 def test_a_parquet_cell_that_python_cannot_hold_costs_its_row(tmp_path: Path) -> None:
     encoded = pa.array([b"a.jpg", b"\xff.jpg", b"c.jpg"])
     images = pa.StringArray.from_buffers(3, *encoded.buffers()[1:])

@@ -1,11 +1,14 @@
 """Small data sets on disk in several forms; several tests share them."""
 
+import base64
 import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 
@@ -47,3 +50,24 @@ def make_shards(folder: Path, *counts: int) -> str:
         make_tar(folder / f"{shard:02}.tar", members)
         first += count
     return f"{folder}/{{00..{len(counts) - 1:02}}}.tar"
+
+
+def make_parquet(path: Path, count: int, *, rows_per_group: int = 100) -> Path:
+    """Parquet with images inside, as the Hub stores them; the image and the caption of each say which row it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": png_bytes(number), "path": f"{number}.png"} for number in range(count)]
+    columns = {"image": images, "caption": [f"number {number}" for number in range(count)]}
+    pq.write_table(pa.table(columns), path, row_group_size=rows_per_group)
+    return path
+
+
+def make_chinese_clip(folder: Path, split: str, count: int, *, first: int = 0) -> Path:
+    """Chinese-CLIP's files of a split, with an image a caption; returns the captions' file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = range(first, first + count)
+    lines = [f"{1000 + number}\t{base64.b64encode(png_bytes(number)).decode()}\n" for number in numbers]
+    (folder / f"{split}_imgs.tsv").write_text("".join(lines))
+    texts = [{"text_id": number, "text": f"数字 {number}", "image_ids": [1000 + number]} for number in numbers]
+    path = folder / f"{split}_texts.jsonl"
+    path.write_text("".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
