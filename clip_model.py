@@ -16,28 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, QUICK_GELU, known_architecture
+from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, known_architecture
+from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.parallel import clip_gradient, is_sharded, load_optimizer_state, whole
+from cliptune.model.inputs import ImageInput, TextInput, to_pixels, to_tokens
+from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
+from cliptune.model.positions import resize_weights, resized
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
-from cliptune.model.towers import (
-    RunLayer,
-    StatisticsSnapshot,
-    build_backbone,
-    checkpointed_layers,
-    compiled_layers,
-    image_tower,
-    run_by_method,
-    running_statistics,
-    set_activation,
-    shared_projection,
-    text_tower,
-)
+from cliptune.model.state_dicts import extra_state, read_extra_state
+from cliptune.model.towers import apply_settings, build_backbone, layers_of, set_compiled, shared_projection
 from cliptune.model.weights import Weights, find_weights, own_weights
-from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
 from cliptune.runtime.device import Precision
@@ -55,9 +45,6 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # both as in section 2.5 of CLIP's pap
 MAX_LOGIT_SCALE = math.log(100)
 TOWERS = ("image", "text")
 
-ImageInput = Tensor | Image.Image | str | Path | Sequence[Image.Image | str | Path]
-TextInput = Tensor | str | Sequence[str]
-
 
 class CLIPModel(nn.Module):
     """OpenAI's CLIP, float32, with a projection layer on each tower and one learned temperature.
@@ -71,8 +58,10 @@ class CLIPModel(nn.Module):
         freeze_backbone: train only the projection layers and the temperature; normalisation statistics are held too.
         pretrained: `auto` (OpenAI's weights where published), `openai`, `none` (random), a file or hub folder, or
             weights already read, which become the model's.
-        activation: `quick_gelu` or `gelu`, for weights files that do not tell.
+        activation: `quick_gelu`, `gelu` or `gelu_tanh`, for weights files that do not tell.
         freeze_tower: `image` or `text`: hold that tower as `freeze_backbone` holds both.
+        context_length: tokens of a text; None: the weights' own. Positions are cut, or interpolated behind the 20th.
+        image_resolution: sides of the input in pixels; None: the weights' own. Positions are interpolated.
 
     Attributes:
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
@@ -92,31 +81,37 @@ class CLIPModel(nn.Module):
         *,
         activation: str | None = None,
         freeze_tower: str | None = None,
+        context_length: int | None = None,
+        image_resolution: int | None = None,
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
-        self._run_layer: dict[str, RunLayer | None] = {"image": None, "text": None}
+        self.is_compiled = False
         weights = find_weights(model_name, pretrained, activation=activation)
         # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        sizes = {"context_length": context_length, "image_resolution": image_resolution}
         if weights is None:
-            architecture = known_architecture(model_name or DEFAULT_MODEL_NAME)
+            architecture = resized(known_architecture(model_name or DEFAULT_MODEL_NAME), **sizes)
             self.architecture = replace(architecture, activation=activation or architecture.activation)
             self.backbone = build_backbone(self.architecture)
         else:
             self.architecture = weights.architecture
             self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
-            if weights.self_test is not None:  # of the model with its own projections, whatever is asked for
+            if weights.self_test is not None:  # of the model as it was saved, whatever is asked for
                 self._make_projections(None, weights)
                 check_self_test(self, weights.self_test, source=weights.source)
+            self.architecture, tensors = resize_weights(weights.architecture, weights.tensors, **sizes)
+            if tensors is not weights.tensors:
+                self.backbone = build_backbone(self.architecture, tensors, source=weights.source)
         self._make_projections(projection_dim, weights)
         for tower in self.frozen_towers:
             for parameter in self.tower_state(tower).values():
                 parameter.requires_grad_(False)
-        self.train()
+        self.float().train()  # whatever type is the default where it is made
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: str | torch.device = "cpu") -> CLIPModel:
@@ -179,43 +174,48 @@ class CLIPModel(nn.Module):
         """Encode images.
 
         Args:
-            images: pixels `[B, 3, R, R]`, uint8, or float and normalised; or one or several Pillow images or paths,
-                which go through CLIP's own preprocessing.
+            images: pixels `[B, 3, R, R]` or `[3, R, R]`, uint8, or float and normalised; or one or several Pillow
+                images, paths, files' bytes, open binary files, or uint8 arrays `[H, W, 3]`, which go through the
+                model's own preprocessing; see `inputs.to_pixels`.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
 
         Raises:
-            ValueError: pixels of another type, or a file that is no image.
+            ValueError: pixels of another type or size, or what is no image.
             FileNotFoundError: no such file.
         """
-        pixels = images if isinstance(images, Tensor) else self._preprocess(images)  # [B, 3, R, R]
+        pixels = to_pixels(images, clip_transform(self.image_resolution))  # [B, 3, R, R]
         return self.project_image(self.run_image_tower(pixels))
 
     def encode_text(self, texts: TextInput) -> Tensor:
         """Encode texts.
 
         Args:
-            texts: tokens, int `[B, 77]`, or one or several strings (truncated to 77 tokens).
+            texts: one or several strings, truncated to the model's context; or tokens, int `[B, L]` or `[L]`, or what
+                a tokenizer returns, see `inputs.to_tokens`.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
+
+        Raises:
+            ValueError: what are no texts, ids that the model has not, or more tokens than its context.
         """
-        if isinstance(texts, Tensor):
-            tokens = texts
-        else:
-            tokens, truncated = tokenize([texts] if isinstance(texts, str) else texts, self.architecture.context_length)
-            if truncated:
-                logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
+        shape = self.architecture
+        tokens = to_tokens(
+            texts, self._tokenize, context_length=shape.context_length, vocab_size=shape.vocab_size
+        )  # [B, L]
         return self.project_text(self.run_text_tower(tokens))
 
     def compile_towers(self) -> None:
         """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
-        self._run_layer = {"image": compiled_layers(dynamic=False), "text": compiled_layers(dynamic=True)}
+        self.is_compiled = True
+        self.train(self.training)
 
     def checkpoint_gradients(self) -> None:
         """Keep the input alone of each layer for the backward pass, which runs the layer again: the same gradient."""
-        self._run_layer = {tower: checkpointed_layers(run_layer) for tower, run_layer in self._run_layer.items()}
+        for layer in layers_of(self.backbone):
+            layer.checkpointed = True  # type: ignore[assignment]
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode a batch of pairs.
@@ -228,26 +228,30 @@ class CLIPModel(nn.Module):
             `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
         """
         # a frozen tower's output may come in place of its input: pixels have 4 dimensions, tokens are integers
-        image_features = self.project_image(images) if images.ndim == 2 else self.encode_image(images)
-        text_features = self.project_text(tokens) if tokens.is_floating_point() else self.encode_text(tokens)
+        is_image_output = isinstance(images, Tensor) and images.ndim == 2
+        is_text_output = isinstance(tokens, Tensor) and tokens.is_floating_point()
+        image_features = self.project_image(images) if is_image_output else self.encode_image(images)
+        text_features = self.project_text(tokens) if is_text_output else self.encode_text(tokens)
         return image_features, text_features
 
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
-        pixels = normalize(images.to(self.device, non_blocking=True))
-        return image_tower(self.backbone, pixels, self._layer_runner("image"))
+        pixels = normalize(images.to(self.device, non_blocking=True), self.architecture.mean, self.architecture.std)
+        output: Tensor = self.backbone.encode_image(pixels)
+        return output
 
     def run_text_tower(self, tokens: Tensor) -> Tensor:
         """Turn tokens, int `[B, 77]`, into the text tower's output `[B, embed_dim]`."""
-        return text_tower(self.backbone, tokens, self._layer_runner("text"))
+        output: Tensor = self.backbone.encode_text(tokens)
+        return output
 
     def project_image(self, tower_output: Tensor) -> Tensor:
         """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
-        return F.normalize(self.image_projection(tower_output.to(self.device)).float(), dim=-1)
+        return F.normalize(self.image_projection(tower_output.to(self.logit_scale)).float(), dim=-1)
 
     def project_text(self, tower_output: Tensor) -> Tensor:
         """Take the text tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
-        return F.normalize(self.text_projection(tower_output.to(self.device)).float(), dim=-1)
+        return F.normalize(self.text_projection(tower_output.to(self.logit_scale)).float(), dim=-1)
 
     def tower_state(self, tower: str) -> dict[str, Tensor]:
         """Return one tower's own parameters and buffers by name; `tower` is `image` or `text`."""
@@ -257,6 +261,7 @@ class CLIPModel(nn.Module):
     def train(self, mode: bool = True) -> CLIPModel:
         """Set training mode; frozen towers, and the BatchNorm statistics of loaded weights, stay held."""
         super().train(mode)
+        set_compiled(self.backbone, self.is_compiled and mode)
         if "image" in self.frozen_towers:
             self.backbone.visual.eval()
         if "text" in self.frozen_towers:
@@ -268,26 +273,20 @@ class CLIPModel(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Put the activation into the state dict: tensors do not show it, and the wrong one is silent."""
-        return torch.tensor(self.architecture.activation == QUICK_GELU)
+        """Put what features depend on and no tensor shows into the state dict: the wrong one is silent."""
+        return extra_state(self.architecture)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the activation that loaded weights were made with."""
-        activation = "quick_gelu" if bool(state) else "gelu"
-        if activation != self.architecture.activation:
-            self.architecture = replace(self.architecture, activation=activation)
-            set_activation(self.backbone, activation)
+        """Take what loaded weights were made with; a ValueError if it cannot be read."""
+        before, self.architecture = self.architecture, self.architecture.with_unseen(read_extra_state(state))
+        if self.architecture != before:
+            apply_settings(self.backbone, self.architecture)
 
-    def _layer_runner(self, tower: str) -> RunLayer | None:
-        # compiling and checkpointing are for training; FSDP gathers a layer's weights whenever it runs
-        run_layer = self._run_layer[tower] if self.training else None
-        return run_by_method(run_layer) if is_sharded(self) else run_layer
-
-    def _preprocess(self, images: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Tensor:
-        sequence = [images] if isinstance(images, Image.Image | str | Path) else images
-        transform = clip_transform(self.image_resolution)
-        decoded = (to_rgb(item) if isinstance(item, Image.Image) else transform.load(item) for item in sequence)
-        return torch.stack([transform(image) for image in decoded])  # [B, 3, R, R]
+    def _tokenize(self, texts: Sequence[str]) -> Tensor:
+        tokens, truncated = tokenize(texts, self.architecture.context_length)
+        if truncated:
+            logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
+        return tokens
 
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}
@@ -317,7 +316,7 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     return {
         **state,
         "activation": model.architecture.activation,
-        "preprocessing": describe_preprocessing(model.image_resolution),
+        "preprocessing": describe_preprocessing(model.architecture),
         "temperature": math.exp(-model.logit_scale.item()),
         "self_test": self_test,
     }

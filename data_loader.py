@@ -42,7 +42,7 @@ from cliptune.data.splits import own_training, separate_validation, split_pairs
 from cliptune.data.table import SPLITS
 from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
-from cliptune.preprocess.tokens import tokenize
+from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
 from cliptune.runtime.logs import progress_bar, setup_logging
 from cliptune.runtime.messages import count, printable
@@ -62,10 +62,15 @@ class ImageTextDataset(Dataset[Sample]):
         transform: RGB image to `[3, R, R]`, uint8, or float and normalised; CLIP's own by default. A random one is
             reproducible as long as it draws from `torch` or `random`.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        image_key: column that holds the image paths; None: the first known one.
+        caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the first known one.
+        captions_from: `json`, `txt` or `caption` files beside the images of a folder, or the names: `folder` or
+            `filename`; None: found by what the folder holds.
+        caption_template: caption in which `{}` stands for such a name.
         captions: `random`: an item an image; `all`: an item a pair.
         val_split: fraction of the images for validation, whole groups of them, in (0, 1).
         seed: of the split, the caption choice and a random transform.
+        context_length: tokens of a caption, the model's: a longer one is truncated.
 
     Attributes:
         num_views: views that a random transform makes of an image, taken in turn by the epochs: epoch e sees view
@@ -76,24 +81,32 @@ class ImageTextDataset(Dataset[Sample]):
         ValueError: an index that cannot be read, or no image in that split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
         self,
         data_dir: str | Path | Pairs,
         *,
         split: str | None = None,
         transform: PixelTransform | Transform | None = None,
         image_dir: str | Path | None = None,
+        image_key: str | None = None,
         caption_key: str | None = None,
+        captions_from: str | None = None,
+        caption_template: str | None = None,
         captions: str = "random",
         val_split: float = 0.1,
         seed: int = 42,
+        context_length: int = CONTEXT_LENGTH,
     ) -> None:
         if split is not None and split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         if captions not in {"random", "all"}:
             raise ValueError(f"captions must be 'random' or 'all', got {captions!r}")
         if not isinstance(data_dir, Pairs):
-            pairs = load_pairs(DataSource(data_dir, image_dir=image_dir, caption_key=caption_key))
+            source = DataSource(
+                data_dir, image_dir, caption_key, image_key=image_key, captions_from=captions_from,
+                caption_template=caption_template,
+            )  # fmt: skip
+            pairs = load_pairs(source)
             data_dir = pairs if split is None else split_pairs(pairs, val_split=val_split, seed=seed)[split]
         if not len(data_dir):
             raise ValueError(f"no image in the split {split!r}" if split else "no image in the data set")
@@ -102,6 +115,7 @@ class ImageTextDataset(Dataset[Sample]):
         self.cache: ImageCache | None = None
         self.every_pair = captions == "all"
         self.seed = seed
+        self.context_length = context_length
         self.num_views = 0
         self._image_of_pair = self.pairs.text_to_image.numpy()
         self._epoch = shared_number()  # workers that stay alive see a new epoch
@@ -128,7 +142,8 @@ class ImageTextDataset(Dataset[Sample]):
             raise IndexError(index)
         image_index, caption_index = (int(found[0]) for found in self.choose(np.array([index])))
         path, caption = self.pairs.paths[image_index], self.pairs.captions[caption_index]
-        sample = Sample(None, tokenize([caption])[0][0], image_index, caption_id(caption), caption_index)
+        tokens = tokenize([caption], self.context_length)[0][0]
+        sample = Sample(None, tokens, image_index, caption_id(caption), caption_index)
         try:
             finish = self._open(path)
         except (ValueError, OSError) as error:
@@ -186,7 +201,10 @@ def _inspect(argv: list[str] | None) -> int:
         )
         print(f"made sample data: {printable(str(index))}")
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
-    source = DataSource(folder, settings.image_dir, settings.caption_key, fraction)
+    source = DataSource(
+        folder, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
+        captions_from=settings.captions_from, caption_template=settings.caption_template,
+    )  # fmt: skip
     pairs = load_pairs(source)
     splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
     if settings.val_data is not None:

@@ -157,7 +157,10 @@ def _find_pairs(settings: EvaluationSettings, run_data: DataSettings, content: d
     fraction = run_data.allowed_skipped_fraction if fraction is None else fraction
     is_runs_own = settings.data_dir is None
     if settings.data_dir is not None:
-        source = DataSource(settings.data_dir, settings.image_dir, settings.caption_key, fraction)
+        source = DataSource(
+            settings.data_dir, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
+            captions_from=settings.captions_from, caption_template=settings.caption_template,
+        )  # fmt: skip
         pairs = load_pairs(source)
         split = settings.split or default_split(pairs, source)
         is_runs_own = split not in pairs.declared() and known.holds(split)
@@ -165,8 +168,12 @@ def _find_pairs(settings: EvaluationSettings, run_data: DataSettings, content: d
     else:
         if settings.split not in {None, "val"}:
             raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
-        data_dir, image_dir = run_data.val_data or run_data.data_dir, settings.image_dir or run_data.image_dir
-        source, split = DataSource(data_dir, image_dir, run_data.caption_key, fraction), "val"
+        source, split = DataSource(
+            run_data.data_dir, settings.image_dir or run_data.image_dir, run_data.caption_key, fraction,
+            image_key=run_data.image_key, captions_from=run_data.captions_from,
+            caption_template=run_data.caption_template,
+        ), "val"  # fmt: skip
+        source = source if run_data.val_data is None else source.at(run_data.val_data)
         pairs = _own_validation_pairs(source, known, content["val_images"])
     num_trained_on = int(known.are_in(pairs, "train", str(source.data_dir)).sum())
     return Chosen(pairs, str(source.data_dir), split, is_runs_own, num_trained_on, fraction)

@@ -35,6 +35,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.model.architectures import known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
+from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import command_line, run_info
 from cliptune.run_data import (
@@ -135,9 +136,7 @@ def _train(argv: list[str] | None) -> int:
         )
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
-            journal.advise(**_odd_data(config, splits, snapshots))
-        if resumed is not None and (ending := _ending(config, state)):
-            logger.info("nothing is left to train: %s", ending)
+            journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -162,13 +161,15 @@ def _fit(
     Raises:
         KilledWorkerError: a loader worker was killed; the state after the last step is saved.
     """
-    device, code = trainer.model.device, 0
-    stop = StopSignals()
+    settings, device, code = config.training, trainer.model.device, 0
+    limits, stop = (settings.num_epochs, settings.early_stopping_patience), StopSignals()
+    if state.history and (ending := state.ending(*limits)):
+        logger.info("nothing is left to train: %s", ending)
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
-            while (ending := _ending(config, state)) is None:
+            while (ending := state.ending(*limits)) is None:
                 stop.check()
                 state.begin_epoch(device)
                 journal.begin_epoch(state)
@@ -195,22 +196,12 @@ def _fit(
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
-            if len(state.history) <= config.training.num_epochs:
+            if len(state.history) <= settings.num_epochs:
                 logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
         except (Stopped, KilledWorkerError) as end:
             code = _end_early(end, data, state=state, saver=saver)
     return code
-
-
-def _ending(config: Config, state: RunState) -> str | None:
-    """Say why there is no epoch left to train; None while there is one."""
-    settings = config.training
-    if len(state.history) > settings.num_epochs:
-        return f"the run has had its {count(settings.num_epochs, 'epoch')} (--num_epochs)"
-    if state.is_stale(settings.early_stopping_patience):
-        return f"no better RSum for {count(state.epochs_since_best, 'epoch')} (--early_stopping_patience)"
-    return None
 
 
 def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:
@@ -304,11 +295,14 @@ def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None
     if resumed is not None:  # the checkpoint holds architecture and weights; nothing else is needed
         return own_weights(resumed.content, resumed.path)
     if settings.pretrained in NAMED_WEIGHTS:
-        known_architecture(settings.name)
+        resized(known_architecture(settings.name), **settings.sizes())
         return settings.pretrained
     chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
     name = settings.name if chosen else None  # which a file may contradict without a warning
-    return find_weights(name, settings.pretrained, activation=settings.activation) or settings.pretrained
+    weights = find_weights(name, settings.pretrained, activation=settings.activation)
+    if weights is not None:
+        resized(weights.architecture, **settings.sizes())
+    return weights or settings.pretrained
 
 
 def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
@@ -316,6 +310,7 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
     model = CLIPModel(
         settings.name, settings.projection_dim, settings.freeze_backbone, weights,
         activation=settings.activation, freeze_tower=settings.freeze_tower,
+        **settings.sizes(),
     )  # fmt: skip
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
@@ -489,7 +484,7 @@ def _open_journal(
     return journal
 
 
-def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str, str | None]:
+def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int) -> dict[str, str | None]:
     """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
     found = data_findings(
         splits,
@@ -497,6 +492,7 @@ def _odd_data(config: Config, splits: Splits, snapshots: Snapshots) -> dict[str,
         val_split=config.data.val_split,
         batch_size=config.training.batch_size,
         every_pair=config.data.captions == "all",
+        context_length=context_length,
     )
     return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 

@@ -26,9 +26,8 @@ from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, w
 from clip_model import CLIPModel
 from cliptune.cli import parse_settings, run_stage
 from cliptune.data.row_store import ImageCache
+from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD
 from cliptune.preprocess.transforms import (
-    CLIP_MEAN,
-    CLIP_STD,
     PixelTransform,
     clip_transform,
     normalize,

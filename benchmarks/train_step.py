@@ -27,6 +27,7 @@ from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.data.formats import read_index
 from cliptune.data.sample_data import distinct_scenes
 from cliptune.model.architectures import ARCHITECTURES, Architecture
+from cliptune.model.towers import CLASS_ARGUMENTS
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import keep_freed_memory, resolve_device, resolve_precision
 from cliptune.runtime.openai_clip import import_clip
@@ -168,8 +169,7 @@ def transformers_step(model_name: str, images: Tensor, tokens: Tensor, device: t
 
 def clip_step(model_name: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str) -> Step:
     """Make one step of the loop that everybody writes on OpenAI's package: 77 positions, AdamW as it comes."""
-    shape = vars(ARCHITECTURES[model_name])
-    sizes = {key: value for key, value in shape.items() if key not in {"name", "activation", "vision_heads"}}
+    sizes = {key: getattr(ARCHITECTURES[model_name], key) for key in CLASS_ARGUMENTS}
     model = import_clip().model.CLIP(**sizes).float().to(device)
     labels = torch.arange(len(tokens), device=device)
 

@@ -40,10 +40,10 @@ HELP_GROUPS = {
         "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "val_data", "split", "val_split", "image_dir", "caption_key", "captions", "augment", "on_unreadable_image",
-        "max_skipped_fraction", "allow_data_change",
+        "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
+        "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction", "allow_data_change",
     ),
-    "model": ("pretrained", "projection_dim", "freeze_tower", "activation"),
+    "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
     "training": (
         "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
         "skip_nonfinite", "seed",
@@ -76,7 +76,8 @@ MEANT = {
     "checkpoint_path": "checkpoint", "ckpt": "checkpoint", "weights": "pretrained", "freeze": "freeze_backbone",
     "grad_clip": "gradient_clip_norm", "grad_clip_norm": "gradient_clip_norm", "amp": "precision", "gpu": "device",
     "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
-    "debug": "log_level", "verbose": "log_level",
+    "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
+    "max_length": "context_length",
 }  # fmt: skip
 """What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 

@@ -151,6 +151,7 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
     settings = config.data
     source = DataSource(
         settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
+        image_key=settings.image_key, captions_from=settings.captions_from, caption_template=settings.caption_template,
         may_run_commands="data_dir" in given,
     )  # fmt: skip
     if is_shards(settings.data_dir):
@@ -225,14 +226,18 @@ def open_data(
         cache = FeatureCache(encoder, cache_dir / "features", identify=identify)
 
     transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
+    context_length = model.architecture.context_length
     options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
     loader: TrainLoader | FeatureLoader | ShardLoader
     if isinstance(train, Shards):
         loader = ShardLoader(
-            train, transform=transform, seed=training.seed, caption_key=settings.caption_key, **options
-        )
+            train, transform=transform, seed=training.seed, caption_key=settings.caption_key,
+            context_length=context_length, **options,
+        )  # fmt: skip
     else:
-        dataset = dataset_class(train, transform=transform, captions=settings.captions, seed=training.seed)
+        dataset = dataset_class(
+            train, transform=transform, captions=settings.captions, seed=training.seed, context_length=context_length
+        )
         if image_cache_dir is not None:
             dataset.cache_images(image_cache_dir)
         loader = TrainLoader(dataset, **options)

@@ -58,8 +58,20 @@ DataDir = Annotated[
 ImageDir = Annotated[
     str | None, Field(description="folder that image paths are relative to; none: the index file's folder")
 ]
+ImageKey = Annotated[str | None, Field(description="column that holds the image paths; none: the first known one")]
 CaptionKey = Annotated[
-    str | None, Field(description="column that holds the captions; none: the first of caption, captions, title")
+    str | None, Field(description="column that holds the captions, or several (en,de); none: the first known one")
+]
+CaptionsFrom = Annotated[
+    Literal["json", "txt", "caption", "folder", "filename"] | None,
+    Field(
+        description="captions of a folder of images: files json, txt or caption, or names of folder or filename; none: "
+        "found by what it holds"
+    ),
+]
+CaptionTemplate = Annotated[
+    str | None,
+    Field(description='caption in which {} stands for such a name; none: "a photo of a {}", or the file\'s name'),
 ]
 ValSplit = Annotated[
     float,
@@ -119,9 +131,19 @@ class ModelSettings(Settings):
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
     )
     pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
-    activation: Literal["quick_gelu", "gelu"] | None = Field(
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = Field(
         None, description="activation of a weights file that does not tell it; none: found from the file"
     )
+    context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
+        None, description="tokens of a text, 3 to 4096: positions are cut or interpolated; none: the weights' own"
+    )
+    image_resolution: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="pixels of an image's sides: positions are interpolated; none: the weights' own"
+    )
+
+    def sizes(self) -> dict[str, int | None]:
+        """Return the sizes that the weights are to have, by the names that `CLIPModel` takes."""
+        return {"context_length": self.context_length, "image_resolution": self.image_resolution}
 
     @model_validator(mode="after")
     def _freeze_once(self) -> ModelSettings:
@@ -138,7 +160,10 @@ class DataSettings(Settings):
         None, description="separate validation set, which shards need; none: split off from the data"
     )
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
+    captions_from: CaptionsFrom = None
+    caption_template: CaptionTemplate = None
     captions: Literal["random", "all"] = Field(
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
@@ -264,7 +289,10 @@ class InspectSettings(Settings):
 
     data_dir: DataDir = DEFAULT_DATA_DIR
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
+    captions_from: CaptionsFrom = None
+    caption_template: CaptionTemplate = None
     val_split: ValSplit = 0.1
     val_data: str | None = Field(
         None, description="separate validation set that is compared with the data; none: split off"
@@ -294,7 +322,10 @@ class EvaluationSettings(Settings):
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
     image_dir: ImageDir = None
+    image_key: ImageKey = None
     caption_key: CaptionKey = None
+    captions_from: CaptionsFrom = None
+    caption_template: CaptionTemplate = None
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )

@@ -9,7 +9,6 @@ from torch import nn
 
 from clip_model import MAX_LOGIT_SCALE, CLIPModel, MultimodalTrainer, add_self_test
 from cliptune.model.checkpoint_file import save_checkpoint
-from cliptune.model.towers import image_tower, text_tower
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.rng import draw_bits, seed_everything
@@ -34,8 +33,8 @@ def test_features_are_the_towers_bit_for_bit(model: CLIPModel) -> None:
     images, (tokens, _) = torch.randn(3, 3, 224, 224), tokenize(["a dog", "a cat on a mat", "a"])
     with torch.no_grad():
         for features, own in (
-            (model.encode_image(images), image_tower(model.backbone, images)),
-            (model.encode_text(tokens), text_tower(model.backbone, tokens)),
+            (model.encode_image(images), model.backbone.encode_image(images)),
+            (model.encode_text(tokens), model.backbone.encode_text(tokens)),
         ):
             assert torch.equal(features, own / own.norm(dim=-1, keepdim=True))
 

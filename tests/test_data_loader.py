@@ -9,10 +9,11 @@ import pytest
 import torch
 from torchvision import transforms
 
-from cliptune.data.loaders import Batch, EpochBatches, Sample, TrainLoader, caption_id
+from cliptune.data.loaders import Batch, EpochBatches, Sample, TrainLoader, caption_id, collate
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.table import Strings
-from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, train_transform
+from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD
+from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.rng import _split_mix, draw_bits
 from data_loader import ImageTextDataset, main
 from tests.helpers.datasets import make_images, make_index
@@ -109,6 +110,14 @@ def test_a_users_random_transform_is_reproducible_and_leaves_no_trace(sample_dir
     assert torch.equal(first, dataset[0].image)  # type: ignore[arg-type]
     dataset.set_epoch(1)
     assert not torch.equal(first, dataset[0].image)  # type: ignore[arg-type]
+
+
+def test_captions_are_cut_to_the_models_context(sample_dir: Path) -> None:
+    dataset = ImageTextDataset(sample_dir, context_length=6)
+    for batch in TrainLoader(dataset, batch_size=16, num_workers=0, device=CPU).epoch(1):
+        assert batch.tokens.shape[1] == 6
+        assert (batch.tokens.max(dim=1).values == 49407).all()
+    assert collate([], 6).tokens.shape == (0, 6)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

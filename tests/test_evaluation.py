@@ -229,7 +229,7 @@ def test_images_that_moved_away_from_their_index_are_told(
     shutil.move(tmp_path / "before" / "images", tmp_path / "elsewhere" / "images")
     assert evaluated(moved)[0] == 2
     error = capsys.readouterr().err
-    assert "60 of 60 records cannot be used" in error
+    assert "none of its 60 images is found" in error
     assert "--image_dir" in error
     code, found = evaluated(moved, "--image_dir", str(tmp_path / "elsewhere"))
     assert (code, found["num_images"]) == (0, 6)

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from cliptune.data.pairs import load_pairs
+from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.preprocess.decode import read_bytes
+from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
+from tests.helpers.datasets import make_chinese_clip, make_images, make_index, make_parquet
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
@@ -197,3 +202,74 @@ def test_a_project_that_moved_as_a_whole_goes_on_with_its_own_data(
 def test_a_folder_without_a_run_is_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
     assert f"--resume: {tmp_path} holds no run's model-checkpoint/last_model.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["parquet", "chinese-clip"])
+def test_images_inside_other_files_train_as_files_do_and_may_move(
+    form: str, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    small.chdir(tmp_path)
+    for split, first, number in (("train", 0, 30), ("val", 30, 8)):
+        if form == "chinese-clip":
+            make_chinese_clip(tmp_path / "data", split, number, first=first)
+        else:
+            make_parquet(tmp_path / "data" / f"{split}.parquet", number, first=first, rows_per_group=7)
+    pairs = load_pairs("data")
+    rows = []
+    for row, path in enumerate(pairs.paths):
+        image = tmp_path / "files" / f"{row:03}.png"
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(read_bytes(path))
+        rows.append({"image": image.name, "caption": pairs.captions[row], "split": SPLITS[pairs.splits[row]]})
+    make_index(tmp_path / "files", rows)
+    flags = [*FLAGS, "--num_epochs", "1", "--num_workers", "2"]
+    assert main(["--data_dir", "files", "--output_dir", "plain", *flags]) == 0
+    assert main(["--data_dir", "data", "--output_dir", "run", "--cache_images", "true", *flags]) == 0
+    models = [stored(tmp_path / run)["model_state_dict"] for run in ("plain", "run")]
+    assert_same(models[1], models[0])
+    shutil.move("data", "moved")
+    assert resume() == 2
+    assert resume("--data_dir", "moved") == 0
+    assert evaluation_main(["--checkpoint", "run/model-checkpoint/last_model.pth", "--output_dir", "run"]) == 0
+
+
+def test_a_run_on_names_of_folders_is_evaluated_and_resumed(
+    tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.chdir(tmp_path)
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "dev") for kind in ("kite", "boat") for i in range(10)]
+    make_images(tmp_path / "set", *names)
+    flags = ["--data_dir", "set", "--output_dir", "run", "--num_epochs", "1", *FLAGS]
+    assert main(flags) == 2
+    assert "train: 20 images and no captions: " in (error := capsys.readouterr().err)
+    assert "--captions_from folder (here 'boat')" in error
+    assert main([*flags, "--captions_from", "folder", "--caption_template", "a drawing of a {}"]) == 0
+    checkpoint = ["--checkpoint", "run/model-checkpoint/last_model.pth"]
+    assert evaluation_main(checkpoint) == 0
+    assert evaluation_main([*checkpoint, "--data_dir", "set", "--captions_from", "folder"]) == 0
+    assert resume() == 0
+    shutil.copytree(tmp_path / "set/dev", tmp_path / "other")
+    make_index(tmp_path, [{"image": f"other/kite/{i}.png", "caption": "a kite"} for i in range(10)], "other.json")
+    for val_data in ("other", "other.json"):  # names are for folders
+        val = ["--val_data", val_data, "--output_dir", val_data.replace(".", "-")]
+        assert main([*flags, "--captions_from", "folder", *val]) == 0
+        checkpoint = ["--checkpoint", f"{val[-1]}/model-checkpoint/last_model.pth"]
+        assert evaluation_main(checkpoint) == 0
+
+
+def test_wrong_settings_of_names_are_told(
+    small: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.chdir(tmp_path)
+    make_images(tmp_path / "set", "kite/1.png")
+    for flags, message in [
+        (["--captions_from", "classes"], "captions_from"),
+        (["--captions_from", "folder", "--caption_template", "a photo"], "caption_template 'a photo' has no {}"),
+        (["--caption_template", "a {}"], "needs captions_from folder"),
+    ]:
+        for stage in (main, data_loader_main):
+            try:
+                assert stage(["--data_dir", "set", *flags]) == 2
+            except SystemExit as stopped:
+                assert stopped.code == 2
+            assert message in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from cliptune.data.index import Records, is_id, kind, quote
 from cliptune.data.text_stream import TextFile
 from cliptune.preprocess.decode import MAX_BYTES
 from cliptune.preprocess.encoded import base64_path
-from cliptune.runtime.logs import progress_bar
 
 TEXTS, IMAGES = "texts.jsonl", "imgs.tsv"
 _IMAGE_LINE = re.compile(r"[^\t]+\t(/9j/|_9j_|iVBORw|R0lGOD|UklGR)")
@@ -27,11 +25,10 @@ def images_beside(texts: Path) -> Path | None:
     return texts.with_name(name.removesuffix(TEXTS) + IMAGES) if name.endswith(TEXTS) else None
 
 
-def texts_of_images(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the files of captions whose images are among `paths` too, each with what its name begins with: `train`."""
-    paths = list(paths)
-    texts = (path for path in paths if images_beside(path) in paths)
-    return {path: path.name.removesuffix(TEXTS).rstrip("_-.") for path in texts}
+def split_of_texts(path: Path) -> str | None:
+    """Return what the name of a file of captions begins with: `train`; None if no file of images is beside it."""
+    images = images_beside(path)
+    return path.name.removesuffix(TEXTS).rstrip("_-.") if images is not None and images.is_file() else None
 
 
 def refuse_images(path: Path, line: str) -> None:
@@ -81,6 +78,8 @@ class _Images:
     """Where each image of a file lies in it, by its id."""
 
     def __init__(self, found: Records, path: Path) -> None:
+        from cliptune.runtime.logs import progress_bar  # noqa: PLC0415  (it imports PyTorch, and few files are read here)
+
         self._found, self._path = found, path
         self._file = str(path.absolute())
         self._row_of: dict[str, int] = {}

@@ -19,10 +19,12 @@ from cliptune.preprocess.tokens import CONTEXT_LENGTH, count_tokens
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import num_cores
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.messages import count
+from cliptune.runtime.messages import count, first_few
 
 INPUT_SIZE = 224  # pixels, of most models
-MAX_DUPLICATES = 5  # shown
+MAX_EXAMPLES = 5  # shown
+ONE_COLOR = 5
+"""Levels of 255 by which the pixels of an image that is nearly one colour deviate from their mean."""
 MAX_WORKERS = 16
 
 
@@ -51,6 +53,7 @@ class _Checked(NamedTuple):
     shortest_side: int = 0
     digest: bytes = b""
     """Of the file."""
+    is_one_color: bool = False
 
 
 class _ImageFiles(Dataset[_Checked]):
@@ -68,10 +71,11 @@ class _ImageFiles(Dataset[_Checked]):
         try:
             content = read_bytes(path)
             image = self.transform.load(content)
-            self.transform(image)
+            pixels = self.transform(image).float()  # [3, R, R]
         except (OSError, ValueError) as error:
             return _Checked(image_issue(path, error))
-        return _Checked(None, min(size_of(image)), hashlib.blake2b(content, digest_size=16).digest())
+        is_one_color = bool(pixels.std(dim=(1, 2)).max() < ONE_COLOR)
+        return _Checked(None, min(size_of(image)), hashlib.blake2b(content, digest_size=16).digest(), is_one_color)
 
 
 @dataclass
@@ -84,6 +88,7 @@ class DataCheck:
     num_small: int = 0
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     """Images whose files are the same, byte by byte: the first and the other."""
+    of_one_color: list[str] = field(default_factory=list)
     num_truncated: int = 0
     num_repeated: int = 0
     findings: Sequence[str] = ()
@@ -92,8 +97,8 @@ class DataCheck:
     def lines(self) -> Iterator[str]:
         """Say all of it: a line an issue, then what is odd, then the sum."""
         yield from map(str, self.issues.first)
-        if self.issues.count > len(self.issues.first):
-            yield f"... and {count(self.issues.count - len(self.issues.first), 'more issue')}"
+        if self.issues.num_untold:
+            yield f"... and {count(self.issues.num_untold, 'more issue')}"
         if self.num_truncated:
             yield f"note: {count(self.num_truncated, 'caption')} longer than {CONTEXT_LENGTH} tokens will be truncated"
         if self.num_repeated:
@@ -102,7 +107,12 @@ class DataCheck:
             yield f"note: {count(self.num_small, 'image')} smaller than {INPUT_SIZE} pixels, the input of most models"
         if self.duplicates:
             yield f"note: {count(len(self.duplicates), 'image')} byte-identical to an earlier one"
-            yield from (f"      {first} = {second}" for first, second in self.duplicates[:MAX_DUPLICATES])
+            yield from (f"      {first} = {second}" for first, second in self.duplicates[:MAX_EXAMPLES])
+        if self.of_one_color:
+            yield (
+                f"note: {count(len(self.of_one_color), 'image')} nearly of one colour: "
+                f"{first_few(self.of_one_color, MAX_EXAMPLES)}"
+            )
         yield from (f"note: {finding}" for finding in self.findings)
         num_readable = self.num_images - self.num_unreadable
         if self.issues.count:
@@ -137,6 +147,8 @@ def _check_images(paths: Strings, check: DataCheck, *, num_workers: int | None) 
             check.num_unreadable += 1
             continue
         check.num_small += image.shortest_side < INPUT_SIZE
+        if image.is_one_color:
+            check.of_one_color.append(paths[index])
         first = first_of.setdefault(image.digest, index)
         if first != index:
             check.duplicates.append((paths[first], paths[index]))

@@ -25,8 +25,6 @@ MEETS_ITS_CAPTION = 0.02
 """Fraction of the pairs from which on captions that other images have, too, are told."""
 MAX_READ, COST_OF_A_FILE = 2**28, 2**16
 """Bytes that are read to compare files, and what a small one counts as."""
-MIN_BYTES = CONTEXT_LENGTH - 2
-"""Of a caption that fills the context beside the start and the end: a token is a byte or more."""
 MAX_TOKENIZED = 2000
 """Captions that are tokenised to compare them; the rest is estimated."""
 NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -39,6 +37,7 @@ def data_findings(
     val_split: float,
     batch_size: int,
     every_pair: bool = False,
+    context_length: int = CONTEXT_LENGTH,
 ) -> dict[str, str | None]:
     """Look at what a run is going to train and validate on; takes seconds for a million images.
 
@@ -48,18 +47,21 @@ def data_findings(
         val_split: fraction of the images that was to validate.
         batch_size: pairs a step.
         every_pair: an epoch has every pair, not one of each image.
+        context_length: tokens that the model reads of a caption.
 
     Returns:
         The findings by their kinds, the most harmful first.
     """
     read = [part for part in splits.values() if isinstance(part, Pairs) and len(part)]
     train = splits["train"]
-    repeated = None
+    repeated, same = None, None
+    if read:
+        same = same_tokens(Strings.concatenate([part.captions for part in read]), context_length)
     if isinstance(train, Pairs) and len(train):
         repeated = repeated_captions(train, batch_size=batch_size, every_pair=every_pair)
     return {
         "shared_images": shared_images(splits, files),
-        "same_tokens": same_tokens(Strings.concatenate([part.captions for part in read])) if read else None,
+        "same_tokens": same,
         "repeated_captions": repeated,
         "uneven_split": uneven_split(splits, val_split=val_split),
     }
@@ -159,15 +161,16 @@ def uneven_split(splits: Mapping[str, Pairs | Shards], *, val_split: float) -> s
     )
 
 
-def same_tokens(captions: Strings) -> str | None:
+def same_tokens(captions: Strings, context_length: int = CONTEXT_LENGTH) -> str | None:
     """Find captions that are the same to the model though they differ, behind the last token that it reads.
 
     Each token is a byte or more, so such captions begin with the same bytes: only those that do are tokenised, at most
     2,000 of them, and of more the rest is estimated.
     """
     lengths = pc.binary_length(captions.column()).to_numpy()  # short ones are most, and need not be looked at
-    captions = captions.take(np.flatnonzero(lengths > MIN_BYTES))
-    heads = Strings.of(map(_head, captions))
+    min_bytes = context_length - 2  # of a caption that fills the context beside the start and the end
+    captions = captions.take(np.flatnonzero(lengths > min_bytes))
+    heads = Strings.of(_head(caption, min_bytes) for caption in captions)
     _, kinds, num_of_kind = np.unique(text_hashes(heads), return_inverse=True, return_counts=True)
     alike = np.flatnonzero((num_of_kind[kinds] > 1) & ~heads.empty)
     alike = alike[np.argsort(kinds[alike], kind="stable")]  # so that a part of them holds whole kinds
@@ -176,7 +179,7 @@ def same_tokens(captions: Strings) -> str | None:
     sample = different[:MAX_TOKENIZED]
     if not sample:
         return None
-    tokens, _ = tokenize(sample)
+    tokens, _ = tokenize(sample, context_length)
     _, kinds, num_of_kind = np.unique(tokens.numpy(), axis=0, return_inverse=True, return_counts=True)
     is_same = num_of_kind[kinds.reshape(-1)] > 1
     if not is_same.any():
@@ -184,15 +187,15 @@ def same_tokens(captions: Strings) -> str | None:
     number = round(int(is_same.sum()) * len(different) / len(sample))
     example = shorten(printable(sample[int(is_same.argmax())]), 60)
     return (
-        f"{number:,} different captions are the same to the model, which reads {CONTEXT_LENGTH} tokens and no more: "
+        f"{number:,} different captions are the same to the model, which reads {context_length} tokens and no more: "
         f"they differ behind ({example!r}). Put what differs first, or shorten them"
     )
 
 
-def _head(caption: str) -> str:
+def _head(caption: str, min_bytes: int) -> str:
     """Return what two captions of the same tokens have in common; nothing for one so short that all of it is read."""
     text = _plain(caption).encode("utf-8", "surrogatepass")
-    return str(text[:MIN_BYTES], "latin-1") if len(text) > MIN_BYTES else ""
+    return str(text[:min_bytes], "latin-1") if len(text) > min_bytes else ""
 
 
 def _plain(caption: str) -> str:

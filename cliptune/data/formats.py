@@ -11,48 +11,60 @@ from pathlib import Path
 
 from cliptune.data.base64_images import is_texts, read_texts, refuse_images
 from cliptune.data.columns import read_rows
-from cliptune.data.delimited import MAX_HEADER, header, read_table
+from cliptune.data.delimited import MAX_HEADER, SEPARATOR_LINE, Header, header, header_names, read_table
 from cliptune.data.documents import is_json_lines, json_lines, read_object
-from cliptune.data.folders import read_directory
-from cliptune.data.index import KNOWN_FORMS, Index, Records, quote
+from cliptune.data.index import KNOWN_FORMS, Index, Records
 from cliptune.data.parquet import is_parquet, read_parquet
+from cliptune.data.split_lists import with_split_lists
 from cliptune.data.text_stream import TextFile
-from cliptune.data.token_lines import IMAGE_NAME, TOKEN_LINE, read_token_lines
+from cliptune.data.token_lines import TOKEN_LINE, read_token_lines
+from cliptune.data.unknown import refuse_binary, resemblance
 
 
-def read_index(path: Path, *, caption_key: str | None = None) -> Index:
-    """Read an index file of any known form; captions come from the column `caption_key` if it is given.
+def read_index(path: Path, *, caption_key: str | None = None, image_key: str | None = None) -> Index:
+    """Read an index file of any known form.
+
+    Args:
+        path: of the file.
+        caption_key: column of the captions, or several of them, `caption_en,caption_de`; None: a known one.
+        image_key: column of the images; None: a known one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, of no known form, without a usable row, or lacks the column `caption_key`.
+        ValueError: the file is not UTF-8, of no known form, without a usable row, or lacks a column that is named.
     """
-    if path.is_dir():
-        if caption_key is not None:
-            raise ValueError(f"{path}: caption_key {quote(caption_key)}: a folder with captions/ has no columns")
-        return read_directory(path)
-    found = Records(path, caption_key)
+    found = Records(path, caption_key, image_key)
     if is_parquet(path):
         return found.index(read_parquet(found))
-    text = TextFile(path)
+    refuse_binary(path)
+    index = found.index(_read_text(found, TextFile(path)))
+    return with_split_lists(index, path) if index.form in {"token", "csv", "tsv"} else index
+
+
+def _read_text(found: Records, text: TextFile) -> str:
+    """Read a text in the form that its first lines show; the docs state the order."""
     number, line = text.first_line(2 * MAX_HEADER)
     first = line.strip()
     if not first:
-        raise ValueError(f"{path}: the file is empty; {KNOWN_FORMS}")
-    refuse_images(path, first)
+        raise ValueError(f"{found.path}: the file is empty; {KNOWN_FORMS}")
+    refuse_images(found.path, first)
     if first[0] == "[":
-        form = read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
-    elif is_texts(first):
-        form = read_texts(found, text)
-    elif first[0] == "{" and is_json_lines(text):
-        form = read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
-    elif first[0] == "{":
-        form = read_object(found, text)
-    elif names := header(line.lstrip().removesuffix("\n"), caption_key):
-        form = read_table(found, text, *names)
-    elif TOKEN_LINE.match(first):
-        form = read_token_lines(found, text)
-    else:
-        bare = " is a name without a caption" if IMAGE_NAME.search(first) and len(first.split()) == 1 else ""
-        raise ValueError(f"{path}: line {number}: of no known form: {quote(first)}{bare}; {KNOWN_FORMS}")
-    return found.index(form)
+        return read_rows(found, "json", lambda: enumerate(text.json_items(), 1), unit="row")
+    if is_texts(first):
+        return read_texts(found, text)
+    if first[0] == "{" and is_json_lines(text):
+        return read_rows(found, "jsonl", lambda: json_lines(text), unit="line")
+    if first[0] == "{":
+        return read_object(found, text)
+    keys, said = found.column_names, None
+    if separator := SEPARATOR_LINE.fullmatch(first.strip('"')):
+        number, line = text.first_line(2 * MAX_HEADER, after=number)
+        said = Header(separator[1], header_names(line.strip("\r\n"), separator[1])) if line.strip() else None
+    table = said if said and keys.num_known(said.names) else None
+    table = table or header(line.lstrip().removesuffix("\n"), keys.caption_key, keys.image_key) or said
+    if table is not None:
+        return read_table(found, text, table, line=number)
+    if TOKEN_LINE.match(first):
+        return read_token_lines(found, text)
+    reason, error = resemblance(first)
+    raise error(f"{found.path}: line {number}: {reason}")

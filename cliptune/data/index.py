@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.caption_lists import caption_list
+from cliptune.data.column_names import CAPTION_COLUMNS, IMAGE_COLUMNS, ColumnNames, Columns, hint
+from cliptune.data.issues import MAX_ISSUES, Issue, Issues, first_issues
 from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, first_given
-from cliptune.runtime.messages import count, first_few, nearest, shorten
+from cliptune.runtime.messages import count, nearest, shorten
 
-IMAGE_COLUMNS = ("image_path", "image", "filepath", "file_name", "filename")
-CAPTION_COLUMNS = ("caption", "captions", "title")
+logger = logging.getLogger(__name__)
+
 SPLITS = {
     "train": "train", "training": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
     "dev": "val", "test": "test", "testing": "test",
@@ -26,16 +29,30 @@ SPLITS = {
 
 
 KNOWN_FORMS = (
-    'known forms: a JSON list or JSON lines of {"image_path", "caption"}; CSV or TSV with a header such as '
+    'known forms: a JSON list or JSON lines of {"image_path", "caption"}; CSV, TSV or bars with a header such as '
     "image,caption; Parquet with such columns; COCO captions; Karpathy; a JSON mapping {file name: [captions]}; lines "
     "of name.jpg#0<TAB>caption; a folder with images/ and captions/"
 )
 
 
+FORM_NAMES = {
+    "json": "a JSON list", "jsonl": "JSON lines", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet",
+    "chinese-clip": "Chinese-CLIP's texts", "coco": "COCO captions", "karpathy": "Karpathy's JSON",
+    "mapping": "a JSON mapping", "token": "token lines", "directory": "images/ with captions/",
+    "beside": "images with their captions beside them", "folder": "images with the names of their folders as captions",
+    "filename": "images with their names as captions",
+}  # fmt: skip
+"""What the forms are called in messages."""
+
+
+class NoCaptionsError(ValueError):
+    """An index, or a folder of images, that holds no caption at all, as contests hand out a test set."""
+
+
 class Index(NamedTuple):
     """What an index file holds.
 
-    `form` is json, jsonl, csv, tsv, coco, karpathy, mapping, token or directory; `ignored_columns` tells in how many
+    `form` is one of `FORM_NAMES`; `ignored_columns` tells in how many
     objects each unused key stood; `issues` are those of single records.
     """
 
@@ -48,10 +65,12 @@ class Index(NamedTuple):
 class Records:
     """What has been read so far of one index: records and issues."""
 
-    def __init__(self, path: Path, caption_key: str | None) -> None:
+    def __init__(self, path: Path, caption_key: str | None, image_key: str | None = None) -> None:
         self.path = path
         self.name = path.name
         self.caption_key = caption_key
+        self.column_names = ColumnNames(image_key, caption_key)
+        self.texts_hold_lists = False  # as cells of a table do, which have no other way, and what is made of tables
         self.unit = ""
         self.ignored: Counter[str] = Counter()
         self.restart()
@@ -61,30 +80,37 @@ class Records:
         self.records = RowBuffer()
         self.issues: list[tuple[int, Issue]] = []  # the first ones, each with the number of records before it
         self.num_issues = 0
+        self.num_uncaptioned = 0  # of the issues: those of an image with no or an empty caption
 
     def location(self, number: int, unit: str | None = None) -> str:
         """Return where a record stands, as `data.json: row 17`."""
         return f"{self.name}: {unit or self.unit} {number}"
 
-    def issue(self, location: int | str, message: str, *, image: Any = "", num_before: int | None = None) -> None:
+    def issue(
+        self, location: int | str, message: str, *, image: Any = "", num_before: int | None = None, num_records: int = 1
+    ) -> None:
         """Note an issue at a source location, or of the record of a number; it comes behind `num_before` records."""
-        self.num_issues += 1
+        self.num_issues += num_records
         if len(self.issues) < MAX_ISSUES:
             where = location if isinstance(location, str) else self.location(location)
             position = len(self.records) if num_before is None else num_before
             name = shorten(image) if isinstance(image, str) else ""
-            self.issues.append((position, Issue(shorten(message), image=name, location=shorten(where))))
+            self.issues.append((position, Issue(shorten(message), name, shorten(where), num_records)))
 
     def captions(self, location: int | str, values: Any, *, image: Any = "") -> list[str]:
         """Return the usable captions of one record; the others become issues."""
         usable = []
+        if self.texts_hold_lists and not (isinstance(values, str) and "[" not in values):
+            values = _without_list_cells(values)
         for value in values if isinstance(values, list) else [values]:
             try:
                 usable.append(check_text("caption", value))
             except ValueError as error:
                 self.issue(location, str(error), image=image)
+                self.num_uncaptioned += value is None or (isinstance(value, str) and not value.strip())
         if values == []:
             self.issue(location, "no caption", image=image)
+            self.num_uncaptioned += 1
         return usable
 
     def add(self, location: int | str, image: Any, captions: Any, split: Any = None, group: Any = None) -> None:
@@ -102,8 +128,9 @@ class Records:
     def index(self, form: str) -> Index:
         """Join the records of each image; none at all is a ValueError that quotes the first issues."""
         if not len(self.records):
-            reasons = first_few([issue for _, issue in self.issues], total=self.num_issues) or "it has no records"
-            raise ValueError(f"{self.path}: no image with a caption: {reasons}")
+            reasons = first_issues([issue for _, issue in self.issues], 3, total=self.num_issues) or "it has no records"
+            error = NoCaptionsError if self.num_uncaptioned == self.num_issues > 0 else ValueError
+            raise error(f"{self.path}: no image with a caption: {reasons}")
         rows = self.records.rows(f"{self.name}: {self.unit}" if self.unit else "")
         first = rows.images.first_equal()
         self.note_conflicts(rows, first)
@@ -128,39 +155,47 @@ class Records:
         # issues of reading and these, in the order of the records that they stand behind
         self.issues = sorted([*earlier, *self.issues], key=itemgetter(0))[:MAX_ISSUES]
 
-    @property
-    def image_columns(self) -> list[str]:
-        """Names of the image column, the preferred one first."""
-        return [name for name in IMAGE_COLUMNS if name != self.caption_key]
+    def choose_columns(self, columns: Counter[str]) -> Columns:
+        """Return the columns to read, and note the others; raise if there are none of images or none of captions."""
+        image, captions = self.choose_image(columns), self.choose_captions(columns)
+        chosen = self.column_names.columns(columns)._replace(image=image, captions=captions)
+        self.ignore(columns, (image, *captions, chosen.split, chosen.group))
+        return chosen
 
-    @property
-    def caption_columns(self) -> Sequence[str]:
-        """Names of the caption column, the preferred one first."""
-        return CAPTION_COLUMNS if self.caption_key is None else (self.caption_key,)
+    def choose_image(self, columns: Counter[str], preferred: tuple[str, ...] = ()) -> str:
+        """Return the column of the images; raise if there is none."""
+        images = self.column_names.images(columns, preferred)
+        if not images:
+            key = self.column_names.image_key
+            raise ValueError(self._missing_column(columns, "image", key, (*preferred, *IMAGE_COLUMNS)))
+        self._tell_choice("image", [(name,) for name in images])
+        return images[0]
 
-    def preferred(self, names: Container[str]) -> tuple[str | None, str | None]:
-        """Return the image column and the caption column to read among `names`; None for one that is not there."""
-        image_column = next((name for name in self.image_columns if name in names), None)
-        return image_column, next((name for name in self.caption_columns if name in names), None)
+    def choose_captions(self, columns: Counter[str], preferred: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """Return the columns of the captions; raise if there are none."""
+        captions = self.column_names.captions(columns, preferred)
+        missing = self.column_names.missing(columns) if self.caption_key is not None else None
+        if not captions or missing in self.column_names.caption_keys:
+            key = missing if missing in self.column_names.caption_keys else self.caption_key
+            raise NoCaptionsError(self._missing_column(columns, "caption", key, (*preferred, *CAPTION_COLUMNS)))
+        self._tell_choice("caption", captions)
+        return captions[0]
 
-    def choose(self, columns: Counter[str], known: Sequence[str], what: str) -> str:
-        """Return the first of the known names that is among `columns`; raise if there is none."""
-        for name in known:
-            if name in columns:
-                return name
+    def _missing_column(self, columns: Counter[str], what: str, key: str | None, known: Iterable[str]) -> str:
         present = [shorten(name) for name, _ in columns.most_common(20)]
-        if what == "caption" and self.caption_key is not None:
-            hint = nearest(self.caption_key, present)
-            raise ValueError(f"{self.path}: no row has caption_key {quote(self.caption_key)}{hint}")
-        way_out = "; name it with --caption_key" if what == "caption" else ""
-        listed = ", ".join(present) or "no keys"
-        raise ValueError(f"{self.path}: no {what} column: found {listed}; known: {', '.join(known)}{way_out}")
+        if key is not None:
+            return f"{self.path}: no row has {what}_key {quote(key)}{nearest(key, present)}"
+        reason = hint(columns, what) or f"; known: {', '.join([*known][:6])}, ...; name it with --{what}_key"
+        return f"{self.path}: no {what} column: found {', '.join(present) or 'no keys'}{reason}"
 
-    def choose_caption(self, columns: Counter[str], known: Sequence[str] = CAPTION_COLUMNS) -> str:
-        """Return the caption column: `caption_key`, or the first known one."""
-        return self.choose(columns, known if self.caption_key is None else (self.caption_key,), "caption")
+    def _tell_choice(self, what: str, candidates: list[tuple[str, ...]]) -> None:
+        """Say which columns are taken where there are several, or others that are as good."""
+        taken, *others = [", ".join(map(shorten, names)) for names in candidates]
+        if len(candidates[0]) > 1 or others:
+            flags = f"; --{what}_key takes another: {'; '.join(others[:5])}" if others else ""
+            logger.info("%s: %ss are taken from %s%s", self.path, what, shorten(taken), flags)
 
-    def ignore(self, columns: Counter[str], used: Iterable[str]) -> None:
+    def ignore(self, columns: Counter[str], used: Iterable[str | None]) -> None:
         """Count the columns that are not used."""
         self.ignored.update({name: count for name, count in columns.items() if name not in set(used)})
 
@@ -179,9 +214,11 @@ class Records:
 
     def uncaptioned(self, numbers: list[int]) -> None:
         """Note the images that no caption belongs to; many of them in one line."""
+        self.num_uncaptioned += len(numbers)
         if len(numbers) > 5:
             first = ", ".join(f"{self.unit} {number}" for number in numbers[:3])
-            self.issue(self.name, f"{count(len(numbers), 'image')} have no caption ({first}, ...)")
+            message = f"{count(len(numbers), 'image')} have no caption ({first}, ...)"
+            self.issue(self.name, message, num_records=len(numbers))
         else:
             for number in numbers:
                 self.issue(number, "no caption")
@@ -192,9 +229,26 @@ def count_columns(rows: Iterable[Any]) -> Counter[str]:
     return Counter(chain.from_iterable(row for row in rows if isinstance(row, dict)))
 
 
+def _without_list_cells(values: Any) -> Any:
+    """Return captions with those that are texts of lists in their place."""
+    if isinstance(values, str):
+        return caption_list(values)
+    if not isinstance(values, list):
+        return values
+    lists = (caption_list(value) if isinstance(value, str) else [value] for value in values)
+    return list(chain.from_iterable([value] if isinstance(value, str) else value for value in lists))
+
+
 def check_text(what: str, value: Any) -> str:
     """Return a stripped text; one that is empty, or no text that can be stored, is a ValueError."""
     if not isinstance(value, str):
+        if (
+            what == "caption"
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        ):
+            return str(value)  # a caption 7 is meant as the text "7"
         raise ValueError(f"{what} is {kind(value)}, not text")
     text: str = value.strip()
     if not text:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cliptune.runtime.messages import printable, shorten
+from cliptune.runtime.messages import first_few, printable, shorten
 
 MAX_ISSUES = 100_000
 MAX_SHOWN = 1000
@@ -21,6 +22,8 @@ class Issue(NamedTuple):
     """Path or name, where it is known."""
     location: str = ""
     """Where a record stands ("data.json: row 17"); empty for an image."""
+    num_records: int = 1
+    """That it costs, where one line stands for many."""
 
     def __str__(self) -> str:
         return printable(f"{shorten(self.location or self.image, MAX_SHOWN)}: {shorten(self.reason, MAX_SHOWN)}")
@@ -29,6 +32,12 @@ class Issue(NamedTuple):
         """Return image, reason and, for a record, its source location."""
         values = {"image": self.image or None, "reason": self.reason}
         return {**values, "location": self.location} if self.location else values
+
+
+def first_issues(issues: Sequence[Issue], limit: int, *, total: int) -> str:
+    """List some of the issues, and how many records more have one; `total` counts all of them."""
+    told_at_once = sum(issue.num_records - 1 for issue in issues[:limit])
+    return first_few(issues, limit, total=total - told_at_once)
 
 
 def image_issue(path: str, error: OSError | ValueError) -> Issue:
@@ -45,14 +54,19 @@ def image_issue(path: str, error: OSError | ValueError) -> Issue:
 
 @dataclass
 class Issues:
-    """What is wrong with single records: the first 100,000, and how many there are."""
+    """What is wrong with single records: the first 100,000 issues, and how many records have one."""
 
     first: list[Issue] = field(default_factory=list)
     count: int = 0
 
+    @property
+    def num_untold(self) -> int:
+        """How many records have an issue that is not among the first."""
+        return self.count - sum(issue.num_records for issue in self.first)
+
     def add(self, issue: Issue) -> None:
         """Note one more."""
-        self.extend(Issues([issue], 1))
+        self.extend(Issues([issue], issue.num_records))
 
     def extend(self, others: Issues) -> None:
         """Note others after these."""

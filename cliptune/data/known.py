@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -89,10 +89,10 @@ def _in_shards(pairs: Pairs, snapshot: Snapshot, data_dir: str) -> BoolArray:
         return found
     shards = open_shards(data_dir)
     now = of_shards(shards)
-    known = dict(zip(snapshot.paths.tolist(), snapshot.files.tolist(), strict=True))
+    known = set(zip(snapshot.paths.tolist(), snapshot.files.tolist(), strict=True))
     had = {
-        shard.name
+        os.path.realpath(shard.url)
         for shard, name, content in zip(shards.shards, now.paths.tolist(), now.files.tolist(), strict=True)
-        if known.get(name) == content
+        if (name, content) in known
     }
-    return np.array([Path(archive_of(path) or "").name in had for path in pairs.paths], dtype=bool)
+    return np.array([archive_of(path) in had for path in pairs.paths], dtype=bool)

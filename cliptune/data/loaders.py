@@ -6,6 +6,7 @@ import hashlib
 import random
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,7 +29,7 @@ class Sample(NamedTuple):
     image: Tensor | None
     """`[3, R, R]`, uint8, or what the user's transform gives; None if the image cannot be read."""
     tokens: Tensor
-    """`[77]` int64."""
+    """`[L]` int64, L the model's context length."""
     image_id: int
     """Index of the image in the data set."""
     caption_id: int
@@ -45,7 +46,7 @@ class Batch(NamedTuple):
     images: Tensor
     """`[B, 3, R, R]`, uint8, or what the user's transform gives: float pixels are taken as normalised."""
     tokens: Tensor
-    """`[B, 77]` int64."""
+    """`[B, L]` int64."""
     image_ids: Tensor
     """`[B]` int64: index of each image in the data set."""
     issues: list[Issue]
@@ -72,6 +73,7 @@ class SampleDataset(Protocol):
     pairs: Pairs
     seed: int
     num_views: int
+    context_length: int
 
     @property
     def view(self) -> int:
@@ -118,14 +120,14 @@ class EpochBatches(Sampler[list[int]]):
             yield order[step * self.batch_size : end].tolist()  # a list of all would be several times as large
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample], context_length: int = CONTEXT_LENGTH) -> Batch:
     """Put samples into a batch; those without an image leave it, and their issues are noted."""
     images = [sample.image for sample in samples if sample.image is not None]
     readable = [sample for sample in samples if sample.image is not None]
     tokens = [sample.tokens for sample in readable]
     return Batch(
         images=torch.stack(images) if readable else torch.empty(0),  # [B, 3, R, R]
-        tokens=torch.stack(tokens) if readable else torch.empty(0, CONTEXT_LENGTH, dtype=torch.int64),  # [B, 77]
+        tokens=torch.stack(tokens) if readable else torch.empty(0, context_length, dtype=torch.int64),  # [B, L]
         image_ids=torch.tensor([sample.image_id for sample in readable], dtype=torch.int64),
         issues=[sample.issue for sample in samples if sample.issue is not None],
         caption_ids=torch.tensor([sample.caption_id for sample in readable], dtype=torch.int64),
@@ -173,12 +175,13 @@ class TrainLoader:
         self.dataset = dataset
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
         self.piece_size = piece_size
+        self.collate = partial(collate, context_length=dataset.context_length)
         self.loader = make_loader(
             dataset,
             batch_sampler=_Pieces(self.batches, piece_size),
             num_workers=num_workers,
             device=device,
-            collate_fn=collate,
+            collate_fn=self.collate,
             persistent=True,
         )
 
@@ -192,14 +195,17 @@ class TrainLoader:
         pieces = iter(self.loader)
         for items in self.batches:
             num_items = len(items[rank_slice(len(items))])
+            if not num_items:
+                yield self.collate([])
+                continue
             num_pieces = -(-num_items // self.piece_size)
             yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
     """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
-    if num_pieces <= 1:
-        return next(pieces) if num_pieces else collate([])
+    if num_pieces == 1:
+        return next(pieces)
     images, end = torch.empty(0), 0
     parts: list[Batch] = []
     for _ in range(num_pieces):

@@ -13,22 +13,26 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from posixpath import splitext
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 
 from cliptune.data.issues import Issue, Issues
 from cliptune.data.table import IntArray, Rows, Strings
-from cliptune.preprocess.decode import IMAGE_ENDINGS, archive_of
+from cliptune.preprocess.decode import archive_of
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 DRIVE = re.compile(r"[a-z]:[\\/]", re.IGNORECASE)
 
 FILE_URL, SLASHES, FOLDERS = "file:// taken as a path", "backslashes taken as slashes", "--image_dir taken as folder"
+ESCAPES = "%20 and the like taken as the characters that they stand for"
 ALIKE = "found in another case or Unicode form"
 ENDING = "without an ending, which the one image of that name has"
 
+LONGEST_PATH = 4096
+_MAX_FOLDERS = 64
 _MAX_LISTED = 1_000_000
 """Names of files that are remembered at once."""
 
@@ -65,7 +69,7 @@ class ImageFinder:
                     reason = getattr(error, "strerror", None) or str(error)
                     rules, path = self._look_for(image)
                     if not path:
-                        reason = "an address, not a file" if ADDRESS.match(image) else reason
+                        reason = _no_path(image) or reason
                         issues.add(Issue(f"image {image}: {reason}", image=image, location=rows.location(row)))
                         continue
                     self.taken.update(rules)
@@ -128,18 +132,20 @@ class ImageFinder:
 
     def _candidates(self, image: str) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yield where an image may be, the nearest to what is written first, and the rules that lead there."""
-        rules: tuple[str, ...] = ()
+        forms: list[tuple[tuple[str, ...], str]] = [((), image)]
         if image[:5].lower() == "file:":
-            rules, image = (FILE_URL,), url2pathname(urlparse(image).path)
-        elif ADDRESS.match(image):
+            forms = [((FILE_URL,), url2pathname(urlparse(image).path))]
+        elif _no_path(image):
             return
-        yield rules, os.path.join(self.root, image)  # noqa: PTH118
-        if "\\" in image:
-            rules, image = (*rules, SLASHES), image.replace("\\", "/")
-            yield rules, os.path.join(self.root, image)  # noqa: PTH118
-        if self.replaces_folders:
+        elif "\\" in image:
+            forms.append(((SLASHES,), image.replace("\\", "/")))
+        elif (plain := unquote(image)) != image:
+            forms.append(((ESCAPES,), plain))
+        for rules, path in forms:
+            yield rules, os.path.join(self.root, path)  # noqa: PTH118
+        for rules, path in forms if self.replaces_folders else ():
             # a/../b/c.jpg: what stands before .. names other folders than these
-            parts = [part for part in image.rpartition("../")[2].split("/") if part not in {"", "."}]
+            parts = [part for part in path.rpartition("../")[2].split("/") if part not in {"", "."}][-_MAX_FOLDERS:]
             for begin in range(len(parts)):
                 yield (*rules, FOLDERS), os.path.join(self.root, *parts[begin:])  # noqa: PTH118
 
@@ -193,7 +199,7 @@ class _Listings:
         by_stem: dict[str, list[str]] = {}
         try:
             names = os.listdir(folder)  # noqa: PTH208  (names are all that is asked for)
-        except OSError:
+        except (OSError, ValueError):  # the latter of a name that no folder can have
             names = []
         for name in names:
             by_stem.setdefault(folded(splitext(name)[0]), []).append(name)
@@ -201,6 +207,13 @@ class _Listings:
         while sum(map(len, self._folders.values())) > _MAX_LISTED and len(self._folders) > 1:
             self._folders.popitem(last=False)
         return by_stem
+
+
+def _no_path(image: str) -> str:
+    """Say why a text is no path; nothing if it may be one."""
+    if len(image) > LONGEST_PATH:
+        return "too long for a path (an image in base64 must be written to a file)"
+    return "an address, not a file" if ADDRESS.match(image) else ""
 
 
 def folded(name: str) -> str:

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from posixpath import basename, commonpath, dirname, join, splitext
 
-from cliptune.data.lookup import ADDRESS, DRIVE, ImageFinder, folded
+from cliptune.data.lookup import ADDRESS, DRIVE, LONGEST_PATH, ImageFinder, folded
 from cliptune.data.table import Strings
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 from cliptune.runtime.messages import count, shorten
 
 _SAMPLE = 1000
 _LOOKED_FOR = 5
 _MAX_LISTED = 200_000
 _MAX_DEPTH = 3
+_PACKED = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz")
 
 
 def explain_missing(images: Strings, index_path: Path, root: Path) -> str:
@@ -35,24 +37,30 @@ def explain_missing(images: Strings, index_path: Path, root: Path) -> str:
         )
     is_absolute = DRIVE.match(sample[0]) or sample[0][:1] in {"/", "\\"}
     facts = [f"{shorten(sample[0])} is not {'there' if is_absolute else f'in {root}'}", *_in_common(sample)]
-    wanted = sample[:: -(-len(sample) // _LOOKED_FOR)]
-    folder = _likely_folder(wanted, [index_path.parent, root, index_path.absolute().parent.parent])
+    places = [index_path.parent, root, index_path.absolute().parent.parent]
+    return f"{none} ({'; '.join(facts)}): {_way_out(sample[:: -(-len(sample) // _LOOKED_FOR)], places)}"
+
+
+def _way_out(paths: Sequence[str], places: Sequence[Path]) -> str:
+    """Say which folder near some places holds images of these paths."""
+    folder = _likely_folder(paths, places)
     finder = ImageFinder(Path(folder), replaces_folders=True)
-    number = sum(bool(finder.find(path)) for path in wanted)
-    if folder and number:
-        held = "holds them" if number == len(wanted) else f"holds {number} of the {len(wanted)} looked for"
-        way_out = f"try --image_dir {folder}, which {held}"
-    elif folder:
-        way_out = f"{folder} has files of such names, but with other endings: the index must have those"
-    else:
-        way_out = "--image_dir FOLDER names the folder that holds them, and takes the place of those of the paths"
-    return f"{none} ({'; '.join(facts)}): {way_out}"
+    number = sum(bool(finder.find(path)) for path in paths) if folder else 0
+    if number:
+        held = "holds them" if number == len(paths) else f"holds {number} of the {len(paths)} looked for"
+        return f"try --image_dir {folder}, which {held}"
+    if folder:
+        return f"{folder} has files of such names, but with other endings: the index must have those"
+    for path in sorted(places[0].iterdir()):
+        if path.name.lower().endswith(_PACKED):
+            return f"{path} may hold them: unpack it, and name the folder with --image_dir"
+    return "--image_dir FOLDER names the folder that holds them, and takes the place of those of the paths"
 
 
 def _in_common(paths: Sequence[str]) -> Iterator[str]:
     """Yield what all paths have in common."""
-    if all((len(path) > _SAMPLE and "/9j/" in path[:64]) or path.startswith("data:") for path in paths):
-        yield "these are images in base64: write them to files"
+    if all(len(path) > LONGEST_PATH for path in paths):
+        yield "these are no paths, but perhaps images in base64, which must be written to files"
         return
     if all(map(DRIVE.match, paths)):
         yield "these are paths of Windows"
@@ -71,7 +79,8 @@ def _likely_folder(paths: Sequence[str], starts: Sequence[Path]) -> str:
     found: Counter[str] = Counter()
     for start in starts:
         for folder, names in _folders(start):
-            for stem in {folded(_stem(name)) for name in names} & wanted.keys():
+            images = (name for name in names if splitext(name)[1].lower() in IMAGE_ENDINGS)
+            for stem in set(map(folded, map(_stem, images))) & wanted.keys():
                 found[_without(folder, wanted[stem])] += 1
         if found:
             return found.most_common(1)[0][0]

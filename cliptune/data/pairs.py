@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliptune.data.folders import find_index, read_directory
+from cliptune.data.caption_files import TEMPLATES, read_directory
+from cliptune.data.folders import find_index, split_folders
 from cliptune.data.formats import read_index
-from cliptune.data.issues import MAX_ISSUES, Issue, Issues
+from cliptune.data.index import FORM_NAMES, Index, NoCaptionsError
+from cliptune.data.issues import MAX_ISSUES, Issue, Issues, first_issues
 from cliptune.data.lookup import ImageFinder
 from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
-from cliptune.data.shards import is_shards, read_rows
-from cliptune.data.table import SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
+from cliptune.data.shards import folder_of, is_shards, read_rows
+from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
 from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
@@ -108,8 +110,12 @@ class DataSource:
     Attributes:
         data_dir: folder, index file or shards (`path/{00000..00099}.tar`), whose images stay where they are.
         image_dir: folder that image paths are relative to; None: the index file's.
-        caption_key: column that holds the captions; None: `caption`, `captions` or `title`.
+        caption_key: column that holds the captions, or several: `caption_en,caption_de`; None: the known ones.
         max_skipped_fraction: how many of the records may be skipped, in [0, 1].
+        image_key: column that holds the image paths; None: a known one.
+        captions_from: where the captions of a folder of images are: `json`, `txt` or `caption` files, or the names:
+            `folder` or `filename`; None: found by what the folder holds.
+        caption_template: caption in which `{}` stands for such a name; None: "a photo of a {}", or the file's name.
         may_run_commands: `data_dir` may be a `pipe:` address, whose command is run; only what a person has typed.
     """
 
@@ -117,7 +123,26 @@ class DataSource:
     image_dir: str | Path | None = None
     caption_key: str | None = None
     max_skipped_fraction: float = 0.01
+    image_key: str | None = None
+    captions_from: str | None = None
+    caption_template: str | None = None
     may_run_commands: bool = False
+
+    def __post_init__(self) -> None:
+        if self.captions_from not in {None, "json", "txt", "caption", *TEMPLATES}:
+            raise ValueError(f"captions_from {self.captions_from!r}: known are json, txt, caption, folder, filename")
+        if self.captions_from is not None and is_shards(self.data_dir):
+            raise ValueError(f"{self.data_dir}: captions_from {self.captions_from} is for a folder, not for shards")
+        if self.caption_template is not None and "{}" not in self.caption_template:
+            raise ValueError(f"caption_template {self.caption_template!r} has no {{}}, where the name is put")
+        if self.caption_template is not None and self.captions_from not in TEMPLATES:
+            raise ValueError("caption_template is for names: it needs captions_from folder or captions_from filename")
+
+    def at(self, data_dir: str) -> DataSource:
+        """Return how another data set is read; what is said of a folder of images does not count for other forms."""
+        if Path(data_dir).is_dir():
+            return replace(self, data_dir=data_dir, may_run_commands=False)
+        return replace(self, data_dir=data_dir, may_run_commands=False, captions_from=None, caption_template=None)
 
 
 def load_pairs(source: DataSource | str | Path) -> Pairs:
@@ -130,9 +155,12 @@ def load_pairs(source: DataSource | str | Path) -> Pairs:
     source = source if isinstance(source, DataSource) else DataSource(source)
     if is_shards(source.data_dir):
         rows, issues = read_rows(str(source.data_dir), caption_key=source.caption_key)
+        forms = ["shards"]
     else:
-        rows, issues = _read_files(source)
+        rows, issues, forms = _read_files(source)
     _judge(issues, num_images=len(rows), source=source)
+    if Path(source.data_dir).is_dir():
+        logger.info("%s: read as %s", source.data_dir, first_few(forms))
     return Pairs(
         paths=rows.images,
         captions=rows.captions,
@@ -145,33 +173,45 @@ def load_pairs(source: DataSource | str | Path) -> Pairs:
 
 
 def _root(source: DataSource) -> Path:
+    if is_shards(source.data_dir):
+        return folder_of(str(source.data_dir))
     data_dir = Path(source.data_dir)
-    if source.image_dir is not None and not is_shards(source.data_dir):
+    if source.image_dir is not None:
         return Path(source.image_dir)
     return data_dir if data_dir.is_dir() else data_dir.parent
 
 
-def _read_files(source: DataSource) -> tuple[Rows, Issues]:
-    """Read the images of a folder or an index file, each once, and what is wrong with some."""
+def _read_files(source: DataSource) -> tuple[Rows, Issues, list[str]]:
+    """Read the images of a folder or an index file, each once, and what is wrong with some; and the forms they had."""
     path = Path(source.data_dir)
     if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
         what = "holds no data" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in ./data")
     if source.image_dir is not None and not Path(source.image_dir).is_dir():
         raise FileNotFoundError(f"--image_dir: no such folder: {source.image_dir}")
-    rows, issues = _read_rows(path, source)
+    rows, issues, forms = _read_rows(path, source)
     rows, repeated = _merge(rows)
     issues.extend(repeated)
-    return rows, issues
+    return rows, issues, forms
 
 
-def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
+def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues, list[str]]:
     """Read the indexes of a data set, with the images resolved and the splits that the files are."""
     parts: list[Rows] = []
+    forms: list[str] = []
     issues, missing = Issues(), []
-    for declared, index_path in _index_files(path):
+    found = find_index(path, captions_from=source.captions_from)
+    for declared, index_path in found:
+        try:
+            index = _read_part(index_path, path, source)
+        except NoCaptionsError as error:
+            if declared != "test" or all(split == "test" for split, _ in found):
+                raise
+            logger.warning("%s is left out: it has no captions (%s)", index_path, error)
+            continue
         is_folder = index_path.is_dir()
-        index = read_directory(index_path) if is_folder else read_index(index_path, caption_key=source.caption_key)
+        inside = "" if index_path == path else f"{index_path.relative_to(path).as_posix()}: "
+        forms.append(f"{inside}{FORM_NAMES.get(index.form, index.form)}")
         if index.ignored_columns:
             columns = [f"{shorten(name)} ({num_rows})" for name, num_rows in index.ignored_columns.items()]
             logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
@@ -190,14 +230,39 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues]:
         raise ValueError(missing[0])
     for message in missing:
         logger.warning("%s", message)
-    return Rows.concatenate(parts), issues
+    return Rows.concatenate(parts), issues, forms
 
 
-def _index_files(path: Path) -> Iterator[tuple[str | None, Path]]:
-    """Yield the files of a data set, each with the split that its name declares."""
-    found = find_index(path)
-    for split, files in [(None, found)] if isinstance(found, Path) else found.items():
-        yield from ((split, file) for file in ([files] if isinstance(files, Path) else files))
+def _read_part(index_path: Path, data_dir: Path, source: DataSource) -> Index:
+    """Read an index file, or a folder of images with their captions; locations name the folder that it is in."""
+    if index_path.is_dir():
+        index = read_directory(
+            index_path, caption_key=source.caption_key, captions_from=source.captions_from,
+            caption_template=source.caption_template,
+        )  # fmt: skip
+        inside = index_path
+    else:
+        index, inside = (
+            read_index(index_path, caption_key=source.caption_key, image_key=source.image_key),
+            index_path.parent,
+        )
+    if index_path.stem == "metadata":  # as the Hub's image folders have it
+        index = index._replace(rows=_split_by_folder(index.rows))
+    if not data_dir.is_dir() or inside == data_dir:
+        return index
+    prefix = f"{inside.relative_to(data_dir).as_posix()}/"
+    issues = [issue._replace(location=f"{prefix}{issue.location}") for issue in index.issues.first]
+    units = tuple(f"{prefix}{unit}" if unit else "" for unit in index.rows.units)
+    return index._replace(rows=replace(index.rows, units=units), issues=Issues(issues, index.issues.count))
+
+
+def _split_by_folder(rows: Rows) -> Rows:
+    """Return rows that declare no split with those that the folders of the images are, as `train/a.jpg`."""
+    if (rows.splits != NO_SPLIT).any():
+        return rows
+    tops = [image.partition("/")[0] for image in rows.images]
+    splits = {folder: SPLITS.index(split) for split, folder in split_folders(set(tops)).items()}
+    return replace(rows, splits=np.array([splits.get(top, NO_SPLIT) for top in tops], dtype=np.int8))
 
 
 def _merge(rows: Rows) -> tuple[Rows, Issues]:
@@ -221,7 +286,7 @@ def _judge(issues: Issues, *, num_images: int, source: DataSource) -> None:
     """Say which records are skipped; too many of them are an error."""
     if not issues.count:
         return
-    total, shown = issues.count + num_images, first_few(issues.first, 10, total=issues.count)
+    total, shown = issues.count + num_images, first_issues(issues.first, 10, total=issues.count)
     if issues.count > source.max_skipped_fraction * total:
         raise ValueError(
             f"{source.data_dir}: {issues.count:,} of {count(total, 'record')} cannot be used: {shown}. At most "

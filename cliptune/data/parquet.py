@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
-from cliptune.data.columns import refuse_repeated
+from cliptune.data.column_names import Columns
+from cliptune.data.columns import refuse_repeated, take_row
 from cliptune.data.index import Records, quote
 from cliptune.preprocess.decode import image_format
 from cliptune.preprocess.encoded import is_parquet_name, parquet_path
-from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet
+from cliptune.preprocess.parquet_images import CACHE_BYTES, bytes_of, open_parquet, read_image
 from cliptune.runtime.messages import one_line
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _IMAGES = 16
 """Rows of a batch that holds images."""
 _LARGE_GROUP = 1 << 26
 """Bytes of images from which on a row group is slow to read at random."""
-_LONGEST_PATH = 4096
+_LONGEST_TEXT = 4096
 
 
 def is_parquet(path: Path) -> bool:
@@ -52,64 +53,105 @@ def read_parquet(found: Records) -> str:
 
 
 def _read(found: Records, file: Any) -> None:
-    schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    refuse_repeated(found, schema.names)
-    columns = Counter(dict.fromkeys(schema.names, num_rows))
-    held, paths = _image_columns(found, file)
-    image_column = held or found.choose(Counter(dict.fromkeys(paths, num_rows)), found.image_columns, "image")
-    caption_column = found.choose_caption(columns)
-    used = [caption_column, *({"split", "group"} & columns.keys())]
-    found.ignore(columns, [image_column, *used])
-    if held is not None:
-        _warn_of_large_groups(file, held)
-    for span in _spans(file, held):
-        names = used if span.is_full else [image_column, *used]
-        batch = _BATCH if held is None or span.is_full else _IMAGES
-        for number, row in enumerate(_parquet_rows(file, names, span.groups, batch), span.first):
-            if isinstance(row, ValueError):
-                found.issue(number, str(row))
-                continue
-            image = row.get(image_column)
-            if held is not None:
-                image = _address(found, number, held, image, is_full=span.is_full)
-            try:
-                image, captions = _text(image), _text(row[caption_column])
-            except UnicodeDecodeError:
-                found.issue(number, "text is not UTF-8")
-                continue
-            found.add(number, image, captions, row.get("split"), row.get("group"))
+    refuse_repeated(found, file.schema_arrow.names)
+    found.texts_hold_lists = True
+    chosen, holds_images = _choose_columns(found, file)
+    for number, row in _rows(found.path, file, chosen, holds_images=holds_images):
+        if isinstance(row, ValueError):
+            found.issue(number, str(row))
+        else:
+            take_row(found, number, row, chosen)
 
 
-class _Span(NamedTuple):
-    """Row groups one after another: all of their rows hold an image, or some may hold none."""
-
-    groups: list[int]
-    first: int
-    """Number of the first row."""
-    is_full: bool
-
-
-def _spans(file: Any, held: str | None) -> Iterator[_Span]:
-    """Yield the row groups. Where the file says that no image is missing, none needs to be read."""
-    metadata, first = file.metadata, 1
-    leaf = None if held is None else _leaf(file, held)
-
-    def is_full(group: int) -> bool:
-        statistics = None if leaf is None else metadata.row_group(group).column(leaf).statistics
-        return statistics is not None and statistics.has_null_count and statistics.null_count == 0
-
-    for full, run in groupby(range(file.num_row_groups), is_full):
-        groups = list(run)
-        yield _Span(groups, first, full)
-        first += sum(metadata.row_group(group).num_rows for group in groups)
+def _choose_columns(found: Records, file: Any) -> tuple[Columns, bool]:
+    """Return the columns to read, and whether that of the images holds themselves; note the others."""
+    held, others = _image_columns(found, file)
+    names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    columns, all_columns = (Counter(dict.fromkeys(some, num_rows)) for some in (others, names))
+    image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
+    chosen = found.column_names.columns(columns)._replace(image=image, captions=found.choose_captions(columns))
+    found.ignore(all_columns, (image, *chosen.captions, chosen.split, chosen.group))
+    return chosen, held is not None
 
 
-def _address(found: Records, number: int, column: str, cell: Any, *, is_full: bool) -> Any:
-    """Return the address of an image in the file, or its path where the row has only that."""
-    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-    if is_full or content is not None:
-        return parquet_path(str(found.path.absolute()), number, column)
-    return path
+def _rows(
+    path: Path, file: Any, columns: Columns, *, holds_images: bool
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Yield number and cells of each row, an image that the file holds by its address; or what is wrong with it."""
+    schema, image = file.schema_arrow, str(columns.image)
+    texts = [name for name in (*columns.captions, columns.split, columns.group) if name is not None]
+    texts += [] if holds_images else [image]
+    in_bytes = [name for name in texts if _holds_bytes(schema.field(name).type)]
+    images = _HeldImages(path, file, image) if holds_images else None
+    cells = [] if images is None else images.cells
+    batch_size = _IMAGES if image in cells else _BATCH
+    for number, row in enumerate(_parquet_rows(file, [*texts, *cells], batch_size), 1):
+        if isinstance(row, dict):
+            if images is not None:
+                row[image] = images.address(number, row.get(image))
+            yield number, _with_texts(row, in_bytes) if in_bytes else row
+        else:
+            yield number, row
+
+
+def _with_texts(row: dict[str, Any], in_bytes: list[str]) -> dict[str, Any] | ValueError:
+    """Return a row with the text of cells that hold it as bytes: some writers do not mark text as text."""
+    try:
+        return {**row, **{name: row[name].decode() for name in in_bytes if isinstance(row[name], bytes)}}
+    except UnicodeDecodeError:
+        return ValueError("text is not UTF-8")
+
+
+class _HeldImages:
+    """The images in a column of a file. Rows of one image are joined: a row a caption repeats it.
+
+    Attributes:
+        cells: what is read of the column: where the first rows hold images, only their names, so that one that is
+            missing later is an issue once it is decoded; else all of it.
+    """
+
+    def __init__(self, path: Path, file: Any, column: str) -> None:
+        self._file, self._column, field = str(path.absolute()), column, file.schema_arrow.field(column)
+        self._is_full = all(content is not None for content in _first_rows(file, field))
+        has_names = pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0
+        names = [f"{column}.path"] if has_names else []
+        self.cells = names if self._is_full else [column]
+        self._rows: dict[str, int] = {}
+        self._digests: dict[str, bytes] = {}
+        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+        if max(sizes, default=0) > _LARGE_GROUP and sum(sizes) > CACHE_BYTES:
+            logger.warning(
+                "%s: row groups of %.0f MB: in training each image costs reading half of one. --to_shards SHARDS "
+                "writes the images as shards, which are read fast; or write the file anew with 100 rows a group",
+                path,
+                max(sizes) / 1e6,
+            )
+
+    def address(self, number: int, cell: Any) -> Any:
+        """Return the address of a row's image; its path where the row has only that, as with the Hub's datasets."""
+        content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is None and not self._is_full:
+            return name
+        if isinstance(name, str) and self._rows.setdefault(name, number) != number:
+            number = self._first_of(name, number)
+        return parquet_path(self._file, number, self._column)
+
+    def _first_of(self, name: str, number: int) -> int:
+        """Return the first row of a name if it has the same image; once one has not, the name says nothing."""
+        first = self._rows[name]
+        if not first:
+            return number
+        try:
+            if name not in self._digests:
+                self._digests[name] = self._digest(first)
+            is_same = self._digest(number) == self._digests[name]
+        except OSError:  # an issue once it is decoded
+            return number
+        self._rows[name] = first if is_same else 0
+        return first if is_same else number
+
+    def _digest(self, number: int) -> bytes:
+        return hashlib.blake2b(read_image(self._file, number, self._column), digest_size=16).digest()
 
 
 def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
@@ -119,34 +161,31 @@ def _image_columns(found: Records, file: Any) -> tuple[str | None, list[str]]:
     """
     fields = [file.schema_arrow.field(name) for name in file.schema_arrow.names]
     firsts = {field.name: _first(file, field) for field in fields if _holds_bytes(field.type)}
-    others = [field for field in fields if field.name not in firsts or _is_path(field, firsts[field.name])]
-    paths = [field for field in others if field.name in found.image_columns]
-    known = [name for name in found.image_columns if name in firsts and name not in {field.name for field in others}]
+    others = [field for field in fields if field.name not in firsts or _is_text(field, firsts[field.name])]
+    names = found.column_names
+    paths = names.images(field.name for field in others)
+    known = names.images(name for name in firsts if name not in {field.name for field in others})
     held = [
         *(name for name in known if firsts[name] is not None),
-        *(name for name, content in firsts.items() if _is_image(content)),
+        *(name for name, content in firsts.items() if names.image_key is None and _is_image(content)),
         *(name for name in known if not paths),  # whose first rows are null
     ]
     if held and not is_parquet_name(str(found.path)):
         raise ValueError(f"{found.path} holds images: rename it to end in .parquet, by which their addresses are known")
-    if not held and paths and all(_is_list_of_bytes(field.type) for field in paths):
-        raise ValueError(
-            f"{found.path}: the column {quote(paths[0].name)} holds lists of images: give each image a row"
-        )
+    if not held and paths and all(_is_list_of_bytes(file.schema_arrow.field(name).type) for name in paths):
+        raise ValueError(f"{found.path}: the column {quote(paths[0])} holds lists of images: give each image a row")
     return (held[0] if held else None), [field.name for field in others]
 
 
 def _first(file: Any, field: pa.Field) -> Any:
     """Return the first bytes of a column that are not null, among the first rows."""
+    return next((content for content in _first_rows(file, field) if content is not None), None)
+
+
+def _first_rows(file: Any, field: pa.Field) -> list[Any]:
     batch = next(file.iter_batches(_IMAGES, columns=[bytes_of(field)]), None)
     cells = [] if batch is None else batch.column(0).to_pylist()
-    values = (cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells)
-    return next((value for value in values if value is not None), None)
-
-
-def _text(cell: Any) -> Any:
-    """Return the text of bytes: some writers do not mark text as text."""
-    return cell.decode() if isinstance(cell, bytes) else cell
+    return [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
 
 
 def _is_image(content: Any) -> bool:
@@ -156,40 +195,19 @@ def _is_image(content: Any) -> bool:
         return False
 
 
-def _is_path(field: pa.Field, content: Any) -> bool:
-    """Tell a column of paths in bytes, by the first of them, from one of images."""
-    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_PATH:
+def _is_text(field: pa.Field, content: Any) -> bool:
+    """Tell a column of text in bytes, by the first of them, from one of images."""
+    if pa.types.is_struct(field.type) or not isinstance(content, bytes) or len(content) > _LONGEST_TEXT:
         return False
     try:
-        return content.decode().isprintable()
+        return "".join(content.decode().split()).isprintable()
     except UnicodeDecodeError:
         return False
 
 
-def _warn_of_large_groups(file: Any, held: str) -> None:
-    leaf = _leaf(file, held)
-    sizes = [
-        file.metadata.row_group(group).column(leaf).total_uncompressed_size for group in range(file.num_row_groups)
-    ]
-    if max(sizes, default=0) > _LARGE_GROUP and sum(sizes) > CACHE_BYTES:
-        logger.warning(
-            "row groups of %.0f MB of images: in training each image costs reading half a group. --to_shards SHARDS "
-            "writes them as shards, which are read fast; or write the file anew with 100 rows a group",
-            max(sizes) / 1e6,
-        )
-
-
-def _leaf(file: Any, column: str) -> int:
-    """Return the index of the column that the bytes are stored in; fields of columns are columns of the file."""
-    name = bytes_of(file.schema_arrow.field(column))
-    return next(index for index in range(len(file.schema)) if file.schema.column(index).path == name)
-
-
-def _parquet_rows(
-    file: Any, columns: Sequence[str], groups: list[int], batch_size: int
-) -> Iterator[dict[str, Any] | ValueError]:
+def _parquet_rows(file: Any, columns: Sequence[str], batch_size: int) -> Iterator[dict[str, Any] | ValueError]:
     """Yield the cells of each row by name; for one that Python cannot hold (not UTF-8, year 30,000) its error."""
-    for batch in file.iter_batches(batch_size, row_groups=groups, columns=columns):
+    for batch in file.iter_batches(batch_size, columns=columns):
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):  # one by one, so that a bad cell costs its row alone

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
 from cliptune.data.tar_samples import TarSample, read_samples
 from cliptune.data.workers import fitting_workers, make_loader, shared_number
-from cliptune.preprocess.tokens import tokenize
+from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
 from cliptune.runtime.messages import count, first_few
@@ -70,13 +71,13 @@ def _check_first_samples(shards: Shards, caption_key: str | None) -> None:
     """Find out before the first epoch, not after it, that no sample is as it should be."""
     shard = next(shard for shard in shards.shards if shard.num_samples)
     issues = []
-    for sample in read_samples(shard.url, 0, NUM_CHECKED):
+    for sample in read_samples(shard.url, 0, NUM_CHECKED, caption_key=caption_key):
         try:
             sample.image()
             sample.captions(caption_key)
             return
         except ValueError as error:
-            issues.append(f"{shard.name}/{sample.key}: {error}")
+            issues.append(f"{shard.label}/{sample.key}: {error}")
     raise ValueError(f"{shard.url}: none of the first {count(len(issues), 'sample')} is usable: {first_few(issues)}")
 
 
@@ -98,11 +99,12 @@ class ShardLoader:
         num_workers: of each rank; 0: the rank loads by itself.
         device: where the batches will be used.
         seed: of the order, the caption choice and a random transform.
-        caption_key: key of the captions in each sample's JSON; None: `caption` or `captions`, else the text file.
+        caption_key: key of the captions in each sample's JSON, or ending of its text file; None: the usual ones.
         shuffle_buffer: samples of each worker's buffer.
+        context_length: tokens of a caption, the model's.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
         self,
         shards: Shards,
         *,
@@ -113,16 +115,19 @@ class ShardLoader:
         seed: int,
         caption_key: str | None = None,
         shuffle_buffer: int = SHUFFLE_BUFFER,
+        context_length: int = CONTEXT_LENGTH,
     ) -> None:
         self.dataset = shards
         num_workers = fitting_workers(num_workers)
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
         self.stream = _Stream(
-            shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer
-        )
+            shards, self.plan, transform=transform, seed=seed, caption_key=caption_key, shuffle_buffer=shuffle_buffer,
+            context_length=context_length,
+        )  # fmt: skip
         self.loader = make_loader(
-            self.stream, num_workers=num_workers, device=device, collate_fn=collate, persistent=True
-        )
+            self.stream, num_workers=num_workers, device=device, persistent=True,
+            collate_fn=partial(collate, context_length=context_length),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -194,7 +199,7 @@ class _Drawn(NamedTuple):
     sample_index: int
     """In the data set."""
     shard: str
-    """The shard's name."""
+    """The shard's label."""
     sample: TarSample | None
     reason: str
     """Why there is no sample."""
@@ -212,6 +217,7 @@ class _Stream(IterableDataset[list[Sample]]):
         seed: int,
         caption_key: str | None,
         shuffle_buffer: int,
+        context_length: int,
     ) -> None:
         self.shards = shards
         self.plan = plan
@@ -219,6 +225,7 @@ class _Stream(IterableDataset[list[Sample]]):
         self.seed = seed
         self.caption_key = caption_key
         self.shuffle_buffer = shuffle_buffer
+        self.context_length = context_length
         self._epoch, self._first_step = shared_number(), shared_number()  # workers that stay alive see a new epoch
 
     def set_epoch(self, epoch: int, first_step: int) -> None:
@@ -242,7 +249,7 @@ class _Stream(IterableDataset[list[Sample]]):
     def _shuffled(self, worker: int, epoch: int) -> Iterator[_Drawn]:
         order = list(self.shards.shards)
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        drawn = _read_range(order, *self.plan.range_of(worker))
+        drawn = _read_range(order, *self.plan.range_of(worker), caption_key=self.caption_key)
         generator = random.Random(f"{self.seed}/{epoch}/{self.plan.rank}/{worker}")
         return iter(shuffle(self.shuffle_buffer, rng=generator)(drawn))
 
@@ -263,31 +270,32 @@ class _Stream(IterableDataset[list[Sample]]):
         caption = captions[int(draw_bits(self.seed, epoch, item)[0] % np.uint64(len(captions)))]
         with seeded(int(draw_bits(self.seed, epoch, item, stream=1)[0] >> np.uint64(1))):
             pixels = self.transform(image)  # [3, R, R]
-        return Sample(pixels, tokenize([caption])[0][0], index, caption_id(caption), index)
+        return Sample(pixels, tokenize([caption], self.context_length)[0][0], index, caption_id(caption), index)
 
 
-def _read_range(order: Sequence[Shard], start: int, end: int) -> Iterator[_Drawn]:
+def _read_range(order: Sequence[Shard], start: int, end: int, *, caption_key: str | None) -> Iterator[_Drawn]:
     """Yield the samples `start` to `end` of the shards one after another."""
     before = 0
     for shard in order:
         first, last = max(start - before, 0), min(end - before, shard.num_samples)
         before += shard.num_samples
         if first < last:
-            yield from _read_shard(shard, first, last)
+            yield from _read_shard(shard, first, last, caption_key=caption_key)
 
 
-def _read_shard(shard: Shard, start: int, end: int) -> Iterator[_Drawn]:
+def _read_shard(shard: Shard, start: int, end: int, *, caption_key: str | None) -> Iterator[_Drawn]:
     """Yield a shard's samples `start` to `end`; for each that is promised but does not come, the reason."""
     position, reason = start, f"fewer than the {count(shard.num_samples, 'sample')} of its index"
     try:
         # to the end and one further, which must not be there
-        for sample in read_samples(shard.url, start, end + (end == shard.num_samples)):
+        last = end + (end == shard.num_samples)
+        for sample in read_samples(shard.url, start, last, caption_key=caption_key):
             if position == end:
                 raise ValueError(f"{shard.url} holds more than the {count(end, 'sample')} of its index: correct it")
-            yield _Drawn(shard.first + position, shard.name, sample, "")
+            yield _Drawn(shard.first + position, shard.label, sample, "")
             position += 1
     except OSError as error:
         image_issue(shard.url, error)
         reason = str(error)
     for missing in range(position, end):
-        yield _Drawn(shard.first + missing, shard.name, None, reason)
+        yield _Drawn(shard.first + missing, shard.label, None, reason)

@@ -26,7 +26,8 @@ from webdataset.writer import TarWriter
 from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.table import RowBuffer, Rows
 from cliptune.data.tar_samples import count_samples, is_local, read_samples
-from cliptune.preprocess.decode import IMAGE_ENDINGS, file_stamp, image_format, read_bytes
+from cliptune.preprocess.decode import file_stamp, image_format, read_bytes
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 from cliptune.runtime.files import atomic_writer, read_json_object, write_json
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import count, first_few, shorten
@@ -35,8 +36,12 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "shardindex.json"
 INDEX_KIND = "wids-shard-index-v1"
-_SHARD_NAME = re.compile(r"""[^/\s'"]+\.tar(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
+_TAR = r"\.(?:tar(?:\.(?:gz|bz2|xz|zst))?|tgz)"  # a packed one is refused by name
+_SHARD_NAME = re.compile(rf"""[^/\s'"]+{_TAR}(?=[\s'"?]|$)""")  # in a URL, or anywhere in a `pipe:` command
 _SHELL = re.compile(r"""[\s'"`\\]""")  # in a URL that is no command: some versions of webdataset give URLs to a shell
+_JOINED = re.compile(r"::(?![^\[\]]*\])")
+COUNTED_BY = 2
+"""Raised when other files are a sample: what an index says is counted again."""
 MAX_SHARDS = 1_000_000
 MAX_NESTING = 20
 """Of braces."""
@@ -55,6 +60,8 @@ class Shard(NamedTuple):
     num_samples: int
     first: int
     """Index of its first sample in the data set."""
+    label: str
+    """What tells it from the others: its name, or of several with that name the whole URL."""
 
     @property
     def name(self) -> str:
@@ -72,7 +79,7 @@ class Shards:
 
     def __init__(self, urls: Sequence[str], counts: Sequence[int]) -> None:
         *firsts, self._num_samples = accumulate(counts, initial=0)
-        self.shards = [Shard(*fields) for fields in zip(urls, counts, firsts, strict=True)]
+        self.shards = [Shard(*fields) for fields in zip(urls, counts, firsts, _labels(urls), strict=True)]
 
     def __len__(self) -> int:
         return self._num_samples
@@ -80,23 +87,32 @@ class Shards:
     def describe(self, index: int) -> str:
         """Say which sample of which shard a sample of the data set is."""
         shard = next(shard for shard in reversed(self.shards) if shard.first <= index)
-        return f"{shard.name} (sample {index - shard.first})"
+        return f"{shard.label} (sample {index - shard.first})"
 
 
 def is_shards(data_dir: str | Path) -> bool:
-    """Tell whether this names tar files: `path/{00000..00099}.tar`, or a single one.
+    """Tell whether this names tar files: `path/{00000..00099}.tar`, a single one, or several such with `::` between.
 
     Raises:
         ValueError: it names more files than a data set has.
     """
-    _check_number(str(data_dir))
+    return any(map(_is_tar, _sources(str(data_dir))))
+
+
+def folder_of(data_dir: str) -> Path:
+    """Return the folder that all of the shards lie in: of `a/x.tar::a/b/{0..9}.tar` it is a."""
+    before_braces = (source.partition("{")[0] for source in _sources(data_dir))
+    return Path(os.path.commonpath([os.path.realpath(os.path.dirname(source)) for source in before_braces]))  # noqa: PTH120
+
+
+def _is_tar(source: str) -> bool:
     try:
-        first = next(iter(braceexpand(str(data_dir))))
+        first = next(iter(braceexpand(source)))
     except ValueError:  # braces that do not close: a path like any other
         return False
     # the first of path/{00..99}.tar stands for all; of a URL any part may name it: pipe:curl https://x/00.tar?key=1
-    is_tar = first.endswith(".tar") if is_local(first) else _SHARD_NAME.search(first) is not None
-    return is_tar and not Path(first).is_dir()
+    found = re.search(rf"{_TAR}\Z", first) if is_local(first) else _SHARD_NAME.search(first)
+    return found is not None and not Path(first).is_dir()
 
 
 def open_shards(data_dir: str, *, may_run_commands: bool = False) -> Shards:
@@ -131,12 +147,12 @@ def read_rows(data_dir: str, *, caption_key: str | None = None) -> tuple[Rows, I
         raise ValueError(f"{remote[0]}: remote shards are only for training; copy them to this machine")
     _check_files(urls)
     rows, issues = RowBuffer(), Issues()
-    for url in progress_bar(urls, desc="shards"):
-        for sample in read_samples(os.path.realpath(url), by_path=True):
+    for url, label in zip(progress_bar(urls, desc="shards"), _labels(urls), strict=True):
+        for sample in read_samples(os.path.realpath(url), by_path=True, caption_key=caption_key):
             try:
                 rows.append(str(sample.image()), sample.captions(caption_key), split=None, group=None, number=0)
             except ValueError as error:
-                issues.add(Issue(str(error), image=f"{_name(url)}/{sample.key}"))
+                issues.add(Issue(str(error), image=f"{label}/{sample.key}"))
     return rows.rows(""), issues
 
 
@@ -236,13 +252,17 @@ def _name(url: str) -> str:
     return Path(url).name if match is None else match[0]
 
 
+def _labels(urls: Sequence[str]) -> list[str]:
+    num_of = Counter(map(_name, urls))
+    return [name if num_of[name := _name(url)] == 1 else url for url in urls]
+
+
 def _index_beside(url: str) -> str:
     return str(Path(url).with_name(INDEX_NAME)) if is_local(url) else _SHARD_NAME.sub(INDEX_NAME, url)
 
 
 def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
-    _check_number(data_dir)
-    urls = list(braceexpand(data_dir))
+    urls = [url for source in _sources(data_dir) for url in braceexpand(source)]
     # asked of each one, since braces may hide it: {a.tar,{p}ipe:command .tar}
     command = None if may_run_commands else next((url for url in urls if urlparse(url).scheme == "pipe"), None)
     if command is not None:
@@ -256,19 +276,26 @@ def _expand(data_dir: str, *, may_run_commands: bool) -> list[str]:
     if len(set(urls)) < len(urls):
         [(twice, _)] = Counter(urls).most_common(1)
         raise ValueError(f"{data_dir}: {twice} is named twice")
-    scheme = urlparse(urls[0]).scheme
-    if scheme and scheme != "file" and scheme not in gopen_schemes:
+    known = {"", "file", *gopen_schemes}
+    foreign = next((url for url in urls if urlparse(url).scheme not in known), None)
+    if foreign is not None:
         raise ValueError(
-            f"{urls[0]}: webdataset cannot open {scheme}: URLs; try a command that prints the file: "
-            f"'pipe:COMMAND {urls[0]}'"
+            f"{foreign}: webdataset cannot open {urlparse(foreign).scheme}: URLs; try a command that prints the file: "
+            f"'pipe:COMMAND {foreign}'"
         )
     return urls
 
 
-def _check_number(pattern: str) -> None:
-    """Refuse braces that name too many shards, before they are expanded."""
-    if _num_expansions(pattern) > MAX_SHARDS:
+def _sources(pattern: str) -> list[str]:
+    """Return what `::` joins, as `a.tar::b/{00..99}.tar`; a file of such a name is itself, and `[::1]` an address.
+
+    Raises:
+        ValueError: their braces name too many shards, which is found before they are expanded.
+    """
+    sources = [pattern] if os.path.exists(pattern) else _JOINED.split(pattern)  # noqa: PTH110  (never an error)
+    if sum(map(_num_expansions, sources)) > MAX_SHARDS:
         raise ValueError(f"{shorten(pattern)}: its braces name more than {MAX_SHARDS:,} shards, which is the limit")
+    return sources
 
 
 def _num_expansions(pattern: str) -> int:
@@ -330,7 +357,8 @@ def _counts_beside(index: str, urls: Sequence[str], bar: Any) -> dict[str, int]:
     for url in urls:
         known = records.get(_name(url), {})
         # new, or written again since: a shard of the same size and time is not read to be counted
-        if (known.get("filesize"), known.get("mtime_ns")) != file_stamp(url)[:2]:
+        said = known.get("filesize"), known.get("mtime_ns"), known.get("counted_by")
+        if said != (*file_stamp(url)[:2], COUNTED_BY):
             new[_name(url)] = _record(url, count_samples(url))
         bar.update()
     if new:
@@ -363,7 +391,8 @@ def _records(index: Any, url: str) -> dict[str, dict[str, Any]]:
 
 def _record(path: str, num_samples: int) -> dict[str, Any]:
     size, changed, *_ = file_stamp(path)
-    return {"url": _name(path), "nsamples": num_samples, "filesize": size, "mtime_ns": changed}
+    facts = {"filesize": size, "mtime_ns": changed, "counted_by": COUNTED_BY}
+    return {"url": _name(path), "nsamples": num_samples, **facts}
 
 
 def _write_index(path: Path, records: dict[str, dict[str, Any]]) -> None:

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from cliptune.data.issues import Issue
+from cliptune.data.issues import Issue, first_issues
 from cliptune.data.pairs import Pairs
 from cliptune.runtime.distributed import gather_values, is_main
 from cliptune.runtime.files import write_json
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class SkippedData:
         if len(self) <= self.max_fraction * self.total:
             return
         self.write()
-        shown = first_few([*self.images.values(), *self.records], total=len(self))
+        shown = first_issues([*self.images.values(), *self.records], 3, total=len(self))
         listed = f" (all are listed in {self.path})" if self.path is not None else ""
         raise ValueError(
             f"{len(self):,} of {self.total:,} images and records cannot be used: {shown}{listed}. At most "

@@ -84,7 +84,7 @@ def separate_validation(source: DataSource, val_data: str) -> Pairs:
     Raises:
         ValueError: too many of its records have issues, or it cannot be read.
     """
-    source = replace(source, data_dir=val_data, may_run_commands=False)
+    source = source.at(val_data)
     pairs = load_pairs(source)
     return declared_split(pairs, default_split(pairs, source), source)
 

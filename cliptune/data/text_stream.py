@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,23 +17,31 @@ _BLOCK = 1 << 20
 _NUL_MARK = "\udc00"  # cannot come from UTF-8; the csv and json modules refuse a file for one NUL byte
 _SPACE = re.compile(r"[ \t\n\r]*")
 _COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=[^ \t\n\r])")
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 _LONGEST_TOKEN = 16  # more than -Infinity or the escapes of a surrogate pair
 
 
 class TextFile:
-    """A UTF-8 text, read from its start as often as needed; a byte order mark is dropped, a NUL is U+DC00.
+    """A text, read from its start as often as needed; a byte order mark is dropped, a NUL is U+DC00.
+
+    It is UTF-8, or what its byte order mark says: UTF-16 or UTF-32.
 
     Lines end at line feeds, or at carriage returns where there is no line feed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError (from every method): the file is not UTF-8; tells at which byte.
+        ValueError (from every method): the file is not in its encoding; tells at which byte.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         self.path = path
+        start = next(self._bytes(), b"")
+        self._encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8-sig")
         self._newline = "\n" if any(b"\n" in block for block in self._bytes()) else None
 
     def read(self) -> str:
@@ -46,11 +55,22 @@ class TextFile:
             for line in file:
                 yield line.replace("\0", _NUL_MARK)
 
-    def first_line(self, max_length: int) -> tuple[int, str]:
-        """Return number and text of the first line that is not blank, cut at a length; (1, "") if there is none."""
+    def line_blocks(self, *, after: int = 0, size: int = 1 << 16) -> Iterator[list[str]]:
+        """Yield the lines behind the line of number `after`, as many at once as have about so many characters."""
+        with self._open() as file:
+            for _ in islice(file, after):
+                pass
+            while block := file.readlines(size):
+                yield [line.replace("\0", _NUL_MARK) for line in block] if "\0" in "".join(block) else block
+
+    def first_line(self, max_length: int, *, after: int = 0) -> tuple[int, str]:
+        """Return number and text of the first line that is not blank, cut at a length; (1, "") if there is none.
+
+        Lines up to the number `after` do not count.
+        """
         with self._open() as file:
             for number, line in enumerate(iter(lambda: file.readline(max_length), ""), 1):
-                if line.strip():
+                if line.strip() and number > after:
                     return number, line.replace("\0", _NUL_MARK)
         return 1, ""
 
@@ -67,7 +87,7 @@ class TextFile:
         with self._open() as file:
             try:
                 yield from _JsonList(file, block)
-            except UnicodeDecodeError:
+            except UnicodeError:
                 raise
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}: not valid JSON: {json_reason(error)}") from None
@@ -75,14 +95,15 @@ class TextFile:
     @contextmanager
     def _open(self) -> Iterator[TextIO]:
         try:
-            with self.path.open(encoding="utf-8-sig", newline=self._newline) as file:
+            with self.path.open(encoding=self._encoding, newline=self._newline) as file:
                 yield file
-        except UnicodeDecodeError:
-            message = f"{self.path}: not UTF-8 at byte {self._first_bad_byte()}; save the file as UTF-8"
-            raise ValueError(message) from None
+        except UnicodeError:
+            name = self._encoding.removesuffix("-sig").upper()
+            where = f"{self.path}: not {name} at byte {self._first_bad_byte()}"
+            raise ValueError(f"{where}; save the file as UTF-8 (in Excel: CSV UTF-8)") from None
 
     def _first_bad_byte(self) -> int:
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        decoder = codecs.getincrementaldecoder(self._encoding.removesuffix("-sig"))()
         num_bytes = 0
         try:
             for block in self._bytes():
@@ -92,6 +113,8 @@ class TextFile:
         except UnicodeDecodeError as error:
             # error.start counts from what the decoder still held of the blocks before
             return num_bytes - len(decoder.getstate()[0]) + error.start
+        except UnicodeError:  # UTF-16 and UTF-32 without their mark
+            return num_bytes
         return num_bytes
 
     def _bytes(self) -> Iterator[bytes]:

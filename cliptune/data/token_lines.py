@@ -6,7 +6,7 @@ import re
 
 from cliptune.data.index import Records, quote
 from cliptune.data.text_stream import TextFile
-from cliptune.preprocess.decode import IMAGE_ENDINGS
+from cliptune.preprocess.image_formats import IMAGE_ENDINGS
 
 _ENDING = "|".join(sorted(ending[1:] for ending in IMAGE_ENDINGS))
 # The tag follows the first ending, or a little after it: Flickr8k really holds "2258277193_586949ec62.jpg.1#0".

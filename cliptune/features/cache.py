@@ -225,7 +225,7 @@ class FeatureLoader:
         image_ids, caption_indices = image_ids[readable], caption_indices[readable]
         captions = self.dataset.pairs.captions
         if texts is None:
-            tokens = tokenize([captions[index] for index in caption_indices.tolist()])[0]
+            tokens = tokenize([captions[index] for index in caption_indices.tolist()], self.dataset.context_length)[0]
         else:
             tokens = texts[caption_indices]
         new = caption_indices[self._caption_ids[caption_indices] < 0]

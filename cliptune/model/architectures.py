@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD, Triple
+
 DEFAULT_MODEL_NAME = "ViT-B/32"
-QUICK_GELU, GELU = "quick_gelu", "gelu"
+QUICK_GELU, GELU, GELU_TANH = "quick_gelu", "gelu", "gelu_tanh"
+# several times those of the largest CLIP: of narrow layers, a few MB could be weights for any size of input
+MAX_RESOLUTION, MAX_PATCHES, MAX_CONTEXT_LENGTH = 4096, 16_384, 4096
+ACTIVATIONS = (QUICK_GELU, GELU, GELU_TANH)
+"""x * sigmoid(1.702 x), as OpenAI's; the exact one; its approximation by tanh."""
+IMAGE_POOLINGS = ("class", "average", "average_of_normed")
+"""The class token; `ln_post` of the patches' mean; the mean of `ln_post` of each patch."""
+TEXT_POOLINGS = ("largest", "end", "first", "last")
+"""The position of the largest id, as OpenAI's; the first one of `end_token`; the first or last of the whole context."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What OpenAI's `CLIP` class needs to be built, and the activation, which its tensors do not show."""
+    """What OpenAI's `CLIP` class needs to be built, and what its features depend on and no tensor shows.
+
+    Attributes:
+        vision_mlp_width: hidden units of the MLPs of a ViT; None: four times its width. `text_mlp_width` likewise.
+        vision_eps: of the image tower's LayerNorms; `text_eps` likewise.
+        causal: whether a text's tokens see only what stands before them; else all of the context, padding included.
+        image_pooling: of a ViT, one of `IMAGE_POOLINGS`.
+        text_pooling: one of `TEXT_POOLINGS`; `end` alone has an `end_token`.
+        mean: of the pixels, red, green and blue as fractions of 255, which are brought to 0; `std` to 1.
+    """
 
     name: str
     embed_dim: int
@@ -27,6 +47,16 @@ class Architecture:
     transformer_heads: int
     transformer_layers: int
     activation: str = QUICK_GELU
+    vision_mlp_width: int | None = None
+    text_mlp_width: int | None = None
+    vision_eps: float = 1e-5
+    text_eps: float = 1e-5
+    causal: bool = True
+    image_pooling: str = "class"
+    text_pooling: str = "largest"
+    end_token: int | None = None
+    mean: Triple = CLIP_MEAN
+    std: Triple = CLIP_STD
 
     @property
     def is_vit(self) -> bool:
@@ -35,40 +65,81 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as a checkpoint stores them."""
-        values = asdict(self)
-        if isinstance(self.vision_layers, tuple):
-            values["vision_layers"] = list(self.vision_layers)
-        return values
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Architecture:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote, now or before there were all of today's keys.
 
         Raises:
             ValueError: keys are missing or unknown, or a value is none that an architecture can have.
         """
         try:
-            layers = values["vision_layers"]
-            read = cls(**{**values, "vision_layers": tuple(layers) if isinstance(layers, list) else layers})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"not the description of an architecture: {error}") from None
-        sizes = {key: value for key, value in vars(read).items() if key not in {"name", "activation", "vision_layers"}}
-        counts = read.vision_layers if isinstance(read.vision_layers, tuple) else (read.vision_layers,)
-        patch = [] if sizes.pop("vision_patch_size") is None else [read.vision_patch_size]
-        for size in (*sizes.values(), *counts, *patch):
-            if type(size) is not int or size < 1:
-                raise ValueError(f"not the description of an architecture: {size!r} is no size")
-        if not isinstance(read.name, str):
-            raise ValueError("not the description of an architecture: its name is no text")
-        if read.transformer_width % read.transformer_heads or (read.is_vit and read.vision_width % read.vision_heads):
-            raise ValueError("not the description of an architecture: its heads do not divide its width")
-        if read.activation not in {QUICK_GELU, GELU}:
-            raise ValueError(f"not the description of an architecture: activation {read.activation!r}")
+            plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            read = cls(**plain)
+            fault = next(read._faults(), None)
+        except TypeError as error:
+            fault = str(error)
+        if fault:
+            raise ValueError(f"not the description of an architecture: {fault}")
         return read
 
+    def unseen(self) -> dict[str, Any]:
+        """Return what the features depend on and no tensor shows, as plain values: a part of `to_dict`."""
+        values = self.to_dict()
+        return {key: values[key] for key in _UNSEEN}
+
+    def with_unseen(self, values: dict[str, Any]) -> Architecture:
+        """Return this architecture with what `unseen` gave for another, or some of it.
+
+        Raises:
+            ValueError: as `from_dict`.
+        """
+        return Architecture.from_dict({**self.to_dict(), **{key: values[key] for key in _UNSEEN if key in values}})
+
     def same_tensors(self, other: Architecture) -> bool:
-        """Tell whether weights of one fit the other (names and activations aside)."""
-        return replace(self, name="", activation="") == replace(other, name="", activation="")
+        """Tell whether weights of one fit the other, whatever they are named and no tensor shows."""
+        return all(getattr(self, key) == getattr(other, key) for key in _SEEN)
+
+    def _faults(self) -> Iterator[str]:
+        """Say what is wrong with values that anyone may have written, the first of them first."""
+        counts = self.vision_layers if isinstance(self.vision_layers, tuple) else (self.vision_layers,)
+        optional = (self.vision_patch_size, self.vision_mlp_width, self.text_mlp_width)
+        given = [size for size in optional if size is not None]
+        for size in (*(getattr(self, key) for key in _SIZES), *counts, *given):
+            if type(size) is not int or size < 1:
+                yield f"{size!r} is no size"
+        if not isinstance(self.name, str):
+            yield "its name is no text"
+        if self.transformer_width % self.transformer_heads or (self.is_vit and self.vision_width % self.vision_heads):
+            yield "its heads do not divide its width"
+        for key, known in _CHOICES.items():
+            if getattr(self, key) not in known:
+                yield f"{key} {getattr(self, key)!r}"
+        if (self.text_pooling == "end") != (type(self.end_token) is int and 0 <= self.end_token < self.vocab_size):
+            yield f"text_pooling {self.text_pooling!r} with end_token {self.end_token!r}"
+        numbers = (self.vision_eps, self.text_eps, *self.mean, *self.std)
+        if not all(type(number) in {int, float} and 0 <= number < 1e6 for number in numbers):
+            yield f"an eps, mean or std among {numbers}"
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            yield f"mean {self.mean} and std {self.std}"
+
+
+_CHOICES = {
+    "activation": ACTIVATIONS,
+    "image_pooling": IMAGE_POOLINGS,
+    "text_pooling": TEXT_POOLINGS,
+    "causal": (True, False),
+}
+_UNSEEN = (
+    "activation", "vision_heads", "transformer_heads", "vision_eps", "text_eps", "causal", "image_pooling",
+    "text_pooling", "end_token", "mean", "std",
+)  # fmt: skip
+_SEEN = tuple(field.name for field in fields(Architecture) if field.name not in {*_UNSEEN, "name"})
+_SIZES = (
+    "embed_dim", "image_resolution", "vision_width", "vision_heads", "context_length", "vocab_size",
+    "transformer_width", "transformer_heads", "transformer_layers",
+)  # fmt: skip
 
 
 def _vit(
@@ -136,3 +207,28 @@ def describe_architecture(architecture: Architecture) -> str:
     if architecture.is_vit:
         return f"ViT-{architecture.vision_width}x{architecture.vision_layers}/{architecture.vision_patch_size}"
     return f"RN-{architecture.vision_width}x{'-'.join(map(str, architecture.vision_layers))}"  # type: ignore[arg-type]
+
+
+def name_of(architecture: Architecture, *, default: str = "") -> str:
+    """Return the known name of an architecture, else `default`, else a description of its sizes."""
+    heads = architecture.vision_heads, architecture.transformer_heads
+    for name, known in ARCHITECTURES.items():
+        if known.same_tensors(architecture) and (known.vision_heads, known.transformer_heads) == heads:
+            return name
+    return default or describe_architecture(architecture)
+
+
+def check_sizes(found: Architecture, source: object) -> None:
+    """Refuse sizes that no CLIP has.
+
+    Raises:
+        ValueError: names the source and the size.
+    """
+    side = found.image_resolution // (found.vision_patch_size or 32)
+    for what, size, limit in (
+        ("image resolution", found.image_resolution, MAX_RESOLUTION),
+        ("number of patches", side * side, MAX_PATCHES),
+        ("context length", found.context_length, MAX_CONTEXT_LENGTH),
+    ):
+        if not 1 <= size <= limit:
+            raise ValueError(f"{source}: its {what} would be {size:,}; at most {limit:,} is supported")

@@ -9,6 +9,7 @@ weight. So they are compared here. Keys that every checkpoint has: `format_versi
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Collection
@@ -21,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 from cliptune.model.bounds import check_size_on_disk, check_tensors, check_torch_file
 from cliptune.model.checkpoint_fields import check_fields
 from cliptune.runtime.files import atomic_writer, require_free_space
+from cliptune.runtime.messages import first_few, shown
 
-FORMAT_VERSION = 3
-"""3: verified by the CRCs of its zip archive. Files of 1 and 2 were never released; each later one must be readable."""
+FORMAT_VERSION, OLDEST_READ = 4, 3
+"""3: verified by the CRCs of its zip archive; 4: what no tensor shows is JSON in the state dict, not the activation's
+bit. Files of 1 and 2 were never released; each later one must be readable."""
 BEST_NAME = "best_model.pth"
 SPARE_BYTES = 64 * 2**20
 """Room to leave on the disk beside the tensors."""
@@ -64,7 +67,9 @@ def load_checkpoint(path: str | Path, *, needs: Collection[str] = ()) -> dict[st
     path = checkpoint_in(path)
     state = load_tensors(path)
     if not is_checkpoint(state):
-        raise ValueError(f"{path}: not a checkpoint of this toolkit (weights of others go to --pretrained)")
+        raise ValueError(
+            f"{path}: not a checkpoint of this toolkit (weights alone and those of others go to --pretrained)"
+        )
     check_fields(state, path, needs=needs)
     return state  # type: ignore[no-any-return]
 
@@ -94,11 +99,15 @@ def load_tensors(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # about pickles that it refuses afterwards
             content = torch.load(path, map_location="cpu", weights_only=True)
         check_tensors(content, path.stat().st_size)
-    except pickle.UnpicklingError:  # whose message tells how to load it all the same
-        raise ValueError(
-            f"{path}: cannot be opened safely: it is damaged, or holds more than tensors and plain values, which could "
-            "run code"
-        ) from None
+    except pickle.UnpicklingError as error:  # whose message tells how to load it all the same
+        objects = [shown(name) for name in _objects_in(path, error)]
+        reason = "it is damaged, or holds more than tensors and plain values, which could run code"
+        if objects:
+            reason = (
+                f"beside tensors it holds objects of {first_few(objects)}, which could run code: if you trust it, open "
+                "it where it was made, and save its state dict alone with torch.save"
+            )
+        raise ValueError(f"{path}: cannot be opened safely: {reason}") from None
     except Exception as error:  # damaged files fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: cannot be opened safely as tensors and plain values: {reason}") from None
@@ -117,6 +126,14 @@ def read_value(path: Path, key: str, default: Any) -> Any:
         return None
 
 
+def _objects_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    """Name the classes in a file that were refused; none of them is imported."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # PyTorch's older form, or damaged: there the message names the first
+        return re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
+
+
 def is_checkpoint(content: Any) -> bool:
     """Tell a checkpoint of this toolkit from other content of a `torch.save` file."""
     return isinstance(content, dict) and {"model_state_dict", "architecture"} <= content.keys()
@@ -124,10 +141,12 @@ def is_checkpoint(content: Any) -> bool:
 
 def _check_format(state: dict[str, Any], path: Path) -> None:
     version = state.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        older = type(version) is int and version < FORMAT_VERSION
+    if type(version) is not int or not OLDEST_READ <= version <= FORMAT_VERSION:
+        older = type(version) is int and version < OLDEST_READ
         way_out = "such files cannot be read any more: train again" if older else "try the version that wrote it"
-        raise ValueError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}; {way_out}")
+        raise ValueError(
+            f"{path}: checkpoint format {version!r}, this version reads {OLDEST_READ} to {FORMAT_VERSION}; {way_out}"
+        )
     if state.get("self_test") is None:
         raise ValueError(f"{path}: damaged, or written by other means than this toolkit: it holds no self_test")
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from cliptune.model.towers import add_run_methods, layers_of
+from cliptune.model.towers import layers_of
 from cliptune.runtime.distributed import all_sum, copy_weights, world_size
 
 ENTRIES = ("encode_image", "encode_text", "run_image_tower", "run_text_tower", "project_image", "project_text")
@@ -165,17 +165,14 @@ def _is_shard(value: Any) -> bool:
 
 
 def _shard(model: Any, device: torch.device) -> None:
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
     if not can_shard():
         raise ValueError(f"--parallel fsdp needs PyTorch 2.7 or later, this is {torch.__version__}; use --parallel ddp")
     model.to(memory_format=torch.contiguous_format)  # FSDP takes no other
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = layers_of(model.backbone)
-    add_run_methods(layers)
-    for layer in layers:
+    for layer in layers_of(model.backbone):
         fully_shard(layer, mesh=mesh)
-        register_fsdp_forward_method(layer, "run")
     # a scalar cannot be sharded
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     model.logit_scale.data = model.logit_scale.data.to(device)

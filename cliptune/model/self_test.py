@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cliptune.preprocess.transforms import CLIP_MEAN, CLIP_STD, VERSION, clip_transform
+from cliptune.model.architectures import Architecture
+from cliptune.preprocess.transforms import VERSION, clip_transform
 from cliptune.runtime.device import exact_products
 
 TOLERANCE = 1e-4
@@ -43,9 +44,10 @@ def compute_self_test(model: Any) -> dict[str, Any]:
     return {**self_test, "image_features": image_features, "text_features": text_features}
 
 
-def describe_preprocessing(resolution: int) -> dict[str, Any]:
+def describe_preprocessing(architecture: Architecture) -> dict[str, Any]:
     """Return what a checkpoint tells people of the preprocessing that its features depend on."""
-    return {"version": VERSION, "mean": list(CLIP_MEAN), "std": list(CLIP_STD), "resolution": resolution}
+    mean, std = list(architecture.mean), list(architecture.std)
+    return {"version": VERSION, "mean": mean, "std": std, "resolution": architecture.image_resolution}
 
 
 def check_self_test(model: Any, self_test: Any, *, source: str) -> None:

@@ -6,8 +6,8 @@ the rest through safetensors.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 
 from cliptune.model.architectures import (
-    ARCHITECTURES,
     DEFAULT_MODEL_NAME,
     GELU,
     QUICK_GELU,
     Architecture,
-    describe_architecture,
+    check_sizes,
     known_architecture,
+    name_of,
 )
-from cliptune.model.bounds import check_size_on_disk
-from cliptune.model.checkpoint_file import is_checkpoint, load_tensors
+from cliptune.model.checkpoint_file import is_checkpoint
+from cliptune.model.hub_files import read_hub_file, weights_files, whole_file
+from cliptune.model.hub_settings import HubSettings, check_refused, read_settings, settings_path
 from cliptune.model.published import ARCHIVES, published_weights
+from cliptune.model.state_dicts import OtherModelError, StateDict, find_model, read_extra_state, to_openai_names
 from cliptune.model.torchscript import is_torchscript, read_torchscript
+from cliptune.model.towers import build_backbone
+from cliptune.preprocess.tokens import VOCABULARY_SIZE
+from cliptune.runtime.messages import count
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +41,8 @@ NAMED_WEIGHTS = ("auto", "openai", "none")
 """OpenAI's where published, OpenAI's, random ones."""
 # open_clip's largest ViTs have heads that are not 64 wide: image width -> number of heads
 _UNUSUAL_VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
-# several times those of the largest CLIP: of narrow layers, a few MB could be weights for any size of input
-MAX_RESOLUTION, MAX_PATCHES, MAX_CONTEXT_LENGTH = 4096, 16_384, 4096
-MAX_SETTINGS_BYTES = 2**24
+MAX_ADDED_TOKENS = 16_384
+"""Behind CLIP's own; a vocabulary of more is another tokeniser's."""
 
 
 class Weights(NamedTuple):
@@ -73,6 +77,7 @@ def find_weights(
     name = model_name or DEFAULT_MODEL_NAME
     if str(pretrained) not in NAMED_WEIGHTS:
         weights = read_weights(Path(pretrained), activation=activation)
+        _check_heads(weights.architecture, weights.source)
         if model_name not in {None, weights.architecture.name}:
             message = "%s holds a %s, and the file decides: the model name %s is not used"
             logger.warning(message, pretrained, weights.architecture.name, model_name)
@@ -97,36 +102,63 @@ def read_published(name: str, *, activation: str | None = None) -> Weights:
 def read_weights(path: Path, *, activation: str | None = None, told: str | None = None) -> Weights:
     """Read CLIP weights from a file, or a folder as published on a model hub; its content tells the format.
 
-    Formats: OpenAI's TorchScript archive; a state dict in OpenAI's names, bare or inside a training checkpoint
-    (open_clip's `.pt`); open_clip's and Hugging Face's safetensors; a checkpoint of this toolkit.
+    Formats: OpenAI's TorchScript archive; a state dict in the names of OpenAI, open_clip or transformers, bare or
+    inside a training checkpoint, as `torch.save` or safetensors, whole or in shards; a checkpoint of this toolkit or
+    its model's state dict. Settings beside it count if they are its own: of a folder, or of the file that the folder
+    would be read from, and of the sizes that the tensors have.
 
     Args:
-        path: the file; in a folder, its weights file is looked for.
-        activation: `quick_gelu` or `gelu`, for files that do not tell.
+        path: the file; of a folder, the first weights file that holds a whole model.
+        activation: `quick_gelu`, `gelu` or `gelu_tanh`, for files that do not tell; believed where only a settings file
+            beside them says otherwise.
         told: the activation that the weights are known to have, whatever stands beside the file.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: damaged, of another kind of model, or its activation is not known.
+        ValueError: damaged, of another kind of model, built in a way that is not supported, or its activation is not
+            known.
     """
-    path = _weights_file(path)
-    if is_torchscript(path):
-        tensors, told = read_torchscript(path), QUICK_GELU
-    else:
-        content = _read_safetensors(path) if _is_safetensors(path) else load_tensors(path)
-        if is_checkpoint(content):
-            weights = own_weights(content, path)
-            _agree_activation(path, asked=activation, told=weights.architecture.activation)
-            return weights
-        tensors = _unwrap(content, path)
-        if "input_resolution" in tensors:  # only OpenAI's archives have it, and the state dict of a loaded archive
-            told = QUICK_GELU
-    settings = _settings_beside(path)
-    told = told or _activation_from_settings(settings)
-    activation = _agree_activation(path, asked=activation, told=told)
-    tensors = _to_openai_names(tensors, path)
-    architecture = _architecture_of(tensors, path, activation=activation, vision_heads=_vision_heads(settings))
-    return Weights(architecture, {name: tensor.float() for name, tensor in tensors.items()}, {}, source=str(path))
+    if path.is_dir():
+        partial: list[OtherModelError] = []
+        for file in weights_files(path):
+            try:
+                return _read_file(file, activation=activation, told=told, of_hub=True)
+            except OtherModelError as error:
+                partial.append(error)
+        raise partial[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of {', '.join(NAMED_WEIGHTS)}")
+    path = whole_file(path)
+    return _read_file(path, activation=activation, told=told, of_hub=told is None and _is_of_hub(path))
+
+
+def _read_file(path: Path, *, activation: str | None, told: str | None, of_hub: bool) -> Weights:
+    content = read_torchscript(path) if is_torchscript(path) else read_hub_file(path)
+    if is_checkpoint(content):
+        weights = own_weights(content, path)
+        _agree_activation(path, asked=activation, told=weights.architecture.activation, certain=True)
+        return weights
+    state = find_model(content, path)
+    if state.own:
+        return _own_state(state, path, activation=activation)
+    if "input_resolution" in state.tensors:  # only OpenAI's archives have it, and the state dict of a loaded archive
+        told = QUICK_GELU
+    tensors = to_openai_names(state, path)
+    found = _architecture_of(tensors, path)
+    settings = None if told else _settings_beside(path, state, found, of_hub=of_hub)
+    if settings is not None:
+        try:
+            found = found.with_unseen(settings.unseen)
+        except ValueError as error:
+            raise ValueError(f"{settings.path}: {error}") from None
+    _check_vocabulary(found, path)
+    by_file = found.activation if settings is not None else None
+    if not (activation or told or by_file) and found.transformer_heads and found.vision_heads:
+        build_backbone(found, tensors, source=str(path))  # weights that do not fit are told before anything is asked
+    chosen = _agree_activation(path, asked=activation, told=told or by_file, certain=told is not None)
+    tensors["logit_scale"] = _log_scale(tensors["logit_scale"], path)
+    found = replace(found, activation=chosen)
+    return Weights(replace(found, name=name_of(found)), _finite(tensors, path), {}, source=str(path))
 
 
 def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
@@ -142,110 +174,52 @@ def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
     try:
         architecture = Architecture.from_dict(content["architecture"])
         state = {name: value.detach().cpu() for name, value in content["model_state_dict"].items()}
-        uses_quick_gelu = bool(state.pop("_extra_state"))
+        unseen = read_extra_state(state.pop("_extra_state"))
         tensors = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
         tensors["logit_scale"] = state["logit_scale"].reshape(())
         projections = {name: state[name] for name in ("image_projection.weight", "text_projection.weight")}
-        sizes = {tuple(weight.shape) for weight in projections.values()}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{source}: damaged checkpoint ({type(error).__name__}: {error})") from None
     except ValueError as error:
         raise ValueError(f"{source}: damaged checkpoint: {error}") from None
     # what the tensors' shapes say must be what the checkpoint says: nothing is built of sizes that nobody can hold
-    found = _architecture_of(
-        tensors, Path(source), activation=architecture.activation, vision_heads=architecture.vision_heads
-    )
-    fits = len(sizes) == 1 and {size[1:] for size in sizes} == {(architecture.embed_dim,)}
-    found = replace(found, transformer_heads=architecture.transformer_heads)  # which no tensor tells
-    if not (fits and found.same_tensors(architecture)) or uses_quick_gelu != (architecture.activation == QUICK_GELU):
+    fits = _architecture_of(tensors, Path(source)).same_tensors(architecture)
+    if not fits or not unseen.items() <= architecture.unseen().items():
         raise ValueError(f"{source}: damaged checkpoint: its tensors are not those of its architecture")
+    _check_projections(projections, architecture, source)
     return Weights(architecture, tensors, projections, content.get("self_test"), str(source))
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        # open_clip's first: beside it timm keeps a model.safetensors of the image tower alone
-        names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: no weights file in this folder; looked for {', '.join(names)}")
-        return found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"--pretrained: no such file: {path}; or one of {', '.join(NAMED_WEIGHTS)}")
-    return path
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file  # noqa: PLC0415  (only where such a file is read)
-
-    check_size_on_disk(path)
+def _is_of_hub(path: Path) -> bool:
+    """Tell whether a file that was named is the one that its folder would be read from, as whose settings lie there."""
     try:
-        # copies: what was read is a view of the file, which may change
-        tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path}: damaged safetensors file: {error}") from None
-    return tensors
+        return path in weights_files(path.parent)
+    except OSError:
+        return False
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors by name")
-    for prefix in ("module.", "_orig_mod.", "text."):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
-
-
-def _settings_beside(path: Path) -> dict[str, Any]:
-    """Read the settings file that hubs keep beside weights, if there is one: open_clip's or Hugging Face's."""
-    for name in ("open_clip_config.json", "config.json"):
-        beside = path.parent / name
-        try:
-            if not beside.is_file() or beside.stat().st_size > MAX_SETTINGS_BYTES:
-                continue
-            settings = json.loads(beside.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(settings, dict) and ("model_cfg" in settings or "text_config" in settings):
-            return settings
-    return {}
-
-
-def _activation_from_settings(settings: dict[str, Any]) -> str | None:
-    if isinstance(settings.get("model_cfg"), dict):
-        return QUICK_GELU if settings["model_cfg"].get("quick_gelu", False) else GELU
-    # Hugging Face writes only what differs from its defaults, and its default is quick_gelu
-    parts = [settings.get(key) for key in ("text_config", "vision_config")]
-    told = {str(part.get("hidden_act", QUICK_GELU)) for part in parts if isinstance(part, dict)}
-    return told.pop() if len(told) == 1 else None
-
-
-def _vision_heads(settings: dict[str, Any]) -> int | None:
-    try:
-        if "model_cfg" in settings:
-            vision = settings["model_cfg"]["vision_cfg"]
-            return int(vision["width"]) // int(vision.get("head_width", 64))
-        heads = settings["vision_config"].get("num_attention_heads")
-        return None if heads is None else int(heads)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
+def _settings_beside(path: Path, state: StateDict, found: Architecture, *, of_hub: bool) -> HubSettings | None:
+    """Read the settings that hubs keep beside weights, if they are those of these weights."""
+    if not of_hub:
+        beside = settings_path(path.parent, hugging_face=state.is_hugging_face)
+        if beside.is_file():
+            logger.warning("%s is not used: %s is not the file that its folder would be read from", beside, path.name)
         return None
+    settings = read_settings(path.parent, hugging_face=state.is_hugging_face)
+    if settings is None:
+        return None
+    if contradiction := settings.check_fit(found):
+        logger.warning("%s is not used: it describes another model (%s)", settings.path, contradiction)
+        return None
+    check_refused(settings)
+    return settings
 
 
-def _agree_activation(path: Path, *, asked: str | None, told: str | None) -> str:
-    if told is not None and told not in {QUICK_GELU, GELU}:
-        raise ValueError(f"{path}: activation {told!r} is not supported; known: {QUICK_GELU}, {GELU}")
+def _agree_activation(path: Path, *, asked: str | None, told: str | None, certain: bool) -> str:
     if asked is not None and told is not None and asked != told:
-        raise ValueError(f"{path}: made for activation {told}, not {asked}")
+        if certain:
+            raise ValueError(f"{path}: made for activation {told}, not {asked}")
+        logger.warning("%s: activation %s as asked for, though the settings beside it say %s", path, asked, told)
     activation = asked or told
     if activation is None:
         raise ValueError(
@@ -256,63 +230,72 @@ def _agree_activation(path: Path, *, asked: str | None, told: str | None) -> str
     return activation
 
 
-def _to_openai_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    if "vision_model.embeddings.patch_embedding.weight" in tensors:
-        tensors = _from_hugging_face(tensors)
-    dropped = {"input_resolution", "context_length", "vocab_size", "attn_mask"}
-    tensors = {name: value for name, value in tensors.items() if name not in dropped}
-    needed = {"visual.conv1.weight", "text_projection", "positional_embedding", "token_embedding.weight", "logit_scale"}
-    missing = sorted(needed - tensors.keys())
-    if missing:
-        raise ValueError(f"{path}: not the weights of a CLIP that OpenAI's classes can hold; no {', '.join(missing)}")
-    return tensors
-
-
-_HUGGING_FACE_NAMES = (
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    (".self_attn.out_proj.", ".attn.out_proj."),
-    (".layer_norm1.", ".ln_1."),
-    (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
-)
-
-
-def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename transformers' `CLIPModel`; its separate query, key and value maps become one."""
-    converted: dict[str, Tensor] = {}
+def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return float32 tensors; weights that are not finite give features that are not, or none where nobody looks."""
     for name, tensor in tensors.items():
-        if name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{path}: {name} is of {tensor.dtype}: quantised weights are not supported")
+    converted = {name: tensor.float() for name, tensor in tensors.items()}
+    for name, tensor in converted.items():
+        if tensor.sum().isfinite():  # one pass; a sum of finite values that is not finite is looked at once more
             continue
-        new = name
-        for old, openai in _HUGGING_FACE_NAMES:
-            new = new.replace(old, openai)
-        if ".q_proj." in name:  # OpenAI's one in_proj is [q; k; v], stacked along the output
-            parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-            new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
-            converted[new] = torch.cat(parts)
-        elif name == "visual_projection.weight":  # x @ proj there, a Linear's x @ weight.T here
-            converted["visual.proj"] = tensor.T.contiguous()
-        elif name == "text_projection.weight":
-            converted["text_projection"] = tensor.T.contiguous()
-        else:
-            converted[new] = tensor
+        if num_bad := tensor.numel() - int(tensor.isfinite().sum()):
+            raise ValueError(
+                f"{path}: {count(num_bad, 'value')} of {name} are not finite (NaN or infinite): damaged, or of a run "
+                "that diverged; take an earlier checkpoint"
+            )
     return converted
 
 
-def _architecture_of(
-    tensors: dict[str, Tensor], path: Path, *, activation: str, vision_heads: int | None
-) -> Architecture:
-    """Derive the architecture from the tensors' shapes (as OpenAI's `build_model` does) and name it if known."""
+def _log_scale(value: Tensor, path: Path) -> Tensor:
+    """Return the logarithm of the scale, 0 dimensions; a scale or a temperature in its place is converted and said.
+
+    ln 100 = 4.6 is where CLIP's ends, and ln(1 / 0.07) = 2.7 where it begins: 100, 0.07 and ln 0.07 are something else.
+    """
+    if value.numel() != 1:
+        raise ValueError(f"{path}: logit_scale has {value.numel():,} values; one is supported")
+    number = value.item()
+    if number == 0 or 0.5 <= number <= 6:
+        return value.reshape(())
+    if not -6 <= number <= 1000:
+        raise ValueError(f"{path}: logit_scale {number:g} is neither the logarithm of a scale nor a scale")
+    what, scale = ("the scale itself", number) if number > 6 else ("the temperature", 1 / number if number > 0 else 0)
+    converted = math.log(scale) if scale else -number
+    what = what if scale else "the logarithm of the temperature"
+    logger.warning("%s: logit_scale %g is no logarithm of a scale: taken as %s", path, number, what)
+    return torch.tensor(converted)
+
+
+def _own_state(state: StateDict, path: Path, *, activation: str | None) -> Weights:
+    """Take weights from `CLIPModel.state_dict()`, saved without a checkpoint around it."""
+    extra = state.own.get("_extra_state")
+    if extra is None:
+        raise ValueError(f"{path}: a state dict of this toolkit without its _extra_state: save model.state_dict()")
+    try:
+        unseen = read_extra_state(extra)
+        tensors = {**state.tensors, "logit_scale": state.own["logit_scale"].reshape(())}
+        architecture = _architecture_of(tensors, path).with_unseen(unseen)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: a damaged state dict of this toolkit: {error}") from None
+    _agree_activation(path, asked=activation, told=architecture.activation, certain=True)
+    projections = {name: state.own[name].float() for name in ("image_projection.weight", "text_projection.weight")}
+    _check_projections(projections, architecture, path)
+    return Weights(
+        replace(architecture, name=name_of(architecture)),
+        _finite(tensors, path),
+        _finite(projections, path),
+        source=str(path),
+    )
+
+
+def _check_projections(projections: dict[str, Tensor], architecture: Architecture, source: str | Path) -> None:
+    sizes = {tuple(weight.shape) for weight in projections.values()}
+    if len(sizes) != 1 or {size[1:] for size in sizes} != {(architecture.embed_dim,)}:
+        raise ValueError(f"{source}: damaged checkpoint: its tensors are not those of its architecture")
+
+
+def _architecture_of(tensors: dict[str, Tensor], path: Path) -> Architecture:
+    """Derive the architecture from the tensors' shapes (as OpenAI's `build_model` does); the rest is OpenAI's."""
     try:
         vision = _vit_shape(tensors) if "visual.proj" in tensors else _resnet_shape(tensors)
         text_width = tensors["ln_final.weight"].shape[0]
@@ -323,32 +306,46 @@ def _architecture_of(
             context_length=tensors["positional_embedding"].shape[0],
             vocab_size=tensors["token_embedding.weight"].shape[0],
             transformer_width=text_width,
-            transformer_heads=text_width // 64,
+            transformer_heads=_heads(text_width),
             transformer_layers=_count(tensors, "transformer.resblocks."),
-            activation=activation,
+            text_mlp_width=_mlp_width(tensors, "transformer.", text_width),
         )
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP; no {error}") from None
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not the weights of a ViT or ResNet CLIP: {error}") from None
-    if vision_heads is not None and found.is_vit:
-        found = replace(found, vision_heads=vision_heads)
-    _check_sizes(found, path)
-    same = [name for name, known in ARCHITECTURES.items() if known.same_tensors(found)]
-    return replace(found, name=same[0] if same else describe_architecture(found))
+    check_sizes(found, path)
+    return found
 
 
-def _check_sizes(found: Architecture, path: Path) -> None:
-    side = found.image_resolution // (found.vision_patch_size or 32)
-    for what, size, limit in (
-        ("image resolution", found.image_resolution, MAX_RESOLUTION),
-        ("number of patches", side * side, MAX_PATCHES),
-        ("context length", found.context_length, MAX_CONTEXT_LENGTH),
-    ):
-        if not 1 <= size <= limit:
-            raise ValueError(f"{path}: its {what} would be {size:,}; at most {limit:,} is supported")
-    if found.is_vit and (found.vision_heads < 1 or found.vision_width % found.vision_heads):
-        raise ValueError(f"{path}: {found.vision_heads} heads do not divide the image tower's width")
+def _check_vocabulary(found: Architecture, path: Path) -> None:
+    if not 0 <= found.vocab_size - VOCABULARY_SIZE <= MAX_ADDED_TOKENS:
+        raise ValueError(
+            f"{path}: a vocabulary of {found.vocab_size:,} tokens is another tokeniser's; CLIP's own, the one that is "
+            f"supported, has {VOCABULARY_SIZE:,}"
+        )
+
+
+def _check_heads(found: Architecture, source: str) -> None:
+    """Refuse a number of attention heads that nothing tells."""
+    image, text = (found.vision_width, found.vision_heads), (found.transformer_width, found.transformer_heads)
+    for tower, (width, heads) in (("image", image), ("text", text)):
+        if not heads:
+            raise ValueError(
+                f"{source}: its {tower} tower is {width} wide, and nothing tells how many heads that is: put its "
+                "open_clip_config.json or config.json beside it, and name the folder"
+            )
+
+
+def _heads(width: int) -> int:
+    """Return how many heads OpenAI's models of that width have; 0: nobody knows."""
+    return _UNUSUAL_VISION_HEADS.get(width, 0 if width % 64 else width // 64)
+
+
+def _mlp_width(tensors: dict[str, Tensor], prefix: str, width: int) -> int | None:
+    """Return a transformer's MLP width, or None where it is the usual one."""
+    found = len(tensors[f"{prefix}resblocks.0.mlp.c_fc.weight"])
+    return None if found == 4 * width else found
 
 
 def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -360,7 +357,8 @@ def _vit_shape(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "vision_layers": _count(tensors, "visual.transformer.resblocks."),
         "vision_width": width,
         "vision_patch_size": patch,
-        "vision_heads": _UNUSUAL_VISION_HEADS.get(width, width // 64),
+        "vision_heads": _heads(width),
+        "vision_mlp_width": _mlp_width(tensors, "visual.transformer.", width),
     }
 
 

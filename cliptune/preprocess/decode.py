@@ -18,7 +18,9 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from cliptune.preprocess import depth
 from cliptune.preprocess.encoded import container_of, read_encoded
+from cliptune.preprocess.image_formats import add_format, ending_of, unread_format
 from cliptune.preprocess.resize import Pixels
 
 # Pillow warns of odd metadata in images that it reads all the same; what it cannot read is an error without this
@@ -30,12 +32,10 @@ MAX_PIXELS = 178_956_970
 MAX_BYTES = 10**9
 """Of an image's file, and of its pixels as they are decoded."""
 
-STRIP_PIXELS = 2**22
-
-IMAGE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
-
-_OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4}
+_OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4, "HEIF": 8}
 """Bytes of each pixel that a decoder keeps beside the result."""
+_KIND_OF_PAGE, _SUB_PAGES = 254, 330
+"""TIFF's NewSubfileType and SubIFDs: where the first is 1, for a smaller copy, the other leads to the image itself."""
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
 
 DecodedImage: TypeAlias = Image.Image | Pixels
@@ -145,8 +145,8 @@ def load_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         ValueError: the file is no image, or a damaged one; names the file.
         OSError: no such file, or it cannot be read.
     """
-    with _opened(source, max_pixels) as (image, _):
-        return to_rgb(image)
+    with _opened(source, max_pixels) as (image, data, name):
+        return to_rgb(image, data, name)
 
 
 def decode_image(
@@ -164,38 +164,63 @@ def decode_image(
         ValueError: the file is no image, or a damaged one; names the file.
         OSError: no such file, or it cannot be read.
     """
-    with _opened(source, max_pixels) as (image, data):
+    with _opened(source, max_pixels) as (image, data, name):
         pixels = _decode_jpeg(data, image, shortest_side)
-        return to_rgb(image) if pixels is None else pixels
+        return to_rgb(image, data, name) if pixels is None else pixels
 
 
 def image_format(data: bytes) -> str:
-    """Return the format of an image file by its content, in lower case: `jpeg`, `png`, ...
+    """Return the format of an image file by its content, as a file of it ends: `jpeg`, `png`, `jp2`, ...
 
     Raises:
         ValueError: it is no image.
     """
-    with _opened(data, MAX_PIXELS) as (image, _):
-        return str(image.format).lower()
+    with _opened(data, MAX_PIXELS) as (image, *_):
+        return ending_of(str(image.format))
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, bytes]]:
-    """Give an image, not decoded yet, and the bytes of its file; what fails in the block is an error that names it."""
+def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, bytes, str]]:
+    """Give an image, not decoded yet, its file's bytes and name; what fails in the block is an error that names it."""
     data, name = (source, "") if isinstance(source, bytes) else (read_bytes(source), f"{source}: ")
     try:
-        with Image.open(BytesIO(data)) as image:
+        with _open_image(data) as image:
             if image.width * image.height > max_pixels:  # Pillow's own check goes by a setting of the process
                 raise ValueError(f"more than {max_pixels} pixels")
             if (num_bytes := _bytes_to_decode(image)) > MAX_BYTES:
                 raise ValueError(f"its pixels would take {num_bytes / 1e9:.1f} GB; at most {MAX_BYTES / 1e9:.0f} GB")
             if image.format == "EPS":  # which Pillow has a program run
                 raise ValueError("PostScript, which is a program: convert it to an image")
-            yield image, data
+            if isinstance(image, TiffImageFile):
+                _refuse_misread(image)
+            yield image, data, name.removesuffix(": ") or "an image"
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may end in any exception of Pillow's decoders
         raise ValueError(f"{name}cannot be read as an image: {_reason(error)}") from None
+
+
+def _refuse_misread(image: TiffImageFile) -> None:
+    """Refuse what Pillow would take for another image without a word."""
+    tags = image.tag_v2
+    if tags.get(_KIND_OF_PAGE) == 1 and _SUB_PAGES in tags:
+        raise ValueError("its first page is a thumbnail, as in a camera's raw file: convert it to PNG or JPEG")
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))
+    is_planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and len(bits) > 1
+    if is_planar and max(bits) > 8 and any(codec == "raw" for codec, *_ in image.tile):
+        raise ValueError("planes of more than 8 bits without compression, which Pillow misreads: convert it to PNG")
+
+
+def _open_image(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        if not add_format(data):
+            raise ValueError(unread_format(data)) from None
+    try:
+        return Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("a damaged HEIC file") from None
 
 
 def _bytes_to_decode(image: Image.Image) -> int:
@@ -212,8 +237,6 @@ def _bytes_to_decode(image: Image.Image) -> int:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "of no known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS} pixels"
     return str(error) if isinstance(error, OSError | ValueError) and str(error) else f"damaged ({error!r})"
@@ -248,20 +271,25 @@ _UPRIGHT: dict[int, Callable[[Any], Any]] = {
 """What sets an image upright, by its EXIF orientation."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, data: bytes = b"", name: str = "an image") -> Image.Image:
     """Turn any Pillow image into 8-bit RGB: first frame, EXIF orientation applied, transparency laid on white.
 
-    16-bit grey keeps its range (divided by 257); float images are taken as [0, 1] if they stay within it.
+    Deeper images are brought to 8 bits by the depth that their file or their values tell, see `depth`.
+
+    Args:
+        image: as Pillow has opened it.
+        data: of its file, which may tell more than Pillow does.
+        name: of the image, for what is said about it.
     """
+    stored = depth.stored_as(image, data)
+    if stored.raw:
+        image = depth.colors(image, stored, name)
     if image.getexif().get(ExifTags.Base.Orientation) in _UPRIGHT:  # without one exif_transpose would copy
         image = ImageOps.exif_transpose(image)
         if image.mode == "RGB" and "transparency" not in image.info:
             return image  # which is a copy already
-    if image.mode.startswith("I"):
-        return _in_strips(image, lambda strip: _to_8_bit(strip, 1 / 257))  # 65535 -> 255; Pillow itself clips above 255
-    if image.mode == "F":
-        largest = max(np.nanmax(np.asarray(strip), initial=0) for _, strip in _strips(image))
-        return _in_strips(image, lambda strip: _to_8_bit(strip, 255 if largest <= 1 else 1))
+    if image.mode[0] in "IF":
+        return depth.grey(image, stored, name).convert("RGB")
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
         return _in_strips(image, _on_white)
     return image.convert("RGB")
@@ -274,24 +302,12 @@ def size_of(image: DecodedImage) -> tuple[int, int]:
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Convert an image to RGB some rows at a time: the copies on the way take up to eight times an image's memory."""
-    if image.width * image.height <= STRIP_PIXELS:
+    if image.width * image.height <= depth.STRIP_PIXELS:
         return convert(image).convert("RGB")
     result = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
+    for top, strip in depth.strips(image):
         result.paste(convert(strip).convert("RGB"), (0, top))
     return result
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the first row and the pixels of each strip."""
-    num_rows = max(STRIP_PIXELS // image.width, 1)
-    for top in range(0, image.height, num_rows):
-        yield top, image.crop((0, top, image.width, min(top + num_rows, image.height)))
-
-
-def _to_8_bit(image: Image.Image, factor: float) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64) * factor  # [H, W]
-    return Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -14,6 +14,8 @@ from torch import Tensor
 from cliptune.runtime.openai_clip import import_clip
 
 CONTEXT_LENGTH = 77
+VOCABULARY_SIZE = 49_408
+"""Tokens of CLIP's vocabulary; the last is the end of a text."""
 LONG_WORD = 64
 """Bytes of a word from which on OpenAI's own merging, whose time grows with their square, is not used."""
 
@@ -50,6 +52,11 @@ def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> tupl
 def count_tokens(text: str) -> int:
     """Count a text's tokens, start and end included; of a text or word beyond the limits above, those up to there."""
     return 2 + sum(1 for _ in _token_ids(text[:MAX_TEXT], MAX_LETTERS))
+
+
+def vocabulary() -> dict[str, int]:
+    """Return CLIP's vocabulary: the id of each token."""
+    return _tokenizer().encoder  # type: ignore[no-any-return]
 
 
 def _token_ids(text: str, max_letters: int) -> Iterator[int]:

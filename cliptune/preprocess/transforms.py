@@ -15,15 +15,15 @@ from torch import Tensor
 from torchvision import transforms
 
 from cliptune.preprocess.decode import MAX_PIXELS, DecodedImage, decode_image, size_of
+from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD, Triple
 from cliptune.preprocess.resize import Pixels, Span, resize
+from cliptune.runtime.recording import is_recorded
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CROP_AREA = (0.6, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-VERSION = 1
-"""Raised whenever the same image gives other pixels or the same text other tokens: cached features go by it."""
+VERSION = 2
+"""Raised whenever the same image gives other pixels or the same text other tokens: caches go by it."""
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -51,7 +51,7 @@ class PixelTransform(ABC):
     @property
     def key(self) -> str:
         """Name of the first step: images shrunk under the same key are the same."""
-        return f"{type(self).__name__}-{self.shrunk_side}" + ("-fast" if self.fast_decode else "")
+        return f"{type(self).__name__}-{self.shrunk_side}-v{VERSION}" + ("-fast" if self.fast_decode else "")
 
     @abstractmethod
     def shrink(self, image: DecodedImage) -> Pixels:
@@ -151,11 +151,13 @@ def train_transform(resolution: int, augment: str, *, fast_decode: bool = False)
     return CropTransform(resolution, color=augment == "color", fast_decode=fast_decode)
 
 
-def normalize(pixels: Tensor) -> Tensor:
-    """Bring pixels `[..., 3, H, W]` to CLIP's mean and standard deviation, on the device where they are.
+def normalize(pixels: Tensor, mean: Triple = CLIP_MEAN, std: Triple = CLIP_STD) -> Tensor:
+    """Bring pixels `[..., 3, H, W]` to a mean of 0 and a standard deviation of 1, on the device where they are.
 
     Args:
         pixels: uint8; or float, which is taken as normalised already and returned as it is.
+        mean: of red, green and blue, as fractions of 255; CLIP's own by default.
+        std: standard deviation, likewise.
 
     Raises:
         ValueError: pixels of another type.
@@ -164,15 +166,16 @@ def normalize(pixels: Tensor) -> Tensor:
         return pixels
     if pixels.dtype != torch.uint8:
         raise ValueError(f"pixels must be uint8, or float and normalised, got {pixels.dtype}")
-    mean, std = _moments(pixels.device)
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    moments = _moments.__wrapped__ if is_recorded() else _moments  # a stand-in must not stay in the cache
+    means, stds = moments(pixels.device, mean, std)
+    return pixels.float().div_(255).sub_(means).div_(stds)
 
 
 @lru_cache(maxsize=8)
-def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
+def _moments(device: torch.device, mean: Triple, std: Triple) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # cached for callers that may need gradients
-        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return mean, std
+        means, stds = (torch.tensor(values, device=device, dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
+    return means, stds
 
 
 def draw_crop(size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cliptune.model.towers import StatisticsSnapshot, held_statistics
+from cliptune.model.batchnorm import StatisticsSnapshot, held_statistics
 from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState

@@ -12,7 +12,7 @@ from torch.random import fork_rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cliptune.model.towers import held_statistics
+from cliptune.model.batchnorm import held_statistics
 from cliptune.runtime.device import Precision, autocast, free_memory, tf32
 from cliptune.runtime.distributed import all_min, world_size
 
@@ -60,7 +60,8 @@ def peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
     size, length = model.image_resolution, model.architecture.context_length
     images = torch.zeros(num_pairs, 3, size, size, dtype=torch.uint8, device=model.device)
     tokens = torch.ones(num_pairs, length, dtype=torch.int64)
-    tokens[:, -1] = model.architecture.vocab_size - 1  # texts as long as can be
+    end = model.architecture.end_token
+    tokens[:, -1] = model.architecture.vocab_size - 1 if end is None else end  # texts as long as can be
     live = LiveTensors()
     devices = [model.device] if model.device.type == "cuda" else []
     with fork_rng(devices), held_statistics(model), torch.compiler.set_stance("force_eager"), live:

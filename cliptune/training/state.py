@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cliptune import results
 from cliptune.model.checkpoint_fields import validate
-from cliptune.runtime.messages import printable, shorten
+from cliptune.runtime.messages import count, printable, shorten
 from cliptune.training.meters import EpochTotals, Step
 
 TIE = 1e-9
@@ -144,6 +144,14 @@ class RunState:
     def is_stale(self, patience: int) -> bool:
         """Tell whether `patience` epochs, unless it is 0, have brought nothing better."""
         return bool(patience) and self.totals is None and self.epochs_since_best >= patience
+
+    def ending(self, num_epochs: int, patience: int) -> str | None:
+        """Say why there is no epoch left to train; None while there is one."""
+        if len(self.history) > num_epochs:
+            return f"the run has had its {count(num_epochs, 'epoch')} (--num_epochs)"
+        if self.is_stale(patience):
+            return f"no better RSum for {count(self.epochs_since_best, 'epoch')} (--early_stopping_patience)"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values; waits for the device within an epoch."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cliptune.data import identity
-from cliptune.data.identity import file_identities
+from cliptune.data.identity import file_identities, text_hashes
 from cliptune.data.table import Strings
 from cliptune.preprocess.decode import part_path
 
@@ -112,3 +112,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     (tmp_path / "file").touch()
     assert identities(files, tmp_path / "file" / "identities.npz") == identities(files)
     assert "cannot be written" in caplog.text
+
+
+def test_another_seed_gives_none_of_the_same_hashes() -> None:
+    names = Strings.of([f"{number}.png" for number in range(1000)])
+    seeds = [text_hashes(names, seed=seed) for seed in range(4)]
+    assert len(np.unique(np.concatenate(seeds))) == 4000

@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -115,6 +116,20 @@ def test_file_addresses_are_paths_and_others_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_escaped_characters_are_taken_where_that_finds_the_file(tmp_path: Path) -> None:
+    make_images(tmp_path, "a b.png", "c%20d.png", "c d.png")
+    names = ["a%20b.png", "c%20d.png"]
+    assert found(tmp_path, names) == ["a b.png", "c%20d.png"]
+    assert found(tmp_path, [f"/old/{name}" for name in names], tmp_path) == ["a b.png", "c%20d.png"]
+
+
+def test_images_in_the_cells_are_named_as_such(tmp_path: Path) -> None:
+    make_images(tmp_path, "a.png")
+    content = "iVBORw0KGgo/" * 10_000
+    pairs = load(tmp_path, ["a.png", content], tmp_path, share=0.9)
+    assert pairs.issues.first[0].reason.endswith("too long for a path (an image in base64 must be written to a file)")
+
+
 def test_what_was_taken_as_what_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_images(tmp_path, *(f"img/{number}.png" for number in range(40)))
     caplog.set_level(logging.INFO)
@@ -165,3 +180,4 @@ def test_no_path_is_too_odd_to_look_for(parts: list[str]) -> None:
     finder = lookup.ImageFinder(Path("/nonexistent"), replaces_folders=True)
     assert finder.find("\\".join(parts)) == ""
     assert finder.find("/".join(parts)) == ""
+    assert finder.find(quote("/".join(parts))) == ""

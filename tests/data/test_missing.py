@@ -27,6 +27,8 @@ def test_the_folder_that_holds_the_images_is_named(folder: str, tmp_path: Path) 
     way_out = f"try --image_dir {tmp_path}/{folder}, which holds them"
     assert refusal(tmp_path, names) == f"none of its 12 images is found (000.png is not in {tmp_path}): {way_out}"
     make_images(tmp_path, "wrong/x.png")
+    for number in NUMBERS:
+        (tmp_path / "wrong" / f"{number}.txt").touch()
     assert refusal(tmp_path, names, tmp_path / "wrong").endswith(
         f"try --image_dir {tmp_path}/{folder}, which holds them"
     )
@@ -75,6 +77,15 @@ def test_other_endings_are_said(tmp_path: Path) -> None:
     make_images(tmp_path, *(f"img/{number}.png" for number in NUMBERS))
     message = refusal(tmp_path, [f"img/{number}.jpg" for number in NUMBERS])
     assert message.endswith(f"{tmp_path} has files of such names, but with other endings: the index must have those")
+
+
+def test_what_may_be_packed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "Flickr8k_Dataset.zip").touch()
+    assert f"{tmp_path}/Flickr8k_Dataset.zip may hold them: unpack it" in refusal(tmp_path, ["a.png"])
+
+
+def test_images_in_the_cells_are_named_as_such(tmp_path: Path) -> None:
+    assert "perhaps images in base64" in refusal(tmp_path, ["iVBORw0KGgo/" * 1000] * 3)
 
 
 def test_addresses_are_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -41,9 +41,7 @@ def test_images_of_the_hub_are_read_in_place(rows_per_group: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["image", "jpg", "pixel.data", "image_bytes"])
-@pytest.mark.parametrize(
-    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str
-)
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())], ids=str)
 def test_a_column_of_bytes_holds_images_whatever_its_name(kind: pa.DataType, name: str, tmp_path: Path) -> None:
     bytes_of = pa.array([image["bytes"] for image in IMAGES], pa.binary()).cast(kind)
     # a column of paths does not win over the images themselves, nor do bytes that are no image
@@ -57,11 +55,10 @@ def test_a_struct_may_have_further_fields(tmp_path: Path) -> None:
     check_pairs(write(tmp_path, {"image": images, "caption": CAPTIONS}))
 
 
-@pytest.mark.parametrize("statistics", [True, False])
-def test_a_row_without_bytes_has_a_path_or_is_an_issue(statistics: bool, tmp_path: Path) -> None:
+def test_a_row_without_bytes_has_a_path_or_is_an_issue(tmp_path: Path) -> None:
     make_images(tmp_path, "1.png")
     images = [IMAGES[0], {"bytes": None, "path": "1.png"}, {"bytes": None, "path": None}, None]
-    path = write(tmp_path, {"image": images, "caption": CAPTIONS}, row_group_size=1, write_statistics=statistics)
+    path = write(tmp_path, {"image": images, "caption": CAPTIONS}, row_group_size=1)
     pairs = load_pairs(DataSource(path, max_skipped_fraction=0.5))
     assert list(pairs.paths) == [f"{tmp_path}/data.parquet@1/image", str(tmp_path / "1.png")]
     assert [str(issue) for issue in pairs.issues.first] == [
@@ -70,18 +67,38 @@ def test_a_row_without_bytes_has_a_path_or_is_an_issue(statistics: bool, tmp_pat
     ]
 
 
-def test_where_the_file_says_that_no_image_is_missing_none_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_not_read_to_list_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_parquet(tmp_path / "data.parquet", 40, rows_per_group=10)
     read = parquet._parquet_rows
 
-    def only_captions(file: Any, columns: Sequence[str], groups: list[int], batch_size: int) -> Any:
-        assert columns == ["caption"]
-        return read(file, columns, groups, batch_size)
+    def only_texts(file: Any, columns: Sequence[str], batch_size: int) -> Any:
+        assert list(columns) == ["caption", "image.path"]
+        return read(file, columns, batch_size)
 
-    monkeypatch.setattr(parquet, "_parquet_rows", only_captions)
+    monkeypatch.setattr(parquet, "_parquet_rows", only_texts)
     assert len(read_index(path).rows) == 40
+
+
+def test_an_image_that_is_missing_later_is_an_issue_once_it_is_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [*IMAGES * 10, {"bytes": None, "path": "0.png"}, None]
+    path = write(tmp_path, {"image": images, "caption": list(map(str, range(42)))})
+    assert data_loader(["--data_dir", str(path), "--check", "--num_workers", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "data.parquet@41/image: the row holds no bytes" in out
+    assert "data.parquet@42/image: the row holds no bytes" in out
+
+
+def test_a_row_a_caption_is_one_image(tmp_path: Path) -> None:
+    """Images repeat; the name alone, which may be that of every image, does not say so."""
+    images = [image for image in IMAGES for _ in range(3)]
+    captions = [f"{name} {number}" for name in CAPTIONS for number in range(3)]
+    pairs = load_pairs(write(tmp_path, {"image": images, "caption": captions}, row_group_size=4))
+    assert [read_bytes(path) for path in pairs.paths] == [png_bytes(number) for number in range(4)]
+    assert [pairs.captions_of(row) for row in range(4)] == [captions[row : row + 3] for row in (0, 3, 6, 9)]
+    images = [{"bytes": image["bytes"], "path": "image.png"} for image in images]
+    assert len(load_pairs(write(tmp_path, {"image": images, "caption": captions}))) == 10  # the first three are one
 
 
 def test_only_paths_in_a_struct_are_paths(tmp_path: Path) -> None:
@@ -166,3 +183,19 @@ def test_a_damaged_image_costs_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "data.parquet@4/image: cannot be read as an image" in out
     with pytest.raises(ValueError, match=r"data\.parquet@4/image: cannot be read as an image"):
         load_image(f"{path}@4/image")
+
+
+def test_keys_and_numbered_captions_count_beside_images(tmp_path: Path) -> None:
+    make_images(tmp_path, *(f"{number}.png" for number in range(4)))
+    other = [{"bytes": png_bytes(9 - number), "path": None} for number in range(4)]
+    names = [f"{number}.png" for number in range(4)]
+    columns = {"mask": other, "Image": IMAGES, "filename": names, "caption_0": CAPTIONS, "caption_1": names}
+    path = write(tmp_path, columns)
+    pairs = load_pairs(path)
+    assert [read_bytes(image) for image in pairs.paths] == [png_bytes(number) for number in range(4)]
+    assert pairs.captions_of(1) == ["b", "1.png"]
+    masks = load_pairs(DataSource(path, image_key="mask", caption_key="caption_0")).paths
+    assert [read_bytes(image) for image in masks] == [png_bytes(9 - number) for number in range(4)]
+    assert Path(load_pairs(DataSource(path, image_key="filename")).paths[3]) == tmp_path / "3.png"
+    with pytest.raises(ValueError, match="no row has image_key 'maks'; did you mean mask"):
+        load_pairs(DataSource(path, image_key="maks"))

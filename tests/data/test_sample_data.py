@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 import data_loader
-from cliptune.data.folders import find_index
-from cliptune.data.pairs import holds_only_placeholders
+from cliptune.data.pairs import holds_only_placeholders, load_pairs
 from cliptune.data.sample_data import COLOURS, create_sample_dataset, describe, distinct_scenes, render
 
 
@@ -140,8 +139,8 @@ def test_a_killed_creation_is_no_data_set_and_is_begun_afresh(tmp_path: Path) ->
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "a" / "images").iterdir())) == 4
-    with pytest.raises(FileNotFoundError, match="no data set"):
-        find_index(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="holds no data"):
+        load_pairs(tmp_path / "a")
     assert holds_only_placeholders(tmp_path / "a")  # so that the stages begin it afresh by themselves
     create_sample_dataset(tmp_path / "a", 2)
     create_sample_dataset(tmp_path / "b", 2)

@@ -54,6 +54,13 @@ def load_as_ranks(
     return [list(ranks) for ranks in zip(*found, strict=True)]
 
 
+def test_captions_are_cut_to_the_models_context(tmp_path: Path) -> None:
+    data_dir = make_shards(tmp_path, 25)
+    for batch in loader_of(data_dir, context_length=4).epoch(1):
+        assert batch.tokens.shape == (len(batch.images), 4)
+        assert (batch.tokens.max(dim=1).values == 49407).all()
+
+
 @pytest.mark.parametrize(
     ("counts", "world_size", "num_workers"),
     [
@@ -134,7 +141,7 @@ def test_an_unusable_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None
     members.remove(good[2])
     members[members.index(good[3])] = (good[3][0], b"no image")
     members[members.index(captions[4])] = (captions[4][0], b"\xff")
-    members[members.index(captions[5])] = ("0005.json", b'{"caption": 5}')
+    members[members.index(captions[5])] = ("0005.json", b'{"caption": {"en": "x"}}')
     members[members.index(captions[7])] = ("0007.json", b"[" * 100_000)
     members.insert(members.index(captions[6]), ("0006.jpg", good[6][1]))
     make_tar(tmp_path / "x.tar", members)
@@ -142,12 +149,12 @@ def test_an_unusable_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None
     assert sorted(indices_in(batch)) == [0]
     reasons = {issue.image.removeprefix("x.tar/"): issue.reason for issue in batch.issues}
     assert sorted(reasons) == ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
-    assert reasons["0001"] == "no caption"
-    assert reasons["0002"] == "no image"
+    assert reasons["0001"].startswith("no caption among .png; the files of a sample")
+    assert reasons["0002"].startswith("no image among .txt; the files of a sample")
     assert "cannot be read as an image" in reasons["0003"]
     assert "utf-8" in reasons["0004"]
-    assert reasons["0005"] == "caption is a number, not text"
-    assert reasons["0006"] == "2 images"
+    assert reasons["0005"] == "caption is an object, not text"
+    assert reasons["0006"].startswith("2 images among .png, .jpg, .txt; name the one")
     assert reasons["0007"] == "its JSON is nested too deeply"
 
 

@@ -21,6 +21,7 @@ import data_loader
 from cliptune.data import shards
 from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.row_store import ImageCache
+from cliptune.data.shard_loader import ShardLoader
 from cliptune.data.shards import INDEX_NAME, Shards, is_shards, open_shards, write_shards
 from cliptune.data.tar_samples import read_samples
 from cliptune.preprocess.decode import file_stamp, load_image, part_path, read_bytes
@@ -323,3 +324,50 @@ def test_a_shard_that_becomes_a_pipe_is_an_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "00.tar")
     with pytest.raises(OSError, match=r"00\.tar"):
         list(read_samples(str(tmp_path / "00.tar")))
+
+
+def test_sources_are_joined(tmp_path: Path) -> None:
+    one, other = make_shards(tmp_path / "a", 3, 4), make_shards(tmp_path / "b", 2)
+    joined = f"{one}::{other}"
+    assert is_shards(joined)
+    assert [shard.num_samples for shard in open_shards(joined).shards] == [3, 4, 2]
+    pairs = load_pairs(joined)
+    assert len(pairs) == 9
+    assert (pairs.root, load_pairs(one).root) == (str(tmp_path), str(tmp_path / "a"))  # which paths are relative to
+    assert {Path(path.split("@")[0]).parent.name for path in pairs.paths} == {"a", "b"}
+    # of one name, so it takes the whole to tell them apart
+    assert open_shards(joined).describe(0) == f"{tmp_path}/a/00.tar (sample 0)"
+    assert open_shards(joined).describe(3) == "01.tar (sample 0)"
+    with pytest.raises(ValueError, match="is named twice"):
+        open_shards(f"{one}::{tmp_path}/a/01.tar")
+    with pytest.raises(FileNotFoundError, match="missing 1 of 3 shards"):
+        load_pairs(f"{tmp_path}/b::{one}")
+    make_tar(tmp_path / "c::d.tar", [])  # a file is itself
+    assert [shard.url for shard in open_shards(f"{tmp_path}/c::d.tar").shards] == [f"{tmp_path}/c::d.tar"]
+
+
+@pytest.mark.parametrize("hidden", ["pipe:touch hacked .tar", "{x.tar,pipe:touch hacked}"])
+def test_no_joined_source_is_a_command_unasked(hidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = make_shards(tmp_path / "a", 3)
+    for joined in (f"{one}::{hidden}", f"{hidden}::{one}"):
+        for read in (open_shards, load_pairs):
+            with pytest.raises(ValueError, match="would run a command"):
+                read(joined)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_joined_sources_are_counted_before_they_are_expanded(capsys: pytest.CaptureFixture[str]) -> None:
+    half = "x{000000..600000}.tar"
+    assert data_loader.main(["--data_dir", f"{half}::y{half}"]) == 2
+    assert "1,000,000 shards, which is the limit" in capsys.readouterr().err
+
+
+def test_unusable_samples_of_shards_of_one_name_count_each(tmp_path: Path) -> None:
+    for folder in "ab":
+        make_tar(tmp_path / folder / "0.tar", [("0.jpg", b"no image"), ("0.txt", b"x")])
+    joined = f"{tmp_path}/a/0.tar::{tmp_path}/b/0.tar"
+    shards = open_shards(joined)
+    options = {"transform": clip_transform(8), "batch_size": 2, "device": torch.device("cpu"), "seed": 0}
+    batches = ShardLoader(shards, num_workers=0, **options).epoch(1)  # type: ignore[arg-type]
+    assert len({issue.image for batch in batches for issue in batch.issues}) == 2

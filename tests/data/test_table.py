@@ -94,3 +94,15 @@ def test_issues_are_counted_and_the_first_are_listed() -> None:
         issues.add(Issue(f"{number}"))
     issues.extend(Issues([Issue("x"), Issue("y")], 7))
     assert (issues.count, len(issues.first), issues.first[-1].reason) == (MAX_ISSUES + 6, MAX_ISSUES, "x")
+
+
+def test_rows_of_hundreds_of_files_know_where_they_are_from() -> None:
+    parts = []
+    for number in range(300):
+        buffer = RowBuffer()
+        buffer.append(f"{number}.png", ["x"], split=None, group=None, number=number + 1)
+        parts.append(buffer.rows(f"train-{number:05}.parquet: row"))
+    rows = Rows.concatenate(parts)
+    assert [rows.location(number) for number in (0, 127, 128, 299)] == [
+        f"train-{number:05}.parquet: row {number + 1}" for number in (0, 127, 128, 299)
+    ]

@@ -24,6 +24,7 @@ from cliptune.data.row_store import ImageCache, RowStore, as_keys, digest
 from cliptune.model.checkpoint_file import load_checkpoint, load_tensors
 from cliptune.model.weights import read_weights
 from cliptune.preprocess.transforms import clip_transform
+from cliptune.runtime.openai_clip import import_clip
 from train import main
 
 MARK = "bomb-went-off"
@@ -314,8 +315,9 @@ def test_a_small_file_takes_little_memory(make: Callable[[Path], None], sample_d
 
 def test_settings_beside_weights_are_small_files(tmp_path: Path) -> None:
     """Neither 40 GB of holes, nor a pipe that nobody writes to, nor endless nesting."""
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    beside = tmp_path / "config.json"
+    state = import_clip().model.CLIP(64, 64, 1, 64, 32, 77, 49408, 64, 1, 1).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    beside = tmp_path / "open_clip_config.json"
     with beside.open("wb") as file:
         file.truncate(40 * 10**9)
     for make in (lambda: None, lambda: os.mkfifo(beside), lambda: beside.write_bytes(b"[" * 10**6)):

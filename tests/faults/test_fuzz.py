@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cliptune.data.shards import open_shards, write_shards
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.transforms import CropTransform
 from cliptune.settings import Config
+from tests.helpers.datasets import png_bytes
 from tests.helpers.launch import ROOT
 from tests.helpers.zoo import corners
 
@@ -53,13 +55,21 @@ COCO = {
     "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}, {"id": 2, "image_id": "x", "caption": "猫"}],
 }
 KARPATHY = {"images": [{"filename": "a.jpg", "filepath": ".", "split": "test", "sentences": [{"raw": "a cat"}]}]}
-DOCUMENTS: list[Any] = [ROWS, COCO, KARPATHY, {"a.jpg": ["a cat", "猫"], "b.jpg": "a dog"}, ROWS[0]]
+TABLES: list[Any] = [
+    {"columns": ["image", "caption"], "data": [["a.jpg", "a cat"], ["b.jpg", 7]]},
+    {"image": {"0": "a.jpg", "1": "b.jpg"}, "caption": {"0": ["a cat"], "1": "a dog"}},
+    {"train": ROWS[:1], "val": {"b.jpg": ["a dog"]}, "info": {}},
+    {"data": ROWS},
+]
+DOCUMENTS: list[Any] = [ROWS, COCO, KARPATHY, {"a.jpg": ["a cat", "猫"], "b.jpg": "a dog"}, ROWS[0], *TABLES]
 TEXTS = [
     *(json.dumps(document, ensure_ascii=number % 2 == 0) for number, document in enumerate(DOCUMENTS)),
     "\n".join(map(json.dumps, ROWS)),
     'image,caption,split\na.jpg,"a ""cat"", sitting",train\nb.jpg,a dog,val\n',
     "filepath\ttitle\na.jpg\ta cat\nb.jpg\ta dog\n",
     "a.jpg#0\ta cat .\na.jpg#1\tanother\nb.jpg#0\ta dog\n",
+    "sep=;\nImage;Caption 0;caption_1\na.jpg;['a cat', 'it'];\"a\nb\"\nb.jpg;\"tis a dog;x\n",
+    'image_name| comment_number| comment\na.jpg| 0| a "cat" .\nb.jpg| 1| a dog\n',
 ]
 IMAGES: list[tuple[str, dict[str, Any]]] = [
     ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {"save_all": True}), ("WEBP", {}),
@@ -215,7 +225,7 @@ def check_index(folder: Path, content: bytes, *, caption_key: str | None) -> Non
         assert len(set(pairs.paths)) == len(pairs)
         assert all(caption.strip() for caption in pairs.captions)
         assert pairs.num_pairs >= len(pairs)
-        assert pairs.issues.count == len(pairs.issues.first)
+        assert pairs.issues.num_untold == 0
         assert all(str(issue).isprintable() for issue in pairs.issues.first)
 
 
@@ -248,6 +258,26 @@ def parquet_bytes() -> list[bytes]:
 @given(content=spoiled_bytes(parquet_bytes()))
 def test_a_spoiled_parquet_index(folder: Path, content: bytes) -> None:
     check_index(folder, content, caption_key=None)
+
+
+def held_images_bytes() -> list[bytes]:
+    columns = {"image": [{"bytes": png_bytes(n), "path": f"{n // 2}.png"} for n in range(6)], "caption": list("abcdef")}
+    contents = []
+    for options in ({}, {"compression": "none", "row_group_size": 2}, {"use_dictionary": False}):
+        buffer = BytesIO()
+        pq.write_table(pa.table(columns), buffer, **options)
+        contents.append(buffer.getvalue())
+    return contents
+
+
+@MANY
+@given(content=spoiled_bytes(held_images_bytes()))
+def test_spoiled_images_in_parquet(folder: Path, content: bytes) -> None:
+    path = folder / "spoiled.parquet"
+    path.write_bytes(content)
+    pairs = read_or_refuse(path, lambda: load_pairs(DataSource(path, max_skipped_fraction=1)))
+    for image in pairs.paths if pairs is not None else ():
+        read_or_refuse(path, partial(load_image, image))
 
 
 def check_config(folder: Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import data_loader
 from cliptune.data.tar_samples import read_samples
-from cliptune.preprocess import decode
+from cliptune.preprocess import decode, depth
 from cliptune.preprocess.decode import load_image, part_path, read_bytes
 from tests.helpers.datasets import make_images, make_index, make_shards, png_bytes
 from tests.helpers.runs import SMALL, small_runs
@@ -154,7 +154,7 @@ def test_strips_give_the_pixels_of_the_whole(mode: str, monkeypatch: pytest.Monk
     if mode == "P":
         image.info["transparency"] = 3
     whole = decode.to_rgb(image)
-    monkeypatch.setattr(decode, "STRIP_PIXELS", 300)
+    monkeypatch.setattr(depth, "STRIP_PIXELS", 300)
     assert np.array_equal(np.asarray(decode.to_rgb(image)), np.asarray(whole))
 
 

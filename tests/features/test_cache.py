@@ -2,6 +2,8 @@ import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +222,11 @@ def test_a_towers_key_is_what_its_output_depends_on(monkeypatch: pytest.MonkeyPa
     model.set_extra_state(torch.tensor(False))  # another activation
     assert tower_key(model, "image", FP32) != image
     model.set_extra_state(torch.tensor(True))
+    assert tower_key(model, "image", FP32) == image
+    for change in ({"mean": (0.5, 0.5, 0.5)}, {"std": (0.5, 0.5, 0.5)}, {"vision_eps": 1e-3}, {"context_length": 9}):
+        changed = copy(model)
+        changed.architecture = replace(model.architecture, **change)
+        assert tower_key(changed, "image", FP32) != image
     monkeypatch.setattr(feature_cache, "PREPROCESSING_VERSION", feature_cache.PREPROCESSING_VERSION + 1)
     assert tower_key(model, "image", FP32) != image
 

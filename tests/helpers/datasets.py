@@ -6,10 +6,16 @@ import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from cliptune.data.pairs import DataSource, load_pairs
+
+ONE_ROW = "image,caption\na.png,x\n"
+"""Of an index."""
 
 
 def make_images(folder: Path, *names: str) -> None:
@@ -23,6 +29,20 @@ def make_index(folder: Path, rows: Sequence[Mapping[str, object]], name: str = "
     path = folder / name
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
+
+
+def write_files(folder: Path, *names: str, text: str = ONE_ROW) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_rows(folder: Path, **options: Any) -> list[tuple[str, list[str], str | None]]:
+    """The images by their place in the folder, with captions and split."""
+    pairs = load_pairs(DataSource(folder, **options))
+    names = [str(Path(path).relative_to(folder.resolve())) for path in pairs.paths]
+    splits = [None if code < 0 else ("train", "val", "test")[code] for code in pairs.splits]
+    return sorted(zip(names, map(pairs.captions_of, range(len(pairs))), splits, strict=True))
 
 
 def png_bytes(number: int) -> bytes:
@@ -52,11 +72,12 @@ def make_shards(folder: Path, *counts: int) -> str:
     return f"{folder}/{{00..{len(counts) - 1:02}}}.tar"
 
 
-def make_parquet(path: Path, count: int, *, rows_per_group: int = 100) -> Path:
+def make_parquet(path: Path, count: int, *, first: int = 0, rows_per_group: int = 100) -> Path:
     """Parquet with images inside, as the Hub stores them; the image and the caption of each say which row it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": png_bytes(number), "path": f"{number}.png"} for number in range(count)]
-    columns = {"image": images, "caption": [f"number {number}" for number in range(count)]}
+    numbers = range(first, first + count)
+    images = [{"bytes": png_bytes(number), "path": f"{number}.png"} for number in numbers]
+    columns = {"image": images, "caption": [f"number {number}" for number in numbers]}
     pq.write_table(pa.table(columns), path, row_group_size=rows_per_group)
     return path
 

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from clip_model import CLIPModel
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.towers import layers_of
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.openai_clip import import_clip
 
 FP32 = resolve_precision("fp32", torch.device("cpu"))
 
@@ -127,3 +129,53 @@ class FullMemory:
                 message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
                 raise self.kind(message)
         return self.run(images)
+
+
+def stir(backbone: Any) -> Any:
+    """Move biases and norms, which start as 0 and 1 and would hide a mistake."""
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone
+
+
+class OpenAI(nn.Module):
+    """OpenAI's own class with its own forward, and the weights of a backbone of ours."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        clip = import_clip().model
+        visual, transformer = backbone.visual, backbone.transformer
+        is_vit = hasattr(visual, "transformer")
+        stages = () if is_vit else (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        self.clip = clip.CLIP(
+            backbone.text_projection.shape[1],
+            visual.input_resolution,
+            visual.transformer.layers if is_vit else tuple(map(len, stages)),
+            visual.transformer.width if is_vit else visual.bn3.num_features,
+            visual.conv1.kernel_size[0] if is_vit else None,
+            backbone.context_length,
+            backbone.vocab_size,
+            transformer.width,
+            transformer.resblocks[0].attn.num_heads,
+            transformer.layers,
+        ).eval()  # fmt: skip
+        self.clip.load_state_dict(backbone.state_dict(), strict=False)
+        if is_vit:
+            for block, ours in zip(self.clip.visual.transformer.resblocks, visual.transformer.resblocks, strict=True):
+                block.attn.num_heads, block.attn.head_dim = ours.attn.num_heads, ours.attn.head_dim
+        else:
+            self.clip.visual.attnpool.num_heads = visual.attnpool.num_heads
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        encode = self.clip.encode_image if inputs.is_floating_point() else self.clip.encode_text
+        result: Tensor = encode(inputs)
+        return result
+
+
+def own_forward(backbone: Any, inputs: Tensor) -> Tensor:
+    """What OpenAI's own forward gives for pixels or tokens, as a function of a backbone's parameters."""
+    weights = {f"clip.{name}": value for name, value in (*backbone.named_parameters(), *backbone.named_buffers())}
+    result: Tensor = functional_call(OpenAI(backbone), weights, inputs)
+    return result

@@ -1,5 +1,6 @@
 """A checkpoint on disk: whole or refused, whatever happens while it is written or to it afterwards."""
 
+import argparse
 import gzip
 import os
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_every_format_that_was_landed_is_read(tmp_path: Path) -> None:
 )
 def test_other_formats_are_refused(version: int, way_out: str, tmp_path: Path) -> None:
     torch.save({**STATE, "format_version": version}, tmp_path / "x.pth")
-    message = rf"x\.pth: checkpoint format {version}, this version reads {FORMAT_VERSION}; .*{way_out}"
+    message = rf"x\.pth: checkpoint format {version}, this version reads 3 to {FORMAT_VERSION}; .*{way_out}"
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path / "x.pth")
 
@@ -85,6 +87,28 @@ def test_files_of_others_may_be_without_crcs(tmp_path: Path) -> None:
     damage_first_crc(path)
     with pytest.raises(ValueError, match=r"x\.pth: damaged"):
         load_checkpoint(path)
+
+
+class Best(float):
+    """A class of a user's own."""
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+        ({"best": np.float64(1.5)}, "numpy"),
+        ({"path": Path("x")}, "pathlib"),
+        ({"best": Best(1)}, "test_checkpoint_file.Best"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_objects_in_a_file_are_named_with_the_way_out(content: Any, named: str, is_old: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not is_old)
+    with pytest.raises(ValueError, match=rf"x\.pth: cannot be opened safely: .*{named}.* save its state dict alone"):
+        load_tensors(path)
 
 
 def damage_first_crc(path: Path) -> None:
@@ -114,7 +138,11 @@ def test_any_flipped_bit_is_seen_or_changes_nothing(path: Path) -> None:
         else:
             harmless += 1
             assert content["model_state_dict"]["w"].tolist() == [0, 1, 2, 3]
-            assert {**content, "model_state_dict": 0} == {**STATE, "format_version": 3, "model_state_dict": 0}
+            assert {**content, "model_state_dict": 0} == {
+                **STATE,
+                "format_version": FORMAT_VERSION,
+                "model_state_dict": 0,
+            }
         data[i] ^= bit
     assert harmless < 0.6 * len(data)  # most of so small a file is padding and names
     path.write_bytes(data)

@@ -3,15 +3,22 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
+from clip_model import CLIPModel
 from cliptune.model.architectures import ARCHITECTURES
-from cliptune.model.parallel import can_shard, clip_gradient
+from cliptune.model.parallel import can_shard, clip_gradient, parallel_model
+from cliptune.preprocess.tokens import tokenize
 from tests.helpers.launch import torchrun
-from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients
+from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients, small_architectures
 from tests.helpers.worker import train
+
+__all__ = ["small_architectures"]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +78,25 @@ def test_clipping_is_pytorchs(device_norm: float) -> None:
     for got, parameter in zip(ours, parameters, strict=True):
         assert parameter.grad is not None
         assert torch.allclose(got, parameter.grad, rtol=1e-5)
+
+
+@pytest.mark.skipif(not can_shard(), reason="PyTorch 2.7 or later shards")
+def test_a_sharded_model_still_packs_its_texts() -> None:
+    """FSDP's own hooks are no reason to run on all positions."""
+    model = CLIPModel("ViT-Mini", pretrained="none")
+    tokens, _ = tokenize(["a dog", "a cat"])
+    with torch.no_grad():
+        expected = model.encode_text(tokens)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with mock.patch("cliptune.model.parallel.world_size", lambda: 2):  # of one alone, which shards nothing
+            parallel_model(model, "fsdp", torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert torch.allclose(model.encode_text(tokens), expected, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+    shape = model.architecture
+    # 12 products of width x width a layer, in the last but two for the pooled rows alone
+    rows = int((tokens != 0).sum())
+    most = 2 * shape.transformer_width**2 * 12 * rows * shape.transformer_layers
+    assert 0 < counter.get_total_flops() < most

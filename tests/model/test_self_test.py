@@ -13,6 +13,7 @@ from clip_model import CLIPModel, add_self_test
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.self_test import TOLERANCE, check_self_test, compute_self_test
 from cliptune.preprocess import tokens, transforms
+from cliptune.preprocess.moments import CLIP_MEAN
 from cliptune.preprocess.resize import Pixels
 from cliptune.preprocess.transforms import CenterTransform
 
@@ -53,7 +54,7 @@ def distances(model: CLIPModel, self_test: dict[str, Any]) -> list[float]:
 def test_a_checkpoint_holds_what_it_needs_to_be_understood(path: Path) -> None:
     content = load_checkpoint(path)
     assert content["activation"] == "quick_gelu"
-    assert content["preprocessing"]["mean"] == list(transforms.CLIP_MEAN)
+    assert content["preprocessing"]["mean"] == list(CLIP_MEAN)
     assert content["preprocessing"]["version"] == transforms.VERSION
     assert content["temperature"] == pytest.approx(0.07, rel=1e-4)
     assert content["self_test"]["pixels"].dtype == torch.uint8
@@ -137,12 +138,12 @@ def squeezed(self: CenterTransform, image: Image.Image) -> Pixels:
     return SHRINK(self, RESIZE(image, (self.resolution, self.resolution)))
 
 
-def other_mean(pixels: Tensor) -> Tensor:
-    return NORMALIZE(pixels) + 0.01
+def other_mean(pixels: Tensor, *moments: Any) -> Tensor:
+    return NORMALIZE(pixels, *moments) + 0.01
 
 
-def other_deviation(pixels: Tensor) -> Tensor:
-    return NORMALIZE(pixels) * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) / 0.225
+def other_deviation(pixels: Tensor, *moments: Any) -> Tensor:
+    return NORMALIZE(pixels, *moments) * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) / 0.225
 
 
 SHRINK, RESIZE, NORMALIZE = CenterTransform.shrink, Image.Image.resize, transforms.normalize

@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clip_model import CLIPModel
 from cliptune.model.architectures import ARCHITECTURES, Architecture
-from cliptune.model.towers import QuickGELU, build_backbone, image_tower, text_tower
+from cliptune.model.attention import QuickGELU
+from cliptune.model.towers import build_backbone
 from cliptune.preprocess.tokens import tokenize
 from cliptune.runtime.device import can_compile
+from tests.helpers.models import own_forward, stir
 
 TEXTS = ["a dog", "a much longer text about a dog and a cat, on a mat", "word " * 90, "a", "two red circles"]
 
@@ -26,21 +28,7 @@ def shallow(name: str, *, vision_layers: int = 2) -> Architecture:
 
 def build(shape: Architecture, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    backbone = build_backbone(shape)
-    with torch.no_grad():  # biases and norms start as 0 and 1, which would hide a mistake
-        for parameter in backbone.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return backbone.eval()
-
-
-def own_text_forward(backbone: Any, tokens: Tensor) -> Tensor:
-    for block in backbone.transformer.resblocks:
-        block.attn_mask = backbone.build_attention_mask()
-    x = (backbone.token_embedding(tokens) + backbone.positional_embedding).permute(1, 0, 2)
-    x = backbone.ln_final(backbone.transformer(x).permute(1, 0, 2))
-    result: Tensor = x[torch.arange(len(tokens)), tokens.argmax(-1)] @ backbone.text_projection
-    return result
+    return stir(build_backbone(shape)).eval()
 
 
 def assert_same(got: Tensor, expected: Tensor, parameters: list[nn.Parameter]) -> None:
@@ -68,7 +56,7 @@ def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
     parameters = [p for key, p in backbone.named_parameters() if not key.startswith("visual")]
     tokens, _ = tokenize(TEXTS)
     for rows in (tokens, tokens[[0, 3]], tokens[2:3], tokens[[4, 4]]):
-        assert_same(text_tower(backbone, rows), own_text_forward(backbone, rows), parameters)
+        assert_same(backbone.encode_text(rows), own_forward(backbone, rows), parameters)
 
 
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B/16", "ViT-L/14", "RN101")]
@@ -79,16 +67,16 @@ def test_images_equal_the_module(name: str) -> None:
     backbone = build(shallow(name))
     pixels = torch.randn(2, 3, *[backbone.visual.input_resolution] * 2)
     parameters = list(backbone.visual.parameters())
-    assert_same(image_tower(backbone, pixels), backbone.visual(pixels), parameters)
+    assert_same(backbone.encode_image(pixels), own_forward(backbone, pixels), parameters)
 
 
 def test_a_module_put_into_a_layer_takes_part() -> None:
     backbone = build(shallow("ViT-Ti/32"))
-    before = image_tower(backbone, torch.ones(1, 3, 224, 224)), text_tower(backbone, tokenize(["a"])[0])
+    before = backbone.encode_image(torch.ones(1, 3, 224, 224)), backbone.encode_text(tokenize(["a"])[0])
     for block in (*backbone.visual.transformer.resblocks, *backbone.transformer.resblocks):
         block.mlp.add_module("dropout", nn.Dropout(0.9))
     backbone.train()
-    after = image_tower(backbone, torch.ones(1, 3, 224, 224)), text_tower(backbone, tokenize(["a"])[0])
+    after = backbone.encode_image(torch.ones(1, 3, 224, 224)), backbone.encode_text(tokenize(["a"])[0])
     assert not torch.allclose(before[0], after[0])
     assert not torch.allclose(before[1], after[1])
 
@@ -97,8 +85,8 @@ def test_low_precision_differs_no_more_than_the_module_does() -> None:
     backbone = build(shallow("ViT-B/32", vision_layers=4))
     pixels, (tokens, _) = torch.randn(4, 3, 224, 224), tokenize(TEXTS)
     for tower, own, inputs in (
-        (image_tower, lambda b, x: b.visual(x), pixels),
-        (text_tower, own_text_forward, tokens),
+        (lambda b, x: b.encode_image(x), own_forward, pixels),
+        (lambda b, x: b.encode_text(x), own_forward, tokens),
     ):
         exact = tower(backbone, inputs)
         with torch.autocast("cpu", torch.bfloat16):
@@ -117,11 +105,11 @@ def test_what_nobody_reads_is_not_computed() -> None:
     backbone = build(ARCHITECTURES["ViT-Ti/32"])
     tokens, _ = tokenize(["a dog", "a", "a cat on the mat", "word " * 30])
     fraction = (tokens != 0).float().mean().item()
-    own = flops(lambda: own_text_forward(backbone, tokens).sum().backward())
-    assert flops(lambda: text_tower(backbone, tokens).sum().backward()) < 1.05 * fraction * own
+    own = flops(lambda: own_forward(backbone, tokens).sum().backward())
+    assert flops(lambda: backbone.encode_text(tokens).sum().backward()) < 1.05 * fraction * own
     pixels = torch.randn(2, 3, 224, 224)
-    own = flops(lambda: backbone.visual(pixels).sum().backward())
-    assert flops(lambda: image_tower(backbone, pixels).sum().backward()) < 0.92 * own
+    own = flops(lambda: own_forward(backbone, pixels).sum().backward())
+    assert flops(lambda: backbone.encode_image(pixels).sum().backward()) < 0.92 * own
 
 
 def test_quick_gelu_is_its_formula() -> None:

@@ -78,7 +78,7 @@ def test_openai_archive_gives_the_features_of_clip_load(kind: str, archives: dic
     assert ours.holds_batchnorm
 
 
-@pytest.mark.parametrize("form", ["pt", "training", "safetensors"])
+@pytest.mark.parametrize("form", ["pt", "ckpt", "safetensors"])
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_open_clip_files(form: str, quick_gelu: bool, tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip")
@@ -90,7 +90,7 @@ def test_open_clip_files(form: str, quick_gelu: bool, tmp_path: Path) -> None:
     path = tmp_path / f"weights.{form}"
     if form == "safetensors":
         save_file(state, path)
-    elif form == "training":
+    elif form == "ckpt":
         torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
     else:
         torch.save(state, path)
@@ -121,7 +121,7 @@ def hugging_face_clip(activation: str) -> Any:
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_hugging_face_folder(activation: str, tmp_path: Path) -> None:
+def test_hugging_face_folder(activation: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     peer = hugging_face_clip(activation)
     peer.save_pretrained(tmp_path)
     model = CLIPModel(pretrained=tmp_path).eval()
@@ -132,8 +132,9 @@ def test_hugging_face_folder(activation: str, tmp_path: Path) -> None:
         assert torch.allclose(model.encode_image(images), normalize(image, dim=-1), atol=2e-6)
         assert torch.allclose(model.encode_text(tokens), normalize(text_features, dim=-1), atol=2e-6)
     assert model.architecture.activation == activation
-    with pytest.raises(ValueError, match=f"made for activation {activation}"):
-        CLIPModel(pretrained=tmp_path, activation={"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation])
+    other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation]
+    assert CLIPModel(pretrained=tmp_path, activation=other).architecture.activation == other
+    assert f"activation {other} as asked for, though the settings beside it say {activation}" in caplog.text
 
 
 def test_the_file_decides_and_an_explicit_name_that_disagrees_is_warned_of(
@@ -257,10 +258,63 @@ def test_many_patches_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heads", [0, -1, 7, 10**9])
 def test_heads_that_do_not_divide_the_width_are_refused(heads: int, tmp_path: Path) -> None:
-    state = {key: value.contiguous() for key, value in random_clip("vit").state_dict().items()}
-    save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"text_config": {}, "vision_config": {"num_attention_heads": heads}})
-    )
-    with pytest.raises(ValueError, match=f"{heads} heads do not divide"):
+    hugging_face_clip("gelu").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["vision_config"]["num_attention_heads"] = heads
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"config\.json: .*(heads do not divide|is no size)"):
         read_weights(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_noticed(value: float, tmp_path: Path) -> None:
+    state = random_clip("vit").state_dict()
+    state["visual.conv1.weight"][0, 0, 0, :3] = value
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: 3 values of visual\.conv1\.weight are not finite"):
+        read_weights(tmp_path / "x.pt", activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("stored", "scale", "said"),
+    [
+        (4.6052, 100, None),
+        (2.659, 14.3, None),
+        (5.0, 148.4, None),
+        (0.0, 1, None),
+        (100.0, 100, "taken as the scale itself"),
+        (14.3, 14.3, "taken as the scale itself"),
+        (0.07, 14.3, "taken as the temperature"),
+        (0.01, 100, "taken as the temperature"),
+        (-2.659, 14.3, "taken as the logarithm of the temperature"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_temperature_that_is_no_logarithm_is_converted_and_said(
+    stored: float,
+    scale: float,
+    said: str | None,
+    shape: tuple[int, ...],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.save({**random_clip("vit").state_dict(), "logit_scale": torch.full(shape, stored)}, tmp_path / "x.pt")
+    model = CLIPModel(pretrained=tmp_path / "x.pt", activation="gelu")
+    assert model.logit_scale.exp().item() == pytest.approx(scale, rel=1e-2)
+    assert (said in caplog.text) if said else not caplog.records
+
+
+@pytest.mark.parametrize("stored", [torch.tensor(1e5), torch.tensor(-50.0), torch.tensor(torch.nan), torch.ones(2)])
+def test_a_temperature_that_is_none_is_refused(stored: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({**random_clip("vit").state_dict(), "logit_scale": stored}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: logit_scale"):
+        read_weights(tmp_path / "x.pt", activation="gelu")
+
+
+def test_a_torchscript_archive_of_others_does_not_tell_its_activation(tmp_path: Path) -> None:
+    """Only OpenAI's have their sizes in them; open_clip traces models with GELU, too."""
+    model = random_clip("vit")
+    example = torch.zeros(1, 3, 64, 64), clip.tokenize(TEXTS[:1])
+    torch.jit.trace(model, example, check_trace=False).save(str(tmp_path / "x.pt"))
+    with pytest.raises(ValueError, match="does not tell its activation"):
+        read_weights(tmp_path / "x.pt")

@@ -1,0 +1,179 @@
+"""Attention over padded sequences, or over packed rows that know where they stand in them; and OpenAI's activation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cliptune.runtime.recording import is_recorded, is_transformed
+
+GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which PyTorch prefers on newer GPUs, and which takes about a second for every new shape."""
+GPU_LENGTH_MULTIPLE = 8
+"""Texts are padded to a multiple of this on a GPU: ten shapes up to 77 positions, which allocator and kernels reuse."""
+
+
+class Layout(NamedTuple):
+    """Where packed rows `[N, width]` belong in a padded batch of sequences `[batch, length, width]`."""
+
+    batch: int
+    length: int
+    indices: Tensor | None = None
+    """Index of each row in the flat batch, `[N]`; None: the rows fill it."""
+    causal: bool = False
+    """Whether a row sees only those before it in its sequence."""
+    pooled: Tensor | None = None
+    """Indices of the rows that the last layer is wanted for, `[batch]`; None: all."""
+    used: Tensor | None = None
+    """Which positions of the padded batch hold a row that the pooled one may see, `[batch, length]`; None: all."""
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Return `[batch, length, width]`, 0 where there is no row."""
+        if self.indices is not None:
+            empty = rows.new_zeros(self.batch * self.length, rows.shape[1])
+            rows = empty.index_copy(0, self.indices, rows)
+        return rows.view(self.batch, self.length, -1)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """Return the rows `[N, width]` of `[batch, length, ...]`."""
+        rows = x.reshape(self.batch * self.length, -1)
+        return rows if self.indices is None else rows.index_select(0, self.indices)
+
+
+class Attention(nn.MultiheadAttention):
+    """PyTorch's self-attention, which also takes packed rows, and calls its `out_proj` as the module that it is.
+
+    PyTorch's own reads the weight of `out_proj` alone, so that an adapter or a hook there would have no part in it.
+    """
+
+    def forward(  # noqa: PLR0913  (PyTorch's arguments)
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        layout: Layout | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention`; with a `layout` to the rows `[N, width]` of `query` by themselves."""
+        if layout is not None:
+            mixed = self._pooled(query, layout) if layout.pooled is not None else self._packed(query, layout)
+            return self.out_proj(mixed), None
+        is_plain = query is key is value and query.ndim == 3 and key_padding_mask is None and not self.batch_first
+        if not is_plain or self.dropout or is_causal or (attn_mask is not None and attn_mask.ndim != 2):
+            given = cast(Tensor, key), cast(Tensor, value), key_padding_mask, need_weights, attn_mask
+            return super().forward(query, *given, average_attn_weights, is_causal)
+        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
+        heads = projected.permute(2, 1, 3, 0, 4).unbind()  # [L, B, 3, heads, d] -> three of [B, heads, L, d]
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # true is hidden in PyTorch's modules, and seen in its functions
+        mixed = attend(*heads, mask=attn_mask)  # [B, heads, L, d]
+        weights = attention_weights(heads[0], heads[1], mask=attn_mask) if need_weights else None  # [B, heads, L, L]
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return self.out_proj(mixed.permute(2, 0, 1, 3).flatten(2)), weights
+
+    def _packed(self, rows: Tensor, layout: Layout) -> Tensor:
+        qkv = layout.pad(F.linear(rows, self.in_proj_weight, self.in_proj_bias))
+        heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # three of [B, heads, L, d]
+        # Causal is enough for padded texts: padding stands behind a text, where none of its tokens looks. What padding
+        # itself gets there is thrown away by `unpad`.
+        mixed = attend(*heads, causal=layout.causal)
+        return layout.unpad(mixed.transpose(1, 2))  # [N, width]
+
+    def _pooled(self, rows: Tensor, layout: Layout) -> Tensor:
+        """Attend from one row of each sequence: a query for it alone, keys and values of every row."""
+        width = rows.shape[1]
+        weights = self.in_proj_weight.split((width, 2 * width))  # of the query; of key and value
+        biases = self.in_proj_bias.split((width, 2 * width))
+        split = (self.num_heads, -1)
+        query = F.linear(rows[layout.pooled], weights[0], biases[0]).unflatten(1, split).unsqueeze(2)
+        pairs = layout.pad(F.linear(rows, weights[1], biases[1]))
+        key, value = pairs.unflatten(2, (2, *split)).permute(2, 0, 3, 1, 4).unbind()  # [B, heads, L, d] each
+        mask = None if layout.used is None else layout.used[:, None, None, :]
+        return attend(query, key, value, mask=mask).flatten(1)  # [B, width]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Attention `[B, heads, L, d]`; over short sequences on the CPU as two plain products.
+
+    There PyTorch's blockwise kernel is the faster one forwards, but several times slower backwards, and it has no
+    second derivative. `mask` is true where a key is seen, or is added to the scores.
+    """
+    if query.device.type == "cuda" and not is_transformed():
+        with sdpa_kernel(GPU_KERNELS):
+            return _blockwise(query, key, value, causal=causal, mask=mask)
+    longest = 128 if query.dtype == torch.float32 else 320  # measured: beyond, the blockwise kernel wins
+    is_short = query.device.type == "cpu" and query.shape[-2] <= longest and query.requires_grad
+    if not (is_short or is_transformed()):
+        return _blockwise(query, key, value, causal=causal, mask=mask)
+    if causal:
+        # row i is the query's position: it sees columns 0 to i
+        length = query.shape[-2]
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
+    mixed: Tensor = attention_weights(query, key, mask=mask) @ value
+    return mixed
+
+
+def attention_weights(query: Tensor, key: Tensor, *, mask: Tensor | None) -> Tensor:
+    """Return what each query takes of each key, `[B, heads, L, L]`; each row adds up to 1."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    weights: Tensor = scores.softmax(-1)
+    return weights
+
+
+class QuickGELU(nn.Module):
+    """OpenAI's activation, x * sigmoid(1.702 x); keeps one tensor for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every element."""
+        # a compiler makes one loop of it by itself; a trace and a transform cannot look into a function of ours
+        if is_recorded():
+            return x * torch.sigmoid(1.702 * x)
+        activated, _ = cast("tuple[Tensor, Tensor]", _QuickGELU.apply(x))
+        return activated
+
+
+class _QuickGELU(torch.autograd.Function):
+    """The same as silu(1.702 x) / 1.702, whose derivative is that of silu at 1.702 x; returns 1.702 x as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        # x * sigmoid(1.702 x) as autograd takes it keeps x, the sigmoid and the product: this keeps one of the three.
+        # It is an output, so that a second derivative finds its way from it back to x.
+        scaled = x * 1.702
+        ctx.save_for_backward(scaled)
+        ctx.set_materialize_grads(False)
+        return F.silu(scaled).mul_(1 / 1.702), scaled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
+        (scaled,), (of_activated, of_scaled) = ctx.saved_tensors, gradients
+        result = None if of_scaled is None else 1.702 * of_scaled
+        if of_activated is None:
+            return result
+        if torch.is_grad_enabled():  # a second derivative is wanted, which the fused kernel has none of
+            sigmoid = scaled.sigmoid()
+            activated: Tensor = of_activated * (sigmoid * (1 + scaled * (1 - sigmoid)))
+        else:
+            activated = torch.ops.aten.silu_backward(of_activated, scaled)
+        return activated if result is None else activated + result
+
+
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
