@@ -18,15 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from cliptune.cli import parse_settings, run_stage
-from cliptune.features.verdict import DIRECTIONS, RECALLS, Verdict, compare, compare_best
+from cliptune.features.verdict import DIRECTIONS, Verdict, compare, compare_best
+from cliptune.results import RECALLS
 from cliptune.settings import PositiveInt, Seed, Settings
 
 FloatArray = NDArray[np.float64]
 Ranks = dict[str, FloatArray]
-MANY = 100_000
-"""Groups whose gain is taken for the true one."""
 QUALITIES = (-3.0, -1.0, 1.0, 1.75)
 """Of the model as loaded: RSum of about 105, 375, 565 and 590."""
 NUM_EVALUATIONS = 30
@@ -36,7 +36,8 @@ NUM_RESAMPLES = 400
 class BenchmarkSettings(Settings):
     """Settings of the benchmark."""
 
-    repeats: PositiveInt = 400
+    repeats: PositiveInt = Field(400, description="sets of queries that are drawn for each row")
+    many: PositiveInt = Field(100_000, description="images whose gain is taken for the true one")
     seed: Seed = 0
 
 
@@ -112,7 +113,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def print_pairs(repeats: int, seed: int) -> None:
+def print_pairs(repeats: int, many: int, seed: int) -> None:
     """Compare two evaluations whose true gain is known."""
     print("| images | RSum before | after | " + " | ".join(f"{name}: holds, better" for name in METHODS) + " |")
     print("|---|---|---|" + "---|" * len(METHODS))
@@ -120,7 +121,7 @@ def print_pairs(repeats: int, seed: int) -> None:
         for quality in QUALITIES:
             for gained in (0.0, 0.3):
                 world = World((quality, quality + gained))
-                (before, after), _ = world.draw(np.random.default_rng(1), MANY)
+                (before, after), _ = world.draw(np.random.default_rng(1), many)
                 true = rsum(after) - rsum(before) if gained else 0.0
                 rng = np.random.default_rng(seed)
                 held, better = dict.fromkeys(METHODS, 0), dict.fromkeys(METHODS, 0)
@@ -135,7 +136,7 @@ def print_pairs(repeats: int, seed: int) -> None:
                 print(row, flush=True)
 
 
-def print_best(repeats: int, seed: int) -> None:
+def print_best(repeats: int, many: int, seed: int) -> None:
     """Choose among 30 evaluations: the gain on fresh queries, with the choice's luck and without."""
     print("| images | RSum as loaded | course | bias | holds | better | plain: bias | holds | better |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -148,8 +149,8 @@ def print_best(repeats: int, seed: int) -> None:
         for quality in QUALITIES:
             for name, course in courses.items():
                 world = World((quality, *(quality + course)))
-                many, _ = world.draw(np.random.default_rng(1), MANY)
-                true = np.array([rsum(ranks) - rsum(many[0]) for ranks in many]) * bool(course.any())
+                large, _ = world.draw(np.random.default_rng(1), many)
+                true = np.array([rsum(ranks) - rsum(large[0]) for ranks in large]) * bool(course.any())
                 rng, sums = np.random.default_rng(seed), np.zeros((2, 3))
                 for _ in range(repeats):
                     drawn, groups = world.draw(rng, num_groups)
@@ -160,7 +161,7 @@ def print_best(repeats: int, seed: int) -> None:
                         sums[i] += found.gain - true[best], held, found.verdict == "better"
                 means = sums / repeats
                 cells = (f"{bias:+.1f} | {held:.1%} | {better:.1%}" for bias, held, better in means)
-                print(f"| {num_groups:,} | {rsum(many[0]):.0f} | {name} | {' | '.join(cells)} |", flush=True)
+                print(f"| {num_groups:,} | {rsum(large[0]):.0f} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,9 +169,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         settings, _ = parse_settings(BenchmarkSettings, argv, description=str(__doc__))
-        print_pairs(settings.repeats, settings.seed)
+        print_pairs(settings.repeats, settings.many, settings.seed)
         print()
-        print_best(settings.repeats, settings.seed)
+        print_best(settings.repeats, settings.many, settings.seed)
         return 0
 
     return run_stage(run, name="verdict_coverage.py")

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-RECALLS = (1, 5, 10)
+from cliptune.results import RECALL_KEYS, RECALLS
+
 DIRECTIONS = ("i2t", "t2i")
 QUARTER_OF_A_QUERY = 25.0
 """Points that each of the two made-up groups gains or loses."""
@@ -181,8 +182,7 @@ def _verdict(hits: FloatArray, queries: _Queries, *, spread: float, confidence: 
         error = quantile * math.sqrt(squares / (num_groups * (num_groups - 1)))
         return Interval(gain, gain - error, gain + error)
 
-    names = [f"{direction}_r{k}" for direction in DIRECTIONS for k in RECALLS]
-    recalls = {name: interval(float(gains[i]), influences[:, i]) for i, name in enumerate(names)}
+    recalls = {name: interval(float(gains[i]), influences[:, i]) for i, name in enumerate(RECALL_KEYS)}
     gain, low, high = interval(float(gains.sum()), influences.sum(1), spread)
     word = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
     return Verdict(gain, low, high, word, recalls, num_groups)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.verdict_coverage import World, rsum
-from cliptune.features.verdict import DIRECTIONS, RECALLS, compare, compare_best, student_quantile
+from cliptune.features.verdict import DIRECTIONS, compare, compare_best, student_quantile
+from cliptune.results import RECALLS
 
 
 def test_the_gain_is_the_difference_of_the_metrics() -> None:
