@@ -16,6 +16,7 @@ from benchmarks import (
     startup,
     train_losses,
     train_step,
+    verdict_coverage,
 )
 from benchmarks.timing import Timing, print_table, ratio, take_turns
 from cliptune.features.metrics import rank_metrics
@@ -197,3 +198,9 @@ def test_the_model_of_a_steps_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert large_batch.main(["--predict"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "| 256 " in line or "| 8 " in line]
     assert len(rows) == 4
+
+
+@pytest.mark.slow
+def test_verdict_coverage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict_coverage.main(["--repeats", "1", "--many", "500"]) == 0
+    assert "| rises, then falls |" in capsys.readouterr().out

@@ -1,0 +1,201 @@
+"""Did it help, and by how much? The gain of one evaluation over another on the same queries, with an interval.
+
+Queries of one group (all captions of an image and the image itself) rise and fall together, so the unit is the group,
+and the gallery is held fixed: the interval tells what other images of the same kind would give.
+
+A recall is a ratio of two sums over groups, hits and queries. Its error is that of the sum of the groups' influences
+(linearised variance of a ratio under cluster sampling: Cochran, Sampling Techniques, 3rd ed. 1977, section 6.3; it is
+what a paired bootstrap over groups tends to, without drawing). Near 100% only a handful of groups differ and that error
+is too small, even 0; so two made-up groups join, of which one gains and one loses a quarter of a query, as
+pseudo-observations do in intervals of paired proportions (Bonett and Price, Psychometrika 77, 2012). Quantiles are
+Student's. Percentiles of the bootstrap cover less, and those of a studentised one, too, which
+`benchmarks/verdict_coverage.py` shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cliptune.results import RECALL_KEYS, RECALLS
+
+DIRECTIONS = ("i2t", "t2i")
+QUARTER_OF_A_QUERY = 25.0
+"""Points that each of the two made-up groups gains or loses."""
+NUM_FOLDS, NUM_DRAWS = 5, 10
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Ranks = Mapping[str, ArrayLike]
+"""Rank of each query's best match, 1 is best, under `i2t` and `t2i`."""
+
+
+class Interval(NamedTuple):
+    """A gain in points (percent of the queries), and what it may be as well."""
+
+    gain: float
+    low: float
+    high: float
+
+
+class Verdict(NamedTuple):
+    """Whether an evaluation is better than another."""
+
+    gain: float
+    """Of RSum, in points of 600."""
+    low: float
+    high: float
+    verdict: str
+    """`better`, `worse`, or `not distinguishable` where the interval holds 0."""
+    recalls: dict[str, Interval]
+    """Of the recalls, in points of 100, under `i2t_r1` to `t2i_r10`."""
+    num_groups: int
+
+
+def compare(before: Ranks, after: Ranks, groups: Ranks, *, confidence: float = 0.95, seed: int = 0) -> Verdict:
+    """Return the gain of one evaluation over another of the same queries.
+
+    Args:
+        before: ranks of the one, `{"i2t": [N], "t2i": [M]}`.
+        after: ranks of the other.
+        groups: the group of each query, in the same shape; groups of one name in both directions are one.
+        confidence: of the intervals, in (0, 1).
+        seed: as in `compare_best`; nothing is drawn here.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer than two groups.
+    """
+    del seed
+    queries = _Queries(groups, (before, after))
+    gains = queries.hits(after) - queries.hits(before)
+    return _verdict(gains, queries, spread=0.0, confidence=confidence)
+
+
+def compare_best(
+    ranks_by_evaluation: Sequence[Ranks], groups: Ranks, *, confidence: float = 0.95, seed: int = 0
+) -> Verdict:
+    """Return the gain, on fresh queries, of the evaluation that is best on these, over the first one.
+
+    The best of many is the best partly by luck. So the groups are dealt into five folds, ten times: each fold is judged
+    with the evaluation whose RSum is best on the other four (cross-fitting), and what it gains there is no luck of
+    the choice. Folds that choose differently make the error larger: by the mean squared difference, within a group,
+    between two of the chosen.
+
+    Args:
+        ranks_by_evaluation: ranks of each evaluation; the first is the model as loaded, which is no candidate.
+        groups: as for `compare`.
+        confidence: of the intervals, in (0, 1).
+        seed: of the folds.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two evaluations or than two groups.
+    """
+    if len(ranks_by_evaluation) < 2:
+        raise ValueError("nothing to choose from: the model as loaded is no candidate")
+    first, *candidates = ranks_by_evaluation
+    queries = _Queries(groups, ranks_by_evaluation)
+    start = queries.hits(first)
+    gains = np.stack([queries.rsum(queries.hits(ranks) - start) for ranks in candidates])  # [E, G, 2]
+    chosen = _chosen_on_other_folds(gains, queries.counts, seed=seed)  # [draws, G]
+    shares = np.bincount(chosen.ravel(), minlength=len(candidates)) / chosen.size
+    mean_gains, mean, square = np.zeros_like(start), np.zeros(len(start)), np.zeros(len(start))
+    for candidate in np.flatnonzero(shares):
+        hits = queries.hits(candidates[candidate]) - start
+        mean_gains += hits * (chosen == candidate).mean(0)[:, None]
+        influence = queries.influences(hits).sum(1)
+        mean, square = mean + shares[candidate] * influence, square + shares[candidate] * influence**2
+    spread = 2 * float((square - mean**2).sum())  # E|x - y|^2 = 2 Var(x), summed over the groups
+    return _verdict(mean_gains, queries, spread=spread, confidence=confidence)
+
+
+def _chosen_on_other_folds(gains: FloatArray, counts: FloatArray, *, seed: int) -> IntArray:
+    """Return for each draw and group which evaluation is best on the folds that the group is not in."""
+    num_groups = gains.shape[1]
+    num_folds = min(NUM_FOLDS, num_groups)
+    rng = np.random.default_rng(seed)
+    total, chosen = gains.sum(1), np.empty((NUM_DRAWS, num_groups), dtype=np.int64)
+    for draw in range(NUM_DRAWS):
+        folds = rng.permutation(num_groups) % num_folds
+        for fold in range(num_folds):
+            inside = np.flatnonzero(folds == fold)
+            others = np.maximum(counts.sum(0) - counts[inside].sum(0), 1)  # queries of each direction
+            rsums = ((total - gains[:, inside].sum(1)) / others).sum(1)
+            chosen[draw, inside] = rsums.argmax()
+    return chosen
+
+
+class _Queries:
+    """Which group each query is of, and sums over the groups."""
+
+    def __init__(self, groups: Ranks, evaluations: Sequence[Ranks]) -> None:
+        names = [np.asarray(groups[direction]) for direction in DIRECTIONS]
+        for ranks in evaluations:
+            sizes = [np.shape(ranks[direction]) for direction in DIRECTIONS]
+            if sizes != [each.shape for each in names] or any(len(size) != 1 for size in sizes):
+                raise ValueError(f"ranks of shapes {sizes} and groups of {[each.shape for each in names]}")
+        _, codes = np.unique(np.concatenate(names), return_inverse=True)
+        self.codes = np.split(codes.reshape(-1), [len(names[0])])
+        self.num_groups = int(codes.max(initial=-1)) + 1
+        if self.num_groups < 2:
+            raise ValueError(f"{self.num_groups} groups tell nothing of others")
+        counts = [np.bincount(codes, minlength=self.num_groups) for codes in self.codes]
+        self.counts = np.stack(counts, 1).astype(np.float64)
+        """Queries of each group, image to text and text to image, `[G, 2]`."""
+
+    def hits(self, ranks: Ranks) -> FloatArray:
+        """Return 100 for each query within each cut-off, summed over the groups, `[G, 6]`."""
+        columns = [
+            np.bincount(codes, 100.0 * (np.asarray(ranks[direction]) <= k), self.num_groups)
+            for direction, codes in zip(DIRECTIONS, self.codes, strict=True)
+            for k in RECALLS
+        ]
+        return np.stack(columns, 1)
+
+    def rsum(self, values: Any) -> FloatArray:
+        """Add the cut-offs of each direction, `[..., 6]` to `[..., 2]`."""
+        total: FloatArray = values.reshape(*values.shape[:-1], 2, len(RECALLS)).sum(-1)
+        return total
+
+    def influences(self, hits: FloatArray) -> FloatArray:
+        """Return how each group moves the six ratios of sums: their mean is 0, `[G, 6]`."""
+        counts = np.repeat(self.counts, len(RECALLS), axis=1)
+        moved: FloatArray = (hits - counts * (hits.sum(0) / counts.sum(0))) / counts.mean(0)
+        return moved
+
+
+def _verdict(hits: FloatArray, queries: _Queries, *, spread: float, confidence: float) -> Verdict:
+    """Turn the gain of each group, `[G, 6]`, into intervals; `spread` is added to RSum's sum of squares."""
+    num_groups = queries.num_groups
+    if not all(queries.counts.sum(0)):
+        raise ValueError("no query in one of the directions")
+    gains = hits.sum(0) / np.repeat(queries.counts.sum(0), len(RECALLS))
+    influences = queries.influences(hits)
+    quantile = student_quantile((1 + confidence) / 2, num_groups - 1)
+
+    def interval(gain: float, influence: FloatArray, added: float = 0.0) -> Interval:
+        squares = float((influence**2).sum()) + 2 * QUARTER_OF_A_QUERY**2 + added
+        error = quantile * math.sqrt(squares / (num_groups * (num_groups - 1)))
+        return Interval(gain, gain - error, gain + error)
+
+    recalls = {name: interval(float(gains[i]), influences[:, i]) for i, name in enumerate(RECALL_KEYS)}
+    gain, low, high = interval(float(gains.sum()), influences.sum(1), spread)
+    word = "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
+    return Verdict(gain, low, high, word, recalls, num_groups)
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Return a quantile of Student's t, to 0.1% from 10 degrees on (Abramowitz and Stegun 1964, 26.7.5)."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
+    )
+    return math.fsum(term / degrees**power for power, term in enumerate(terms))

@@ -1,0 +1,119 @@
+"""The verdict holds what it promises: a plain computation, coverage, no luck of the choice."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.verdict_coverage import World, rsum
+from cliptune.features.verdict import DIRECTIONS, compare, compare_best, student_quantile
+from cliptune.results import RECALLS
+
+
+def test_the_gain_is_the_difference_of_the_metrics() -> None:
+    (before, after), groups = World((0.0, 0.3), tied=0.1).draw(np.random.default_rng(0), 80)
+    found = compare(before, after, groups)
+    assert found.gain == pytest.approx(rsum(after) - rsum(before))
+    for direction in DIRECTIONS:
+        for k in RECALLS:
+            share = 100 * (np.mean(after[direction] <= k) - np.mean(before[direction] <= k))
+            assert found.recalls[f"{direction}_r{k}"].gain == pytest.approx(share)
+    assert found.num_groups == 80
+
+
+def test_the_error_is_that_of_a_mean_where_groups_are_alike() -> None:
+    """With one caption an image the gain is a mean over images, whose error every textbook has."""
+    (before, after), groups = World((0.0, 0.3), max_captions=1).draw(np.random.default_rng(1), 5000)
+    per_image = sum(
+        100.0 * ((after[direction] <= k) * 1.0 - (before[direction] <= k)) for direction in DIRECTIONS for k in RECALLS
+    )
+    found = compare(before, after, groups)
+    error = np.std(per_image, ddof=1) / math.sqrt(5000)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=1e-3)
+
+
+def test_a_group_is_no_more_than_one_observation() -> None:
+    """The same queries ten times over in the same groups tell no more: intervals stay as they are."""
+    (before, after), groups = World((0.0, 0.3), max_captions=1).draw(np.random.default_rng(2), 300)
+    repeated = [{key: np.repeat(values[key], 10) for key in DIRECTIONS} for values in (before, after, groups)]
+    once, ten_times = compare(before, after, groups), compare(repeated[0], repeated[1], repeated[2])
+    assert (ten_times.low, ten_times.high) == pytest.approx((once.low, once.high), rel=1e-9)
+
+
+def test_the_three_words_and_their_mirror() -> None:
+    worlds = World((0.0, 1.0)).draw(np.random.default_rng(3), 200)
+    (before, after), groups = worlds
+    better, worse, same = (compare(*pair, groups) for pair in ((before, after), (after, before), (after, after)))
+    assert (better.verdict, worse.verdict, same.verdict) == ("better", "worse", "not distinguishable")
+    assert (worse.gain, worse.low, worse.high) == pytest.approx((-better.gain, -better.high, -better.low))
+    assert same.low < 0 == same.gain < same.high  # a width is never 0
+
+
+def test_names_and_the_order_of_groups_do_not_matter() -> None:
+    (before, after), groups = World((0.0, 0.3)).draw(np.random.default_rng(4), 60)
+    named = {key: np.array([f"image {60 - group}" for group in values]) for key, values in groups.items()}
+    order = {key: np.random.default_rng(5).permutation(len(values)) for key, values in groups.items()}
+    shuffled = [{key: values[key][order[key]] for key in DIRECTIONS} for values in (before, after, named)]
+    assert compare(shuffled[0], shuffled[1], shuffled[2])[:4] == pytest.approx(compare(before, after, groups)[:4])
+
+
+@pytest.mark.parametrize("num_groups", [50, 300])
+@pytest.mark.parametrize("quality", [-3.0, 1.0, 1.75])
+@pytest.mark.parametrize("gained", [0.0, 0.3])
+def test_intervals_hold_the_true_gain(num_groups: int, quality: float, gained: float) -> None:
+    """Of 400 intervals at 95%, 360 to 394 hold it (RSum 110 to 590, several captions an image, ties)."""
+    world = World((quality, quality + gained), tied=0.01)
+    (before, after), _ = world.draw(np.random.default_rng(6), 100_000)
+    true = rsum(after) - rsum(before) if gained else 0.0
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(400):
+        (before, after), groups = world.draw(rng, num_groups)
+        found = compare(before, after, groups)
+        held += found.low <= true <= found.high
+    assert 360 <= held <= 394
+
+
+@pytest.mark.parametrize("quality", [-1.0, 1.0])
+def test_the_best_of_many_that_are_alike_is_not_called_better(quality: float) -> None:
+    """At most one in twenty; and the mean gain is 0, where the best one's own is far above."""
+    world = World([quality] * 31)
+    rng = np.random.default_rng(8)
+    found, naive = [], []
+    for _ in range(100):
+        drawn, groups = world.draw(rng, 60)
+        found.append(compare_best(drawn, groups))
+        naive.append(max(map(rsum, drawn[1:])) - rsum(drawn[0]))
+    assert sum(each.verdict == "better" for each in found) <= 8  # 5 of 100, and two standard errors of that count
+    gains = np.array([each.gain for each in found])
+    assert abs(gains.mean()) < 3 * gains.std() / 10
+    assert np.mean(naive) > 5 * abs(gains.mean())
+
+
+def test_of_one_candidate_the_best_is_the_comparison() -> None:
+    drawn, groups = World((0.0, 0.3)).draw(np.random.default_rng(9), 70)
+    chosen, compared = compare_best(drawn, groups), compare(drawn[0], drawn[1], groups)
+    assert chosen[:3] == pytest.approx(compared[:3])
+    assert chosen.verdict == compared.verdict
+
+
+def test_a_seed_gives_the_same_folds() -> None:
+    drawn, groups = World([0.0] * 6).draw(np.random.default_rng(10), 70)
+    assert compare_best(drawn, groups, seed=3) == compare_best(drawn, groups, seed=3)
+    assert compare_best(drawn, groups, seed=3).gain != compare_best(drawn, groups, seed=4).gain
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    drawn, groups = World((0.0, 0.3)).draw(np.random.default_rng(11), 20)
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        compare_best(drawn[:1], groups)
+    with pytest.raises(ValueError, match="ranks of shapes"):
+        compare(drawn[0], {**drawn[1], "i2t": drawn[1]["i2t"][:-1]}, groups)
+    one = {key: np.zeros_like(value) for key, value in groups.items()}
+    with pytest.raises(ValueError, match="1 groups tell nothing"):
+        compare(drawn[0], drawn[1], one)
+
+
+def test_quantiles_of_students_t() -> None:
+    """From the tables of Abramowitz and Stegun, 26.10."""
+    for degrees, expected in ((10, 2.228), (30, 2.042), (60, 2.000), (10**6, 1.960)):
+        assert student_quantile(0.975, degrees) == pytest.approx(expected, abs=6e-4)
