@@ -55,7 +55,7 @@ def test_an_evaluation_that_is_stopped_leaves_no_results(
             yield batch
 
     monkeypatch.setattr(Encoder, "run_images", stopped)
-    more = ["--data_dir", str(sample_dir), "--encode_batch_size", "16", "--num_workers", num_workers]
+    more = ["--data_dir", str(sample_dir / "data.json"), "--encode_batch_size", "16", "--num_workers", num_workers]
     assert evaluation.main(evaluation_flags(output, tmp_path, *more)) == 128 + number
     written = capsys.readouterr()
     assert written.err == f"evaluation.py: stopped by {number.name}\n"
