@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -33,6 +34,15 @@ from cliptune.settings import Config
 from tests.helpers.datasets import png_bytes
 from tests.helpers.launch import ROOT
 from tests.helpers.zoo import corners
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unlogged() -> Iterator[None]:
+    """What is logged of a spoiled file may hold half characters, which one test process cannot hand to another."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
 
 LONG = os.environ.get("CLIP_TOOLKIT_LONG_TESTS") == "1"
 MANY = settings(
