@@ -41,6 +41,7 @@ from cliptune.results import command_line, run_info
 from cliptune.run_data import (
     RunData,
     Splits,
+    folder_of,
     found_again,
     is_other_data,
     located,
@@ -123,7 +124,7 @@ def _train(argv: list[str] | None) -> int:
         about: dict[str, Any] = {
             "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
             "config": located(config).model_dump(),
-            "folder": str(Path.cwd()),
+            "folder": folder_of(config, began.get("folder", "")),
             "config_file": began.get("config_file", started.file_values),
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),

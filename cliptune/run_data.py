@@ -66,7 +66,12 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
 
 def located(config: Config) -> Config:
     """Return a run's settings with the addresses of its data as they hold in any folder."""
-    return _with_addresses(config, _from_root)
+
+    def from_root(address: str) -> str:
+        # {/a,b}/0.tar names files in two folders: braces in front may hide what is relative
+        return str(Path.cwd() / address) if is_local(address) and not address.startswith("{") else address
+
+    return _with_addresses(config, from_root)
 
 
 def found_again(config: Config, folder: str) -> Config:
@@ -77,27 +82,32 @@ def found_again(config: Config, folder: str) -> Config:
     """
 
     def here(address: str) -> str:
-        path = Path(address)
-        found = path.parent if is_shards(address) else path
-        if not folder or found.exists() or not path.is_relative_to(folder):
+        if not folder or _is_there(address) or not Path(address).is_relative_to(folder):
             return address
-        moved = path.relative_to(folder)
-        return str(Path.cwd() / moved) if Path(moved.parent if is_shards(address) else moved).exists() else address
+        moved = str(Path.cwd() / Path(address).relative_to(folder))
+        return moved if _is_there(moved) else address
 
     return _with_addresses(config, here)
 
 
+def folder_of(config: Config, before: str) -> str:
+    """Return the folder that a run's data is looked for in once its project has moved: `before`, or the current one."""
+    return before if before and Path(located(config).data.data_dir).is_relative_to(before) else str(Path.cwd())
+
+
+def _is_there(address: str) -> bool:
+    path = Path(address)
+    return (path.parent if is_shards(address) else path).exists()
+
+
 def _with_addresses(config: Config, change: Callable[[str], str]) -> Config:
-    addresses = {name: getattr(config.data, name) for name in ("data_dir", "val_data", "image_dir")}
-    changed = {name: change(address) for name, address in addresses.items() if address is not None}
+    """Change the addresses of a run's data, each of those that `::` joins by itself."""
+    changed = {}
+    for name in ("data_dir", "val_data", "image_dir"):
+        if (address := getattr(config.data, name)) is not None:
+            parts = [address] if Path(address).exists() else address.split("::")
+            changed[name] = "::".join(map(change, parts))
     return config.model_copy(update={"data": config.data.model_copy(update=changed)})
-
-
-def _from_root(address: str) -> str:
-    """Write a relative path, or each relative one of the shards that `::` joins, from the root of the file system."""
-    parts = [address] if Path(address).exists() else address.split("::")
-    # {/a,b}/0.tar names files in two folders: braces in front may hide what is relative
-    return "::".join(str(Path.cwd() / part) if is_local(part) and not part.startswith("{") else part for part in parts)
 
 
 def reread_data(

@@ -12,6 +12,8 @@ from cliptune.data.pairs import load_pairs
 from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.preprocess.decode import read_bytes
+from cliptune.run_data import found_again, located
+from cliptune.settings import Config
 from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
 from tests.helpers.datasets import make_chinese_clip, make_images, make_index, make_parquet
@@ -197,6 +199,36 @@ def test_a_project_that_moved_as_a_whole_goes_on_with_its_own_data(
     assert main(["--resume", "--output_dir", "run", "--num_epochs", "3"]) == 0
     assert f"data {tmp_path / 'after' / 'data'}" in capsys.readouterr().err
     assert evaluation_main(["--checkpoint", "run", "--num_workers", "0"]) == 0
+
+
+def test_a_run_that_went_on_from_elsewhere_still_finds_its_data_when_its_project_moves(
+    finished: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "before")
+    small.chdir(tmp_path / "before")
+    assert main([*FLAGS, "--data_dir", "data", "--output_dir", "run", "--num_epochs", "1"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    small.chdir(tmp_path / "elsewhere")
+    assert main(["--resume", str(tmp_path / "before" / "run"), "--num_epochs", "2"]) == 0
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    small.chdir(tmp_path / "after")
+    capsys.readouterr()
+    assert main(["--resume", "run", "--num_epochs", "3"]) == 0
+    assert f"data {tmp_path / 'after' / 'data'}" in capsys.readouterr().err
+
+
+def test_each_of_the_shards_that_are_joined_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("before", "after"):
+        (tmp_path / name / "b").mkdir(parents=True)
+        for shard in ("a.tar", "b/00.tar"):
+            (tmp_path / name / shard).touch()
+    monkeypatch.chdir(tmp_path / "before")
+    stored_config = located(Config.model_validate({"data": {"data_dir": "a.tar::b/{00..00}.tar"}}))
+    before, after = str(tmp_path / "before"), str(tmp_path / "after")
+    assert stored_config.data.data_dir == f"{before}/a.tar::{before}/b/{{00..00}}.tar"
+    shutil.rmtree(before)
+    monkeypatch.chdir(after)
+    assert found_again(stored_config, before).data.data_dir == f"{after}/a.tar::{after}/b/{{00..00}}.tar"
 
 
 def test_a_folder_without_a_run_is_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
