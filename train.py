@@ -17,9 +17,9 @@ import sys
 import uuid
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from cliptune.cli import Started, check_command_line, load_config, resumed_config, run_stage, stored_config
+from cliptune.cli import check_command_line, load_config, run_stage, stored_config
 from cliptune.settings import DEFAULT_MODEL_NAME, Config
 
 if __name__ == "__main__":
@@ -33,7 +33,6 @@ from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.model.architectures import known_architecture
-from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.parallel import is_sharded, parallel_model
 from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
@@ -42,7 +41,6 @@ from cliptune.run_data import (
     RunData,
     Splits,
     folder_of,
-    found_again,
     is_other_data,
     located,
     num_views,
@@ -50,8 +48,9 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
+from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
 from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
-from cliptune.runtime.distributed import barrier, broadcast, is_main, main_first, process_group, rank_device, world_size
+from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_everything
@@ -59,7 +58,7 @@ from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import RunFiles, Saver, check_state, load_newest_state
+from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
@@ -90,7 +89,7 @@ def _train(argv: list[str] | None) -> int:
     resolve_precision(config.training.precision, device)  # what is wrong is told before the ranks meet
     with process_group(device), ExitStack() as held, explained_out_of_memory():
         # settings: a resumed run has its own
-        config, files, resumed = _open_run(started, held)
+        config, files, resumed = open_run(started, held)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
         seed_everything(config.training.seed)
@@ -108,7 +107,7 @@ def _train(argv: list[str] | None) -> int:
             model = _make_model(config, weights, resumed)
         del weights  # the model's own now, or copied to it
         if is_main():
-            _set_aside_earlier_run(files, config, resumed)
+            set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = _place_model(config, model, precision=precision, device=device)
         data = open_data(
@@ -220,76 +219,6 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     return end.exit_code
 
 
-class Resumed(NamedTuple):
-    """The checkpoint that a run goes on from."""
-
-    path: Path
-    content: dict[str, Any]
-
-    @classmethod
-    def checked(cls, path: Path, content: dict[str, Any]) -> Resumed:
-        """Return a checkpoint that a run can be resumed from.
-
-        Raises:
-            ValueError: it is none.
-        """
-        check_state(content, path)
-        return cls(path, content)
-
-    @classmethod
-    def named(cls, path: Path) -> Resumed:
-        """Return a checkpoint, or the newest one of a run's folder.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            ValueError: a run cannot be resumed from it.
-        """
-        if not path.is_dir():
-            return cls.checked(path, load_checkpoint(path))
-        found = load_newest_state(RunFiles(path))
-        if found is None:
-            raise FileNotFoundError(f"--resume: {path} holds no run's model-checkpoint/last_model.pth")
-        return cls.checked(*found)
-
-    def settings(self, started: Started) -> Config:
-        """Return its run's settings, changed by the flags that are given and may change."""
-        return found_again(resumed_config(self.content, started, source=self.path), self.content.get("folder", ""))
-
-
-def _open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
-    """Keep other runs out of the output folder while `held` is, and find what to resume from.
-
-    Returns:
-        The settings, which are a resumed run's own but for those that may change; the run's files; the checkpoint.
-
-    Raises:
-        FileNotFoundError: the checkpoint named is not there.
-        ValueError: it cannot be resumed from, a given flag may not change, or another run is writing there.
-    """
-    config, resumed = started.config, None
-    resume = config.run.resume
-    if resume not in {None, "latest"}:
-        resumed = Resumed.named(Path(str(resume)))
-        if "output_dir" not in started.given:  # where it goes on is told by where the file lies, not by what it holds
-            started = started.at(RunFiles.around(resumed.path).root)
-        config = resumed.settings(started)
-    files = RunFiles(Path(config.run.output_dir))
-    if is_main():
-        held.enter_context(files.locked())
-    barrier()  # no rank reads what a run that just ends may still be writing
-    if resume == "latest":
-        found = load_newest_state(files)
-        if found is None:
-            logger.info("nothing to resume in %s: starting from the beginning", files.root)
-        else:
-            resumed = Resumed.checked(*found)
-            config = resumed.settings(started)
-    if resumed is not None:
-        epoch, step = resumed.content["epoch"], resumed.content["global_step"]
-        logger.info("resuming at epoch %d, step %d from %s", epoch, step, resumed.path)
-    return config, files, resumed
-
-
 def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None) -> str | Weights:
     """Read the weights' file if one is named; else check the model's name, and leave the download for later."""
     settings = config.model
@@ -317,13 +246,6 @@ def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None)
         model.starts_random = resumed.content["starts_random"]
         model.holds_batchnorm = resumed.content["holds_batchnorm"]
     return model
-
-
-def _set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:
-    """Move the files of an earlier or another run out of the way of this one's, and begin the log file."""
-    if resumed is None or resumed.path.resolve().parent != files.last.parent.resolve():
-        files.set_aside_earlier_run()
-    setup_logging(config.run.log_level, files.log)
 
 
 def _place_model(
