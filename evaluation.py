@@ -36,10 +36,11 @@ from cliptune import results
 from cliptune.data.issues import Issue
 from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
+from cliptune.data.repeats import standard_ceiling
 from cliptune.data.skipped import SkippedData
 from cliptune.data.splits import declared_split, default_split
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
-from cliptune.features.metrics import chance_level, rank_metrics
+from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
@@ -226,10 +227,12 @@ class Evaluation(NamedTuple):
     """Rank of each image's best caption, `i2t` `[images of the data set]`, and of each caption's image, `t2i` `[its
     captions]`; NaN for an image without a caption, or that could not be read, and its captions. So queries stand at the
     same place in every evaluation of a data set."""
+    merged_ranks: dict[str, RankArray]
+    """The same with equal texts and copies of an image merged; NaN also for all but the first of what is equal."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key != "ranks"}
+        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "merged_ranks"}}
 
 
 def evaluate(
@@ -257,9 +260,15 @@ def evaluate(
     model = encoder.model
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
     ranks = retrieval_ranks(*features, device=device)
-    metrics = {**rank_metrics(ranks), **similarity_means(*features)}
     num_images, num_texts = len(encoded.image_features), len(encoded.text_features)
-    chance = chance_level(num_images, encoded.text_to_image)
+    merged = merged_ranks(
+        ranks, *features, image_kinds=encoded.image_kinds, text_kinds=encoded.text_kinds, device=device
+    )
+    ceiling = standard_ceiling(encoded.text_to_image.numpy(), encoded.text_kinds.numpy(), num_images)
+    metrics = {
+        **rank_metrics(ranks), **merged.metrics, "ceiling_rsum": ceiling["rsum"], **similarity_means(*features)
+    }  # fmt: skip
+    chance = {**chance_level(num_images, encoded.text_to_image), **merged.chance}
     if loss_batch_size is not None:
         metrics["val_loss"] = validation_loss(encoded, model.logit_scale.detach(), batch_size=loss_batch_size)
         # of n equal scores each has the probability 1/n; a set smaller than a batch is one batch
@@ -268,8 +277,11 @@ def evaluate(
     histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
     skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
-    of_queries = _ranks_of_queries(ranks, encoded, pairs)
-    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput, of_queries)
+    firsts = (torch.where(first, values, math.nan) for first, values in zip(merged.is_first, merged.ranks, strict=True))
+    return Evaluation(
+        metrics, chance, histograms, num_images, num_texts, skipped, throughput,
+        ranks=_ranks_of_queries(ranks, encoded, pairs), merged_ranks=_ranks_of_queries(Ranks(*firsts), encoded, pairs),
+    )  # fmt: skip
 
 
 def _ranks_of_queries(ranks: Ranks, encoded: Encoded, pairs: Pairs) -> dict[str, RankArray]:
@@ -318,9 +330,18 @@ def metrics_table(evaluation: Evaluation) -> str:
         ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
         lines.append(f"{name:22}{recalls}{ranks}")
         lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in results.RECALLS))
+        if metrics["rsum"] != metrics["merged_rsum"]:
+            merged = "".join(f"{metrics[f'merged_{direction}_r{k}']:8.1f}" for k in results.RECALLS)
+            missed = metrics[f"{direction}_duplicate_misses"]
+            lines.append(f"{'  duplicates merged':22}{merged}   {missed:,} of the R@1 misses were duplicates")
     lines += [
         "",
-        f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most 600)",
+        f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most {metrics['ceiling_rsum']:.1f})",
+    ]
+    if metrics["rsum"] != metrics["merged_rsum"]:
+        chance_of_merged = f"(chance {chance['merged_rsum']:.1f}, at most 600)"
+        lines.append(f"{'  duplicates merged':22}{metrics['merged_rsum']:8.1f}   {chance_of_merged}")
+    lines += [
         f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
         f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
         f"{'gap':22}{metrics['similarity_gap']:8.3f}",
