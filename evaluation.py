@@ -36,13 +36,14 @@ from cliptune import results
 from cliptune.data.issues import Issue
 from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
-from cliptune.data.repeats import standard_ceiling
+from cliptune.data.repeats import perfect_recalls
 from cliptune.data.skipped import SkippedData
 from cliptune.data.splits import declared_split, default_split
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
+from cliptune.features.tables import metrics_table
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
 from cliptune.model.checkpoint_file import checkpoint_in, load_checkpoint
 from cliptune.model.weights import own_weights
@@ -95,7 +96,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
         evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
         skipped.agree()
         if is_main():
-            print(metrics_table(evaluation))
+            print(metrics_table(evaluation.to_dict()))
             if chosen.num_trained_on:
                 print(f"{'trained on':22}{chosen.num_trained_on:8,}   of these images")
             if len(skipped):
@@ -264,7 +265,8 @@ def evaluate(
     merged = merged_ranks(
         ranks, *features, image_kinds=encoded.image_kinds, text_kinds=encoded.text_kinds, device=device
     )
-    ceiling = standard_ceiling(encoded.text_to_image.numpy(), encoded.text_kinds.numpy(), num_images)
+    kinds = (encoded.text_kinds, encoded.text_to_image, encoded.image_kinds)
+    ceiling = perfect_recalls(*(codes.numpy() for codes in kinds))
     metrics = {
         **rank_metrics(ranks), **merged.metrics, "ceiling_rsum": ceiling["rsum"], **similarity_means(*features)
     }  # fmt: skip
@@ -314,42 +316,6 @@ def validation_loss(encoded: Encoded, logit_scale: Tensor, *, batch_size: int) -
         batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]]
         losses.append(loss(*(features.to(logit_scale.device) for features in batch), logit_scale))
     return torch.stack(losses).mean().item()
-
-
-def metrics_table(evaluation: Evaluation) -> str:
-    """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed."""
-    metrics, chance = evaluation.metrics, evaluation.chance
-    head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
-    size = f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}"
-    if any(evaluation.skipped.values()):
-        left_out = (count(number, kind[:-1]) for kind, number in evaluation.skipped.items() if number)
-        size += f" (without {' and '.join(left_out)} that cannot be used)"
-    lines = [size, "", head]
-    for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
-        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in results.RECALLS)
-        ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
-        lines.append(f"{name:22}{recalls}{ranks}")
-        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in results.RECALLS))
-        if metrics["rsum"] != metrics["merged_rsum"]:
-            merged = "".join(f"{metrics[f'merged_{direction}_r{k}']:8.1f}" for k in results.RECALLS)
-            missed = metrics[f"{direction}_duplicate_misses"]
-            lines.append(f"{'  duplicates merged':22}{merged}   {missed:,} of the R@1 misses were duplicates")
-    lines += [
-        "",
-        f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most {metrics['ceiling_rsum']:.1f})",
-    ]
-    if metrics["rsum"] != metrics["merged_rsum"]:
-        chance_of_merged = f"(chance {chance['merged_rsum']:.1f}, at most 600)"
-        lines.append(f"{'  duplicates merged':22}{metrics['merged_rsum']:8.1f}   {chance_of_merged}")
-    lines += [
-        f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
-        f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
-        f"{'gap':22}{metrics['similarity_gap']:8.3f}",
-        "",
-        f"{'images/s':22}{evaluation.throughput['images_per_second']:8.1f}",
-        f"{'texts/s':22}{evaluation.throughput['texts_per_second']:8.1f}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

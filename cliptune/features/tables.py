@@ -1,0 +1,52 @@
+"""Evaluations laid out for reading: plain values in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cliptune.results import RECALLS
+from cliptune.runtime.messages import count
+
+CEILING_SHOWN = 599.0
+"""RSum of a perfect model below which it is shown."""
+
+
+def metrics_table(evaluation: Mapping[str, Any]) -> str:
+    """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed.
+
+    Args:
+        evaluation: values under the keys of `results.EvaluationResults`.
+    """
+    metrics, chance = evaluation["metrics"], evaluation["chance"]
+    head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
+    size = f"{count(evaluation['num_images'], 'image')}, {count(evaluation['num_texts'], 'text')}"
+    if any(evaluation["skipped"].values()):
+        left_out = (count(number, kind[:-1]) for kind, number in evaluation["skipped"].items() if number)
+        size += f" (without {' and '.join(left_out)} that cannot be used)"
+    lines = [size, "", head]
+    repeats = metrics.get("merged_rsum", metrics["rsum"]) != metrics["rsum"]
+    for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in RECALLS)
+        ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
+        lines.append(f"{name:22}{recalls}{ranks}")
+        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in RECALLS))
+        if repeats:
+            merged = "".join(f"{metrics[f'merged_{direction}_r{k}']:8.1f}" for k in RECALLS)
+            num_duplicates = metrics[f"{direction}_duplicate_misses"]
+            lines.append(f"{'  duplicates merged':22}{merged}   {num_duplicates:,} of the R@1 misses were duplicates")
+    ceiling = metrics.get("ceiling_rsum", 600.0)
+    at_most = f"a perfect model has {ceiling:.1f}, since captions repeat" if ceiling < CEILING_SHOWN else "at most 600"
+    lines += ["", f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, {at_most})"]
+    if repeats:
+        of_merged = f"{metrics['merged_rsum']:8.1f}   (chance {chance['merged_rsum']:.1f}, at most 600)"
+        lines.append(f"{'  duplicates merged':22}{of_merged}")
+    lines += [
+        f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
+        f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
+        f"{'gap':22}{metrics['similarity_gap']:8.3f}",
+        "",
+        f"{'images/s':22}{evaluation['throughput']['images_per_second']:8.1f}",
+        f"{'texts/s':22}{evaluation['throughput']['texts_per_second']:8.1f}",
+    ]
+    return "\n".join(lines)
