@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
+CEILING_OF_CLASSES = 540.0
+"""RSum of a perfect model below which the standard protocol measures how captions repeat rather than the model."""
 MAX_BYTES = 2**28
 """Of a file that is read; a thousand epochs take about 1 MB."""
 MAX_SIZE = 1e100
@@ -46,7 +49,20 @@ class Recorded(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
-class Recalls(Recorded):
+class MergedRecalls(Recorded):
+    """The recalls with equal texts and copies of an image merged, see docs/EVALUATION.md."""
+
+    merged_i2t_r1: Number | None = None
+    merged_i2t_r5: Number | None = None
+    merged_i2t_r10: Number | None = None
+    merged_t2i_r1: Number | None = None
+    merged_t2i_r5: Number | None = None
+    merged_t2i_r10: Number | None = None
+    merged_rsum: Number | None = None
+    """None: a file of before they were taken."""
+
+
+class Recalls(MergedRecalls):
     """Recall at 1, 5 and 10 of both directions, in percent of the queries, and their sum."""
 
     i2t_r1: Number
@@ -81,6 +97,12 @@ class Metrics(Recalls):
     similarity_gap: Number
     image_cosine: Number
     text_cosine: Number
+    ceiling_rsum: Number | None = None
+    """RSum that no model exceeds on these captions, since texts that several images have cannot be told apart."""
+    i2t_duplicate_misses: Count | None = None
+    """Images found at 1 only once equal texts and copies of an image are merged."""
+    t2i_duplicate_misses: Count | None = None
+    """The same of texts."""
     val_loss: Number | None = None
     """Contrastive loss in nats, in batches of the training's size; not measured by `evaluation.py`."""
 
@@ -272,6 +294,19 @@ def of_evaluations(
     if len(evaluations) == 1:
         return EvaluationResults.model_validate(times | evaluations[0])
     return SeveralEvaluations.model_validate({**times, "evaluations": evaluations, "comparisons": comparisons})
+
+
+def selection_key(metrics: Mapping[str, float | None]) -> str:
+    """Return the key of the number that epochs are compared by: `rsum`, or `merged_rsum` where captions are classes.
+
+    Captions count as classes if they repeat so much that a perfect model stays below 90% of 600 by the standard
+    protocol. The captions decide, not the model: ask it of the first evaluation of a run.
+
+    Args:
+        metrics: of an evaluation.
+    """
+    ceiling, merged = metrics.get("ceiling_rsum"), metrics.get("merged_rsum")
+    return "rsum" if ceiling is None or merged is None or ceiling >= CEILING_OF_CLASSES else "merged_rsum"
 
 
 AnyResults = TrainingResults | EvaluationResults | SeveralEvaluations

@@ -345,7 +345,9 @@ class EvaluationSettings(Settings):
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
     activation: Activation = None
-    encode_batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    encode_batch_size: PositiveInt = Field(
+        64, description="images or texts encoded at once; in fp32 always 16, so that no number depends on it"
+    )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
     device: Device = "auto"
