@@ -16,8 +16,10 @@ from cliptune import results
 from cliptune.data.diagnosis import KINDS, Examined, Finding, find_all, suspects, table
 from cliptune.data.doctor import CaptionFacts, look_at_captions, look_at_images
 from cliptune.data.findings import data_findings
+from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.identity import file_identities
 from cliptune.data.issues import Issues
+from cliptune.data.near_duplicates import find_near_duplicates
 from cliptune.data.pairs import Pairs
 from cliptune.data.suspects import update_suspects
 from cliptune.data.table import NO_SPLIT, SPLITS
@@ -91,7 +93,7 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
-    examined = _examine(pairs, splits, num_workers=settings.num_workers)
+    examined = _examine(pairs, splits, settings)
     findings = [
         *find_all(
             examined, batch_size=settings.batch_size, context_length=context_length,
@@ -139,15 +141,20 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
     return Check(issues, lines)
 
 
-def _examine(pairs: Pairs, splits: Mapping[str, Pairs], *, num_workers: int | None) -> Examined:
+def _examine(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) -> Examined:
     """Look at all images, also those that are in no split, since a separate set validates."""
     others = splits["val"].select(np.flatnonzero(pairs.paths.find(splits["val"].paths) < 0))
     everything = Pairs.concatenate([pairs, others]) if len(others) else pairs
     sides = np.full(len(everything), NO_SPLIT, dtype=np.int8)
     for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
         sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
-    images = look_at_images(everything.paths, num_workers=num_workers)
-    return Examined(everything, sides, images, look_at_captions(everything.captions, num_workers=num_workers))
+    cache_dir = Path(settings.output_dir) / "cache"
+    fingerprints = Fingerprints(everything.paths, cache_dir)
+    images = look_at_images(everything.paths, fingerprints=fingerprints, num_workers=settings.num_workers)
+    copies = find_near_duplicates(everything.paths, cache_dir=cache_dir, num_workers=settings.num_workers)
+    near = copies.pairs[~copies.identical]
+    captions = look_at_captions(everything.captions, num_workers=settings.num_workers)
+    return Examined(everything, sides, images, captions, near)
 
 
 def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, context_length: int) -> Iterator[Finding]:

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from cliptune import results
+from cliptune.data.diagnosis import near_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
 from tests.helpers.datasets import make_index
+from tests.helpers.photos import photo
 from tests.helpers.runs import check_data
 
 
@@ -65,6 +67,33 @@ def test_images_that_are_odd_are_found_and_listed(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "1 issue; 8 images can be read"
     assert all(finding.text in out and finding.advice in out for finding in found.values())
+
+
+def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(8):
+        photo(number).save(data / f"{number}.png")
+    photo(0).resize((480, 360)).save(data / "large.jpg", quality=80)
+    photo(1).crop((6, 4, 234, 176)).save(data / "crop.png")
+    shutil.copy(data / "crop.png", data / "again.png")
+    names = [*(f"{number}.png" for number in range(8)), "large.jpg", "crop.png", "again.png"]
+    rows = [{"image": name, "caption": name, "split": "val" if name in {"0.png", "7.png"} else ""} for name in names]
+    make_index(data, rows)
+    found = check(tmp_path)
+    assert (found["near_duplicates"].number, found["near_duplicates"].values["across_splits"]) == (4, 1)
+    listed = read_suspects(tmp_path / "results" / "suspects.csv")
+    near = {(row.image, row.keep) for row in listed if row.kind == "near-duplicate"}
+    # of three files of one image the first stays; of two across the split the one that validates
+    assert near == {("0.png", True), ("large.jpg", False), ("1.png", True), ("crop.png", False), ("again.png", False)}
+    assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
+
+
+def test_no_chain_of_copies_leaves_out_what_is_near_none_that_stays() -> None:
+    chain = np.array([[0, 1], [1, 2], [2, 3]])
+    assert list(near_copies(chain, lambda _: 2)) == [(0, None), (1, 0), (2, None), (3, 2)]
+    # 1 and 2 validate, whatever the list says of 2: nothing near them is trained on
+    assert dict(near_copies(chain, lambda image: 0 if image in {1, 2} else 2)) == {1: None, 2: 1, 0: 1, 3: 2}
 
 
 def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:

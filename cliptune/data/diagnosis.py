@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,10 @@ from cliptune.data.suspects import Suspect, relative_name
 from cliptune.data.table import SPLITS, BoolArray, CodeArray, IntArray
 from cliptune.runtime.messages import count, first_few
 
-IDENTICAL, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT = (
-    "identical", "unreadable", "one colour", "tiny", "extreme shape", "other script",
+IDENTICAL, NEAR, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT = (
+    "identical", "near-duplicate", "unreadable", "one colour", "tiny", "extreme shape", "other script",
 )  # fmt: skip
-KINDS = (IDENTICAL, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT)
+KINDS = (IDENTICAL, NEAR, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT)
 """Of the suspects that are looked for here."""
 TINY_SIDE = 32
 """Pixels of the shorter side below which an image is a single patch of common models."""
@@ -63,6 +63,8 @@ class Examined(NamedTuple):
     sides: CodeArray
     images: ImageFacts
     captions: CaptionFacts
+    near: IntArray
+    """Pairs of images that are near-duplicates, int64 `[P, 2]`; of identical files each stands for all of them."""
 
     def rows_of(self, split: str) -> IntArray:
         """Return the images of a split."""
@@ -104,6 +106,7 @@ def find_all(
 def _images(examined: Examined, resolution: int) -> Iterator[Finding | None]:
     images, exclude = examined.images, f"train.py --exclude {LIST} leaves them out, unless you write yes there"
     yield _identical(examined)
+    yield _near_duplicates(examined)
     yield _some(examined, "one_color", "nearly one colour", images.is_one_color, "of nearly one colour", exclude)
     look = f"look at them: {LIST} names them, and what you write there counts for train.py --exclude"
     yield _some(examined, "tiny", "tiny", _is_tiny(images), f"with a side of less than {TINY_SIDE} pixels", look)
@@ -151,6 +154,21 @@ def _identical(examined: Examined) -> Finding | None:
     text += f"; {crossing:,} of them on another side of the split" if crossing else ""
     advice = f"train.py --exclude {LIST} keeps one of each set, that of the validation first"
     return Finding("identical_images", "identical images", len(copies), text, advice, {"across_splits": crossing})
+
+
+def _near_duplicates(examined: Examined) -> Finding | None:
+    near = examined.near
+    if not len(near):
+        return None
+    number = len(np.unique(near))
+    crossing = num_crossing(examined.sides, near)
+    text = (
+        f"{_noun(number, 'image')} that are copies of one another: resized, encoded anew, slightly cropped or "
+        f"brightened ({examined.names(near[0, :1])} = {examined.names(near[0, 1:])})"
+    )
+    text += f"; {count(crossing, 'pair')} of them on two sides of the split" if crossing else ""
+    advice = f"look at them in {LIST}; train.py --exclude {LIST} keeps one of each"
+    return Finding("near_duplicates", "near-duplicates", number, text, advice, {"across_splits": crossing})
 
 
 def num_crossing(sides: CodeArray, pairs: IntArray) -> int:
@@ -274,20 +292,54 @@ def _of_image(pairs: Pairs, image: int, reason: str, *, keep: bool) -> Iterator[
         yield Suspect(name, caption, reason, keep)
 
 
+KEPT = "the one of its copies that is kept"
+
+
 def _copies(examined: Examined) -> Iterator[Suspect]:
-    files = examined.images.files
-    copies = np.flatnonzero(files != np.arange(len(files)))
-    # training gives way: what validates or tests is not to be trained on
+    """List copies; training gives way to what validates or tests, since that stays where it is."""
+    files, pairs = examined.images.files, examined.pairs
     preference = np.array([2, 0, 1, 3], dtype=np.int8)[examined.sides]
     sets: dict[int, list[int]] = {}
-    for row in copies.tolist():
+    for row in np.flatnonzero(files != np.arange(len(files))).tolist():
         sets.setdefault(int(files[row]), [int(files[row])]).append(row)
-    for members in sets.values():
-        kept = min(members, key=lambda row: (preference[row], row))
-        name = relative_name(examined.pairs.paths[kept], examined.pairs.root)
-        for row in members:
-            what = "the one of its copies that is kept" if row == kept else f"the same file as {name}"
-            yield from _of_image(examined.pairs, row, f"{IDENTICAL}: {what}", keep=row == kept)
+    kept_of = {head: min(rows, key=lambda row: (preference[row], row)) for head, rows in sets.items()}
+    for head, rows in sets.items():
+        name = relative_name(pairs.paths[kept_of[head]], pairs.root)
+        for row in rows:
+            is_kept = row == kept_of[head]
+            what = KEPT if is_kept else f"the same file as {name}"
+            yield from _of_image(pairs, row, f"{IDENTICAL}: {what}", keep=is_kept)
+    for head, other in near_copies(files[examined.near], lambda head: int(preference[kept_of.get(head, head)])):
+        if other is None:
+            yield from _of_image(pairs, kept_of.get(head, head), f"{NEAR}: {KEPT}", keep=True)
+            continue
+        name = relative_name(pairs.paths[kept_of.get(other, other)], pairs.root)
+        for row in sets.get(head, [head]):
+            yield from _of_image(pairs, row, f"{NEAR}: a copy of {name}", keep=False)
+
+
+def near_copies(near: IntArray, preference: Callable[[int], int]) -> Iterator[tuple[int, int | None]]:
+    """Yield each image of some pairs, and whose copy it is; None: it is kept.
+
+    What is near one that is left out may stay: there is no chain of copies from a cat to a dog. But what validates or
+    tests is there in any case, so nothing near it is trained on.
+
+    Args:
+        near: int64 `[P, 2]`.
+        preference: of an image: 0 or 1 for one that validates or tests, else more; the lowest is kept.
+    """
+    others: dict[int, list[int]] = {}
+    for one, other in near.tolist():
+        others.setdefault(one, []).append(other)
+        others.setdefault(other, []).append(one)
+    held = {image for image in others if preference(image) < 2}
+    kept: set[int] = set()
+    for image in sorted(others, key=lambda image: (preference(image), image)):
+        found = (other for other in others[image] if other in kept or (other in held and image not in held))
+        copy_of = next(found, None)
+        if copy_of is None:
+            kept.add(image)
+        yield image, copy_of
 
 
 def table(findings: Sequence[Finding]) -> Iterator[str]:

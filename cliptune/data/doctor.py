@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.issues import Issue, Issues, image_issue
 from cliptune.data.loaders import caption_id
 from cliptune.data.table import BoolArray, IntArray, Strings
 from cliptune.data.workers import make_loader
 from cliptune.preprocess.decode import read_bytes, size_of
+from cliptune.preprocess.fingerprint import FINGERPRINT, fingerprint
 from cliptune.preprocess.tokens import count_tokens
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import num_cores
@@ -28,6 +30,8 @@ ONE_COLOR = 5
 FOREIGN = 2.0
 """Tokens a word from which on captions are in a language that the tokenizer was not made for."""
 MAX_WORKERS = 16
+BATCH = 32
+"""Images that a worker hands over at once."""
 CHUNK = 1024
 """Captions that a worker looks at in one go."""
 MIN_FOR_WORKERS = 20_000
@@ -57,26 +61,38 @@ class ImageFacts(NamedTuple):
     per_second: float
 
 
-def look_at_images(paths: Strings, *, num_workers: int | None = None) -> ImageFacts:
+def look_at_images(
+    paths: Strings, *, fingerprints: Fingerprints | None = None, num_workers: int | None = None
+) -> ImageFacts:
     """Decode every image once, as training does.
 
     Args:
         paths: of the images, `[N]`.
+        fingerprints: get those that they lack; None: none are taken.
         num_workers: that decode; None: one a core, at most 16.
     """
     issues, sizes, is_one_color = Issues(), np.zeros((len(paths), 2), np.int32), np.zeros(len(paths), dtype=bool)
     files = np.arange(len(paths))
     first_of: dict[bytes, int] = {}
     workers, begin = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers, 0.0
-    looks = make_loader(_ImageFiles(paths), num_workers=workers)
-    for index, look in enumerate(progress_bar(looks, desc="images", unit="image")):
-        begin = begin or time.monotonic()  # workers take a second to start
-        if look.issue is not None:
-            issues.add(look.issue)
-            continue
-        sizes[index], is_one_color[index] = look.size, look.is_one_color
-        files[index] = first_of.setdefault(look.digest, index)
-    per_second = max(len(paths) - 1, 1) / max(time.monotonic() - begin, 1e-3)
+    wanted = np.zeros(len(paths), dtype=bool)
+    if fingerprints is not None:
+        wanted[fingerprints.missing()] = True
+    looks = make_loader(_ImageFiles(paths, wanted), num_workers=workers, batch_size=BATCH, collate_fn=list)
+    with progress_bar(total=len(paths), desc="images", unit="image") as bar:
+        for start, batch in zip(range(0, len(paths), BATCH), looks, strict=True):
+            begin = begin or time.monotonic()  # workers take a second to start
+            for index, look in enumerate(batch, start):
+                if look.issue is not None:
+                    issues.add(look.issue)
+                    continue
+                sizes[index], is_one_color[index] = look.size, look.is_one_color
+                files[index] = first_of.setdefault(look.digest, index)
+            taken = {index: look.fingerprint for index, look in enumerate(batch, start) if look.fingerprint is not None}
+            if fingerprints is not None and taken:
+                fingerprints.put(np.array(list(taken)), np.array(list(taken.values()), dtype=FINGERPRINT))
+            bar.update(len(batch))
+    per_second = max(len(paths) - BATCH, 1) / max(time.monotonic() - begin, 1e-3)
     return ImageFacts(issues, sizes[:, 0] > 0, sizes, is_one_color, files, per_second)
 
 
@@ -88,13 +104,16 @@ class _Look(NamedTuple):
     digest: bytes = b""
     """Of the file."""
     is_one_color: bool = False
+    fingerprint: NDArray[Any] | None = None
 
 
 class _ImageFiles(Dataset[_Look]):
     """The images of a data set, each read as training reads it."""
 
-    def __init__(self, paths: Strings) -> None:
+    def __init__(self, paths: Strings, wanted: BoolArray) -> None:
         self.paths = paths
+        self.wanted = wanted
+        """Of which images a fingerprint is taken."""
         self.transform = clip_transform(PIXELS)
 
     def __len__(self) -> int:
@@ -109,7 +128,8 @@ class _ImageFiles(Dataset[_Look]):
         except (OSError, ValueError) as error:
             return _Look(image_issue(path, error))
         is_one_color = bool(pixels.std(dim=(1, 2)).max() < ONE_COLOR)
-        return _Look(None, size_of(image), hashlib.blake2b(content, digest_size=16).digest(), is_one_color)
+        found = fingerprint(image) if self.wanted[index] else None
+        return _Look(None, size_of(image), hashlib.blake2b(content, digest_size=16).digest(), is_one_color, found)
 
 
 class CaptionFacts(NamedTuple):
