@@ -36,6 +36,8 @@ _TRAINING_ONLY_KEYS = ("history", "baseline", "best_epoch")
 # what is larger cannot be drawn, and no run comes near it
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Bounds = tuple[Number, Number]
+"""Low and high."""
 
 
 class Recorded(BaseModel):
@@ -221,6 +223,10 @@ class EvaluationResults(Results):
     split: str | None = None
     num_trained_on: Count = 0
     """Of the images: those that the checkpoint's run was trained on."""
+    num_left_out: Count = 0
+    """Images of the data set that are not among these, since a checkpoint's run was trained on them."""
+    intervals: dict[str, Bounds] = {}
+    """Low and high of the 95% interval of each recall and of RSum; empty of a single group."""
     histograms: Histograms
     throughput: dict[str, Number] = {}
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
@@ -254,7 +260,52 @@ class DataCheckResults(Recorded):
     findings: list[CheckFinding]
 
 
-def read(path: Path) -> TrainingResults | EvaluationResults:
+class Comparison(Recorded):
+    """What one checkpoint gains over another on the same images."""
+
+    data: str
+    split: str | None = None
+    before: str
+    after: str
+    gain: Number
+    """Of RSum, from `before` to `after`."""
+    low: Number
+    high: Number
+    verdict: str
+    """`better`, `worse` or `not distinguishable`."""
+    recalls: dict[str, tuple[Number, Number, Number]]
+    """Gain, low and high of each recall."""
+    num_groups: Count
+
+
+class SeveralEvaluations(Recorded):
+    """`results/evaluation_results.json` of several checkpoints, or on several data sets."""
+
+    started_at: str | None = None
+    finished_at: str | None = None
+    evaluations: Annotated[list[EvaluationResults], Field(min_length=1)]
+    comparisons: list[Comparison] = []
+
+
+def of_evaluations(
+    evaluations: list[dict[str, Any]], comparisons: list[Comparison], *, times: dict[str, str]
+) -> EvaluationResults | SeveralEvaluations:
+    """Put evaluations into the form of their file: a single one stands alone.
+
+    Args:
+        evaluations: values under the keys of `EvaluationResults`.
+        comparisons: of their checkpoints.
+        times: `started_at` and `finished_at`.
+    """
+    if len(evaluations) == 1:
+        return EvaluationResults.model_validate(times | evaluations[0])
+    return SeveralEvaluations.model_validate({**times, "evaluations": evaluations, "comparisons": comparisons})
+
+
+AnyResults = TrainingResults | EvaluationResults | SeveralEvaluations
+
+
+def read(path: Path) -> AnyResults:
     """Read a results file.
 
     Raises:
@@ -267,14 +318,18 @@ def read(path: Path) -> TrainingResults | EvaluationResults:
         raise ValueError(f"{path}: not a results file: it has {size / 1e6:,.0f} MB")
     values = read_json_object(path)
     # a training file that lacks one of its keys is told so, not taken for an evaluation
-    kind = TrainingResults if any(key in values for key in _TRAINING_ONLY_KEYS) else EvaluationResults
+    kind: type[AnyResults] = EvaluationResults
+    if any(key in values for key in _TRAINING_ONLY_KEYS):
+        kind = TrainingResults
+    elif "evaluations" in values:
+        kind = SeveralEvaluations
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: TrainingResults | EvaluationResults | DataCheckResults) -> None:
+def write(path: Path, results: AnyResults | DataCheckResults) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
@@ -46,6 +46,10 @@ def _check_batch_size(value: int) -> int:
             "memory is short, --micro_batch_size bounds it instead"
         )
     return value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
@@ -84,6 +88,10 @@ MaxSkippedFraction = Annotated[
 ]
 NumWorkers = Annotated[
     NonNegativeInt | None, Field(description="worker processes that load data; none: chosen for the machine")
+]
+Activation = Annotated[
+    Literal["quick_gelu", "gelu", "gelu_tanh"] | None,
+    Field(description="activation of a weights file that does not tell it; none: found from the file"),
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
@@ -131,9 +139,7 @@ class ModelSettings(Settings):
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
     )
     pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = Field(
-        None, description="activation of a weights file that does not tell it; none: found from the file"
-    )
+    activation: Activation = None
     context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
         None, description="tokens of a text, 3 to 4096: positions are cut or interpolated; none: the weights' own"
     )
@@ -326,13 +332,19 @@ class EvaluationSettings(Settings):
     from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
     below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
 
-    checkpoint: str = Field(
-        "model-checkpoint/best_model.pth", description="checkpoint to evaluate, or the folder of its run"
+    checkpoint: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        ["model-checkpoint/best_model.pth"],
+        min_length=1,
+        description="models to evaluate, several beside each other: checkpoints, folders of runs, weights files, hub "
+        "folders, or names (ViT-B/32)",
     )
-    data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
+    data_dir: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="data sets; none: the validation images that the checkpoints' runs had"
+    )
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
+    include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
@@ -341,9 +353,10 @@ class EvaluationSettings(Settings):
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
+    activation: Activation = None
     encode_batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
     num_workers: NumWorkers = None
-    precision: Precision | None = Field(None, description="none: as in the checkpoint's run")
+    precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
     device: Device = "auto"
     output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json")
     log_level: LogLevel = "info"
