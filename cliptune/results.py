@@ -254,6 +254,34 @@ class EvaluationResults(Results):
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
 
 
+class CheckFinding(Recorded):
+    """One thing that `data_loader.py --check` found."""
+
+    kind: str
+    number: Number | None
+    text: str
+    advice: str
+    """What to do; empty: nothing."""
+    values: dict[str, Number] = {}
+    """Numbers behind the text."""
+
+
+class DataCheckResults(Recorded):
+    """`results/data_check.json`."""
+
+    started_at: str
+    finished_at: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    splits: dict[str, Count]
+    """Images of each."""
+    num_issues: Count
+    issues: list[dict[str, str | None]]
+    """The first 1,000: image, reason and, for a record, its location."""
+    findings: list[CheckFinding]
+
+
 class Comparison(Recorded):
     """What one checkpoint gains over another on the same images."""
 
@@ -336,7 +364,7 @@ def read(path: Path) -> AnyResults:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: AnyResults) -> None:
+def write(path: Path, results: AnyResults | DataCheckResults) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

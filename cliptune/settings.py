@@ -292,9 +292,10 @@ class Config(Settings):
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
-    from_config = frozenset(
-        ("data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed")
-    )
+    from_config = frozenset((
+        "data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed",
+        "model_name", "context_length", "batch_size", "output_dir",
+    ))  # fmt: skip
 
     data_dir: DataDir = DEFAULT_DATA_DIR
     image_dir: ImageDir = None
@@ -307,7 +308,15 @@ class InspectSettings(Settings):
         None, description="separate validation set that is compared with the data; none: split off"
     )
     max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
-    check: bool = Field(False, description="decode every image, look at every caption, print all issues")
+    check: bool = Field(False, description="look at every image and caption; print issues, findings and what to do")
+    model_name: str = Field(DEFAULT_MODEL_NAME, description="model that check estimates time and memory for")
+    context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
+        None, description="tokens of a text that check goes by; none: the model's own"
+    )
+    batch_size: Annotated[PositiveInt, AfterValidator(_check_batch_size)] = Field(
+        32, description="pairs a step that check goes by"
+    )
+    output_dir: str = Field(".", description="folder whose results/ gets data_check.json and suspects.csv")
     num_workers: NonNegativeInt | None = Field(None, description="worker processes of check; none: one a core")
     seed: Seed = 42
     num_samples: PositiveInt | None = Field(None, description=f"draw that many sample images (default: {SAMPLE_SIZE})")
