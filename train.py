@@ -48,7 +48,9 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
+from cliptune.run_interpolation import Ends, look_back
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
+from cliptune.run_watch import watching
 from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -114,6 +116,7 @@ def _train(argv: list[str] | None) -> int:
             config, model, splits, ImageTextDataset, evaluate,
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
+        data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
@@ -140,11 +143,12 @@ def _train(argv: list[str] | None) -> int:
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
+        found = _look_back(config, model, data, files, state=state, journal=journal) if code == 0 else []
         if is_main() and code == 0:
             verify_best(state, files, run_id=about["run_id"])
             for figure in draw_figures(files.results):
                 logger.info("figure: %s", figure)
-            print(journal.summary(state))
+            print("\n".join([journal.summary(state), *found]))
     return code
 
 
@@ -188,11 +192,13 @@ def _fit(
                 journal.begin_validation()
                 # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
                 with stop.interruptible():
-                    evaluation = data.validate()
+                    evaluation, watched = data.validate(), data.watch.evaluate()
                 data.skipped.agree()
                 evaluation = broadcast(evaluation)  # so that all ranks decide the same
                 improved = state.finish_epoch(
-                    evaluation.to_dict(), means=means, rates=optim.rates_of(trainer.optimizer)
+                    evaluation.to_dict() | data.watch.records(watched),
+                    means=means,
+                    rates=optim.rates_of(trainer.optimizer),
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
@@ -217,6 +223,33 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     if isinstance(end, KilledWorkerError):
         raise end
     return end.exit_code
+
+
+def _look_back(
+    config: Config, model: CLIPModel, data: RunData, files: RunFiles, *, state: RunState, journal: Journal
+) -> list[str]:
+    """Compare the best model with the one as loaded on what is watched, and with what lies between; return what to say.
+
+    What is found goes into the results file.
+    """
+    wanted = bool(config.data.watch_data) or config.training.interpolate
+    if not wanted and (model.starts_random or not state.best_epoch):
+        return []  # nothing was known, or nothing has changed
+    if not state.best_epoch:
+        return ["\nno epoch beat the model as loaded, so nothing is forgotten, and there is nothing to interpolate"]
+    try:
+        ends = Ends(files, build=_build, device=model.device)
+    except (FileNotFoundError, ValueError) as error:
+        logger.warning("the best model is not compared with the one as loaded: %s", error)
+        return []
+    found = look_back(config, data, ends, files=files, complete=add_self_test)
+    journal.about |= found.values
+    journal.write_results(state, finished=True)
+    return found.lines
+
+
+def _build(content: dict[str, Any], path: Path) -> CLIPModel:
+    return CLIPModel(pretrained=own_weights(content, path))
 
 
 def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None) -> str | Weights:

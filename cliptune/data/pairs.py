@@ -65,6 +65,12 @@ class Pairs:
         """Image row of each caption, int64 `[num_pairs]`."""
         return torch.from_numpy(np.repeat(np.arange(len(self)), np.diff(self.starts)))
 
+    @property
+    def query_groups(self) -> dict[str, IntArray]:
+        """Group of each query: of the images, `i2t` `[N]`, and of the captions, `t2i` `[num_pairs]`; a number each."""
+        groups = self.groups.first_equal()
+        return {"i2t": groups, "t2i": np.repeat(groups, np.diff(self.starts))}
+
     def captions_of(self, image: int) -> list[str]:
         """Return one image's captions."""
         captions: list[str] = self.captions[int(self.starts[image]) : int(self.starts[image + 1])]

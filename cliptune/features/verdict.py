@@ -57,6 +57,23 @@ class Verdict(NamedTuple):
     num_groups: int
 
 
+def answered(evaluations: Sequence[Ranks], groups: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Leave out the queries without a rank (NaN) in one of the evaluations: of images that could not be read, or alone.
+
+    Returns:
+        The evaluations, and the groups, of the queries that are left.
+    """
+    left = {
+        direction: np.isfinite([np.asarray(ranks[direction]) for ranks in evaluations]).all(0)
+        for direction in DIRECTIONS
+    }
+    *ranks_left, groups_left = (
+        {direction: np.asarray(values[direction])[left[direction]] for direction in DIRECTIONS}
+        for values in (*evaluations, groups)
+    )
+    return ranks_left, groups_left
+
+
 def compare(before: Ranks, after: Ranks, groups: Ranks, *, confidence: float = 0.95, seed: int = 0) -> Verdict:
     """Return the gain of one evaluation over another of the same queries.
 
