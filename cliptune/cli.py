@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
-    "data_dir", "image_dir", "val_data", "watch_data", "allow_data_change", "interpolate",
+    "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
+    "watch_data", "interpolate",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -40,8 +41,10 @@ HELP_GROUPS = {
         "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "val_data", "watch_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
-        "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction", "allow_data_change",
+        "watch_data",
+        "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
+        "caption_template", "captions", "exclude", "augment", "on_unreadable_image", "max_skipped_fraction",
+        "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
     "training": (
@@ -58,8 +61,9 @@ HELP_GROUPS = {
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 
 METAVARS = {
-    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "pretrained": "FILE", "results": "FILE",
-    "resume": "FILE", "to_shards": "DIR", "val_data": "PATH", "watch_data": "PATH",
+    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "exclude": "FILE", "pretrained": "FILE",
+    "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+    "watch_data": "PATH",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from cliptune.features.verdict import Ranks, Verdict, answered, compare_best
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.model.weights import own_weights
 from cliptune.results import RECALL_KEYS
 from cliptune.run_data import RunData
-from cliptune.run_watch import Forgotten, Seen, Watch, drift_of, verdict_values
+from cliptune.run_watch import Forgotten, Seen, drift_of, verdict_values
 from cliptune.runtime.distributed import barrier, is_main
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import printable
@@ -40,14 +41,14 @@ class Ends:
 
     Args:
         files: of the run.
-        build: makes a model of a checkpoint's content and its path.
+        model_class: `clip_model.CLIPModel`.
         device: where the model is run.
 
     Raises:
         FileNotFoundError, ValueError: a file is not there, or damaged; or the two hold different models.
     """
 
-    def __init__(self, files: RunFiles, *, build: Callable[[dict[str, Any], Path], Any], device: torch.device) -> None:
+    def __init__(self, files: RunFiles, *, model_class: Callable[..., Any], device: torch.device) -> None:
         loaded, self.content = load_checkpoint(files.loaded), load_checkpoint(files.best)
         self.loaded, self.best = loaded["model_state_dict"], self.content["model_state_dict"]
         if loaded.get("run_id") != self.content.get("run_id"):
@@ -57,7 +58,8 @@ class Ends:
             raise ValueError(f"{files.loaded} and {files.best} are of different architectures")
         # a model may take the tensors it is built of as its own, and it is to be given others
         own = {name: value.clone() for name, value in self.best.items()}
-        self._model = build({**self.content, "model_state_dict": own}, files.best).to(device).eval()
+        weights = own_weights({**self.content, "model_state_dict": own}, files.best)
+        self._model = model_class(pretrained=weights).to(device).eval()
 
     def weights(self, alpha: float) -> dict[str, Tensor]:
         """Return the weights at `alpha`: 0 is the model as loaded, 1 the best one, both bit for bit.
@@ -135,10 +137,12 @@ class LookBack(NamedTuple):
 
 def look_back(
     config: Config,
+    model: Any,
     data: RunData[Any],
-    ends: Ends,
-    *,
     files: RunFiles,
+    *,
+    is_best_trained: bool,
+    model_class: Callable[..., Any],
     complete: Callable[[dict[str, Any]], dict[str, Any]],
     evaluations: Sequence[Ranks] = (),
 ) -> LookBack:
@@ -148,40 +152,64 @@ def look_back(
 
     Args:
         config: of the run.
+        model: that was trained.
         data: of the run, with what it watches.
-        ends: its two models.
         files: of the run.
+        is_best_trained: the best model is not the one as loaded.
+        model_class: `clip_model.CLIPModel`.
         complete: completes a checkpoint's content, `clip_model.add_self_test`.
         evaluations: ranks on validation of the run's evaluations, the model as loaded first, so that the estimate
             covers the choice of the best one; none: they are not known any more.
     """
-    watch: Watch = data.watch
+    is_asked_for = bool(config.data.watch_data) or config.training.interpolate
+    if not is_best_trained:
+        end = "\nthe best model is the one as loaded: nothing is forgotten, and nothing lies between them"
+        return LookBack({}, [end] if is_asked_for else [])
+    if model.starts_random and not is_asked_for:
+        return LookBack({}, [])  # it knew nothing
+    try:
+        ends = Ends(files, model_class=model_class, device=model.device)
+    except (FileNotFoundError, ValueError) as error:
+        logger.warning("the best model is not compared with the one as loaded: %s", error)
+        return LookBack({}, [])
     if not config.training.interpolate:
-        seen = [watch.look(ends.model_at(alpha)) for alpha in (0.0, 1.0)]
-        return _told(watch.compare(*seen))
+        return _told(data.watch.compare(*(data.watch.look(ends.model_at(alpha)) for alpha in (0.0, 1.0))))
     points = []
     for alpha in progress_bar(ALPHAS, desc="interpolation"):
-        model = ends.model_at(alpha)
-        points.append(Point(alpha, data.validate(model), watch.look(model)))
+        average = ends.model_at(alpha)
+        points.append(Point(alpha, data.validate(average), data.watch.look(average)))
     data.skipped.agree()
+    return _interpolated(data, ends, points, path=files.interpolated, complete=complete, evaluations=evaluations)
+
+
+def _interpolated(
+    data: RunData[Any],
+    ends: Ends,
+    points: Sequence[Point],
+    *,
+    path: Path,
+    complete: Callable[[dict[str, Any]], dict[str, Any]],
+    evaluations: Sequence[Ranks],
+) -> LookBack:
+    """Choose one of the averages, estimate its gain and save it."""
     chosen, allowed = choose(points)
-    verdict = estimated_gain(data, chosen, allowed, loaded=points[0], evaluations=evaluations)
+    verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=evaluations)
     if is_main():
-        _save(ends, chosen, files.interpolated, complete=complete)
+        _save(ends, chosen, path, complete=complete)
     barrier()
-    forgotten = _told(watch.compare(points[0].seen, points[-1].seen))
+    forgotten = _told(data.watch.compare(points[0].seen, points[-1].seen))
     values = {
         "points": [point.values(points[0]) for point in points],
         "chosen": chosen.alpha,
         "max_loss": MAX_LOSS,
         "verdict": verdict_values(verdict),
     }
-    lines = _lines(points, chosen, verdict, path=files.interpolated)
+    lines = _lines(points, chosen, verdict, path=path)
     return LookBack({**forgotten.values, "interpolation": values}, [*forgotten.lines, *lines])
 
 
 def estimated_gain(
-    data: RunData[Any], chosen: Point, allowed: Sequence[Point], *, loaded: Point, evaluations: Sequence[Ranks]
+    data: RunData[Any], allowed: Sequence[Point], *, loaded: Point, evaluations: Sequence[Ranks]
 ) -> Verdict | None:
     """Estimate what the choice gains on fresh images over the model as loaded, without the luck of the choice.
 

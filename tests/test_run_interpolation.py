@@ -14,7 +14,6 @@ import torch
 from clip_model import CLIPModel
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.weights import own_weights
 from cliptune.run_interpolation import ALPHAS, Ends, Point, choose, estimated_gain
 from cliptune.run_watch import Seen
 from cliptune.training.checkpoint import RunFiles
@@ -43,9 +42,7 @@ def files(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> RunFile
 
 @pytest.fixture(scope="module")
 def ends(files: RunFiles) -> Ends:
-    return Ends(
-        files, build=lambda content, path: CLIPModel(pretrained=own_weights(content, path)), device=torch.device("cpu")
-    )
+    return Ends(files, model_class=CLIPModel, device=torch.device("cpu"))
 
 
 def results_of(files: RunFiles) -> Any:
@@ -119,7 +116,7 @@ def test_the_estimate_takes_the_luck_of_the_choice_away() -> None:
         chosen, allowed = choose(points)
         groups = {"i2t": np.arange(60), "t2i": np.arange(60)}
         data: Any = SimpleNamespace(val=SimpleNamespace(query_groups=groups))
-        verdict = estimated_gain(data, chosen, allowed, loaded=points[0], evaluations=[])
+        verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=[])
         assert verdict is not None
         gains.append(chosen.validation.metrics["rsum"] - points[0].validation.metrics["rsum"])
         estimates.append(verdict.gain)
@@ -179,4 +176,4 @@ def test_models_of_different_runs_are_not_averaged(files: RunFiles, tmp_path: Pa
     os.link(files.loaded, mixed.loaded)
     os.link(RunFiles(trained_dir).best, mixed.best)
     with pytest.raises(ValueError, match="of different runs"):
-        Ends(mixed, build=lambda *_: None, device=torch.device("cpu"))
+        Ends(mixed, model_class=CLIPModel, device=torch.device("cpu"))
