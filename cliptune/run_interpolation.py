@@ -22,7 +22,7 @@ from cliptune.model.weights import own_weights
 from cliptune.results import RECALL_KEYS
 from cliptune.run_data import RunData
 from cliptune.run_watch import Forgotten, Seen, drift_of, verdict_values
-from cliptune.runtime.distributed import barrier, is_main
+from cliptune.runtime.distributed import any_rank, barrier, is_main
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import printable
 from cliptune.settings import Config
@@ -167,10 +167,13 @@ def look_back(
         return LookBack({}, [end] if is_asked_for else [])
     if model.starts_random and not is_asked_for:
         return LookBack({}, [])  # it knew nothing
+    barrier()  # the main rank may still be writing the best model
+    ends: Ends | None = None
     try:
         ends = Ends(files, model_class=model_class, device=model.device)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("the best model is not compared with the one as loaded: %s", error)
+    if any_rank(ends is None) or ends is None:
         return LookBack({}, [])
     if not config.training.interpolate:
         return _told(data.watch.compare(*(data.watch.look(ends.model_at(alpha)) for alpha in (0.0, 1.0))))
@@ -259,5 +262,6 @@ def _lines(points: Sequence[Point], chosen: Point, verdict: Verdict | None, *, p
         )
     )
     rsum = chosen.validation.metrics["rsum"]
-    summary = f"alpha {chosen.alpha:.1f} is the best{among}: RSum {rsum:.1f}{gain}"
+    which = {0.0: ", the model as loaded,", 1.0: ", the best model,"}.get(chosen.alpha, "")
+    summary = f"alpha {chosen.alpha:.1f}{which} is the best{among}: RSum {rsum:.1f}{gain}"
     return ["", head, *rows, summary, f"interpolated model: {printable(str(path))}"]

@@ -18,6 +18,7 @@ from cliptune.run_interpolation import ALPHAS, Ends, Point, choose, estimated_ga
 from cliptune.run_watch import Seen
 from cliptune.training.checkpoint import RunFiles
 from evaluation import main as evaluate_main
+from tests.helpers.launch import torchrun
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 from visualization import draw_figures
@@ -177,3 +178,22 @@ def test_models_of_different_runs_are_not_averaged(files: RunFiles, tmp_path: Pa
     os.link(RunFiles(trained_dir).best, mixed.best)
     with pytest.raises(ValueError, match="of different runs"):
         Ends(mixed, model_class=CLIPModel, device=torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_several_ranks_look_back_together(parallel: str, sample_dir: Path, tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    create_sample_dataset(watched, 9, seed=7)
+    data = ["--data_dir", str(sample_dir), "--watch_data", str(watched), "--output_dir", str(tmp_path)]
+    training = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3", "--num_epochs", "2"]
+    more = ["--num_workers", "0", "--precision", "fp32", "--interpolate", "--parallel", parallel]
+    done = torchrun(2, "train.py", *data, *training, *more)
+    assert done.returncode == 0, done.stderr
+    found = results_of(RunFiles(tmp_path))
+    points = found["interpolation"]["points"]
+    assert (points[0]["rsum"], points[-1]["rsum"]) == pytest.approx(
+        (found["baseline"]["rsum"], found["metrics"]["rsum"])
+    )
+    assert done.stdout.count("(chosen)") == 1
+    assert RunFiles(tmp_path).interpolated.exists()

@@ -38,8 +38,8 @@ def test_features_that_are_turned_as_a_whole_keep_their_neighbours_and_not_their
 
 @pytest.mark.parametrize(("overlap", "word"), [(95.0, "hardly anything"), (75.0, "part of what"), (40.0, "much of")])
 def test_the_line_says_what_the_lower_overlap_means(overlap: float, word: str) -> None:
-    line = Drift(99.0, overlap, 0.9, 0.8, 200, 48, 5).describe()
-    assert f"{overlap:.0f}% among 48 drawn scenes" in line
+    line = Drift(99.0, overlap, 0.9, 0.8, 200, 32, 5).describe()
+    assert f"{overlap:.0f}% among 32 drawn scenes" in line
     assert word in line
 
 
@@ -55,7 +55,7 @@ def test_batches_do_not_matter_and_a_model_that_is_another_has_moved() -> None:
     encoder = Encoder(model, ImageTextDataset, precision=FP32, batch_size=64)
     probes = encode_probes(encoder)
     assert probes.texts.shape == (200, 64)
-    assert probes.images.shape == (48, 64)
+    assert probes.images.shape == (32, 64)
     others = encode_probes(replace(encoder, batch_size=17))
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(probes, others, strict=True))
     same = drift_between(probes, probes)
