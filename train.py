@@ -43,8 +43,10 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
+from cliptune.run_interpolation import look_back
 from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
+from cliptune.run_watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -110,6 +112,7 @@ def _train(argv: list[str] | None) -> int:
             config, model, splits, ImageTextDataset, evaluate,
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
+        data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
@@ -136,11 +139,12 @@ def _train(argv: list[str] | None) -> int:
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
+        found = _look_back(config, model, data, state=state, journal=journal) if code == 0 else []
         if is_main() and code == 0:
             verify_best(state, files, run_id=about["run_id"])
             for figure in draw_figures(files.results):
                 logger.info("figure: %s", figure)
-            print(journal.summary(state))
+            print("\n".join([journal.summary(state), *found]))
     return code
 
 
@@ -184,11 +188,13 @@ def _fit(
                 journal.begin_validation()
                 # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
                 with stop.interruptible():
-                    evaluation = data.validate()
+                    evaluation, watched = data.validate(), data.watch.evaluate()
                 data.skipped.agree()
                 evaluation = broadcast(evaluation)  # so that all ranks decide the same
                 improved = state.finish_epoch(
-                    evaluation.to_dict(), means=means, rates=optim.rates_of(trainer.optimizer)
+                    evaluation.to_dict() | data.watch.records(watched),
+                    means=means,
+                    rates=optim.rates_of(trainer.optimizer),
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
@@ -213,6 +219,18 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     if isinstance(end, KilledWorkerError):
         raise end
     return end.exit_code
+
+
+def _look_back(config: Config, model: CLIPModel, data: RunData, *, state: RunState, journal: Journal) -> list[str]:
+    """Compare the best model with the one as loaded, and with what lies between; return what there is to say of it."""
+    found = look_back(
+        config, model, data, journal.files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+        complete=add_self_test,
+    )  # fmt: skip
+    if found.values:
+        journal.about |= found.values
+        journal.write_results(state, finished=True)
+    return found.lines
 
 
 def _make_trainer(

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
+    "watch_data", "interpolate",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -40,6 +41,7 @@ HELP_GROUPS = {
         "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
+        "watch_data",
         "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
         "caption_template", "captions", "exclude", "augment", "on_unreadable_image", "max_skipped_fraction",
         "allow_data_change", "include_trained",
@@ -47,7 +49,7 @@ HELP_GROUPS = {
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
     "training": (
         "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
-        "skip_nonfinite", "seed",
+        "interpolate", "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -61,6 +63,7 @@ HELP_GROUPS = {
 METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+    "watch_data": "PATH",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 

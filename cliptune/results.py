@@ -107,6 +107,14 @@ class Metrics(Recalls):
     """Contrastive loss in nats, in batches of the training's size; not measured by `evaluation.py`."""
 
 
+class WatchedRecord(Recalls):
+    """An evaluation of a data set that is watched."""
+
+    num_images: Count
+    content: str = ""
+    """Tells its images and captions from others; records of another content are of another curve."""
+
+
 class EpochRecord(Metrics):
     """One entry of a run's history: the state after an epoch; epoch 0 is the model as loaded."""
 
@@ -120,6 +128,8 @@ class EpochRecord(Metrics):
     val_loss: Number
     num_skipped: Count = 0
     """Validation images that could not be read."""
+    watched: dict[str, WatchedRecord] = {}
+    """The sets of `watch_data` by their names."""
 
 
 # a list of three in the file: with names, 500 points would be most of it
@@ -213,6 +223,71 @@ class Results(Recorded):
     chance: Chance
 
 
+class Gain(Recorded):
+    """The gain of RSum of one evaluation over another, with its 95% interval."""
+
+    gain: Number
+    low: Number
+    high: Number
+    verdict: str
+    """`better`, `worse` or `not distinguishable`."""
+    num_groups: Count
+
+
+class WatchedResult(Recorded):
+    """What became of a data set that the run watched, between the model as loaded and the best one."""
+
+    name: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    num_trained_on: Count
+    """Images of the set that the run trained on, and that are left out."""
+    baseline: Recalls
+    best: Recalls
+    chance: Recalls
+    verdict: Gain | None = None
+    """None: all images are of one group."""
+
+
+class DriftResult(Recorded):
+    """How far the best model's features are from those of the model as loaded."""
+
+    text_overlap: Number
+    """Percent of the nearest neighbours, among generic texts, that are still the same."""
+    image_overlap: Number
+    """The same among drawn scenes."""
+    text_cosine: Number
+    """Mean cosine of a feature with the one of the model as loaded."""
+    image_cosine: Number
+    num_texts: Count
+    num_images: Count
+    num_neighbours: Count
+
+
+class InterpolationPoint(Recalls):
+    """An average of the weights as loaded (alpha 0) and the best ones (alpha 1): its retrieval on validation."""
+
+    alpha: Annotated[Number, Field(ge=0, le=1)]
+    watched: dict[str, Number] = {}
+    """RSum of each watched set."""
+    text_overlap: Number | None = None
+    """As `DriftResult` has it, where nothing is watched."""
+    image_overlap: Number | None = None
+
+
+class Interpolation(Recorded):
+    """What lies between the model as loaded and the best one."""
+
+    points: Annotated[list[InterpolationPoint], Field(min_length=1)]
+    chosen: Number
+    """Alpha of `interpolated_model.pth`."""
+    max_loss: Number
+    """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
+    verdict: Gain | None = None
+    """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
+
+
 class TrainingResults(Results):
     """`results/training_results.json`; `metrics` are those of the best epoch."""
 
@@ -224,6 +299,9 @@ class TrainingResults(Results):
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []
     """The planned rates of the whole run, at up to about 500 steps, the first and the last among them."""
+    watched: list[WatchedResult] = []
+    drift: DriftResult | None = None
+    interpolation: Interpolation | None = None
 
     @model_validator(mode="after")
     def _holds_the_best_epoch(self) -> TrainingResults:

@@ -165,6 +165,9 @@ class DataSettings(Settings):
     val_data: str | None = Field(
         None, description="separate validation set, which shards need; none: split off from the data"
     )
+    watch_data: list[str] = Field(
+        [], description="other data sets evaluated beside validation, never chosen by: what the model forgets"
+    )
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
@@ -223,6 +226,9 @@ class TrainingSettings(Settings):
     )
     early_stopping_patience: NonNegativeInt = Field(
         10, description="epochs without a better validation RSum before the run ends; 0: never"
+    )
+    interpolate: bool = Field(
+        False, description="after training, average the weights as loaded with the best ones and keep the best average"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TIMES_ITS_DURATION = 20
 STATE_NAME = re.compile(r"step_\d{8,}\.pth")
 """Of a state before the last; a copy that somebody made has another name, and stays."""
-FIGURES = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png")
+FIGURES = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "interpolation.png")
 
 
 class RunFiles:
@@ -38,6 +38,7 @@ class RunFiles:
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
         self.loaded = output_dir / "model-checkpoint" / "loaded_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
+        self.interpolated = output_dir / "model-checkpoint" / "interpolated_model.pth"
         self.results = output_dir / "results" / "training_results.json"
         self.skipped = output_dir / "results" / "skipped.json"
         self.log = output_dir / "logs" / "train.log"
@@ -97,7 +98,7 @@ class RunFiles:
         of_results = [self.results.with_name(name) for name in names]
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way
-        models = [self.best, self.loaded, *self.states()]
+        models = [self.best, self.loaded, self.interpolated, *self.states()]
         found = [*models, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:

@@ -130,6 +130,8 @@ class RunState:
         record = {"epoch": self.epoch, "step": self.step, **means, **of_groups, **evaluation["metrics"]}
         if num_skipped := evaluation.get("skipped", {}).get("images", 0):
             record["num_skipped"] = num_skipped
+        if watched := evaluation.get("watched"):
+            record["watched"] = watched
         self.history.append(record)
         self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:
