@@ -38,7 +38,7 @@ MAX_ISSUES = 10
 HELP_GROUPS = {
     "everyday": (
         "config", "checkpoint", "results", "data_dir", "model_name", "freeze_backbone", "batch_size", "num_epochs",
-        "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
+        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
         "watch_data",
@@ -46,10 +46,13 @@ HELP_GROUPS = {
         "caption_template", "captions", "exclude", "augment", "on_unreadable_image", "max_skipped_fraction",
         "allow_data_change", "include_trained",
     ),
-    "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
+    "model": (
+        "pretrained", "projection_dim", "freeze_tower", "lora_rank", "lora_alpha", "lora_layers", "train_layers",
+        "activation", "context_length", "image_resolution",
+    ),
     "training": (
-        "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
-        "interpolate", "skip_nonfinite", "seed",
+        "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay", "gradient_clip_norm",
+        "early_stopping_patience", "interpolate", "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -81,7 +84,8 @@ MEANT = {
     "grad_clip": "gradient_clip_norm", "grad_clip_norm": "gradient_clip_norm", "amp": "precision", "gpu": "device",
     "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
     "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
-    "max_length": "context_length",
+    "max_length": "context_length", "llrd": "layer_decay", "lora_r": "lora_rank", "lora": "lora_rank",
+    "ema_decay": "ema",
 }  # fmt: skip
 """What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 

@@ -138,6 +138,18 @@ class ModelSettings(Settings):
     freeze_tower: Literal["image", "text"] | None = Field(
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
     )
+    lora_rank: PositiveInt | None = Field(
+        None, description="rank of LoRA's adapters beside the towers, which are held; none: no LoRA"
+    )
+    lora_alpha: PositiveFloat | None = Field(
+        None, description="LoRA counts lora_alpha / lora_rank times; none: once, as with lora_rank"
+    )
+    lora_layers: Literal["all", "attention", "mlp"] = Field(
+        "all", description="layers of the towers' blocks that LoRA adapts; of a ResNet's tower its attention pool"
+    )
+    train_layers: PositiveInt | None = Field(
+        None, description="train only the last layers of each tower, that many, and what follows; none: all"
+    )
     pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
     activation: Activation = None
     context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
@@ -155,6 +167,11 @@ class ModelSettings(Settings):
     def _freeze_once(self) -> ModelSettings:
         if self.freeze_backbone and self.freeze_tower is not None:
             raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {self.freeze_tower} one: choose one")
+        chosen = [name for name in ("freeze_backbone", "lora_rank", "train_layers") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} say different things of what trains in the towers: choose one")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_layers != "all"):
+            raise ValueError("lora_alpha and lora_layers say how LoRA is done: they need lora_rank")
         return self
 
 
@@ -211,10 +228,20 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    recipe: Literal["auto", "full", "lora", "head"] | None = Field(
+        None,
+        description="picks what trains, rates and length for the data at hand, and says why; none: nothing",
+    )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
     backbone_lr_scale: NonNegativeFloat | None = Field(
-        None, description="rate of the towers over learning_rate; none: 0.01, or 1 for a random start"
+        None, description="rate of the towers over learning_rate; none: 0.01, 1 for a random start, 2 with LoRA"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="rate of each layer of a tower over that of the layer above it, as 0.7; none: one rate"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None, description="decay of the average of the weights that is evaluated and saved, as 0.999; none: no average"
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
     gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm of a step; 0: no clipping")
@@ -292,6 +319,14 @@ class Config(Settings):
             raise ValueError(f"feature_views {views} needs a frozen image tower: freeze_backbone, freeze_tower image")
         if views is not None and views > 1 and self.data.augment == "none":
             raise ValueError(f"feature_views {views}: without augment all views of an image are the same")
+        return self
+
+    @model_validator(mode="after")
+    def _check_what_trains(self) -> Config:
+        if self.training.layer_decay is not None and self.model.freeze_backbone:
+            raise ValueError("layer_decay is about the towers' layers, and freeze_backbone holds them: choose one")
+        if self.training.ema is not None and self.run.parallel == "fsdp":
+            raise ValueError("ema does not go with parallel fsdp: use ddp")
         return self
 
 
