@@ -40,8 +40,9 @@ HELP_GROUPS = {
         "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
-        "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction", "allow_data_change",
+        "val_data", "split", "val_split", "split_seed", "near_duplicates", "image_dir", "image_key", "caption_key",
+        "captions_from", "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction",
+        "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
     "training": (

@@ -79,6 +79,13 @@ ValSplit = Annotated[
         gt=0, lt=1, allow_inf_nan=False, description="fraction of the groups used for validation, 5,000 images at most"
     ),
 ]
+SplitSeed = Annotated[int | None, Field(ge=0, lt=2**64, description="of the split alone; none: as seed")]
+NearDuplicates = Annotated[
+    Literal["join", "report"],
+    Field(
+        description="copies of an image that are not the same file: join: on one side of the split; report: only told"
+    ),
+]
 MaxSkippedFraction = Annotated[
     Fraction, Field(description="fraction of the images and records that may be skipped; more of them end the run")
 ]
@@ -168,6 +175,8 @@ class DataSettings(Settings):
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     on_unreadable_image: Literal["skip", "fail"] = Field(
         "skip", description="skip: go on without the image or record and list it; fail: the first one ends the run"
     )
@@ -268,6 +277,11 @@ class Config(Settings):
     training: TrainingSettings = TrainingSettings()
     run: RunSettings = RunSettings()
 
+    @property
+    def split_seed(self) -> int:
+        """Seed of the split."""
+        return self.training.seed if self.data.split_seed is None else self.data.split_seed
+
     @model_validator(mode="after")
     def _check_feature_views(self) -> Config:
         # views are cached outputs of the image tower, so it must be frozen; views of images that are never cropped or
@@ -284,7 +298,18 @@ class InspectSettings(Settings):
     """Settings of the data stage."""
 
     from_config = frozenset(
-        ("data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed")
+        (
+            "data_dir",
+            "image_dir",
+            "caption_key",
+            "val_split",
+            "split_seed",
+            "near_duplicates",
+            "val_data",
+            "max_skipped_fraction",
+            "num_workers",
+            "seed",
+        )
     )
 
     data_dir: DataDir = DEFAULT_DATA_DIR
@@ -294,6 +319,8 @@ class InspectSettings(Settings):
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     val_data: str | None = Field(
         None, description="separate validation set that is compared with the data; none: split off"
     )
