@@ -26,7 +26,9 @@ from cliptune.settings import DataSettings, EvaluationSettings
 if __name__ == "__main__":
     check_command_line(EvaluationSettings, str(__doc__))
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_model import CLIPModel
@@ -37,8 +39,10 @@ from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.skipped import SkippedData
 from cliptune.data.splits import declared_split, default_split
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
-from cliptune.features.metrics import chance_level, compute_retrieval_metrics
-from cliptune.features.similarity import similarity_histograms
+from cliptune.features.metrics import chance_level, rank_metrics
+from cliptune.features.ranks import Ranks, retrieval_ranks
+from cliptune.features.similarity import similarity_histograms, similarity_means
+from cliptune.features.tables import metrics_table
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
 from cliptune.model.checkpoint_file import checkpoint_in, load_checkpoint
 from cliptune.model.weights import own_weights
@@ -51,6 +55,9 @@ from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
 
 logger = logging.getLogger(__name__)
+
+RankArray = NDArray[np.float32]
+"""Ranks, 1 is best; they are halves of whole numbers, exact up to 2^23."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +95,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
         evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
         skipped.agree()
         if is_main():
-            print(metrics_table(evaluation))
+            print(metrics_table(evaluation.to_dict()))
             if chosen.num_trained_on:
                 print(f"{'trained on':22}{chosen.num_trained_on:8,}   of these images")
             if len(skipped):
@@ -216,10 +223,14 @@ class Evaluation(NamedTuple):
     """`images` that could not be read, and `records` of their index that could not be used."""
     throughput: dict[str, float]
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
+    ranks: dict[str, RankArray]
+    """Rank of each image's best caption, `i2t` `[images of the data set]`, and of each caption's image, `t2i` `[its
+    captions]`; NaN for an image without a caption, or that could not be read, and its captions. So queries stand at the
+    same place in every evaluation of a data set."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the results file stores them."""
-        return self._asdict()
+        """Return plain values, as the results file stores them: all but the ranks."""
+        return {key: value for key, value in self._asdict().items() if key != "ranks"}
 
 
 def evaluate(
@@ -246,7 +257,8 @@ def evaluate(
     features = encoded.image_features, encoded.text_features, encoded.text_to_image
     model = encoder.model
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
-    metrics = compute_retrieval_metrics(*features, device=device)
+    ranks = retrieval_ranks(*features, device=device)
+    metrics = {**rank_metrics(ranks), **similarity_means(*features)}
     num_images, num_texts = len(encoded.image_features), len(encoded.text_features)
     chance = chance_level(num_images, encoded.text_to_image)
     if loss_batch_size is not None:
@@ -257,7 +269,16 @@ def evaluate(
     histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
     skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
-    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput)
+    of_queries = _ranks_of_queries(ranks, encoded, pairs)
+    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput, of_queries)
+
+
+def _ranks_of_queries(ranks: Ranks, encoded: Encoded, pairs: Pairs) -> dict[str, RankArray]:
+    """Put the ranks of what was encoded to their images and captions in the data set."""
+    i2t, t2i = (torch.full((size,), math.nan) for size in (len(pairs), pairs.num_pairs))
+    i2t[encoded.image_indices[encoded.text_to_image.unique()]] = ranks.i2t.float()
+    t2i[encoded.text_indices] = ranks.t2i.float()
+    return {"i2t": i2t.numpy(), "t2i": t2i.numpy()}
 
 
 @torch.no_grad()
@@ -282,33 +303,6 @@ def validation_loss(encoded: Encoded, logit_scale: Tensor, *, batch_size: int) -
         batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]]
         losses.append(loss(*(features.to(logit_scale.device) for features in batch), logit_scale))
     return torch.stack(losses).mean().item()
-
-
-def metrics_table(evaluation: Evaluation) -> str:
-    """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed."""
-    metrics, chance = evaluation.metrics, evaluation.chance
-    head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
-    size = f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}"
-    if any(evaluation.skipped.values()):
-        left_out = (count(number, kind[:-1]) for kind, number in evaluation.skipped.items() if number)
-        size += f" (without {' and '.join(left_out)} that cannot be used)"
-    lines = [size, "", head]
-    for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
-        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in results.RECALLS)
-        ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
-        lines.append(f"{name:22}{recalls}{ranks}")
-        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in results.RECALLS))
-    lines += [
-        "",
-        f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most 600)",
-        f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
-        f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
-        f"{'gap':22}{metrics['similarity_gap']:8.3f}",
-        "",
-        f"{'images/s':22}{evaluation.throughput['images_per_second']:8.1f}",
-        f"{'texts/s':22}{evaluation.throughput['texts_per_second']:8.1f}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,9 @@ class DataSettings(Settings):
     val_split: ValSplit = 0.1
     split_seed: SplitSeed = None
     near_duplicates: NearDuplicates = "join"
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv of data_loader.py --check) that are left out of training"
+    )
     on_unreadable_image: Literal["skip", "fail"] = Field(
         "skip", description="skip: go on without the image or record and list it; fail: the first one ends the run"
     )
@@ -278,7 +281,7 @@ class Config(Settings):
     run: RunSettings = RunSettings()
 
     @property
-    def split_seed(self) -> int:
+    def seed_of_split(self) -> int:
         """Seed of the split."""
         return self.training.seed if self.data.split_seed is None else self.data.split_seed
 
@@ -332,6 +335,11 @@ class InspectSettings(Settings):
     to_shards: str | None = Field(None, description="folder to write the data set to as shards")
     shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
     split: Split = Field("train", description="images that to_shards takes")
+
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.seed if self.split_seed is None else self.split_seed
 
 
 class EvaluationSettings(Settings):

@@ -97,7 +97,7 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
         logits = 5 * images[start : start + 3] @ texts[::2][start : start + 3].T
         rows = [logits.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
         expected.append(-(rows[0] + rows[1]) / 2)
-    encoded = Encoded(images, texts, owners, 1.0, 1.0)
+    encoded = Encoded(images, texts, owners, torch.arange(len(images)), torch.arange(len(texts)), 1.0, 1.0)
     got = validation_loss(encoded, torch.tensor(5.0).log(), batch_size=3)
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
@@ -113,6 +113,27 @@ def test_the_loss_of_a_small_set_is_of_one_batch_as_its_chance_is(sample_dir: Pa
     without = evaluate(encoder, pairs)
     assert "val_loss" not in without.metrics
     assert "val_loss" not in without.chance
+
+
+def test_ranks_stand_at_their_images_and_captions_whatever_cannot_be_read(sample_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(CLIPModel("ViT-Ti/32"), ImageTextDataset, precision=FP32, batch_size=64, num_workers=0)
+    shutil.copytree(sample_dir, tmp_path / "data")
+    pairs = load_pairs(tmp_path / "data").select(np.arange(8))
+    Path(pairs.paths[2]).write_bytes(b"broken")
+    lost = pairs.text_to_image == 2
+    evaluation = evaluate(encoder, pairs)
+    ranks = evaluation.ranks
+    assert np.isnan(ranks["i2t"]).tolist() == [index == 2 for index in range(8)]
+    assert np.isnan(ranks["t2i"]).tolist() == lost.tolist()
+    for direction in ("i2t", "t2i"):
+        recall = 100 * np.mean(ranks[direction][~np.isnan(ranks[direction])] <= 1)
+        assert recall == pytest.approx(evaluation.metrics[f"{direction}_r1"])
+    # what can be read is ranked as it is by itself
+    without = evaluate(encoder, pairs.select(np.delete(np.arange(8), 2)))
+    assert np.array_equal(np.delete(ranks["i2t"], 2), without.ranks["i2t"])
+    assert np.array_equal(ranks["t2i"][~lost], without.ranks["t2i"])
+    assert "ranks" not in evaluation.to_dict()
 
 
 @pytest.fixture(scope="module")

@@ -320,6 +320,10 @@ class Encoded(NamedTuple):
     """float32 `[M, D]`."""
     text_to_image: Tensor
     """int64 `[M]`: image of each text."""
+    image_indices: Tensor
+    """int64 `[N]`: which of the data set's images these are; those that could not be read are missing."""
+    text_indices: Tensor
+    """int64 `[M]`: which of its captions."""
     images_per_second: float
     texts_per_second: float
 
@@ -359,11 +363,12 @@ def encode_pairs(
     new_index = torch.full((len(pairs),), -1)
     new_index[readable] = torch.arange(len(readable))
     text_to_image = new_index[pairs.text_to_image]
-    text_features = _encode_texts(encoder, pairs, (text_to_image >= 0).nonzero().squeeze(1), outputs.texts)
+    text_indices = (text_to_image >= 0).nonzero().squeeze(1)
+    text_features = _encode_texts(encoder, pairs, text_indices, outputs.texts)
     end = time.perf_counter()
     model.train(training)
     speeds = len(image_features) / (middle - start), len(text_features) / (end - middle)
-    return Encoded(image_features, text_features, text_to_image[text_to_image >= 0], *speeds)
+    return Encoded(image_features, text_features, text_to_image[text_indices], readable, text_indices, *speeds)
 
 
 def _encode_images(
