@@ -83,6 +83,13 @@ ValSplit = Annotated[
         gt=0, lt=1, allow_inf_nan=False, description="fraction of the groups used for validation, 5,000 images at most"
     ),
 ]
+SplitSeed = Annotated[int | None, Field(ge=0, lt=2**64, description="of the split alone; none: as seed")]
+NearDuplicates = Annotated[
+    Literal["join", "report"],
+    Field(
+        description="copies of an image that are not the same file: join: on one side of the split; report: only told"
+    ),
+]
 MaxSkippedFraction = Annotated[
     Fraction, Field(description="fraction of the images and records that may be skipped; more of them end the run")
 ]
@@ -194,6 +201,8 @@ class DataSettings(Settings):
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     exclude: str | None = Field(
         None, description="list of pairs (suspects.csv of data_loader.py --check) that are left out of training"
     )
@@ -310,6 +319,11 @@ class Config(Settings):
     training: TrainingSettings = TrainingSettings()
     run: RunSettings = RunSettings()
 
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.training.seed if self.data.split_seed is None else self.data.split_seed
+
     @model_validator(mode="after")
     def _check_feature_views(self) -> Config:
         # views are cached outputs of the image tower, so it must be frozen; views of images that are never cropped or
@@ -334,8 +348,8 @@ class InspectSettings(Settings):
     """Settings of the data stage."""
 
     from_config = frozenset((
-        "data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed",
-        "model_name", "context_length", "batch_size", "output_dir",
+        "data_dir", "image_dir", "caption_key", "val_split", "split_seed", "near_duplicates",
+        "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size", "output_dir",
     ))  # fmt: skip
 
     data_dir: DataDir = DEFAULT_DATA_DIR
@@ -345,6 +359,8 @@ class InspectSettings(Settings):
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     val_data: str | None = Field(
         None, description="separate validation set that is compared with the data; none: split off"
     )
@@ -364,6 +380,11 @@ class InspectSettings(Settings):
     to_shards: str | None = Field(None, description="folder to write the data set to as shards")
     shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
     split: Split = Field("train", description="images that to_shards takes")
+
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.seed if self.split_seed is None else self.split_seed
 
 
 class EvaluationSettings(Settings):
