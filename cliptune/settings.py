@@ -349,7 +349,8 @@ class InspectSettings(Settings):
 
     from_config = frozenset((
         "data_dir", "image_dir", "caption_key", "val_split", "split_seed", "near_duplicates",
-        "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size", "output_dir",
+        "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size",
+        "output_dir",
     ))  # fmt: skip
 
     data_dir: DataDir = DEFAULT_DATA_DIR
