@@ -309,6 +309,53 @@ def selection_key(metrics: Mapping[str, float | None]) -> str:
     return "rsum" if ceiling is None or merged is None or ceiling >= CEILING_OF_CLASSES else "merged_rsum"
 
 
+class ClassResult(Recorded):
+    """How the images of one class are classified."""
+
+    label: str
+    num_images: Count
+    top1: Number
+    top5: Number
+    interval: tuple[Number, Number]
+    """Of `top1`, 95%, images taken as independent."""
+
+
+class Classification(Recorded):
+    """Zero-shot classification of a data set by a checkpoint; accuracies in percent of the images."""
+
+    checkpoint: str
+    data: str
+    split: str | None = None
+    run: RunInfo | None = None
+    num_images: Count
+    num_classes: Count
+    templates: list[str]
+    labels_from: str
+    """Where the images' labels are from: `folders`, `captions`, or the column."""
+    num_trained_on: Count = 0
+    num_left_out: Count = 0
+    top1: Number
+    top5: Number
+    mean_per_class: Number
+    """Mean of the classes' `top1`: rare ones count as much as frequent ones."""
+    mean_probability: Number
+    """Mean probability, by the model's own scale, of the class that each image is taken for. Far above `top1`, the
+    model is surer than it is right."""
+    intervals: dict[str, tuple[Number, Number]] = {}
+    """95%, of `top1` and `top5`, by groups; none of a single group."""
+    classes: list[ClassResult]
+    confusions: list[tuple[str, str, Count]]
+    """Label, class that was taken for it, and of how many images; the most frequent first."""
+
+
+class ClassificationResults(Recorded):
+    """`results/classification_results.json`."""
+
+    started_at: str | None = None
+    finished_at: str | None = None
+    evaluations: Annotated[list[Classification], Field(min_length=1)]
+
+
 AnyResults = TrainingResults | EvaluationResults | SeveralEvaluations
 
 
@@ -336,7 +383,7 @@ def read(path: Path) -> AnyResults:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: AnyResults) -> None:
+def write(path: Path, results: AnyResults | ClassificationResults) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))
