@@ -43,7 +43,7 @@ from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.features.tables import evaluation_report
 from cliptune.features.tower_outputs import PairOutputs
 from cliptune.results import of_evaluations
-from cliptune.run_classes import class_report, class_tasks, classify_set, of_classes
+from cliptune.run_classes import Classification, class_report, class_tasks, classify_set, of_classes
 from cliptune.run_evaluation import (
     Candidate,
     EvaluationRecord,
@@ -95,7 +95,7 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
 
         # evaluations of each model on every set
         records: list[EvaluationRecord] = []
-        classified: list[results.Classification] = []
+        classified: list[Classification] = []
         for candidate in candidates:
             encoder, run = _load(candidate, settings, command=results.command_line("evaluation.py", argv))
             for chosen, task in zip(sets, tasks, strict=True):

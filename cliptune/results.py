@@ -107,6 +107,14 @@ class Metrics(Recalls):
     """Contrastive loss in nats, in batches of the training's size; not measured by `evaluation.py`."""
 
 
+class WatchedRecord(Recalls):
+    """An evaluation of a data set that is watched."""
+
+    num_images: Count
+    content: str = ""
+    """Tells its images and captions from others; records of another content are of another curve."""
+
+
 class EpochRecord(Metrics):
     """One entry of a run's history: the state after an epoch; epoch 0 is the model as loaded."""
 
@@ -120,6 +128,8 @@ class EpochRecord(Metrics):
     val_loss: Number
     num_skipped: Count = 0
     """Validation images that could not be read."""
+    watched: dict[str, WatchedRecord] = {}
+    """The sets of `watch_data` by their names."""
 
 
 # a list of three in the file: with names, 500 points would be most of it
@@ -213,6 +223,71 @@ class Results(Recorded):
     chance: Chance
 
 
+class Gain(Recorded):
+    """The gain of RSum of one evaluation over another, with its 95% interval."""
+
+    gain: Number
+    low: Number
+    high: Number
+    verdict: str
+    """`better`, `worse` or `not distinguishable`."""
+    num_groups: Count
+
+
+class WatchedResult(Recorded):
+    """What became of a data set that the run watched, between the model as loaded and the best one."""
+
+    name: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    num_trained_on: Count
+    """Images of the set that the run trained on, and that are left out."""
+    baseline: Recalls
+    best: Recalls
+    chance: Recalls
+    verdict: Gain | None = None
+    """None: all images are of one group."""
+
+
+class DriftResult(Recorded):
+    """How far the best model's features are from those of the model as loaded."""
+
+    text_overlap: Number
+    """Percent of the nearest neighbours, among generic texts, that are still the same."""
+    image_overlap: Number
+    """The same among drawn scenes."""
+    text_cosine: Number
+    """Mean cosine of a feature with the one of the model as loaded."""
+    image_cosine: Number
+    num_texts: Count
+    num_images: Count
+    num_neighbours: Count
+
+
+class InterpolationPoint(Recalls):
+    """An average of the weights as loaded (alpha 0) and the best ones (alpha 1): its retrieval on validation."""
+
+    alpha: Annotated[Number, Field(ge=0, le=1)]
+    watched: dict[str, Number] = {}
+    """RSum of each watched set."""
+    text_overlap: Number | None = None
+    """As `DriftResult` has it, where nothing is watched."""
+    image_overlap: Number | None = None
+
+
+class Interpolation(Recorded):
+    """What lies between the model as loaded and the best one."""
+
+    points: Annotated[list[InterpolationPoint], Field(min_length=1)]
+    chosen: Number
+    """Alpha of `interpolated_model.pth`."""
+    max_loss: Number
+    """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
+    verdict: Gain | None = None
+    """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
+
+
 class TrainingResults(Results):
     """`results/training_results.json`; `metrics` are those of the best epoch."""
 
@@ -224,6 +299,9 @@ class TrainingResults(Results):
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []
     """The planned rates of the whole run, at up to about 500 steps, the first and the last among them."""
+    watched: list[WatchedResult] = []
+    drift: DriftResult | None = None
+    interpolation: Interpolation | None = None
 
     @model_validator(mode="after")
     def _holds_the_best_epoch(self) -> TrainingResults:
@@ -252,6 +330,34 @@ class EvaluationResults(Results):
     histograms: Histograms
     throughput: dict[str, Number] = {}
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
+
+
+class CheckFinding(Recorded):
+    """One thing that `data_loader.py --check` found."""
+
+    kind: str
+    number: Number | None
+    text: str
+    advice: str
+    """What to do; empty: nothing."""
+    values: dict[str, Number] = {}
+    """Numbers behind the text."""
+
+
+class DataCheckResults(Recorded):
+    """`results/data_check.json`."""
+
+    started_at: str
+    finished_at: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    splits: dict[str, Count]
+    """Images of each."""
+    num_issues: Count
+    issues: list[dict[str, str | None]]
+    """The first 1,000: image, reason and, for a record, its location."""
+    findings: list[CheckFinding]
 
 
 class Comparison(Recorded):
@@ -309,53 +415,6 @@ def selection_key(metrics: Mapping[str, float | None]) -> str:
     return "rsum" if ceiling is None or merged is None or ceiling >= CEILING_OF_CLASSES else "merged_rsum"
 
 
-class ClassResult(Recorded):
-    """How the images of one class are classified."""
-
-    label: str
-    num_images: Count
-    top1: Number
-    top5: Number
-    interval: tuple[Number, Number]
-    """Of `top1`, 95%, images taken as independent."""
-
-
-class Classification(Recorded):
-    """Zero-shot classification of a data set by a checkpoint; accuracies in percent of the images."""
-
-    checkpoint: str
-    data: str
-    split: str | None = None
-    run: RunInfo | None = None
-    num_images: Count
-    num_classes: Count
-    templates: list[str]
-    labels_from: str
-    """Where the images' labels are from: `folders`, `captions`, or the column."""
-    num_trained_on: Count = 0
-    num_left_out: Count = 0
-    top1: Number
-    top5: Number
-    mean_per_class: Number
-    """Mean of the classes' `top1`: rare ones count as much as frequent ones."""
-    mean_probability: Number
-    """Mean probability, by the model's own scale, of the class that each image is taken for. Far above `top1`, the
-    model is surer than it is right."""
-    intervals: dict[str, tuple[Number, Number]] = {}
-    """95%, of `top1` and `top5`, by groups; none of a single group."""
-    classes: list[ClassResult]
-    confusions: list[tuple[str, str, Count]]
-    """Label, class that was taken for it, and of how many images; the most frequent first."""
-
-
-class ClassificationResults(Recorded):
-    """`results/classification_results.json`."""
-
-    started_at: str | None = None
-    finished_at: str | None = None
-    evaluations: Annotated[list[Classification], Field(min_length=1)]
-
-
 AnyResults = TrainingResults | EvaluationResults | SeveralEvaluations
 
 
@@ -383,7 +442,7 @@ def read(path: Path) -> AnyResults:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: AnyResults | ClassificationResults) -> None:
+def write(path: Path, results: Recorded) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

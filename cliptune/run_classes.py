@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from cliptune.data.caption_files import TEMPLATES
 from cliptune.data.issues import Issue
@@ -16,7 +17,7 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.table import IntArray
 from cliptune.features.classify import class_features, classify, summary
 from cliptune.features.encode import Encoder
-from cliptune.results import Classification, ClassificationResults, RunInfo
+from cliptune.results import Count, Number, Recorded, RunInfo
 from cliptune.run_evaluation import Candidate, Chosen
 from cliptune.runtime.messages import count, first_few, printable
 from cliptune.settings import EvaluationSettings
@@ -25,6 +26,53 @@ MAX_BYTES = 2**26
 """Of a file of classes or templates."""
 MAX_SHOWN = 10
 """Classes and confusions in a table."""
+
+
+class ClassResult(Recorded):
+    """How the images of one class are classified."""
+
+    label: str
+    num_images: Count
+    top1: Number
+    top5: Number
+    interval: tuple[Number, Number]
+    """Of `top1`, 95%, images taken as independent."""
+
+
+class Classification(Recorded):
+    """Zero-shot classification of a data set by a checkpoint; accuracies in percent of the images."""
+
+    checkpoint: str
+    data: str
+    split: str | None = None
+    run: RunInfo | None = None
+    num_images: Count
+    num_classes: Count
+    templates: list[str]
+    labels_from: str
+    """Where the images' labels are from: `folders`, `captions`, or the column."""
+    num_trained_on: Count = 0
+    num_left_out: Count = 0
+    top1: Number
+    top5: Number
+    mean_per_class: Number
+    """Mean of the classes' `top1`: rare ones count as much as frequent ones."""
+    mean_probability: Number
+    """Mean probability, by the model's own scale, of the class that each image is taken for. Far above `top1`, the
+    model is surer than it is right."""
+    intervals: dict[str, tuple[Number, Number]] = Field(default_factory=dict)
+    """95%, of `top1` and `top5`, by groups; none of a single group."""
+    classes: list[ClassResult]
+    confusions: list[tuple[str, str, Count]]
+    """Label, class that was taken for it, and of how many images; the most frequent first."""
+
+
+class ClassificationResults(Recorded):
+    """`results/classification_results.json`."""
+
+    started_at: str | None = None
+    finished_at: str | None = None
+    evaluations: Annotated[list[Classification], Field(min_length=1)]
 
 
 class Classes(NamedTuple):
