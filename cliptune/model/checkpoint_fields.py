@@ -50,6 +50,7 @@ class _Fields(BaseModel):
     config_file: dict[str, dict[str, Any]] = {}
     folder: ImagePath = ""
     data: dict[str, dict[str, Any]] = {}
+    earlier_data: list[dict[str, Any]] = []
     val_images: list[ImagePath] = []
     run_state: dict[str, Any] = {}
     optimizer_state_dict: dict[str, Any] = {}
