@@ -17,9 +17,13 @@ from torch import Tensor
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.cli import run_stage
 from cliptune.data.pairs import load_pairs
+from cliptune.data.repeats import image_kinds
 from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.table import Strings
 from cliptune.features.cache import FeatureCache, View
 from cliptune.features.encode import Encoder
+from cliptune.features.metrics import merged_ranks
+from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
@@ -181,6 +185,31 @@ def cache_features(folder: Path) -> None:
     assert torch.allclose(apart[np.delete(np.arange(30), broken)], outputs[0], atol=1e-5)
 
 
+def merge_duplicates(folder: Path) -> None:
+    """All ranks rank a part each, of 1,500 images whose texts repeat, and see which files are the same."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(-2, 3, (1500, 6), generator=generator).float()  # small integers: exact products, many ties
+    kinds = torch.cat([torch.arange(1200), torch.randint(0, 1200, (1800,), generator=generator)])
+    owners, texts = torch.arange(3000) % 1500, torch.randint(-2, 3, (1200, 6), generator=generator).float()
+    standard = retrieval_ranks(images, texts[kinds], owners)
+    rows = torch.arange(1500)
+    merged = merged_ranks(standard, images, texts[kinds], owners, image_kinds=rows, text_kinds=kinds)
+    is_match = torch.zeros(1500, 1200, dtype=torch.bool)
+    is_match[owners, kinds] = True
+    for scores, matches, ranks in (
+        (images @ texts.T, is_match, merged.ranks.i2t),
+        ((images @ texts.T).T, is_match.T, merged.ranks.t2i[:1200]),  # the first 1,200 texts are all there are
+    ):
+        lowest = torch.tensor(-99.0)
+        best, others = scores.where(matches, lowest).amax(1, keepdim=True), scores.where(~matches, lowest)
+        assert torch.equal(ranks, 1 + (others > best).sum(1) + (others == best).sum(1) / 2)
+    with main_first():
+        if is_main():
+            for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1"), ("d", b"2"), ("e", b"3")):
+                (folder / name).write_bytes(content)
+    assert image_kinds(Strings.of(str(folder / name) for name in "abcde")).tolist() == [0, 1, 0, 1, 4]
+
+
 def fail(folder: Path) -> None:
     if rank() == 1:
         raise ValueError("process one has no data")
@@ -192,6 +221,7 @@ TASKS = {
     "memory": fill_the_memory_of_one,
     "exchange": exchange,
     "features": cache_features,
+    "merge": merge_duplicates,
     "fail": fail,
 }
 
