@@ -19,9 +19,8 @@ from torch import Tensor
 from cliptune.features.verdict import Ranks, Verdict, answered, compare_best
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.weights import own_weights
-from cliptune.results import RECALL_KEYS
 from cliptune.run_data import RunData
-from cliptune.run_watch import Forgotten, Seen, drift_of, verdict_values
+from cliptune.run_watch import Forgotten, Found, Seen, drift_of, verdict_values
 from cliptune.runtime.distributed import any_rank, barrier, is_main
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import printable
@@ -88,8 +87,7 @@ class Point(NamedTuple):
     """An average of the two models."""
 
     alpha: float
-    validation: Any
-    """Its `evaluation.Evaluation`."""
+    validation: Found
     seen: Seen
 
     def loses(self, first: Point) -> float:
@@ -105,7 +103,7 @@ class Point(NamedTuple):
         drift = drift_of(first.seen, self.seen)
         return {
             "alpha": self.alpha,
-            **{key: self.validation.metrics[key] for key in (*RECALL_KEYS, "rsum")},
+            **self.validation.recalls,
             "watched": {name: each.metrics["rsum"] for name, each in self.seen.watched.items()},
             **({} if drift is None else {"text_overlap": drift.text_overlap, "image_overlap": drift.image_overlap}),
         }
@@ -180,7 +178,7 @@ def look_back(
     points = []
     for alpha in progress_bar(ALPHAS, desc="interpolation"):
         average = ends.model_at(alpha)
-        points.append(Point(alpha, data.validate(average), data.watch.look(average)))
+        points.append(Point(alpha, Found.of(data.validate(average)), data.watch.look(average)))
     data.skipped.agree()
     return _interpolated(data, ends, points, path=files.interpolated, complete=complete, evaluations=evaluations)
 
@@ -219,7 +217,7 @@ def estimated_gain(
     The averages stand in the cross-fit beside the evaluations that the best one was chosen among. Where the best epoch
     itself loses too much of what is watched, evaluations are no candidates, and only the choice of alpha is covered.
     """
-    candidates = [point.validation.ranks for point in allowed]
+    candidates: list[Ranks] = [point.validation.ranks for point in allowed]
     if evaluations and allowed[-1].alpha == 1:
         candidates += evaluations[1:]
     ranks, groups = answered([loaded.validation.ranks, *candidates], data.val.query_groups)

@@ -46,11 +46,31 @@ class WatchedSet(NamedTuple):
     """Tells its images and captions from others: a curve over two different sets would mean nothing."""
 
 
+class Found(NamedTuple):
+    """What is kept of an `evaluation.Evaluation`, whose features may be large."""
+
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    num_images: int
+    num_texts: int
+    ranks: dict[str, Any]
+
+    @classmethod
+    def of(cls, evaluation: Any) -> Found:
+        """Take these parts of an evaluation."""
+        return cls(*(getattr(evaluation, name) for name in cls._fields))
+
+    @property
+    def recalls(self) -> dict[str, float]:
+        """The six recalls and RSum."""
+        return {key: self.metrics[key] for key in (*RECALL_KEYS, "rsum")}
+
+
 class Seen(NamedTuple):
     """What a model made of what is watched."""
 
-    watched: dict[str, Any]
-    """An `evaluation.Evaluation` for each set."""
+    watched: dict[str, Found]
+    """By the names of the sets."""
     probes: ProbeFeatures | None
     """Where no set is watched."""
 
@@ -141,7 +161,7 @@ class Watch:
             for each in sets
         }
 
-    def evaluate(self, other: Any = None) -> dict[str, Any]:
+    def evaluate(self, other: Any = None) -> dict[str, Found]:
         """Evaluate the run's model, or another one, on each set.
 
         Raises:
@@ -150,17 +170,18 @@ class Watch:
         encoder = self._encoder if other is None else replace(self._encoder, model=other)
         evaluations = {}
         for name, _, pairs, *_ in self.sets:
-            evaluations[name] = self._evaluate(
+            evaluation = self._evaluate(
                 encoder, pairs, cached=self._outputs_of(pairs), on_unreadable_image=self._skipped[name].note
             )
+            evaluations[name] = Found.of(evaluation)
             self._skipped[name].agree()
         return evaluations
 
-    def records(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    def records(self, evaluations: Mapping[str, Found]) -> dict[str, Any]:
         """Return what the run's history has of them, under `watched`; nothing if nothing is watched."""
         records = {
             each.name: {
-                **_recalls(evaluations[each.name].metrics),
+                **evaluations[each.name].recalls,
                 "num_images": evaluations[each.name].num_images,
                 "content": each.content,
             }
@@ -211,11 +232,7 @@ def verdict_values(verdict: Verdict | None) -> dict[str, Any] | None:
     return None if verdict is None else {key: value for key, value in verdict._asdict().items() if key != "recalls"}
 
 
-def _recalls(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {key: metrics[key] for key in (*RECALL_KEYS, "rsum")}
-
-
-def _compared(watched: WatchedSet, loaded: Any, best: Any) -> dict[str, Any]:
+def _compared(watched: WatchedSet, loaded: Found, best: Found) -> dict[str, Any]:
     (before, after), groups = answered([loaded.ranks, best.ranks], watched.pairs.query_groups)
     try:
         verdict = compare(before, after, groups)
@@ -227,9 +244,9 @@ def _compared(watched: WatchedSet, loaded: Any, best: Any) -> dict[str, Any]:
         "num_images": best.num_images,
         "num_texts": best.num_texts,
         "num_trained_on": watched.num_trained_on,
-        "baseline": _recalls(loaded.metrics),
-        "best": _recalls(best.metrics),
-        "chance": _recalls(best.chance),
+        "baseline": loaded.recalls,
+        "best": best.recalls,
+        "chance": {key: best.chance[key] for key in best.recalls},
         "verdict": verdict_values(verdict),
     }
 
