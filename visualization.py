@@ -36,6 +36,7 @@ from cliptune.results import (
     Interpolation,
     Metrics,
     Results,
+    SeveralEvaluations,
     TrainingResults,
 )
 from cliptune.runtime.files import atomic_writer
@@ -52,6 +53,8 @@ LIGHT_BLUE, BLACK = "#A6CEE8", "#222222"
 DPI = 100
 MAX_MARKED = 40
 """Epochs of a curve that are marked by dots; more of them would be a thick line."""
+MAX_WIDTH = 40
+"""Inches of a figure of many panels."""
 MAX_NAME, MAX_TITLE = 60, 200
 """Characters of a name from the file, and of a title."""
 CJK_FONTS = (
@@ -79,7 +82,7 @@ def _draw(argv: list[str] | None) -> int:
 
 
 def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Path]:
-    """Draw what a results file holds: two or three figures of a training run, one of an evaluation.
+    """Draw what a results file holds: two or three figures of a training run, one of an evaluation or of several.
 
     Args:
         results_path: a `training_results.json` or `evaluation_results.json`.
@@ -98,6 +101,8 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
         figures = {"training_curves.png": curves, "model_metrics.png": metrics}
         if results.interpolation is not None:
             figures["interpolation.png"] = interpolation_figure(results, results.interpolation)
+    elif isinstance(results, SeveralEvaluations):
+        figures = {"evaluation_comparison.png": comparison_figure(results)}
     else:
         figures = {"evaluation_metrics.png": evaluation_metrics_figure(results)}
     folder = results_path.parent if output_dir is None else output_dir
@@ -171,6 +176,39 @@ def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
     titled = [("model", model), *named.items()] if model else named.items()
     title = ", ".join(f"{key} {shown(name, MAX_NAME)}" for key, name in titled if name).removeprefix("model ")
     return _metrics_figure(results, {"evaluated": results.metrics}, [results.histograms], title=title)
+
+
+def comparison_figure(results: SeveralEvaluations) -> Figure:
+    """Draw RSum of several checkpoints with its intervals, a panel for each data set."""
+    sets = list(dict.fromkeys((each.data, each.split) for each in results.evaluations))
+    names = list(dict.fromkeys(each.checkpoint for each in results.evaluations))[::-1]  # the first one on top
+    figure = _figure(min(4 + 5 * len(sets), MAX_WIDTH), min(2.5 + 0.4 * len(names), MAX_WIDTH))
+    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, sets, strict=True):
+        own = [each for each in results.evaluations if (each.data, each.split) == key]
+        for each in own:
+            row, value = names.index(each.checkpoint), each.metrics.rsum
+            low, high = each.intervals.get("rsum", (value, value))
+            axes.plot([low, high], [row, row], color=LIGHT_BLUE, linewidth=5, solid_capstyle="butt")
+            axes.plot([value], [row], "o", color=BLUE)
+            axes.annotate(f"{value:.1f}", (value, row), xytext=(0, 6), textcoords="offset points", ha="center")
+        axes.axvline(own[0].chance.rsum, color=GREY, linewidth=1, linestyle=":")
+        axes.set_xlabel("RSum, 95% interval (dotted: chance)")
+        axes.spines[["top", "right"]].set_visible(False)
+        title, families = _drawable(f"{shown(Path(key[0]).name, MAX_NAME)} ({shown(key[1], MAX_NAME)})")
+        axes.set_title(title, parse_math=False, fontfamily=families)
+    texts = [_drawable(_end_of(name)) for name in names]
+    panels[0].set_yticks(range(len(names)), [text for text, _ in texts], parse_math=False)
+    for tick, (_, families) in zip(panels[0].get_yticklabels(), texts, strict=True):
+        tick.set_fontfamily(families)
+    panels[0].set_ylim(-0.6, len(names) - 0.3)
+    return figure
+
+
+def _end_of(name: str) -> str:
+    """Return what tells a path from others: its end."""
+    name = printable(name)
+    return name if len(name) <= MAX_NAME else f"...{name[-MAX_NAME:]}"
 
 
 def _metrics_figure(

@@ -14,6 +14,7 @@ from torch import Tensor
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
+from cliptune.data.near_duplicates import NearDuplicates, identical_files, look_for_near_duplicates, no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
@@ -25,6 +26,7 @@ from cliptune.data.snapshot import (
     describe_change,
     is_reordered,
     keep_sides,
+    restore_sides,
     take_snapshots,
     validates_on_trained,
 )
@@ -63,8 +65,21 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
     if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
-    splits = _read_splits(config, given)
+    if is_shards(config.data.data_dir):
+        logger.info("near-duplicate images are not looked for in shards")
+    splits = _read_splits(config, given, find_copies=_copy_finder(config, cache_file))
     return splits, take_snapshots(splits, cache_file=cache_file)
+
+
+def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
+    """Return how a run finds the images that are one image: near-duplicates as well, where that takes little time."""
+
+    def find(paths: Strings) -> NearDuplicates:
+        workers = config.data.num_workers
+        near = look_for_near_duplicates(paths, cache_dir=cache_file.parent, num_workers=workers)
+        return identical_files(paths, cache_file=cache_file) if near is None else near
+
+    return find
 
 
 def located(config: Config) -> Config:
@@ -124,10 +139,12 @@ def reread_data(
         FileNotFoundError: it is not there. Sample data is never made for a run that had other data.
     """
     before = _stored(content)
+    restored = functools.partial(restore_sides, before=before, cache_file=cache_file)
     excluded = "" if config.data.exclude is None else f" (--exclude {config.data.exclude} the list that it left out)"
     way_out = f"--data_dir, --image_dir and --val_data name where it lies now{excluded}"
     try:
-        splits = _read_splits(config, given)
+        # the split is the run's, whatever would be drawn today; without a record of it, it is drawn as it was: by group
+        splits = _read_splits(config, given, settle=restored, find_copies=no_copies)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the data of the run that is resumed is not there: {error}; {way_out}") from None
     snapshots = take_snapshots(splits, cache_file=cache_file)
@@ -140,7 +157,10 @@ def reread_data(
                 "--allow_data_change goes on with this data"
             )
         logger.warning("resumed with other data (--allow_data_change): %s", change)
-        splits = _read_splits(config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file))
+        splits = _read_splits(
+            config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file),
+            find_copies=_copy_finder(config, cache_file),
+        )  # fmt: skip
         snapshots = take_snapshots(splits, cache_file=cache_file)
         if validates_on_trained(snapshots, before):
             raise ValueError(
@@ -178,7 +198,12 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
             source, val_data=settings.val_data, captions=settings.captions, cache_images=settings.cache_images
         )
     splits = training_pairs(
-        source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed, **options
+        source,
+        val_data=settings.val_data,
+        val_split=settings.val_split,
+        seed=config.seed_of_split,
+        join=settings.near_duplicates == "join",
+        **options,
     )
     if settings.exclude is not None:
         splits["train"] = _without_excluded(splits, Path(settings.exclude))

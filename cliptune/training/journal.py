@@ -323,7 +323,9 @@ def describe_model(model: Any) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     start = "random start" if model.starts_random else "pretrained"
-    return f"{shown(model.architecture.name)} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    part = f": {model.trained_part}" if model.trained_part else ""
+    name = shown(model.architecture.name)
+    return f"{name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained{part}"
 
 
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
@@ -335,7 +337,7 @@ def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
         "loss": loss,
         "accuracy": None if loss is None else round(100 * record.accuracy, 4),
         "learning_rate": record.rates.get("projection", 0.0),
-        "backbone_learning_rate": record.rates.get("backbone", 0.0),
+        "backbone_learning_rate": record.rates.get("backbone", record.rates.get("lora", 0.0)),
         "seconds": round(record.seconds, 6),
     }
 
