@@ -248,6 +248,8 @@ class WatchedResult(Recorded):
     chance: Recalls
     verdict: WatchedVerdict | None = None
     """None: all images are of one group."""
+    merged: bool = False
+    """Equal captions and images count as one, since the captions are classes."""
 
 
 class DriftResult(Recorded):
@@ -284,6 +286,8 @@ class Interpolation(Recorded):
     """Alpha of `interpolated_model.pth`."""
     max_loss: Number
     """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
+    merged: bool = False
+    """Equal captions and images count as one on validation, since the captions are classes."""
     verdict: WatchedVerdict | None = None
     """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
 

@@ -21,7 +21,7 @@ from cliptune.data.snapshot import Snapshots, take_snapshots
 from cliptune.data.splits import separate_validation
 from cliptune.features.drift import Drift, ProbeFeatures, drift_between, encode_probes
 from cliptune.features.verdict import Verdict, answered, compare
-from cliptune.results import RECALL_KEYS
+from cliptune.results import RECALL_KEYS, selection_key
 from cliptune.run_data import RunData
 from cliptune.runtime.messages import count, printable, shorten
 from cliptune.settings import Config
@@ -50,20 +50,27 @@ class Found(NamedTuple):
     """What is kept of an `evaluation.Evaluation`, whose features may be large."""
 
     metrics: dict[str, float]
+    """All of them."""
+    recalls: dict[str, float]
+    """The six recalls and their `rsum`; with equal captions and images counted as one where captions are classes."""
     chance: dict[str, float]
+    """Of the recalls."""
     num_images: int
     num_texts: int
     ranks: dict[str, Any]
+    """That the recalls were made of."""
+    merged: bool = False
+    """Equal captions and images count as one."""
 
     @classmethod
-    def of(cls, evaluation: Any) -> Found:
-        """Take these parts of an evaluation."""
-        return cls(*(getattr(evaluation, name) for name in cls._fields))
-
-    @property
-    def recalls(self) -> dict[str, float]:
-        """The six recalls and RSum."""
-        return {key: self.metrics[key] for key in (*RECALL_KEYS, "rsum")}
+    def of(cls, evaluation: Any, key: str) -> Found:
+        """Take these parts of an evaluation; `key` is `results.selection_key`'s of the first one of its data set."""
+        prefix, metrics, chance = key.removesuffix("rsum"), evaluation.metrics, evaluation.chance
+        recalls, by_chance = (
+            {name: values[prefix + name] for name in (*RECALL_KEYS, "rsum")} for values in (metrics, chance)
+        )
+        ranks = evaluation.merged_ranks if prefix else evaluation.ranks
+        return cls(metrics, recalls, by_chance, evaluation.num_images, evaluation.num_texts, ranks, bool(prefix))
 
 
 class Seen(NamedTuple):
@@ -160,6 +167,7 @@ class Watch:
             each.name: SkippedData([each.pairs], num_images=len(each.pairs), max_fraction=max_skipped_fraction)
             for each in sets
         }
+        self._keys: dict[str, str] = {}
 
     def evaluate(self, other: Any = None) -> dict[str, Found]:
         """Evaluate the run's model, or another one, on each set.
@@ -173,7 +181,7 @@ class Watch:
             evaluation = self._evaluate(
                 encoder, pairs, cached=self._outputs_of(pairs), on_unreadable_image=self._skipped[name].note
             )
-            evaluations[name] = Found.of(evaluation)
+            evaluations[name] = Found.of(evaluation, self._keys.setdefault(name, selection_key(evaluation.metrics)))
             self._skipped[name].agree()
         return evaluations
 
@@ -246,8 +254,9 @@ def _compared(watched: WatchedSet, loaded: Found, best: Found) -> dict[str, Any]
         "num_trained_on": watched.num_trained_on,
         "baseline": loaded.recalls,
         "best": best.recalls,
-        "chance": {key: best.chance[key] for key in best.recalls},
+        "chance": best.chance,
         "verdict": verdict_values(verdict),
+        **({"merged": True} if best.merged else {}),
     }
 
 
@@ -255,6 +264,8 @@ def _line(values: Mapping[str, Any]) -> str:
     """Say what became of a set: RSums, the change with its interval, and whether it can be told from chance."""
     before, after, verdict = values["baseline"]["rsum"], values["best"]["rsum"], values["verdict"]
     line = f"{values['name']:{MAX_NAME + 2}}{before:10.1f}{after:10.1f}{after - before + 0.0:+10.1f}"
+    if values.get("merged"):
+        line = f"{line}  equal captions and images as one,"
     if verdict is None:
         return f"{line}  all of one group, so nobody knows what other images would give"
     interval = f"{verdict['low']:+.1f} to {verdict['high']:+.1f}, {count(values['num_images'], 'image')}"
