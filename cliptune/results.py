@@ -223,7 +223,7 @@ class Results(Recorded):
     chance: Chance
 
 
-class Gain(Recorded):
+class WatchedVerdict(Recorded):
     """The gain of RSum of one evaluation over another, with its 95% interval."""
 
     gain: Number
@@ -246,8 +246,10 @@ class WatchedResult(Recorded):
     baseline: Recalls
     best: Recalls
     chance: Recalls
-    verdict: Gain | None = None
+    verdict: WatchedVerdict | None = None
     """None: all images are of one group."""
+    merged: bool = False
+    """Equal captions and images count as one, since the captions are classes."""
 
 
 class DriftResult(Recorded):
@@ -284,7 +286,9 @@ class Interpolation(Recorded):
     """Alpha of `interpolated_model.pth`."""
     max_loss: Number
     """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
-    verdict: Gain | None = None
+    merged: bool = False
+    """Equal captions and images count as one on validation, since the captions are classes."""
+    verdict: WatchedVerdict | None = None
     """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
 
 
