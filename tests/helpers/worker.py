@@ -25,6 +25,7 @@ from cliptune.features.encode import Encoder
 from cliptune.features.metrics import merged_ranks
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.lora import add_lora
 from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import (
@@ -114,6 +115,32 @@ def train_every_way(folder: Path) -> None:
             result = train(name, how, size, resume_at=STEPS // 2 if size else -1)
             if is_main():
                 torch.save(result, folder / f"{world_size()}-{name}-{how}-{size}.pt")
+
+
+def train_adapted(name: str, how: str, micro_batch_size: int | None) -> dict[str, Tensor]:
+    """Train adapters with rates by layer and, but for shards, an average; returns the model that comes of it."""
+    model = make_model(name)
+    torch.manual_seed(rank())  # the adapters' start, which differs until the ranks take over that of the first
+    add_lora(model, 2)
+    parallel = parallel_model(model, how, CPU)
+    rates = {"learning_rate": 1e-2, "backbone_lr_scale": 1.0, "layer_decay": 0.7}
+    optimizer = build_optimizer(model, weight_decay=0.1, **rates)
+    trainer = MultimodalTrainer(
+        model, ContrastiveLoss(), optimizer, precision=resolve_precision("fp32", CPU),
+        micro_batch_size=micro_batch_size, parallel=parallel, ema=None if how == "fsdp" else 0.5,
+    )  # fmt: skip
+    for step in range(STEPS):
+        train_step(trainer, SIZES[step % len(SIZES)])
+    saved = trainer.state_dict()["weights_state_dict"]
+    assert "backbone.transformer.resblocks.0.mlp.c_fc.lora_A" in saved
+    return {key: value.clone() for key, value in trainer.model_state().items()}
+
+
+def train_adapted_every_way(folder: Path) -> None:
+    for how in ("ddp", "fsdp") if can_shard() else ("ddp",):
+        state = train_adapted("ViT-Mini", how, 3)
+        if is_main():
+            torch.save(state, folder / f"{how}.pt")
 
 
 def fill_the_memory_of_one(folder: Path) -> None:
@@ -218,6 +245,7 @@ def fail(folder: Path) -> None:
 
 TASKS = {
     "train": train_every_way,
+    "adapted": train_adapted_every_way,
     "memory": fill_the_memory_of_one,
     "exchange": exchange,
     "features": cache_features,
