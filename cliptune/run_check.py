@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cliptune import results
-from cliptune.data.diagnosis import KINDS, Examined, Finding, find_all, suspects, table
+from cliptune.data.diagnosis import KINDS, LIST, Examined, Finding, find_all, suspects, table
 from cliptune.data.doctor import CaptionFacts, look_at_captions, look_at_images
 from cliptune.data.findings import data_findings
 from cliptune.data.fingerprints import Fingerprints
@@ -102,9 +102,10 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
         *whole_findings(splits, settings, context_length=context_length),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
+    folder = Path(settings.output_dir) / "results"
+    findings = [each._replace(advice=each.advice.replace(LIST, str(folder / "suspects.csv"))) for each in findings]
     issues = Issues(list(examined.pairs.issues.first), examined.pairs.issues.count)
     issues.extend(examined.images.issues)
-    folder = Path(settings.output_dir) / "results"
     record = results.DataCheckResults(
         started_at=started_at,
         finished_at=datetime.now().isoformat(timespec="seconds"),
