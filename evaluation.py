@@ -34,9 +34,10 @@ from clip_model import CLIPModel
 from cliptune import results
 from cliptune.data.issues import Issue
 from cliptune.data.pairs import Pairs
+from cliptune.data.repeats import perfect_recalls
 from cliptune.data.skipped import SkippedData
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
-from cliptune.features.metrics import chance_level, rank_metrics
+from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.features.tables import evaluation_report
@@ -162,10 +163,12 @@ class Evaluation(NamedTuple):
     """Rank of each image's best caption, `i2t` `[images of the data set]`, and of each caption's image, `t2i` `[its
     captions]`; NaN for an image without a caption, or that could not be read, and its captions. So queries stand at the
     same place in every evaluation of a data set."""
+    merged_ranks: dict[str, RankArray]
+    """The same with equal texts and copies of an image merged; NaN also for all but the first of what is equal."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key != "ranks"}
+        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "merged_ranks"}}
 
 
 def evaluate(
@@ -193,9 +196,16 @@ def evaluate(
     model = encoder.model
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
     ranks = retrieval_ranks(*features, device=device)
-    metrics = {**rank_metrics(ranks), **similarity_means(*features)}
     num_images, num_texts = len(encoded.image_features), len(encoded.text_features)
-    chance = chance_level(num_images, encoded.text_to_image)
+    merged = merged_ranks(
+        ranks, *features, image_kinds=encoded.image_kinds, text_kinds=encoded.text_kinds, device=device
+    )
+    kinds = (encoded.text_kinds, encoded.text_to_image, encoded.image_kinds)
+    ceiling = perfect_recalls(*(codes.numpy() for codes in kinds))
+    metrics = {
+        **rank_metrics(ranks), **merged.metrics, "ceiling_rsum": ceiling["rsum"], **similarity_means(*features)
+    }  # fmt: skip
+    chance = {**chance_level(num_images, encoded.text_to_image), **merged.chance}
     if loss_batch_size is not None:
         metrics["val_loss"] = validation_loss(encoded, model.logit_scale.detach(), batch_size=loss_batch_size)
         # of n equal scores each has the probability 1/n; a set smaller than a batch is one batch
@@ -204,8 +214,11 @@ def evaluate(
     histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
     skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
-    of_queries = _ranks_of_queries(ranks, encoded, pairs)
-    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput, of_queries)
+    firsts = (torch.where(first, values, math.nan) for first, values in zip(merged.is_first, merged.ranks, strict=True))
+    return Evaluation(
+        metrics, chance, histograms, num_images, num_texts, skipped, throughput,
+        ranks=_ranks_of_queries(ranks, encoded, pairs), merged_ranks=_ranks_of_queries(Ranks(*firsts), encoded, pairs),
+    )  # fmt: skip
 
 
 def _ranks_of_queries(ranks: Ranks, encoded: Encoded, pairs: Pairs) -> dict[str, RankArray]:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
+    "watch_data", "interpolate",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -37,17 +38,20 @@ MAX_ISSUES = 10
 HELP_GROUPS = {
     "everyday": (
         "config", "checkpoint", "results", "data_dir", "model_name", "freeze_backbone", "batch_size", "num_epochs",
-        "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
+        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
-        "caption_template", "captions", "exclude", "augment", "on_unreadable_image", "max_skipped_fraction",
-        "allow_data_change", "include_trained",
+        "watch_data", "val_data", "split", "val_split", "split_seed", "near_duplicates", "image_dir", "image_key",
+        "caption_key", "captions_from", "caption_template", "captions", "exclude", "augment",
+        "on_unreadable_image", "max_skipped_fraction", "allow_data_change", "include_trained",
     ),
-    "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
+    "model": (
+        "pretrained", "projection_dim", "freeze_tower", "lora_rank", "lora_alpha", "lora_layers", "train_layers",
+        "activation", "context_length", "image_resolution",
+    ),
     "training": (
-        "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
-        "skip_nonfinite", "seed",
+        "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay", "gradient_clip_norm",
+        "early_stopping_patience", "interpolate", "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -61,6 +65,7 @@ HELP_GROUPS = {
 METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+    "watch_data": "PATH",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 
@@ -78,7 +83,8 @@ MEANT = {
     "grad_clip": "gradient_clip_norm", "grad_clip_norm": "gradient_clip_norm", "amp": "precision", "gpu": "device",
     "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
     "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
-    "max_length": "context_length",
+    "max_length": "context_length", "llrd": "layer_decay", "lora_r": "lora_rank", "lora": "lora_rank",
+    "ema_decay": "ema",
 }  # fmt: skip
 """What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
+CEILING_OF_CLASSES = 540.0
+"""RSum of a perfect model below which the standard protocol measures how captions repeat rather than the model."""
 MAX_BYTES = 2**28
 """Of a file that is read; a thousand epochs take about 1 MB."""
 MAX_SIZE = 1e100
@@ -46,7 +49,20 @@ class Recorded(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
-class Recalls(Recorded):
+class MergedRecalls(Recorded):
+    """The recalls with equal texts and copies of an image merged, see docs/EVALUATION.md."""
+
+    merged_i2t_r1: Number | None = None
+    merged_i2t_r5: Number | None = None
+    merged_i2t_r10: Number | None = None
+    merged_t2i_r1: Number | None = None
+    merged_t2i_r5: Number | None = None
+    merged_t2i_r10: Number | None = None
+    merged_rsum: Number | None = None
+    """None: a file of before they were taken."""
+
+
+class Recalls(MergedRecalls):
     """Recall at 1, 5 and 10 of both directions, in percent of the queries, and their sum."""
 
     i2t_r1: Number
@@ -81,8 +97,22 @@ class Metrics(Recalls):
     similarity_gap: Number
     image_cosine: Number
     text_cosine: Number
+    ceiling_rsum: Number | None = None
+    """RSum that no model exceeds on these captions, since texts that several images have cannot be told apart."""
+    i2t_duplicate_misses: Count | None = None
+    """Images found at 1 only once equal texts and copies of an image are merged."""
+    t2i_duplicate_misses: Count | None = None
+    """The same of texts."""
     val_loss: Number | None = None
     """Contrastive loss in nats, in batches of the training's size; not measured by `evaluation.py`."""
+
+
+class WatchedRecord(Recalls):
+    """An evaluation of a data set that is watched."""
+
+    num_images: Count
+    content: str = ""
+    """Tells its images and captions from others; records of another content are of another curve."""
 
 
 class EpochRecord(Metrics):
@@ -98,6 +128,8 @@ class EpochRecord(Metrics):
     val_loss: Number
     num_skipped: Count = 0
     """Validation images that could not be read."""
+    watched: dict[str, WatchedRecord] = {}
+    """The sets of `watch_data` by their names."""
 
 
 # a list of three in the file: with names, 500 points would be most of it
@@ -191,6 +223,71 @@ class Results(Recorded):
     chance: Chance
 
 
+class Gain(Recorded):
+    """The gain of RSum of one evaluation over another, with its 95% interval."""
+
+    gain: Number
+    low: Number
+    high: Number
+    verdict: str
+    """`better`, `worse` or `not distinguishable`."""
+    num_groups: Count
+
+
+class WatchedResult(Recorded):
+    """What became of a data set that the run watched, between the model as loaded and the best one."""
+
+    name: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    num_trained_on: Count
+    """Images of the set that the run trained on, and that are left out."""
+    baseline: Recalls
+    best: Recalls
+    chance: Recalls
+    verdict: Gain | None = None
+    """None: all images are of one group."""
+
+
+class DriftResult(Recorded):
+    """How far the best model's features are from those of the model as loaded."""
+
+    text_overlap: Number
+    """Percent of the nearest neighbours, among generic texts, that are still the same."""
+    image_overlap: Number
+    """The same among drawn scenes."""
+    text_cosine: Number
+    """Mean cosine of a feature with the one of the model as loaded."""
+    image_cosine: Number
+    num_texts: Count
+    num_images: Count
+    num_neighbours: Count
+
+
+class InterpolationPoint(Recalls):
+    """An average of the weights as loaded (alpha 0) and the best ones (alpha 1): its retrieval on validation."""
+
+    alpha: Annotated[Number, Field(ge=0, le=1)]
+    watched: dict[str, Number] = {}
+    """RSum of each watched set."""
+    text_overlap: Number | None = None
+    """As `DriftResult` has it, where nothing is watched."""
+    image_overlap: Number | None = None
+
+
+class Interpolation(Recorded):
+    """What lies between the model as loaded and the best one."""
+
+    points: Annotated[list[InterpolationPoint], Field(min_length=1)]
+    chosen: Number
+    """Alpha of `interpolated_model.pth`."""
+    max_loss: Number
+    """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
+    verdict: Gain | None = None
+    """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
+
+
 class TrainingResults(Results):
     """`results/training_results.json`; `metrics` are those of the best epoch."""
 
@@ -202,6 +299,9 @@ class TrainingResults(Results):
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []
     """The planned rates of the whole run, at up to about 500 steps, the first and the last among them."""
+    watched: list[WatchedResult] = []
+    drift: DriftResult | None = None
+    interpolation: Interpolation | None = None
 
     @model_validator(mode="after")
     def _holds_the_best_epoch(self) -> TrainingResults:
@@ -302,6 +402,19 @@ def of_evaluations(
     if len(evaluations) == 1:
         return EvaluationResults.model_validate(times | evaluations[0])
     return SeveralEvaluations.model_validate({**times, "evaluations": evaluations, "comparisons": comparisons})
+
+
+def selection_key(metrics: Mapping[str, float | None]) -> str:
+    """Return the key of the number that epochs are compared by: `rsum`, or `merged_rsum` where captions are classes.
+
+    Captions count as classes if they repeat so much that a perfect model stays below 90% of 600 by the standard
+    protocol. The captions decide, not the model: ask it of the first evaluation of a run.
+
+    Args:
+        metrics: of an evaluation.
+    """
+    ceiling, merged = metrics.get("ceiling_rsum"), metrics.get("merged_rsum")
+    return "rsum" if ceiling is None or merged is None or ceiling >= CEILING_OF_CLASSES else "merged_rsum"
 
 
 AnyResults = TrainingResults | EvaluationResults | SeveralEvaluations

@@ -83,6 +83,13 @@ ValSplit = Annotated[
         gt=0, lt=1, allow_inf_nan=False, description="fraction of the groups used for validation, 5,000 images at most"
     ),
 ]
+SplitSeed = Annotated[int | None, Field(ge=0, lt=2**64, description="of the split alone; none: as seed")]
+NearDuplicates = Annotated[
+    Literal["join", "report"],
+    Field(
+        description="copies of an image that are not the same file: join: on one side of the split; report: only told"
+    ),
+]
 MaxSkippedFraction = Annotated[
     Fraction, Field(description="fraction of the images and records that may be skipped; more of them end the run")
 ]
@@ -138,6 +145,18 @@ class ModelSettings(Settings):
     freeze_tower: Literal["image", "text"] | None = Field(
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
     )
+    lora_rank: PositiveInt | None = Field(
+        None, description="rank of LoRA's adapters beside the towers, which are held; none: no LoRA"
+    )
+    lora_alpha: PositiveFloat | None = Field(
+        None, description="LoRA counts lora_alpha / lora_rank times; none: once, as with lora_rank"
+    )
+    lora_layers: Literal["all", "attention", "mlp"] = Field(
+        "all", description="layers of the towers' blocks that LoRA adapts; of a ResNet's tower its attention pool"
+    )
+    train_layers: PositiveInt | None = Field(
+        None, description="train only the last layers of each tower, that many, and what follows; none: all"
+    )
     pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
     activation: Activation = None
     context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
@@ -155,6 +174,11 @@ class ModelSettings(Settings):
     def _freeze_once(self) -> ModelSettings:
         if self.freeze_backbone and self.freeze_tower is not None:
             raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {self.freeze_tower} one: choose one")
+        chosen = [name for name in ("freeze_backbone", "lora_rank", "train_layers") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} say different things of what trains in the towers: choose one")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_layers != "all"):
+            raise ValueError("lora_alpha and lora_layers say how LoRA is done: they need lora_rank")
         return self
 
 
@@ -165,6 +189,9 @@ class DataSettings(Settings):
     val_data: str | None = Field(
         None, description="separate validation set, which shards need; none: split off from the data"
     )
+    watch_data: list[str] = Field(
+        [], description="other data sets evaluated beside validation, never chosen by: what the model forgets"
+    )
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
@@ -174,6 +201,8 @@ class DataSettings(Settings):
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     exclude: str | None = Field(
         None, description="list of pairs (suspects.csv of data_loader.py --check) that are left out of training"
     )
@@ -208,10 +237,20 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    recipe: Literal["auto", "full", "lora", "head"] | None = Field(
+        None,
+        description="picks what trains, rates and length for the data at hand, and says why; none: nothing",
+    )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
     backbone_lr_scale: NonNegativeFloat | None = Field(
-        None, description="rate of the towers over learning_rate; none: 0.01, or 1 for a random start"
+        None, description="rate of the towers over learning_rate; none: 0.01, 1 for a random start, 2 with LoRA"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="rate of each layer of a tower over that of the layer above it, as 0.7; none: one rate"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None, description="decay of the average of the weights that is evaluated and saved, as 0.999; none: no average"
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
     gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm of a step; 0: no clipping")
@@ -223,6 +262,9 @@ class TrainingSettings(Settings):
     )
     early_stopping_patience: NonNegativeInt = Field(
         10, description="epochs without a better validation RSum before the run ends; 0: never"
+    )
+    interpolate: bool = Field(
+        False, description="after training, average the weights as loaded with the best ones and keep the best average"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
@@ -277,6 +319,11 @@ class Config(Settings):
     training: TrainingSettings = TrainingSettings()
     run: RunSettings = RunSettings()
 
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.training.seed if self.data.split_seed is None else self.data.split_seed
+
     @model_validator(mode="after")
     def _check_feature_views(self) -> Config:
         # views are cached outputs of the image tower, so it must be frozen; views of images that are never cropped or
@@ -288,13 +335,22 @@ class Config(Settings):
             raise ValueError(f"feature_views {views}: without augment all views of an image are the same")
         return self
 
+    @model_validator(mode="after")
+    def _check_what_trains(self) -> Config:
+        if self.training.layer_decay is not None and self.model.freeze_backbone:
+            raise ValueError("layer_decay is about the towers' layers, and freeze_backbone holds them: choose one")
+        if self.training.ema is not None and self.run.parallel == "fsdp":
+            raise ValueError("ema does not go with parallel fsdp: use ddp")
+        return self
+
 
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
     from_config = frozenset((
-        "data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed",
-        "model_name", "context_length", "batch_size", "output_dir",
+        "data_dir", "image_dir", "caption_key", "val_split", "split_seed", "near_duplicates",
+        "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size",
+        "output_dir",
     ))  # fmt: skip
 
     data_dir: DataDir = DEFAULT_DATA_DIR
@@ -304,6 +360,8 @@ class InspectSettings(Settings):
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     val_data: str | None = Field(
         None, description="separate validation set that is compared with the data; none: split off"
     )
@@ -323,6 +381,11 @@ class InspectSettings(Settings):
     to_shards: str | None = Field(None, description="folder to write the data set to as shards")
     shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
     split: Split = Field("train", description="images that to_shards takes")
+
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.seed if self.split_seed is None else self.split_seed
 
 
 class EvaluationSettings(Settings):
@@ -357,7 +420,9 @@ class EvaluationSettings(Settings):
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
     activation: Activation = None
-    encode_batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    encode_batch_size: PositiveInt = Field(
+        64, description="images or texts encoded at once; in fp32 always 16, so that no number depends on it"
+    )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
     device: Device = "auto"

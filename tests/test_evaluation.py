@@ -99,7 +99,8 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
         logits = 5 * images[start : start + 3] @ texts[::2][start : start + 3].T
         rows = [logits.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
         expected.append(-(rows[0] + rows[1]) / 2)
-    encoded = Encoded(images, texts, owners, torch.arange(len(images)), torch.arange(len(texts)), 1.0, 1.0)
+    of_images, of_texts = torch.arange(7), torch.arange(14)
+    encoded = Encoded(images, texts, owners, of_images, of_texts, of_images, of_texts, 1.0, 1.0)
     got = validation_loss(encoded, torch.tensor(5.0).log(), batch_size=3)
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 

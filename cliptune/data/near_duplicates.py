@@ -50,6 +50,29 @@ class NearDuplicates:
     identical: BoolArray
     distances: NDArray[np.float32]
 
+    def among(self, num_images: int) -> NearDuplicates:
+        """Return the pairs of the first so many images alone."""
+        inside = np.flatnonzero((self.pairs < num_images).all(axis=1))
+        return NearDuplicates(self.pairs[inside], self.identical[inside], self.distances[inside])
+
+
+def no_copies(paths: Strings) -> NearDuplicates:
+    """Return no pairs, of whatever images."""
+    return NearDuplicates(np.zeros((0, 2), np.int64), np.zeros(0, dtype=bool), np.zeros(0, np.float32))
+
+
+def identical_files(paths: Strings, *, cache_file: Path | None = None) -> NearDuplicates:
+    """Find files of the same bytes, and nothing else; reads 8 KB of each file, and all of those that may be the same.
+
+    Args:
+        paths: of the files.
+        cache_file: see `file_identities`.
+    """
+    first = same_content(paths, file_identities(paths, cache_file=cache_file))
+    copies = np.flatnonzero(first != np.arange(len(first)))
+    pairs = np.stack([first[copies], copies], axis=1)
+    return NearDuplicates(pairs, np.ones(len(copies), dtype=bool), np.zeros(len(copies), dtype=np.float32))
+
 
 def look_for_near_duplicates(
     paths: Strings, *, cache_dir: Path, num_workers: int | None = None, max_images: int = MAX_IMAGES
@@ -81,16 +104,14 @@ def find_near_duplicates(paths: Strings, *, cache_dir: Path | None, num_workers:
         cache_dir: folder to cache fingerprints and identities of files in; None: nothing is cached.
         num_workers: that decode; None: one a core, at most 16.
     """
-    identities = None if cache_dir is None else cache_dir / "identities.npz"
-    first = same_content(paths, file_identities(paths, cache_file=identities))
-    is_copy = first != np.arange(len(first))
-    heads, copies = np.flatnonzero(~is_copy), np.flatnonzero(is_copy)
+    same = identical_files(paths, cache_file=None if cache_dir is None else cache_dir / "identities.npz")
+    heads = np.setdiff1d(np.arange(len(paths)), same.pairs[:, 1])
     fingerprints = take_fingerprints(paths.take(heads), cache_dir=cache_dir, num_workers=num_workers)
     near, apart = near_pairs(fingerprints)
     return NearDuplicates(
-        pairs=np.concatenate([np.stack([first[copies], copies], axis=1), heads[near]]),
-        identical=np.arange(len(copies) + len(near)) < len(copies),
-        distances=np.concatenate([np.zeros(len(copies), dtype=np.float32), apart]),
+        pairs=np.concatenate([same.pairs, heads[near]]),
+        identical=np.concatenate([same.identical, np.zeros(len(near), dtype=bool)]),
+        distances=np.concatenate([same.distances, apart]),
     )
 
 

@@ -13,6 +13,9 @@ MAX_NAME = 44
 Values = Mapping[str, Any]
 """An evaluation under the keys of `results.EvaluationResults`."""
 
+CEILING_SHOWN = 599.0
+"""RSum of a perfect model below which it is shown."""
+
 
 def evaluation_report(evaluations: Sequence[Values], comparisons: Sequence[Comparison]) -> str:
     """Lay out what was evaluated: a table for each data set, and an overview of several.
@@ -40,11 +43,14 @@ def _paired_table(evaluations: Sequence[Values], comparisons: Sequence[Compariso
     width = _width(names)
     lines = [_size(evaluations[0]), "", f"{'':{width}}{'image to text':>24}{'text to image':>24}"]
     cuts = "".join(f"{f'R@{k}':>8}" for k in RECALLS)
-    lines.append(f"{'':{width}}{cuts}{cuts}{'RSum':>9}   95% interval")
+    repeats = any(_repeats(values["metrics"]) for values in evaluations)
+    merged = f"{'merged':>9}" if repeats else ""  # RSum with duplicates merged
+    lines.append(f"{'':{width}}{cuts}{cuts}{'RSum':>9}{merged}   95% interval")
     for values in evaluations:
         recalls = "".join(f"{values['metrics'][key]:8.1f}" for key in RECALL_KEYS)
         name = _row_name(values["checkpoint"], names)
-        lines.append(f"{name:{width}}{recalls}{values['metrics']['rsum']:9.1f}   {_bounds(values, 'rsum')}".rstrip())
+        rsums = f"{values['metrics']['rsum']:9.1f}" + (f"{values['metrics']['merged_rsum']:9.1f}" if repeats else "")
+        lines.append(f"{name:{width}}{recalls}{rsums}   {_bounds(values, 'rsum')}".rstrip())
     chance = evaluations[0]["chance"]
     lines.append(
         f"{'  chance':{width}}" + "".join(f"{chance[key]:8.2f}" for key in RECALL_KEYS) + f"{chance['rsum']:9.1f}"
@@ -85,6 +91,11 @@ def _bounds(values: Values, key: str) -> str:
     return "" if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
 
 
+def _repeats(metrics: Mapping[str, float]) -> bool:
+    """Tell whether merging duplicates changes a number."""
+    return metrics.get("merged_rsum", metrics["rsum"]) != metrics["rsum"]
+
+
 def _size(values: Values) -> str:
     """Say what was ranked, and what is missing from it."""
     size = f"{count(values['num_images'], 'image')}, {count(values['num_texts'], 'text')}"
@@ -102,6 +113,7 @@ def metrics_table(evaluation: Values) -> str:
     metrics, chance, intervals = evaluation["metrics"], evaluation["chance"], evaluation["intervals"]
     head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
     lines = [_size(evaluation), "", head]
+    repeats = _repeats(metrics)
     for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
         keys = [f"{direction}_r{k}" for k in RECALLS]
         recalls = "".join(f"{metrics[key]:8.1f}" for key in keys)
@@ -111,10 +123,18 @@ def metrics_table(evaluation: Values) -> str:
             cells = (f"{intervals[key][0]:.0f}-{intervals[key][1]:.0f}" for key in keys)
             lines.append(f"{'  95% interval':22}" + "".join(f"{cell:>8}" for cell in cells))
         lines.append(f"{'  chance':22}" + "".join(f"{chance[key]:8.2f}" for key in keys))
+        if repeats:
+            merged = "".join(f"{metrics[f'merged_{key}']:8.1f}" for key in keys)
+            num_duplicates = metrics[f"{direction}_duplicate_misses"]
+            lines.append(f"{'  duplicates merged':22}{merged}   {num_duplicates:,} of the R@1 misses were duplicates")
     interval = f"95% interval {_bounds(evaluation, 'rsum')}, " if intervals else ""
+    ceiling = metrics.get("ceiling_rsum", 600.0)
+    at_most = f"a perfect model has {ceiling:.1f}, since captions repeat" if ceiling < CEILING_SHOWN else "at most 600"
+    lines += ["", f"{'RSum':22}{metrics['rsum']:8.1f}   ({interval}chance {chance['rsum']:.1f}, {at_most})"]
+    if repeats:
+        of_merged = f"{metrics['merged_rsum']:8.1f}   (chance {chance['merged_rsum']:.1f}, at most 600)"
+        lines.append(f"{'  duplicates merged':22}{of_merged}")
     lines += [
-        "",
-        f"{'RSum':22}{metrics['rsum']:8.1f}   ({interval}chance {chance['rsum']:.1f}, at most 600)",
         f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
         f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
         f"{'gap':22}{metrics['similarity_gap']:8.3f}",
