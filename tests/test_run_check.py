@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from cliptune import results
-from cliptune.data.diagnosis import near_copies
+from cliptune.data.diagnosis import leaks, near_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
+from cliptune.data.units import Units
 from tests.helpers.datasets import make_index
 from tests.helpers.photos import photo
 from tests.helpers.runs import check_data
@@ -87,6 +88,14 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     # of three files of one image the first stays; of two across the split the one that validates
     assert near == {("0.png", True), ("large.jpg", False), ("1.png", True), ("crop.png", False), ("again.png", False)}
     assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
+
+
+def test_what_is_kept_together_and_what_is_not_is_told() -> None:
+    units = Units(np.array([0, 0, 0, 1, 2, 3]), [np.array([3, 4])])
+    found = {each.kind: each.number for each in leaks(units, np.array([0, 1, 0, 0, 1, 2], dtype=np.int8), num_val=2)}
+    # of the 15 ways to draw two of six 3 take both from the first three: 9 + 3 * 2 of 15 images leak
+    assert found == {"crossing_groups": 3, "kept_together": 1, "look_alikes": 2}
+    assert not list(leaks(Units(np.arange(4)), np.array([0, 0, 1, 1], dtype=np.int8), num_val=2))
 
 
 def test_no_chain_of_copies_leaves_out_what_is_near_none_that_stays() -> None:

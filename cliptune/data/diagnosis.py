@@ -13,6 +13,7 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.repeats import batch_cost, perfect_recalls
 from cliptune.data.suspects import Suspect, relative_name
 from cliptune.data.table import SPLITS, BoolArray, CodeArray, IntArray
+from cliptune.data.units import Units, crossing, row_split_leaks
 from cliptune.runtime.messages import count, first_few
 
 IDENTICAL, NEAR, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT = (
@@ -177,6 +178,39 @@ def num_crossing(sides: CodeArray, pairs: IntArray) -> int:
     return len(np.unique(pairs[(ours != theirs) & (ours >= 0) & (theirs >= 0), 1]))
 
 
+def leaks(units: Units, sides: CodeArray, *, num_val: int) -> Iterator[Finding]:
+    """Yield what the split has to keep together, and where it does not.
+
+    Args:
+        units: of all images, `[N]`.
+        sides: index in `SPLITS` of each image's split, or -1.
+        num_val: images that validate.
+    """
+    across = crossing(units.of, sides)
+    if len(across):
+        yield Finding(
+            "crossing_groups", "groups across", len(across),
+            "images whose group, or a copy of which, is in more than one split, as the index declares it",
+            "declare one split for each group and its copies: what was trained on validates nothing",
+        )  # fmt: skip
+    leaked = row_split_leaks(units.of, num_val)
+    if leaked >= 0.5:
+        yield Finding(
+            "kept_together", "kept together", round(leaked),
+            f"of {num_val:,} validation images would be copies, or of the group, of training images if images were "
+            "drawn one by one",
+            "" if len(across) else "nothing to do: groups and copies stay on one side",
+        )  # fmt: skip
+    if units.lumps:
+        number = sum(map(len, units.lumps))
+        yield Finding(
+            "look_alikes", "look-alikes", number,
+            f"images in {count(len(units.lumps), 'set')} of near-duplicates that are too large to be copies: they are "
+            "not kept on one side",
+            f"look at them in {LIST}; where they are copies, give them one group in the index",
+        )  # fmt: skip
+
+
 def _captions(captions: CaptionFacts, context_length: int) -> Iterator[Finding | None]:
     per_word = captions.tokens_per_word
     if per_word > FOREIGN:
@@ -217,11 +251,12 @@ def _repeats(examined: Examined, *, batch_size: int, every_pair: bool) -> Iterat
     if len(train) > 1:
         cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size, every_pair=every_pair)
         size, floor = cost.batch_size, cost.loss_floor
-        yield Finding(
-            "false_negatives", "false negatives", round(cost.num_false, 2),
-            f"pairs of a batch of {size} meet their own caption, or a copy of their image, with another image",
-            "try a smaller --batch_size, or captions that differ",
-        )  # fmt: skip
+        if cost.num_false >= 0.005:
+            yield Finding(
+                "false_negatives", "false negatives", round(cost.num_false, 2),
+                f"pairs of a batch of {size} meet their own caption, or a copy of their image, with another image",
+                "try a smaller --batch_size, or captions that differ",
+            )  # fmt: skip
         if floor >= 0.005:
             yield Finding(
                 "loss_floor", "floor of the loss", round(floor, 3),
@@ -345,8 +380,9 @@ def near_copies(near: IntArray, preference: Callable[[int], int]) -> Iterator[tu
 def table(findings: Sequence[Finding]) -> Iterator[str]:
     """Lay findings out for reading: the number, what it is, and what to do."""
     for finding in findings:
-        number = "" if finding.number is None else f"{finding.number:,}"
-        yield f"{finding.name:18}{number:>10}  {finding.text}"
+        number = finding.number
+        shown = "" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:g}"
+        yield f"{finding.name:18}{shown:>10}  {finding.text}"
         if finding.advice:
             yield f"{'':30}-> {finding.advice}"
 
