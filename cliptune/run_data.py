@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -35,7 +36,7 @@ from cliptune.data.table import Strings
 from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
-from cliptune.features.encode import Encoder
+from cliptune.features.encode import Encoder, PairOutputs
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision, default_num_workers
@@ -119,11 +120,12 @@ def _is_there(address: str) -> bool:
 
 def _with_addresses(config: Config, change: Callable[[str], str]) -> Config:
     """Change the addresses of a run's data, each of those that `::` joins by itself."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in ("data_dir", "val_data", "image_dir", "exclude"):
         if (address := getattr(config.data, name)) is not None:
             parts = [address] if Path(address).exists() else address.split("::")
             changed[name] = "::".join(map(change, parts))
+    changed["watch_data"] = [change(address) for address in config.data.watch_data]
     return config.model_copy(update={"data": config.data.model_copy(update=changed)})
 
 
@@ -244,10 +246,15 @@ class RunData(NamedTuple, Generic[E]):
     loader: TrainLoader | FeatureLoader | ShardLoader
     train: Pairs | Shards
     val: Pairs
-    validate: Callable[[], E]
-    """Evaluates the model."""
+    validate: Callable[..., E]
+    """Evaluates the model, or another one that it is given."""
     skipped: SkippedData
     num_workers: int
+    encoder: Encoder
+    outputs_of: Callable[[Pairs], PairOutputs | None]
+    """Frozen towers' outputs for a data set, cached; None: they are not."""
+    watch: Any = None
+    """A `run_watch.Watch` over the sets that are evaluated beside."""
 
     def note_issues(self, issues: Sequence[Issue]) -> None:
         """Take in samples that are missing from a batch."""
@@ -323,14 +330,15 @@ def open_data(
     allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
     skipped = SkippedData(indexes, num_images=num_images, max_fraction=allowed, path=skipped_path)
     # computed or read when they are first wanted: the model as loaded gives what every epoch's would
-    val_outputs = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
+    outputs_of = functools.cache(lambda pairs: None if cache is None else cache.of_pairs(pairs))
 
-    def validate() -> E:
+    def validate(other: Any = None) -> E:
         return evaluate(
-            encoder, val, loss_batch_size=training.batch_size, cached=val_outputs(), on_unreadable_image=skipped.note
-        )
+            encoder if other is None else replace(encoder, model=other), val,
+            loss_batch_size=training.batch_size, cached=outputs_of(val), on_unreadable_image=skipped.note,
+        )  # fmt: skip
 
-    return RunData(loader, train, val, validate, skipped, workers)
+    return RunData(loader, train, val, validate, skipped, workers, encoder, outputs_of)
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:
@@ -338,7 +346,10 @@ def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings],
     all_paths = Strings.concatenate([data.paths for data in splits.values() if isinstance(data, Pairs)])
 
     def identify(paths: Strings) -> Hashes:
-        return file_identities(all_paths, cache_file=cache_file)[all_paths.find(paths)]
+        rows = all_paths.find(paths)
+        if (rows < 0).any():  # of a data set that is watched
+            return file_identities(paths)
+        return file_identities(all_paths, cache_file=cache_file)[rows]
 
     return identify
 
