@@ -19,10 +19,12 @@ from cliptune.data.findings import data_findings
 from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.identity import file_identities
 from cliptune.data.issues import Issues
-from cliptune.data.near_duplicates import find_near_duplicates
+from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates, no_copies
 from cliptune.data.pairs import Pairs
+from cliptune.data.splits import num_asked, split_data
 from cliptune.data.suspects import update_suspects
-from cliptune.data.table import NO_SPLIT, SPLITS
+from cliptune.data.table import NO_SPLIT, SPLITS, Strings
+from cliptune.data.units import Units, crossing, find_units, row_split_leaks
 from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
@@ -78,12 +80,37 @@ class Check(NamedTuple):
     lines: list[str]
 
 
-def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) -> Check:
+def split_as_a_run(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> dict[str, Pairs]:
+    """Split a data set as a run of these settings would; where fingerprints are cached already, they are used.
+
+    Args:
+        pairs: the data set.
+        val: a separate validation set.
+        settings: of the data stage.
+    """
+    paths = pairs.paths if val is None else Strings.concatenate([pairs.paths, val.paths])
+    cache_dir = Path(settings.output_dir) / "cache"
+    copies = look_for_near_duplicates(
+        paths, cache_dir=cache_dir if cache_dir.is_dir() else None, num_workers=settings.num_workers
+    )
+    return _split(pairs, val, copies, settings)[0]
+
+
+def _split(
+    pairs: Pairs, val: Pairs | None, copies: NearDuplicates, settings: InspectSettings
+) -> tuple[dict[str, Pairs], Units]:
+    return split_data(
+        pairs, val, copies=copies, val_split=settings.val_split, seed=settings.seed_of_split,
+        join=settings.near_duplicates == "join",
+    )  # fmt: skip
+
+
+def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     """Look at every image and caption; write `results/data_check.json` and `results/suspects.csv`.
 
     Args:
         pairs: the data set.
-        splits: by their names, of it or of a separate validation set.
+        val: a separate validation set.
         settings: of the data stage.
 
     Raises:
@@ -93,13 +120,14 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
-    examined = _examine(pairs, splits, settings)
+    examined, splits, units = _examine(pairs, val, settings)
     findings = [
         *find_all(
             examined, batch_size=settings.batch_size, context_length=context_length,
             resolution=architecture.image_resolution,
         ),
         *whole_findings(splits, settings, context_length=context_length),
+        *_leaks(pairs, splits, units, settings),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
     folder = Path(settings.output_dir) / "results"
@@ -142,20 +170,46 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
     return Check(issues, lines)
 
 
-def _examine(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) -> Examined:
-    """Look at all images, also those that are in no split, since a separate set validates."""
-    others = splits["val"].select(np.flatnonzero(pairs.paths.find(splits["val"].paths) < 0))
-    everything = Pairs.concatenate([pairs, others]) if len(others) else pairs
-    sides = np.full(len(everything), NO_SPLIT, dtype=np.int8)
-    for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
-        sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
+def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], Units]:
+    """Look at all images, also those that are in no split, since a separate set validates; then split them."""
+    everything = pairs
+    if val is not None:
+        others = val.select(np.flatnonzero(pairs.paths.find(val.paths) < 0))
+        everything = Pairs.concatenate([pairs, others]) if len(others) else pairs
     cache_dir = Path(settings.output_dir) / "cache"
     fingerprints = Fingerprints(everything.paths, cache_dir)
     images = look_at_images(everything.paths, fingerprints=fingerprints, num_workers=settings.num_workers)
     copies = find_near_duplicates(everything.paths, cache_dir=cache_dir, num_workers=settings.num_workers)
-    near = copies.pairs[~copies.identical]
+    splits, units = _split(pairs, val, copies, settings)
+    sides = np.full(len(everything), NO_SPLIT, dtype=np.int8)
+    for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
+        sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
     captions = look_at_captions(everything.captions, num_workers=settings.num_workers)
-    return Examined(everything, sides, images, captions, near)
+    return Examined(everything, sides, images, captions, copies.pairs[~copies.identical]), splits, units
+
+
+def _leaks(pairs: Pairs, splits: Mapping[str, Pairs], units: Units, settings: InspectSettings) -> Iterator[Finding]:
+    """Tell what a split by row would do, and which groups declared splits tear apart."""
+    leaks = row_split_leaks(units.of, num_asked(len(pairs), settings.val_split))
+    is_drawn = settings.val_data is None and "val" not in pairs.declared()
+    if is_drawn and leaks >= 0.5:
+        yield Finding(
+            "row_split", "leaks of a plain split", round(leaks),
+            "validation images would have a copy, or another image of their group, in training if rows were drawn one "
+            "by one",
+        )  # fmt: skip
+    sides = np.full(len(pairs), NO_SPLIT, dtype=np.int8)
+    for code, split in enumerate(SPLITS):
+        rows = pairs.paths.find(splits[split].paths)
+        sides[rows[rows >= 0]] = code
+    torn = crossing(find_units(pairs.groups, no_copies(pairs.paths)).of, sides)
+    if len(torn):
+        yield Finding(
+            "torn_groups", "groups across splits", len(torn),
+            f"images whose group is in more than one split ({printable(pairs.paths[int(torn[0])])}): what a model has "
+            "seen of a group tells nothing of new ones",
+            "declare one split for each group, or none",
+        )  # fmt: skip
 
 
 def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, context_length: int) -> Iterator[Finding]:
