@@ -93,12 +93,16 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
 
 
-def test_what_is_kept_together_and_what_is_not_is_told() -> None:
-    units = Units(np.array([0, 0, 0, 1, 2, 3]), [np.array([3, 4])])
-    found = {each.kind: each.number for each in leaks(units, np.array([0, 1, 0, 0, 1, 2], dtype=np.int8), num_val=2)}
-    # of the 15 ways to draw two of six 3 take both from the first three: 9 + 3 * 2 of 15 images leak
-    assert found == {"crossing_groups": 3, "kept_together": 1, "look_alikes": 2}
-    assert not list(leaks(Units(np.arange(4)), np.array([0, 0, 1, 1], dtype=np.int8), num_val=2))
+def test_what_is_kept_together_and_what_is_not_is_told(tmp_path: Path) -> None:
+    names = draw(tmp_path, [(8, 8)] * 6)
+    rows = [{"image": name, "caption": name, "group": group} for name, group in zip(names, "aabbcd", strict=True)]
+    pairs = load_pairs(make_index(tmp_path, rows))
+    units, sides = Units(np.array([0, 0, 0, 0, 2, 3]), [np.array([3, 4])]), np.array([0, 0, 1, 1, 1, 2], dtype=np.int8)
+    found = {each.kind: each.number for each in leaks(pairs, units, sides, num_drawn=2)}
+    assert found == {"row_split": 1, "look_alikes": 2}  # of two images 4/3 are from the first four
+    sides[0] = 1
+    found = {each.kind: each.number for each in leaks(pairs, Units(units.of), sides, num_drawn=0)}
+    assert found == {"torn_groups": 2}
 
 
 def test_no_chain_of_copies_leaves_out_what_is_near_none_that_stays() -> None:

@@ -14,7 +14,7 @@ from cliptune.data.repeats import batch_cost, perfect_recalls
 from cliptune.data.suspects import Suspect, relative_name
 from cliptune.data.table import SPLITS, BoolArray, CodeArray, IntArray
 from cliptune.data.units import Units, crossing, row_split_leaks
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count, first_few, shown
 
 IDENTICAL, NEAR, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT = (
     "identical", "near-duplicate", "unreadable", "one colour", "tiny", "extreme shape", "other script",
@@ -178,35 +178,36 @@ def num_crossing(sides: CodeArray, pairs: IntArray) -> int:
     return len(np.unique(pairs[(ours != theirs) & (ours >= 0) & (theirs >= 0), 1]))
 
 
-def leaks(units: Units, sides: CodeArray, *, num_val: int) -> Iterator[Finding]:
-    """Yield what the split has to keep together, and where it does not.
+def leaks(pairs: Pairs, units: Units, sides: CodeArray, *, num_drawn: int) -> Iterator[Finding]:
+    """Yield what the split keeps together, and what it does not.
 
     Args:
-        units: of all images, `[N]`.
+        pairs: the data set that is split.
+        units: of its images.
         sides: index in `SPLITS` of each image's split, or -1.
-        num_val: images that validate.
+        num_drawn: validation images that were drawn; 0: they are declared.
     """
-    across = crossing(units.of, sides)
-    if len(across):
-        yield Finding(
-            "crossing_groups", "groups across", len(across),
-            "images whose group, or a copy of which, is in more than one split, as the index declares it",
-            "declare one split for each group and its copies: what was trained on validates nothing",
-        )  # fmt: skip
-    leaked = row_split_leaks(units.of, num_val)
+    leaked = row_split_leaks(units.of, num_drawn) if num_drawn else 0
     if leaked >= 0.5:
         yield Finding(
-            "kept_together", "kept together", round(leaked),
-            f"of {num_val:,} validation images would be copies, or of the group, of training images if images were "
-            "drawn one by one",
-            "" if len(across) else "nothing to do: groups and copies stay on one side",
+            "row_split", "kept together", round(leaked),
+            f"of {num_drawn:,} validation images would have a copy, or another image of their group, in training if "
+            "rows were drawn one by one",
+            "nothing to do: groups and copies stay on one side",
+        )  # fmt: skip
+    torn = crossing(pairs.groups.first_equal(), sides)
+    if len(torn):
+        yield Finding(
+            "torn_groups", "torn groups", len(torn),
+            f"images whose group is in more than one split ({shown(pairs.groups[int(torn[0])], 60)}): what a model has "
+            "seen of a group tells nothing of new ones",
+            "declare one split for each group, or none",
         )  # fmt: skip
     if units.lumps:
-        number = sum(map(len, units.lumps))
         yield Finding(
-            "look_alikes", "look-alikes", number,
-            f"images in {count(len(units.lumps), 'set')} of near-duplicates that are too large to be copies: they are "
-            "not kept on one side",
+            "look_alikes", "look-alikes", sum(map(len, units.lumps)),
+            f"images in {count(len(units.lumps), 'set')} of near-duplicates that are too large to be copies of one "
+            "image: they are not kept together",
             f"look at them in {LIST}; where they are copies, give them one group in the index",
         )  # fmt: skip
 
@@ -381,8 +382,8 @@ def table(findings: Sequence[Finding]) -> Iterator[str]:
     """Lay findings out for reading: the number, what it is, and what to do."""
     for finding in findings:
         number = finding.number
-        shown = "" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:g}"
-        yield f"{finding.name:18}{shown:>10}  {finding.text}"
+        text = "" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:g}"
+        yield f"{finding.name:18}{text:>10}  {finding.text}"
         if finding.advice:
             yield f"{'':30}-> {finding.advice}"
 
