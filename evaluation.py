@@ -51,6 +51,7 @@ from cliptune.run_evaluation import (
     compare_all,
     find_candidates,
     record_of,
+    with_and_without,
 )
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import is_main, main_first, process_group, rank_device, world_size
@@ -80,7 +81,8 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
     # models, and images that none of them was trained on
     candidates = find_candidates(settings.checkpoint, activation=settings.activation)
     data_dirs: list[str | None] = [*dict.fromkeys(settings.data_dir)] or [None]
-    sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
+    chosen_sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
+    sets = [each for chosen in chosen_sets for each in with_and_without(chosen, settings.exclude, candidates)]
     skipped = SkippedData(
         [chosen.pairs for chosen in sets],
         num_images=sum(len(chosen.pairs) for chosen in sets),
@@ -112,7 +114,7 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
             comparisons = [comparison for chosen in sets for comparison in compare_all(chosen, records)]
             values = [record.values for record in records]
             print(class_report(classified) if classified else evaluation_report(values, comparisons))
-            for message in [chosen.note() for chosen in sets] + [skipped.summary() if len(skipped) else None]:
+            for message in [chosen.note() for chosen in chosen_sets] + [skipped.summary() if len(skipped) else None]:
                 if message is not None:
                     logger.warning(message)
             name = "classification_results.json" if classified else "evaluation_results.json"

@@ -327,6 +327,8 @@ class EvaluationResults(Results):
     split: str | None = None
     num_trained_on: Count = 0
     """Of the images: those that the checkpoint's run was trained on."""
+    excluded: dict[str, Count] = {}
+    """What `--exclude` left out of the set: `images`, and `pairs` with these and others."""
     num_left_out: Count = 0
     """Images of the data set that are not among these, since a checkpoint's run was trained on them."""
     intervals: dict[str, Bounds] = {}

@@ -407,6 +407,9 @@ class EvaluationSettings(Settings):
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv); evaluates with and without them; none: with all"
+    )
     include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
     image_dir: ImageDir = None
     image_key: ImageKey = None
