@@ -223,7 +223,7 @@ class Results(Recorded):
     chance: Chance
 
 
-class Gain(Recorded):
+class WatchedVerdict(Recorded):
     """The gain of RSum of one evaluation over another, with its 95% interval."""
 
     gain: Number
@@ -246,8 +246,10 @@ class WatchedResult(Recorded):
     baseline: Recalls
     best: Recalls
     chance: Recalls
-    verdict: Gain | None = None
+    verdict: WatchedVerdict | None = None
     """None: all images are of one group."""
+    merged: bool = False
+    """Equal captions and images count as one, since the captions are classes."""
 
 
 class DriftResult(Recorded):
@@ -284,7 +286,9 @@ class Interpolation(Recorded):
     """Alpha of `interpolated_model.pth`."""
     max_loss: Number
     """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
-    verdict: Gain | None = None
+    merged: bool = False
+    """Equal captions and images count as one on validation, since the captions are classes."""
+    verdict: WatchedVerdict | None = None
     """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
 
 
@@ -442,7 +446,7 @@ def read(path: Path) -> AnyResults:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: AnyResults | DataCheckResults) -> None:
+def write(path: Path, results: Recorded) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

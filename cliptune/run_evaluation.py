@@ -221,7 +221,8 @@ def _of_data_set(
     """Read a data set that was named."""
     assert data_dir is not None
     source = DataSource(
-        data_dir, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
+        data_dir, settings.image_dir, settings.label_key or settings.caption_key, fraction,
+        image_key=settings.image_key,
         captions_from=settings.captions_from, caption_template=settings.caption_template,
     )  # fmt: skip
     pairs = load_pairs(source)
@@ -247,7 +248,7 @@ def _own_validation(
     assert first.config is not None
     data = first.config.data
     source = DataSource(
-        data.data_dir, settings.image_dir or data.image_dir, data.caption_key, fraction,
+        data.data_dir, settings.image_dir or data.image_dir, settings.label_key or data.caption_key, fraction,
         image_key=data.image_key, captions_from=data.captions_from, caption_template=data.caption_template,
     )  # fmt: skip
     source = source if data.val_data is None else source.at(data.val_data)
