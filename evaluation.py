@@ -105,7 +105,8 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
                     classified.append(classify_set(encoder, chosen, task, (candidate, run), note=skipped.note))
                     continue
                 evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
-                records.append(record_of(candidate, chosen, evaluation.to_dict(), ranks=evaluation.ranks, run=run))
+                records.append(record_of(candidate, chosen, evaluation, run=run))
+            del encoder  # one model at a time is in memory
         skipped.agree()
 
         # tables and results
@@ -126,7 +127,7 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
 
 
 def _load(candidate: Candidate, settings: EvaluationSettings, *, command: str) -> tuple[Encoder, results.RunInfo]:
-    """Load a model; one at a time is in memory."""
+    """Load a model, and say what it runs on."""
     device = rank_device(settings.device)
     stored = "auto" if candidate.config is None else candidate.config.training.precision
     precision = resolve_precision(settings.precision or stored, device)

@@ -373,6 +373,8 @@ class Comparison(Recorded):
     split: str | None = None
     before: str
     after: str
+    merged: bool = False
+    """Duplicates are merged, since captions are classes."""
     gain: Number
     """Of RSum, from `before` to `after`."""
     low: Number
