@@ -33,7 +33,7 @@ class Trainable(Protocol):
 def build_optimizer(
     model: Trainable, *, learning_rate: float, backbone_lr_scale: float | None, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with the towers at a rate of their own, see `peak_rates`; no decay on biases, norms, the temperature.
+    """AdamW with the towers at a rate of their own, see `peak_rates`; no decay on biases, norms, temperature.
 
     The groups are named `projection` and `backbone` (their `name` entry), each with and without decay.
     """
@@ -42,8 +42,8 @@ def build_optimizer(
         if parameter.requires_grad:
             part = "backbone" if name.startswith("backbone.") else "projection"
             decay = weight_decay if parameter.ndim >= 2 else 0.0
-            # the temperature apart, since FSDP leaves it whole where the others are sharded
-            groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
+            # the scalars apart, since FSDP leaves them whole where the others are sharded
+            groups.setdefault((part, decay, parameter.ndim == 0), []).append(parameter)
     peaks = peak_rates(model, learning_rate=learning_rate, backbone_lr_scale=backbone_lr_scale)
     rates = dict(zip(("projection", "backbone"), peaks, strict=True))
     return torch.optim.AdamW(
