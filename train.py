@@ -16,6 +16,7 @@ import logging
 import sys
 import uuid
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
+from cliptune.run_loss import make_losses, start_bias
 from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
@@ -106,21 +108,23 @@ def _train(argv: list[str] | None) -> int:
             set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
+        began = {} if resumed is None else resumed.content
+        loss, val_loss = make_losses(config, splits["train"], began)
         data = open_data(
-            config, model, splits, ImageTextDataset, evaluate,
+            config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
 
         # loop, evaluation, results
         trainer = _make_trainer(
-            config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
+            config, model, loss, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        began = {} if resumed is None else resumed.content
         about: dict[str, Any] = {
             "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
             "config": located(config).model_dump(),
             "folder": folder_of(config, began.get("folder", "")),
             "config_file": began.get("config_file", started.file_values),
+            "positives": loss.positives,
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
         }
@@ -218,6 +222,7 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
 def _make_trainer(
     config: Config,
     model: CLIPModel,
+    loss: ContrastiveLoss,
     data: RunData,
     *,
     precision: Precision,
@@ -225,6 +230,7 @@ def _make_trainer(
     parallel: nn.Module | None,
 ) -> MultimodalTrainer:
     settings = config.training
+    start_bias(model, loss, data.loader, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel)
     optimizer = optim.build_optimizer(
         model,
         learning_rate=settings.learning_rate,
@@ -234,7 +240,7 @@ def _make_trainer(
     total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
         model,
-        ContrastiveLoss(),
+        loss,
         optimizer,
         optim.build_scheduler(optimizer, total_steps=total_steps, warmup_fraction=settings.warmup_fraction),
         precision=precision,
@@ -305,8 +311,9 @@ def _open_journal(
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
     is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
     plan = RunPlan(
-        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained
-    )
+        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
+        is_softmax=settings.loss == "infonce",
+    )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
     about = {

@@ -202,6 +202,15 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    loss: Literal["infonce", "siglip"] = Field(
+        "infonce",
+        description="infonce: a softmax over the batch, as CLIP; siglip: a sigmoid a pair, with a learned bias",
+    )
+    positives: Literal["auto", "pair", "image", "caption"] = Field(
+        "auto",
+        description="other texts of a batch that belong to an image. pair: none; image: those of the same image are no "
+        "negatives; caption: those and equal ones are positives; auto: caption where captions repeat, else image",
+    )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
     backbone_lr_scale: NonNegativeFloat | None = Field(

@@ -52,8 +52,8 @@ def parallel_model(model: Any, how: str, device: torch.device) -> nn.Module | No
     # BatchNorm statistics are averaged after an epoch; by default DDP would copy rank 0's before every forward pass
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    # DDP averages the gradient of what requires one now. Those of temperature and bias come from the loss over the batch
-    # of all ranks, and are the whole ones in each of them already
+    # DDP averages the gradient of what requires one now. Those of temperature and bias come from the loss over the
+    # batch of all ranks, and are the whole ones in each of them already
     scalars = [parameter for parameter in _scalars(model) if parameter.requires_grad]
     for parameter in scalars:
         parameter.requires_grad_(False)

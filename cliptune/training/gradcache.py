@@ -24,6 +24,7 @@ from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.sigmoid_loss import SigmoidLoss
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class GradCache:
         scaler: torch.amp.GradScaler,
     ) -> None:
         if loss.needs_bias and model.logit_bias is None:
-            raise ValueError("this loss needs a model with a logit_bias: call its learn_bias() before the optimiser is made")
+            raise ValueError(
+                "this loss needs a model with a logit_bias: call its learn_bias() before the optimiser is made"
+            )
         self.model, self.loss, self.precision, self.size, self.scaler = model, loss, precision, size, scaler
         self.parallel = model if parallel is None else parallel
         # the towers of a sharded model gather weights: there no rank can tell the others that its memory is full
@@ -146,14 +149,15 @@ class GradCache:
         features = zip(*(self._encode(batch, chunk, synchronised=False) for chunk in chunks), strict=True)
         before.restore()  # as if nothing had run
         image_features, text_features = (torch.cat(parts)[: len(tokens)] for parts in features)
+        assert isinstance(self.loss, SigmoidLoss)
         bias = self.loss.initial_bias(image_features, text_features, self.model.logit_scale, **batch.ids())
         self.model.logit_bias.fill_(bias)
         return True
 
-    def _batch(
-        self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None
-    ) -> _Batch:
-        ids = (None if each is None else each.to(self.model.device, non_blocking=True) for each in (image_ids, caption_ids))
+    def _batch(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None) -> _Batch:
+        ids = (
+            None if each is None else each.to(self.model.device, non_blocking=True) for each in (image_ids, caption_ids)
+        )
         return _Batch(images, tokens, *ids)
 
     def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,8 @@ class RunPlan(NamedTuple):
     warmup_steps: int
     is_pretrained: bool = False
     """The model as loaded has been trained on images and captions before."""
+    is_softmax: bool = True
+    """The training loss of features that tell nothing is ln(batch size)."""
 
     @property
     def total_steps(self) -> int:
@@ -286,7 +288,8 @@ class Journal:
         # of epochs that began after the warm-up: before, a loss at chance is no news
         warm = [record for before, record in pairwise(history) if before["step"] >= plan.warmup_steps]
         losses = [record["train_loss"] for record in warm]
-        train_chance = chance_loss(plan.pairs_per_epoch, plan.batch_size)
+        # 0: unknown, and no loss is stuck there
+        train_chance = chance_loss(plan.pairs_per_epoch, plan.batch_size) if plan.is_softmax else 0.0
         stuck, carried = stuck_loss(losses, train_chance), None
         if _is_at_chance(history[1:], state):
             val_losses = [record["val_loss"] for record in warm]

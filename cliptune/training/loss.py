@@ -152,7 +152,8 @@ class _Targets:
         """Return the sum of targets times logits of each row, `[rows]`."""
         if self.parts is None:
             return 2 * self.logits.matches(values, rows)
-        return torch.linalg.vecdot(values, self._of(rows))
+        wanted: Tensor = torch.linalg.vecdot(values, self._of(rows))
+        return wanted
 
     def subtract_from(self, weights: Tensor, rows: slice) -> None:
         """Take the targets from `[rows, B]`, in place."""

@@ -69,12 +69,12 @@ class SigmoidLoss(ContrastiveLoss):
         image_ids: Tensor | None = None,
         caption_ids: Tensor | None = None,
     ) -> float:
-        """Return the bias at which the mean probability is the fraction of positives: 1 / B where no caption comes twice.
+        """Return the bias at which the mean probability is the fraction of positives: 1 / B where each has one.
 
-        There the bias has no gradient: the loss begins with what the features tell, and not with tens of thousands of
-        negatives that are all believed. That depends on the model's scale and cosines, so they are measured. A fixed
-        bias of -10 fits cosines around 0 and a scale of 10; with a scale of 100 and cosines of 0.2 between images and
-        texts that do not belong together, the usual ones of OpenAI's models, each of these has a probability of nearly 1.
+        There the bias has no gradient: the loss begins with what the features tell, and not with thousands of negatives
+        that are all believed. That depends on the model's scale and cosines, so they are measured. A fixed bias of -10
+        fits cosines around 0 and a scale of 10; with a scale of 100 and cosines of 0.2 between images and texts that do
+        not belong together, as OpenAI's models have, each of these has a probability of nearly 1.
 
         Arguments as `forward`'s; a collective if the loss is.
         """
