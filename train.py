@@ -44,9 +44,12 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
+from cliptune.run_interpolation import look_back
 from cliptune.run_loss import make_losses, start_bias
 from cliptune.run_model import find_run_weights, make_model, place_model
+from cliptune.run_recipe import apply_recipe
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
+from cliptune.run_watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -55,7 +58,7 @@ from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
-from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
+from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.journal import Journal, RunPlan, describe_model
@@ -101,6 +104,8 @@ def _train(argv: list[str] | None) -> int:
             splits, snapshots = (
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
+        if resumed is None:
+            config = apply_recipe(config, started, splits=splits, weights=weights)
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
@@ -114,6 +119,7 @@ def _train(argv: list[str] | None) -> int:
             config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
+        data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
@@ -140,11 +146,12 @@ def _train(argv: list[str] | None) -> int:
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
+        found = _look_back(config, model, data, state=state, journal=journal) if code == 0 else []
         if is_main() and code == 0:
             verify_best(state, files, run_id=about["run_id"])
             for figure in draw_figures(files.results):
                 logger.info("figure: %s", figure)
-            print(journal.summary(state))
+            print("\n".join([journal.summary(state), *found]))
     return code
 
 
@@ -187,12 +194,14 @@ def _fit(
                 means = state.train_means()
                 journal.begin_validation()
                 # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
-                with stop.interruptible():
-                    evaluation = data.validate()
+                with stop.interruptible(), trainer.averaged():
+                    evaluation, watched = data.validate(), data.watch.evaluate()
                 data.skipped.agree()
                 evaluation = broadcast(evaluation)  # so that all ranks decide the same
                 improved = state.finish_epoch(
-                    evaluation.to_dict(), means=means, rates=optim.rates_of(trainer.optimizer)
+                    evaluation.to_dict() | data.watch.records(watched),
+                    means=means,
+                    rates=optim.rates_of(trainer.optimizer),
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
@@ -219,6 +228,18 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     return end.exit_code
 
 
+def _look_back(config: Config, model: CLIPModel, data: RunData, *, state: RunState, journal: Journal) -> list[str]:
+    """Compare the best model with the one as loaded, and with what lies between; return what there is to say of it."""
+    found = look_back(
+        config, model, data, journal.files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+        complete=add_self_test,
+    )  # fmt: skip
+    if found.values:
+        journal.about |= found.values
+        journal.write_results(state, finished=True)
+    return found.lines
+
+
 def _make_trainer(
     config: Config,
     model: CLIPModel,
@@ -236,6 +257,7 @@ def _make_trainer(
         learning_rate=settings.learning_rate,
         backbone_lr_scale=settings.backbone_lr_scale,
         weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
     )
     total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
@@ -254,6 +276,7 @@ def _make_trainer(
             interval=config.run.log_interval,
             name_samples=data.name_samples,
         ),
+        ema=settings.ema,
     )
 
 
@@ -346,7 +369,8 @@ def _open_journal(
     if world_size() > 1:
         logger.info("%d ranks (%s), each with its part of a batch", world_size(), config.run.parallel)
     frozen = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
-    logger.info("peak rates: projection layers %.3g, towers %.3g%s", *peaks, frozen)
+    logger.info("peak rates: %s%s", optim.describe_rates(trainer.optimizer), frozen)
+    is_odd_rate_usual = model.starts_random or len(model.frozen_towers) == 2 or model.lora is not None
     journal.advise(
         small_validation=small_validation(len(val)),
         long_warmup=long_warmup(
@@ -354,7 +378,10 @@ def _open_journal(
             total_steps=plan.total_steps,
             patience_steps=settings.early_stopping_patience * steps,
         ),
-        tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
+        tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
+        held_random_start=held_random_start(
+            starts_random=model.starts_random, is_held=bool(config.model.lora_rank or config.model.train_layers)
+        ),
     )
     return journal
 

@@ -143,7 +143,7 @@ def compute_losses(folder: Path) -> None:
             model.learn_bias()
         images, tokens, image_ids = make_batch(plain, size)
         caption_ids = torch.arange(size) % 6  # equal ones lie in other ranks
-        features = plain(images, tokens)
+        features: tuple[Tensor, Tensor] = plain(images, tokens)
         alike = {"image_ids": image_ids, "caption_ids": caption_ids}
         parallel = parallel_model(model, how, CPU)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
