@@ -142,7 +142,12 @@ def _train(argv: list[str] | None) -> int:
         )
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
-            journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
+            journal.advise(
+                **_odd_data(
+                    config, splits, snapshots,
+                    context_length=model.architecture.context_length, positives=loss.positives,
+                )
+            )  # fmt: skip
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -386,7 +391,9 @@ def _open_journal(
     return journal
 
 
-def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int) -> dict[str, str | None]:
+def _odd_data(
+    config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int, positives: str
+) -> dict[str, str | None]:
     """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
     found = data_findings(
         splits,
@@ -396,6 +403,8 @@ def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_l
         every_pair=config.data.captions == "all",
         context_length=context_length,
     )
+    if positives == "caption":
+        found.pop("repeated_captions", None)  # they do no harm
     return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 

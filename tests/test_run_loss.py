@@ -53,7 +53,9 @@ def test_repeated_captions_are_positives_unless_told_otherwise(
     ):
         capsys.readouterr()
         files = run(data, tmp_path / name, *flags)
-        assert f"loss infonce, positives {expected}" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"loss infonce, positives {expected}" in said
+        assert ("meet their own caption with another image" in said) == (name == "pair")
         assert load_checkpoint(files.last)["positives"] == expected.split()[0]
         results = results_of(files)
         losses[name] = [(record.train_loss, record.val_loss) for record in results.history]

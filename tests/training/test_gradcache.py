@@ -154,7 +154,9 @@ def test_micro_batches_know_all_positives_of_the_batch(kind: str, positives: str
     images, tokens, image_ids = make_batch(model, 21)
     ids = {"image_ids": image_ids, "caption_ids": torch.arange(21) % 6}
     image_features, text_features = model(images, tokens)
-    reference_loss(kind, positives, image_features, text_features, model.logit_scale, model.logit_bias, **ids).backward()
+    reference_loss(
+        kind, positives, image_features, text_features, model.logit_scale, model.logit_bias, **ids
+    ).backward()
     wanted = gradients_of(model)
     assert ("logit_bias" in wanted) == (kind == "siglip")
     loss = {"infonce": ContrastiveLoss, "siglip": SigmoidLoss}[kind](positives=positives)
