@@ -42,6 +42,8 @@ class RunPlan(NamedTuple):
     warmup_steps: int
     is_pretrained: bool = False
     """The model as loaded has been trained on images and captions before."""
+    is_softmax: bool = True
+    """The training loss of features that tell nothing is ln(batch size)."""
 
     @property
     def total_steps(self) -> int:
@@ -77,7 +79,8 @@ class Journal:
         self.device, self.interval = device, interval
         self.review = Review(
             warmup_steps=plan.warmup_steps,
-            train_chance=chance_loss(plan.pairs_per_epoch, plan.batch_size),
+            # 0: unknown, and no loss is stuck there
+            train_chance=chance_loss(plan.pairs_per_epoch, plan.batch_size) if plan.is_softmax else 0.0,
             is_pretrained=plan.is_pretrained,
             past=_whole_epochs(state),
             chance=state.best.get("chance"),
