@@ -15,7 +15,9 @@ if __name__ == "__main__":
 import logging
 import sys
 import uuid
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ from cliptune.training import optim
 from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
+from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.memory import fitting_size
 from cliptune.training.meters import StepWatch
@@ -151,7 +154,7 @@ def _train(argv: list[str] | None) -> int:
 def _fit(
     config: Config, data: RunData, trainer: MultimodalTrainer, *, state: RunState, journal: Journal, saver: Saver
 ) -> int:
-    """Evaluate the model as loaded, then train epoch by epoch until the last one, the early stop or a signal.
+    """Evaluate the model as loaded, then train until the last epoch, the early stop or a signal.
 
     SIGTERM, SIGINT and SIGHUP stop it after the step that they come in, and its state is saved.
 
@@ -163,8 +166,9 @@ def _fit(
     """
     settings, device, code = config.training, trainer.model.device, 0
     limits, stop = (settings.num_epochs, settings.early_stopping_patience), StopSignals()
-    if state.history and (ending := state.ending(*limits)):
-        logger.info("nothing is left to train: %s", ending)
+    nothing_is_left = bool(state.history) and state.ending(*limits) is not None
+    validation = Interval(every_steps=settings.validate_every_steps, every_seconds=settings.validate_every_seconds)
+    batches: Iterator[Any] | None = None
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
         try:
@@ -173,8 +177,11 @@ def _fit(
                 stop.check()
                 state.begin_epoch(device)
                 journal.begin_epoch(state)
-                batches = data.loader.epoch(state.epoch, start=state.num_batches) if state.epoch else ()
-                for step in trainer.steps(stop.interruptible_items(batches)):
+                if batches is None:  # else the epoch goes on after an evaluation within it
+                    epoch = data.loader.epoch(state.epoch, start=state.num_batches) if state.epoch else ()
+                    batches = stop.interruptible_items(epoch)
+                is_due = partial(_is_validation_due, validation, state, steps_per_epoch=len(data.loader))
+                for step in trainer.steps(items_until(is_due, batches)):
                     state.add(step)
                     journal.log_step(step)
                     data.note_issues(step.issues)
@@ -183,25 +190,40 @@ def _fit(
                     if saver.is_due(state.step) and state.num_batches < len(data.loader):
                         saver.save(state)
                     stop.check()
-                trainer.settle()
-                means = state.train_means()
-                journal.begin_validation()
-                # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
-                with stop.interruptible():
-                    evaluation = data.validate()
-                data.skipped.agree()
-                evaluation = broadcast(evaluation)  # so that all ranks decide the same
-                improved = state.finish_epoch(
-                    evaluation.to_dict(), means=means, rates=optim.rates_of(trainer.optimizer)
-                )
+                improved = _evaluate(data, trainer, stop, state=state, journal=journal)
+                validation.restart()
+                batches = batches if state.totals is not None else None
                 saver.save(state, best=improved)
-                journal.log_epoch(state, improved=improved)
-            if len(state.history) <= settings.num_epochs:
+                journal.log_evaluation(state, improved=improved)
+            if nothing_is_left:
+                logger.info("nothing is left to train: %s", ending)
+            elif state.epochs_done < settings.num_epochs:
                 logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
         except (Stopped, KilledWorkerError) as end:
             code = _end_early(end, data, state=state, saver=saver)
     return code
+
+
+def _is_validation_due(interval: Interval, state: RunState, *, steps_per_epoch: int) -> bool:
+    """Tell whether to evaluate within the epoch before the next step: also in a run that was stopped in doing so."""
+    return 0 < state.num_batches < steps_per_epoch and not state.is_evaluated and interval.is_due(state.step)
+
+
+def _evaluate(
+    data: RunData, trainer: MultimodalTrainer, stop: StopSignals, *, state: RunState, journal: Journal
+) -> bool:
+    """Evaluate the model and record what comes; tell whether it is the best so far."""
+    trainer.settle()
+    means = state.train_means()
+    journal.begin_validation()
+    # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again
+    with stop.interruptible():
+        evaluation = data.validate()
+    data.skipped.agree()
+    evaluation = broadcast(evaluation)  # so that all ranks decide the same
+    rates = optim.rates_of(trainer.optimizer)
+    return state.add_evaluation(evaluation.to_dict(), means=means, rates=rates, steps_per_epoch=len(data.loader))
 
 
 def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:
@@ -335,7 +357,7 @@ def _restore(
     state = saver.restore(*resumed)
     if is_main():
         settle_models(state, saver, state_path=resumed.path)
-    state.best, state.best_epoch = broadcast((state.best, state.best_epoch))
+    state.best, state.best_epoch, state.best_step = broadcast((state.best, state.best_epoch, state.best_step))
     if has_changed:
         if is_sharded(trainer.model):
             raise ValueError("--allow_data_change does not go with --parallel fsdp: resume once without it")
@@ -360,8 +382,9 @@ def _open_journal(
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
     is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
     plan = RunPlan(
-        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained
-    )
+        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
+        settings.validate_every_steps, settings.validate_every_seconds,
+    )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
     about = {
@@ -400,7 +423,7 @@ def _open_journal(
         long_warmup=long_warmup(
             warmup_steps=warmup_steps,
             total_steps=plan.total_steps,
-            patience_steps=settings.early_stopping_patience * steps,
+            patience_steps=settings.early_stopping_patience * min(steps, settings.validate_every_steps or steps),
         ),
         tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
     )

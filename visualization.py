@@ -35,6 +35,7 @@ from cliptune.results import (
     Metrics,
     Results,
     TrainingResults,
+    shown_epoch,
 )
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.messages import count, printable, shorten, shown
@@ -114,7 +115,8 @@ def training_curves_figure(results: TrainingResults) -> Figure:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _finish(axes, legend_columns=1)
-    epochs = count(results.history[-1].epoch, "epoch")
+    last = results.history[-1].epoch
+    epochs = count(last, "epoch") if isinstance(last, int) else f"{shown_epoch(last)} epochs"
     _set_title(figure, f"{shown(results.model_name, MAX_NAME)}, {epochs}: {_verdict(results)}")
     return figure
 
@@ -124,7 +126,7 @@ def model_metrics_figure(results: TrainingResults) -> Figure:
     title, histograms = f"{shown(results.model_name, MAX_NAME)}: {_verdict(results)}", results.histograms
     if results.best_epoch == 0:  # then the two are one and the same
         return _metrics_figure(results, {"as loaded": results.baseline}, [histograms.best], title=title)
-    columns = {"as loaded": results.baseline, f"final (epoch {results.best_epoch})": results.metrics}
+    columns = {"as loaded": results.baseline, f"final (epoch {shown_epoch(results.best_epoch)})": results.metrics}
     return _metrics_figure(results, columns, [histograms.baseline, histograms.best], title=title)
 
 
@@ -156,7 +158,7 @@ def _metrics_figure(
 
 def _verdict(results: TrainingResults) -> str:
     best = results.best_epoch
-    return f"epoch {best} is the best" if best else "no epoch beat the model as loaded"
+    return f"epoch {shown_epoch(best)} is the best" if best else "no epoch beat the model as loaded"
 
 
 def _gap(metrics: Metrics) -> str:
@@ -227,7 +229,13 @@ def _draw_loss(axes: Axes, results: TrainingResults) -> None:
     _draw_curve(axes, history, "val_loss", label="validation", color=ORANGE)
     value = next(record.val_loss for record in history if record.epoch == results.best_epoch)
     mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
-    axes.plot([results.best_epoch], [value], color=GREEN, label=f"best epoch (RSum): {results.best_epoch}", **mark)
+    axes.plot(
+        [results.best_epoch],
+        [value],
+        color=GREEN,
+        label=f"best epoch (RSum): {shown_epoch(results.best_epoch)}",
+        **mark,
+    )
     # A model that cannot tell the pairs of a batch apart has a loss of ln(its size). Validation counts full batches of
     # the training's size, but a smaller set is one batch: 6 images have ln 6 = 1.79, whatever the batch size.
     validation = results.chance.val_loss

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "image_dir", "val_data", "allow_data_change",
-    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
+    "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers", "device", "precision",
+    "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
 }  # fmt: skip
@@ -46,7 +47,7 @@ HELP_GROUPS = {
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
     "training": (
         "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
-        "skip_nonfinite", "seed",
+        "validate_every", "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -59,7 +60,7 @@ HELP_GROUPS = {
 
 METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "pretrained": "FILE", "results": "FILE",
-    "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+    "resume": "FILE", "to_shards": "DIR", "val_data": "PATH", "validate_every": "N|TIME",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
@@ -36,6 +36,14 @@ _TRAINING_ONLY_KEYS = ("history", "baseline", "best_epoch")
 # what is larger cannot be drawn, and no run comes near it
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+# whole numbers stay whole ones, so that a file says "epoch": 3
+Place = Annotated[
+    Number,
+    Field(ge=0),
+    AfterValidator(lambda place: int(place) if place.is_integer() else place),
+    PlainSerializer(lambda place: place),
+]
+"""Epochs that are done, a fraction within one."""
 
 
 class Recorded(BaseModel):
@@ -84,11 +92,12 @@ class Metrics(Recalls):
 
 
 class EpochRecord(Metrics):
-    """One entry of a run's history: the state after an epoch; epoch 0 is the model as loaded."""
+    """One entry of a run's history, an evaluation: after an epoch or within one; epoch 0 is the model as loaded."""
 
-    epoch: Count
+    epoch: Place
     step: Count
     train_loss: Number | None
+    """Mean over the pairs since the evaluation before, in nats."""
     train_accuracy: Number | None
     """In-batch accuracy in percent: a training curve, not a result."""
     learning_rate: Number
@@ -190,9 +199,9 @@ class Results(Recorded):
 
 
 class TrainingResults(Results):
-    """`results/training_results.json`; `metrics` are those of the best epoch."""
+    """`results/training_results.json`; `metrics` are those of the best evaluation."""
 
-    best_epoch: Count
+    best_epoch: Place
     baseline: Metrics
     histograms: RunHistograms
     peak_memory_gb: dict[str, Number] = {}
@@ -250,6 +259,11 @@ def write(path: Path, results: TrainingResults | EvaluationResults) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))
+
+
+def shown_epoch(epoch: float) -> str:
+    """Return the place of an evaluation as people read it: `3`, or `2.25` within epoch 3."""
+    return f"{epoch:,}" if isinstance(epoch, int) else f"{epoch:,.2f}"
 
 
 def command_line(stage: str, argv: list[str] | None) -> str:

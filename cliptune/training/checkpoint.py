@@ -16,10 +16,11 @@ from typing import Any
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
 from cliptune.model.parallel import whole
-from cliptune.runtime.distributed import any_rank, is_main
+from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import has_link, read_json_object, remove_partial_files, size_on_disk
 from cliptune.runtime.lock import exclusive
 from cliptune.runtime.messages import one_line
+from cliptune.training.intervals import Interval
 from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -184,17 +185,11 @@ class Saver:
         self._writer = CheckpointWriter(
             files, run_id=about.get("run_id", ""), fixed=fixed, keep=keep, complete=complete, clock=clock
         )
-        self.every_steps, self.every_seconds, self._clock = every_steps, every_seconds, clock
-        self._saved_at = clock()
+        self._interval = Interval(every_steps=every_steps, every_seconds=every_seconds, clock=clock)
 
     def is_due(self, step: int) -> bool:
         """Tell whether a state should be saved after this step, in all ranks or in none."""
-        if self.every_steps is not None:
-            return step % self.every_steps == 0
-        if self.every_seconds is None:
-            return False
-        # the main rank's clock decides
-        return any_rank(is_main() and self._clock() - self._saved_at >= self.every_seconds)
+        return self._interval.is_due(step)
 
     def save(self, state: RunState, *, best: bool = False) -> None:
         """Save the state to resume from, and at first the model as loaded; `best`: save the model as the best one, too.
@@ -212,7 +207,7 @@ class Saver:
         states |= {self.files.best: content} if best else {}
         if is_main():
             self._writer.save(states)
-        self._saved_at = self._clock()
+        self._interval.restart()
 
     def restore(self, path: Path, content: dict[str, Any]) -> RunState:
         """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cliptune import results
-from cliptune.results import RECALL_KEYS
+from cliptune.results import RECALL_KEYS, shown_epoch
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
@@ -51,11 +51,21 @@ class RunPlan(NamedTuple):
     warmup_steps: int
     is_pretrained: bool = False
     """The model as loaded has been trained on images and captions before."""
+    validate_every_steps: int | None = None
+    """Steps between two evaluations within an epoch; None: there are none by steps."""
+    validate_every_seconds: float | None = None
 
     @property
     def total_steps(self) -> int:
         """Steps of all epochs."""
         return self.num_epochs * self.steps_per_epoch
+
+    def steps_between_evaluations(self, seconds_per_step: float) -> int:
+        """Return how many steps there are between two evaluations, at most."""
+        steps = self.validate_every_steps or self.steps_per_epoch
+        if self.validate_every_seconds is not None:
+            steps = math.ceil(self.validate_every_seconds / max(seconds_per_step, 1e-9))
+        return min(steps, self.steps_per_epoch)
 
 
 class Journal:
@@ -119,7 +129,7 @@ class Journal:
                 logger.warning(finding)
 
     def begin_epoch(self, state: RunState) -> None:
-        """Start the clock of an epoch, or of the rest of one; and its progress bar, if it trains."""
+        """Start the clock of an epoch, or of what is left of it; and its progress bar, if it trains."""
         self._epoch = state.epoch
         self._line_at = self._epoch_at = time.monotonic()
         self._num_steps = self._num_pairs = 0
@@ -155,14 +165,14 @@ class Journal:
             self._steps.flush()  # to the system: a killed run keeps its lines
 
     def begin_validation(self) -> None:
-        """Stop the clock and the progress bar of an epoch's steps."""
+        """Stop the clock and the progress bar of the steps."""
         self.flush()
         self._bar.close()
         self._validation_at = time.monotonic()
         self._train_seconds = self._validation_at - self._epoch_at
 
-    def log_epoch(self, state: RunState, *, improved: bool) -> None:
-        """Tell of an epoch that is done, and of what its numbers say about the run."""
+    def log_evaluation(self, state: RunState, *, improved: bool) -> None:
+        """Tell of an evaluation, and of what its numbers say about the run."""
         self._validation_seconds = time.monotonic() - self._validation_at
         if is_main():
             record = state.history[-1]
@@ -175,12 +185,12 @@ class Journal:
         self._review(state)
 
     def _open_files(self, state: RunState) -> None:
-        """Write the epochs that are done, and open what the steps are written to."""
+        """Write the evaluations so far, and open what the steps are written to."""
         write_text(self.files.history, "".join(json.dumps(record) + "\n" for record in state.history))
         self._steps = self.files.steps.open("a", encoding="utf-8")
 
     def _append_history(self, state: RunState) -> None:
-        """Add the last epoch to `history.jsonl`; what somebody has removed meanwhile is begun again."""
+        """Add the last evaluation to `history.jsonl`; what somebody has removed meanwhile is begun again."""
         removed = sorted(path for path in self._written if not path.exists())
         if removed:
             self._steps.close()
@@ -219,7 +229,7 @@ class Journal:
     def summary(self, state: RunState) -> str:
         """Lay the result beside the model as loaded."""
         first, best, chance = state.baseline["metrics"], state.best["metrics"], state.best["chance"]
-        lines = ["", f"{'':24}{'as loaded':>12}{f'epoch {state.best_epoch}':>12}{'chance':>12}"]
+        lines = ["", f"{'':24}{'as loaded':>12}{f'epoch {shown_epoch(state.best_epoch)}':>12}{'chance':>12}"]
         lines += [f"{key:24}{first[key]:12.1f}{best[key]:12.1f}{chance[key]:12.1f}" for key in (*RECALL_KEYS, "rsum")]
         lines += [
             f"{key:24}{first[key]:12.3g}{best[key]:12.3g}"
@@ -253,11 +263,11 @@ class Journal:
             self._bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *peak]))
 
     def _seconds_left(self, step: int, seconds: float) -> float:
-        """Estimate how long the rest of the run takes from the `seconds` of this epoch's steps so far."""
+        """Estimate how long the rest of the run takes from the `seconds` of the steps since the last evaluation."""
         # 5 steps of 72 s, and the validations of this epoch and the next at 6 s each: 372 s
-        steps_left = max(self.plan.total_steps - step, 0)
-        validations_left = math.ceil(steps_left / self.plan.steps_per_epoch)
-        return steps_left * seconds / max(self._num_steps, 1) + validations_left * self._validation_seconds
+        steps_left, seconds_per_step = max(self.plan.total_steps - step, 0), seconds / max(self._num_steps, 1)
+        validations_left = math.ceil(steps_left / self.plan.steps_between_evaluations(seconds_per_step))
+        return steps_left * seconds_per_step + validations_left * self._validation_seconds
 
     def _epoch_line(self, record: dict[str, Any], *, improved: bool) -> str:
         trained = pace = ""
@@ -270,13 +280,17 @@ class Journal:
             accuracy = f"accuracy {record['train_accuracy']:.1f}% in batches of {self.plan.batch_size}"
             trained = f"loss {record['train_loss']:.3f}, {accuracy}, "
         return (
-            f"epoch {record['epoch']}: {trained}val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
+            f"epoch {shown_epoch(record['epoch'])}: {trained}"
+            f"val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
             f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{pace}"
         )
 
     def _review(self, state: RunState) -> None:
-        """Warn of an epoch whose numbers say that the run goes wrong."""
-        plan, history, chance = self.plan, state.history, state.best["chance"]
+        """Warn of an epoch whose numbers say that the run goes wrong; not of a part of one."""
+        if not isinstance(state.history[-1]["epoch"], int):
+            return
+        plan, chance = self.plan, state.best["chance"]
+        history = [record for record in state.history if isinstance(record["epoch"], int)]
         first = history[0]
         if len(history) == 1:
             if plan.is_pretrained:

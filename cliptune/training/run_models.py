@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 from cliptune.model.checkpoint_fields import STATE_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.results import shown_epoch
 from cliptune.runtime.files import atomic_writer, has_link
 from cliptune.runtime.messages import count, one_line
 from cliptune.training.checkpoint import RunFiles, Saver
@@ -20,15 +22,17 @@ TRAINING_KEYS = set(STATE_KEYS) - {"starts_random", "holds_batchnorm"}
 """Of a checkpoint, what its model does without."""
 
 
-def why_not(path: Path, *, run_id: str, epoch: int) -> str:
-    """Say why a file is not the model that a run had after an epoch; nothing if it is."""
+def why_not(path: Path, *, run_id: str, epoch: float, step: int) -> str:
+    """Say why a file is not the model that a run had at an evaluation; nothing if it is."""
     try:
         content = load_checkpoint(path)
     except (ValueError, OSError) as error:
         return one_line(error)
     if content.get("run_id", "") != run_id:
         return f"{path} is another run's"
-    return "" if content["epoch"] == epoch else f"{path} is of epoch {content['epoch']}"
+    if content["epoch"] != math.ceil(epoch):  # an evaluation at 2.25 was within epoch 3
+        return f"{path} is of epoch {content['epoch']}"
+    return "" if content["global_step"] == step else f"{path} is of step {content['global_step']}"
 
 
 def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
@@ -44,27 +48,28 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
     """
     files, run_id = saver.files, saver.about["run_id"]
     origin = state_path.parent
-    for path, epoch in ((files.loaded, 0), (files.best, state.best_epoch)):
-        reason = why_not(path, run_id=run_id, epoch=epoch)
+    for path, epoch, step in ((files.loaded, 0.0, 0), (files.best, state.best_epoch, state.best_step)):
+        wanted: Any = {"run_id": run_id, "epoch": epoch, "step": step}
+        reason = why_not(path, **wanted)
         if reason and path.exists():
             aside = path.with_name(f"{path.stem}.aside.pth")
             while aside.exists():  # of an earlier start
                 aside = aside.with_name(f"{aside.stem}+.pth")
             path.rename(aside)
             logger.warning("%s; that file is now %s", reason, aside)
-        if reason and not why_not(origin / path.name, run_id=run_id, epoch=epoch):
+        if reason and not why_not(origin / path.name, **wanted):
             _link_or_copy(origin / path.name, path)
-    if not files.best.exists() and state.totals is None and state.epoch == state.best_epoch:
+    if not files.best.exists() and state.step == state.best_step:
         content = load_checkpoint(state_path)  # whose weights are the best ones
         save_checkpoint(files.best, {key: value for key, value in content.items() if key not in TRAINING_KEYS})
     if not files.best.exists() and files.loaded.exists():
         if state.best_epoch:
             logger.warning(
-                "the best model so far, of epoch %d, is not there any more: it is again the model as loaded, until an "
+                "the best model so far, of epoch %s, is not there any more: it is again the model as loaded, until an "
                 "epoch is better",
-                state.best_epoch,
+                shown_epoch(state.best_epoch),
             )
-        state.best, state.best_epoch = state.baseline, 0
+        state.best, state.best_epoch, state.best_step = state.baseline, 0, 0
         _link_or_copy(files.loaded, files.best)
     for path in (files.best, files.loaded):
         if not path.exists():
@@ -77,11 +82,11 @@ def verify_best(state: RunState, files: RunFiles, *, run_id: str) -> None:
     Raises:
         OSError: it is not; says why.
     """
-    reason = why_not(files.best, run_id=run_id, epoch=state.best_epoch)
+    reason = why_not(files.best, run_id=run_id, epoch=state.best_epoch, step=state.best_step)
     if reason:
         raise OSError(
-            f"the run has ended after {count(len(state.history) - 1, 'epoch')}, but its best model, of epoch "
-            f"{state.best_epoch}, is not in {files.best}: {reason}. {files.last} is the last one"
+            f"the run has ended after {count(len(state.history) - 1, 'evaluation')}, but its best model, of epoch "
+            f"{shown_epoch(state.best_epoch)}, is not in {files.best}: {reason}. {files.last} is the last one"
         )
 
 
