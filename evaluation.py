@@ -42,6 +42,7 @@ from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs
 from cliptune.features.metrics import chance_level, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
+from cliptune.features.tables import metrics_table
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
 from cliptune.model.checkpoint_file import checkpoint_in, load_checkpoint
 from cliptune.model.weights import own_weights
@@ -94,7 +95,7 @@ def _evaluate_checkpoint(argv: list[str] | None) -> int:
         evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
         skipped.agree()
         if is_main():
-            print(metrics_table(evaluation))
+            print(metrics_table(evaluation.to_dict()))
             if chosen.num_trained_on:
                 print(f"{'trained on':22}{chosen.num_trained_on:8,}   of these images")
             if len(skipped):
@@ -302,33 +303,6 @@ def validation_loss(encoded: Encoded, logit_scale: Tensor, *, batch_size: int) -
         batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]]
         losses.append(loss(*(features.to(logit_scale.device) for features in batch), logit_scale))
     return torch.stack(losses).mean().item()
-
-
-def metrics_table(evaluation: Evaluation) -> str:
-    """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed."""
-    metrics, chance = evaluation.metrics, evaluation.chance
-    head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
-    size = f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}"
-    if any(evaluation.skipped.values()):
-        left_out = (count(number, kind[:-1]) for kind, number in evaluation.skipped.items() if number)
-        size += f" (without {' and '.join(left_out)} that cannot be used)"
-    lines = [size, "", head]
-    for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
-        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in results.RECALLS)
-        ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
-        lines.append(f"{name:22}{recalls}{ranks}")
-        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in results.RECALLS))
-    lines += [
-        "",
-        f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most 600)",
-        f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
-        f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
-        f"{'gap':22}{metrics['similarity_gap']:8.3f}",
-        "",
-        f"{'images/s':22}{evaluation.throughput['images_per_second']:8.1f}",
-        f"{'texts/s':22}{evaluation.throughput['texts_per_second']:8.1f}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from cliptune.cli import check_command_line, load_config, run_stage, stored_config
-from cliptune.settings import DEFAULT_MODEL_NAME, Config
+from cliptune.settings import Config
 
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
 
-import torch
 from torch import nn
 
-from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
 from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
-from cliptune.model.architectures import known_architecture
-from cliptune.model.parallel import is_sharded, parallel_model
-from cliptune.model.positions import resized
-from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
+from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
 from cliptune.run_data import (
     RunData,
@@ -45,13 +41,13 @@ from cliptune.run_data import (
     folder_of,
     is_other_data,
     located,
-    num_views,
     open_data,
     read_data,
     reread_data,
 )
+from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
-from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
+from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
@@ -64,7 +60,6 @@ from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
-from cliptune.training.memory import fitting_size
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.run_models import evaluate_anew, settle_models, verify_best
@@ -99,7 +94,8 @@ def _train(argv: list[str] | None) -> int:
         keep_freed_memory()
 
         # data and model
-        weights = _find_weights(config, started.given, resumed)  # a wrong name or file is told before any data is read
+        # a wrong name or file is told before any data is read
+        weights = find_run_weights(config, started.given, resumed)
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
         with main_first():
@@ -107,12 +103,12 @@ def _train(argv: list[str] | None) -> int:
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
         with main_first():  # the other ranks find the weights downloaded
-            model = _make_model(config, weights, resumed)
+            model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
         if is_main():
             set_aside_earlier_run(files, config, resumed)
 
-        parallel, micro_batch_size = _place_model(config, model, precision=precision, device=device)
+        parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
         data = open_data(
             config, model, splits, ImageTextDataset, evaluate,
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
@@ -239,57 +235,6 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     if isinstance(end, KilledWorkerError):
         raise end
     return end.exit_code
-
-
-def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None) -> str | Weights:
-    """Read the weights' file if one is named; else check the model's name, and leave the download for later."""
-    settings = config.model
-    if resumed is not None:  # the checkpoint holds architecture and weights; nothing else is needed
-        return own_weights(resumed.content, resumed.path)
-    if settings.pretrained in NAMED_WEIGHTS:
-        resized(known_architecture(settings.name), **settings.sizes())
-        return settings.pretrained
-    chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
-    name = settings.name if chosen else None  # which a file may contradict without a warning
-    weights = find_weights(name, settings.pretrained, activation=settings.activation)
-    if weights is not None:
-        resized(weights.architecture, **settings.sizes())
-    return weights or settings.pretrained
-
-
-def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
-    settings = config.model
-    model = CLIPModel(
-        settings.name, settings.projection_dim, settings.freeze_backbone, weights,
-        activation=settings.activation, freeze_tower=settings.freeze_tower,
-        **settings.sizes(),
-    )  # fmt: skip
-    if resumed is not None:
-        model.starts_random = resumed.content["starts_random"]
-        model.holds_batchnorm = resumed.content["holds_batchnorm"]
-    return model
-
-
-def _place_model(
-    config: Config, model: CLIPModel, *, precision: Precision, device: torch.device
-) -> tuple[nn.Module | None, int | None]:
-    """Bring the model to its device, or its shards to their ranks.
-
-    Returns:
-        What runs it in several ranks, and how many pairs a rank has in memory at once; None: all of its part.
-    """
-    if config.training.compile and can_compile(device):
-        model.compile_towers()
-    if config.training.gradient_checkpointing:
-        model.checkpoint_gradients()
-    if config.run.parallel != "fsdp" or world_size() == 1:  # a device may have no room for all of a sharded model
-        model.to(device)
-    size: Any = config.training.micro_batch_size
-    if size == "auto":
-        own_pairs = -(-config.training.batch_size // world_size())
-        runs_no_tower = set(model.frozen_towers) == set(TOWERS) and num_views(config)  # their outputs are cached
-        size = None if runs_no_tower else fitting_size(model, precision=precision, most=own_pairs, device=device)
-    return parallel_model(model, config.run.parallel, device), size
 
 
 def _make_trainer(

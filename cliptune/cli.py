@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
-    "data_dir", "image_dir", "val_data", "allow_data_change",
+    "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
     "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers", "device", "precision",
     "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
@@ -42,7 +42,8 @@ HELP_GROUPS = {
     ),
     "data": (
         "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
-        "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction", "allow_data_change",
+        "caption_template", "captions", "exclude", "augment", "on_unreadable_image", "max_skipped_fraction",
+        "allow_data_change",
     ),
     "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
     "training": (
@@ -59,8 +60,8 @@ HELP_GROUPS = {
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 
 METAVARS = {
-    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "pretrained": "FILE", "results": "FILE",
-    "resume": "FILE", "to_shards": "DIR", "val_data": "PATH", "validate_every": "N|TIME",
+    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "exclude": "FILE", "pretrained": "FILE",
+    "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH", "validate_every": "N|TIME",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 

@@ -28,6 +28,7 @@ from cliptune.data.snapshot import (
     validates_on_trained,
 )
 from cliptune.data.splits import training_pairs
+from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import Strings
 from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
@@ -36,6 +37,7 @@ from cliptune.features.encode import Encoder
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision, default_num_workers
+from cliptune.runtime.messages import count, first_few, shown
 from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, Config
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def _is_there(address: str) -> bool:
 def _with_addresses(config: Config, change: Callable[[str], str]) -> Config:
     """Change the addresses of a run's data, each of those that `::` joins by itself."""
     changed = {}
-    for name in ("data_dir", "val_data", "image_dir"):
+    for name in ("data_dir", "val_data", "image_dir", "exclude"):
         if (address := getattr(config.data, name)) is not None:
             parts = [address] if Path(address).exists() else address.split("::")
             changed[name] = "::".join(map(change, parts))
@@ -120,7 +122,8 @@ def reread_data(
         FileNotFoundError: it is not there. Sample data is never made for a run that had other data.
     """
     before = _stored(content)
-    way_out = "--data_dir, --image_dir and --val_data name where it lies now"
+    excluded = "" if config.data.exclude is None else f" (--exclude {config.data.exclude} the list that it left out)"
+    way_out = f"--data_dir, --image_dir and --val_data name where it lies now{excluded}"
     try:
         splits = _read_splits(config, given)
     except FileNotFoundError as error:
@@ -165,14 +168,49 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
         may_run_commands="data_dir" in given,
     )  # fmt: skip
     if is_shards(settings.data_dir):
+        if settings.exclude is not None:
+            raise ValueError(
+                f"--exclude {settings.exclude} goes by images of an index, and {settings.data_dir} is shards"
+            )
         return training_shards(
             source, val_data=settings.val_data, captions=settings.captions, cache_images=settings.cache_images
         )
-    return {
-        **training_pairs(
-            source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed, **options
+    splits = training_pairs(
+        source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed, **options
+    )
+    if settings.exclude is not None:
+        splits["train"] = _without_excluded(splits, Path(settings.exclude))
+    return {**splits}
+
+
+def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
+    """Return what is trained on without the rows of a list that are not to be kept; say how many they are.
+
+    Raises:
+        FileNotFoundError, ValueError: the list cannot be read, or leaves fewer than two images.
+    """
+    found = exclude(splits["train"], read_suspects(path))
+    pairs = count(found.num_pairs, "pair")
+    logger.info(
+        "--exclude %s: %s left out of training, and with them %s", path, pairs, count(found.num_images, "image")
+    )
+    unmatched = found.unmatched
+    for split in ("val", "test"):
+        still_unmatched = exclude(splits[split], unmatched).unmatched
+        if num_found := len(unmatched) - len(still_unmatched):
+            rows = count(num_found, "row names", "rows name")
+            logger.info("--exclude %s: %s pairs of %s, which is not changed", path, rows, split)
+        unmatched = still_unmatched
+    if unmatched:
+        names = first_few([f"{shown(row.image)}: {shown(row.caption or 'all captions', 60)!r}" for row in unmatched])
+        logger.warning(
+            "--exclude %s: %s no pair of this data: %s", path, count(len(unmatched), "row names", "rows name"), names
         )
-    }
+    if len(found.pairs) < 2:
+        raise ValueError(
+            f"--exclude {path} leaves {count(len(found.pairs), 'image')} to train on; at least 2 are needed"
+        )
+    return found.pairs
 
 
 class RunData(NamedTuple, Generic[E]):

@@ -168,6 +168,9 @@ class DataSettings(Settings):
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
     val_split: ValSplit = 0.1
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv of data_loader.py --check) that are left out of training"
+    )
     on_unreadable_image: Literal["skip", "fail"] = Field(
         "skip", description="skip: go on without the image or record and list it; fail: the first one ends the run"
     )

@@ -21,7 +21,7 @@ from cliptune.data.lookup import ImageFinder
 from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import folder_of, is_shards, read_rows
-from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
+from cliptune.data.table import NO_SPLIT, SPLITS, BoolArray, CodeArray, IntArray, Rows, Strings, take_runs
 from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,12 @@ class Pairs:
         """Image row of each caption, int64 `[num_pairs]`."""
         return torch.from_numpy(np.repeat(np.arange(len(self)), np.diff(self.starts)))
 
+    @property
+    def query_groups(self) -> dict[str, IntArray]:
+        """Group of each query: of the images, `i2t` `[N]`, and of the captions, `t2i` `[num_pairs]`; a number each."""
+        groups = self.groups.first_equal()
+        return {"i2t": groups, "t2i": np.repeat(groups, np.diff(self.starts))}
+
     def captions_of(self, image: int) -> list[str]:
         """Return one image's captions."""
         captions: list[str] = self.captions[int(self.starts[image]) : int(self.starts[image + 1])]
@@ -84,6 +90,13 @@ class Pairs:
             issues=self.issues,
             root=self.root,
         )
+
+    def without(self, is_out: BoolArray) -> Pairs:
+        """Return the pairs but for some captions, bool `[num_pairs]`; an image without one left is gone."""
+        left = np.bincount(self.text_to_image.numpy(), ~is_out, len(self)).astype(np.int64)
+        rest = self.select(np.flatnonzero(left))
+        starts = np.concatenate([[0], np.cumsum(left[left > 0])])
+        return replace(rest, captions=self.captions.take(np.flatnonzero(~is_out)), starts=starts)
 
     def find(self, paths: Sequence[str]) -> IntArray:
         """Return the indices of images, `[len(paths)]`; -1 for a path that is not here."""

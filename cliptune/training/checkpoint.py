@@ -157,7 +157,7 @@ class Saver:
 
     Args:
         files: of the run.
-        trainer: a `clip_model.MultimodalTrainer`.
+        trainer: a `trainer.MultimodalTrainer`.
         about: what every checkpoint of the run holds beside: its `run_id`, its `config`, its `val_images`, ...
         keep: how many states to resume from there are.
         complete: adds what a checkpoint lacks, when it is written.
