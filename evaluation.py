@@ -227,10 +227,12 @@ class Evaluation(NamedTuple):
     """Rank of each image's best caption, `i2t` `[images of the data set]`, and of each caption's image, `t2i` `[its
     captions]`; NaN for an image without a caption, or that could not be read, and its captions. So queries stand at the
     same place in every evaluation of a data set."""
+    encoded: Encoded | None = None
+    """The features."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key != "ranks"}
+        """Return plain values, as the results file stores them: neither ranks nor features."""
+        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "encoded"}}
 
 
 def evaluate(
@@ -270,7 +272,7 @@ def evaluate(
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
     skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
     of_queries = _ranks_of_queries(ranks, encoded, pairs)
-    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput, of_queries)
+    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput, of_queries, encoded)
 
 
 def _ranks_of_queries(ranks: Ranks, encoded: Encoded, pairs: Pairs) -> dict[str, RankArray]:

@@ -33,6 +33,7 @@ from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_t
 from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
+from cliptune.features.retrieval import Retrieval
 from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
 from cliptune.run_data import (
@@ -47,6 +48,7 @@ from cliptune.run_data import (
 )
 from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
+from cliptune.run_verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -62,10 +64,10 @@ from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
-from cliptune.training.run_models import evaluate_anew, settle_models, verify_best
+from cliptune.training.run_models import evaluate_both, settle_models, verify_best
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
-from evaluation import evaluate
+from evaluation import Evaluation, evaluate
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
@@ -128,27 +130,48 @@ def _train(argv: list[str] | None) -> int:
             "val_images": list(data.val.paths),
         }
         saver = _make_saver(config, trainer, files=files, about=about)
-        state = (
-            RunState()
-            if resumed is None
-            else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
-        )
+        state, anew = RunState(), None
+        if resumed is not None:
+            state, anew = _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
+        came_from = None if resumed is None else resumed.path
+        retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed_from=came_from, anew=anew)
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
             journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
-        code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
+        code = _fit(config, data, trainer, state=state, journal=journal, saver=saver, retrieval=retrieval)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
-        if is_main() and code == 0:
-            verify_best(state, files, run_id=about["run_id"])
-            for figure in draw_figures(files.results):
-                logger.info("figure: %s", figure)
-            print(journal.summary(state))
+        if code == 0:
+            _conclude(model, data, state=state, journal=journal, retrieval=retrieval)
     return code
 
 
+def _conclude(
+    model: CLIPModel, data: RunData, *, state: RunState, journal: Journal, retrieval: Retrieval | None
+) -> None:
+    """Verify what the run leaves, judge it, draw it and tell of it."""
+    files = journal.files
+    if is_main():
+        verify_best(state, files, run_id=journal.about["run_id"])
+    test = run_test(model, data, files, state)
+    if retrieval is None:
+        return
+    journal.about |= judge(retrieval, state, test)
+    journal.write_results(state, finished=True)
+    for figure in draw_figures(files.results):
+        logger.info("figure: %s", figure)
+    print(journal.summary(state))
+
+
 def _fit(
-    config: Config, data: RunData, trainer: MultimodalTrainer, *, state: RunState, journal: Journal, saver: Saver
+    config: Config,
+    data: RunData,
+    trainer: MultimodalTrainer,
+    *,
+    state: RunState,
+    journal: Journal,
+    saver: Saver,
+    retrieval: Retrieval | None,
 ) -> int:
     """Evaluate the model as loaded, then train until the last epoch, the early stop or a signal.
 
@@ -186,7 +209,7 @@ def _fit(
                     if saver.is_due(state.step) and state.num_batches < len(data.loader):
                         saver.save(state)
                     stop.check()
-                improved = _evaluate(data, trainer, stop, state=state, journal=journal)
+                improved = _evaluate(data, trainer, stop, state=state, journal=journal, retrieval=retrieval)
                 validation.restart()
                 batches = batches if state.totals is not None else None
                 saver.save(state, best=improved)
@@ -207,7 +230,13 @@ def _is_validation_due(interval: Interval, state: RunState, *, steps_per_epoch: 
 
 
 def _evaluate(
-    data: RunData, trainer: MultimodalTrainer, stop: StopSignals, *, state: RunState, journal: Journal
+    data: RunData,
+    trainer: MultimodalTrainer,
+    stop: StopSignals,
+    *,
+    state: RunState,
+    journal: Journal,
+    retrieval: Retrieval | None,
 ) -> bool:
     """Evaluate the model and record what comes; tell whether it is the best so far."""
     trainer.settle()
@@ -217,9 +246,13 @@ def _evaluate(
     with stop.interruptible():
         evaluation = data.validate()
     data.skipped.agree()
-    evaluation = broadcast(evaluation)  # so that all ranks decide the same
+    # so that all ranks decide the same
+    agreed = broadcast(evaluation._replace(encoded=None)).to_dict()
     rates = optim.rates_of(trainer.optimizer)
-    return state.add_evaluation(evaluation.to_dict(), means=means, rates=rates, steps_per_epoch=len(data.loader))
+    improved = state.add_evaluation(agreed, means=means, rates=rates, steps_per_epoch=len(data.loader))
+    if retrieval is not None:
+        add_evaluation(retrieval, evaluation, state, improved=improved, device=trainer.model.device)
+    return improved
 
 
 def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:
@@ -293,8 +326,12 @@ def _restore(
     *,
     resumed: Resumed,
     snapshots: Snapshots,
-) -> RunState:
-    """Continue from a checkpoint; the model holds its weights already."""
+) -> tuple[RunState, tuple[Evaluation, Evaluation] | None]:
+    """Continue from a checkpoint; the model holds its weights already.
+
+    Returns:
+        The state, and the evaluations of the models as loaded and the best on data that is not what the run had.
+    """
     stored = stored_config(resumed.content["config"], resumed.path)
     if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
@@ -307,8 +344,11 @@ def _restore(
         if is_sharded(trainer.model):
             raise ValueError("--allow_data_change does not go with --parallel fsdp: resume once without it")
         logger.info("the models as loaded and the best are evaluated anew; the epoch under way begins again")
-        evaluate_anew(trainer.model, state, saver.files, validate=data.validate)
-    return state
+        anew = evaluate_both(trainer.model, saver.files, evaluate=data.validate)
+        state.baseline, state.best = (evaluation.to_dict() for evaluation in anew)
+        state.totals = None
+        return state, anew
+    return state, None
 
 
 def _open_journal(

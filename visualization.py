@@ -29,12 +29,16 @@ from cliptune import results as results_file
 from cliptune.results import (
     RECALL_KEYS,
     RECALLS,
+    SPLIT_NAMES,
+    VERDICTS,
     EpochRecord,
     EvaluationResults,
     Histograms,
     Metrics,
     Results,
+    TestResults,
     TrainingResults,
+    Verdict,
     shown_epoch,
 )
 from cliptune.runtime.files import atomic_writer
@@ -105,13 +109,14 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
 
 
 def training_curves_figure(results: TrainingResults) -> Figure:
-    """Draw loss, accuracy and learning rates over the epochs of a run."""
-    figure = _figure(16, 5.4)
-    loss, accuracy, rates = figure.subplots(1, 3)
+    """Draw loss, accuracy, learning rates and RSum over the epochs of a run."""
+    figure = _figure(16, 10.4)
+    loss, accuracy, rates, rsum = figure.subplots(2, 2).flat
     _draw_loss(loss, results)
     _draw_accuracy(accuracy, results)
     _draw_rates(rates, results)
-    for axes in (loss, accuracy, rates):
+    _draw_rsum(rsum, results)
+    for axes in (loss, accuracy, rates, rsum):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _finish(axes, legend_columns=1)
@@ -123,11 +128,12 @@ def training_curves_figure(results: TrainingResults) -> Figure:
 
 def model_metrics_figure(results: TrainingResults) -> Figure:
     """Draw a run's retrieval and similarities, the best epoch beside the model as loaded."""
-    title, histograms = f"{shown(results.model_name, MAX_NAME)}: {_verdict(results)}", results.histograms
+    title, of = f"{shown(results.model_name, MAX_NAME)}: {_verdict(results)}", results.test or results
+    histograms = of.histograms
     if results.best_epoch == 0:  # then the two are one and the same
-        return _metrics_figure(results, {"as loaded": results.baseline}, [histograms.best], title=title)
-    columns = {"as loaded": results.baseline, f"final (epoch {shown_epoch(results.best_epoch)})": results.metrics}
-    return _metrics_figure(results, columns, [histograms.baseline, histograms.best], title=title)
+        return _metrics_figure(of, {"as loaded": of.baseline}, [histograms.best], title=title)
+    columns = {"as loaded": of.baseline, f"final (epoch {shown_epoch(results.best_epoch)})": of.metrics}
+    return _metrics_figure(of, columns, [histograms.baseline, histograms.best], title=title, verdict=results.verdict)
 
 
 def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
@@ -140,13 +146,18 @@ def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
 
 
 def _metrics_figure(
-    results: Results, columns: dict[str, Metrics], histograms: list[Histograms], *, title: str
+    results: Results | TestResults,
+    columns: dict[str, Metrics],
+    histograms: list[Histograms],
+    *,
+    title: str,
+    verdict: Verdict | None = None,
 ) -> Figure:
     """Draw retrieval beside similarities: of the last column and the last histograms, and of one as loaded before."""
     figure = _figure(16, 6)
     bars, densities = figure.subplots(1, 2, width_ratios=(3, 2))
     *before, metrics = columns.values()
-    _draw_recalls(bars, columns, results)
+    _draw_recalls(bars, columns, results, verdict)
     loaded = "".join(f", as loaded {baseline.rsum:.1f}" for baseline in before)
     bars.set_title(f"Retrieval: RSum {metrics.rsum:.1f}{loaded}")
     _draw_similarities(densities, histograms[-1], histograms[0] if before else None)
@@ -157,8 +168,12 @@ def _metrics_figure(
 
 
 def _verdict(results: TrainingResults) -> str:
-    best = results.best_epoch
-    return f"epoch {shown_epoch(best)} is the best" if best else "no epoch beat the model as loaded"
+    best, verdict = results.best_epoch, results.verdict
+    text = f"epoch {shown_epoch(best)} is the best" if best else "no epoch beat the model as loaded"
+    if verdict is None:
+        return text
+    images = count(verdict.num_images, f"{SPLIT_NAMES[verdict.split]} image")
+    return f"{text}. {VERDICTS[verdict.verdict]}: RSum {verdict.rsum} on {images}"
 
 
 def _gap(metrics: Metrics) -> str:
@@ -253,11 +268,40 @@ def _draw_accuracy(axes: Axes, results: TrainingResults) -> None:
     _draw_curve(axes, history, "i2t_r1", label=f"validation R@1 image→text, among {texts}", color=BLUE)
     _draw_curve(axes, history, "t2i_r1", label=f"validation R@1 text→image, among {images}", color=ORANGE)
     _draw_curve(axes, history, "train_accuracy", label=batch, color=GREY, style="--")
+    _draw_intervals(axes, results, "i2t_r1", color=BLUE, label="95% intervals of the gains over the model as loaded")
+    _draw_intervals(axes, results, "t2i_r1", color=ORANGE)
     recalls = {"image→text": chance.i2t_r1, "text→image": chance.t2i_r1}
     _draw_chance(axes, {name: (value, f"R@1 {value:.3g}%") for name, value in recalls.items()})
     axes.set(title="Accuracy", ylabel="percent")
     top = 1.05 * max(axes.dataLim.y1, 1.0)
     axes.set_ylim(-0.02 * top, top)  # room for the markers at 0 and at the highest
+
+
+def _draw_rsum(axes: Axes, results: TrainingResults) -> None:
+    """Draw what the best epoch is chosen by."""
+    _draw_curve(axes, results.history, "rsum", label="validation RSum", color=BLUE)
+    _draw_intervals(axes, results, "rsum", color=BLUE, label="95% interval of the gain over the model as loaded")
+    value = next(record.rsum for record in results.history if record.epoch == results.best_epoch)
+    mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
+    label = f"best epoch: {shown_epoch(results.best_epoch)}"
+    axes.plot([results.best_epoch], [value], color=GREEN, label=label, **mark)
+    chance = results.chance.rsum
+    axes.axhline(chance, color=GREY, linewidth=1, linestyle=":", label=f"chance: {chance:.3g}")
+    axes.set(title="RSum: six recalls", ylabel="RSum, at most 600")
+
+
+def _draw_intervals(axes: Axes, results: TrainingResults, key: str, *, color: str, label: str = "") -> None:
+    """Draw where the curve of a metric may lie as well, as far as the model as loaded is where it is.
+
+    A gain of 20 from +5 to +35 over an RSum of 100 is a bar from 105 to 135.
+    """
+    start = getattr(results.baseline, key)
+    places = [gain.epoch for gain in results.gains]
+    lows, highs = ([max(start + getattr(gain, key)[end], 0) for gain in results.gains] for end in (1, 2))
+    if len(places) > MAX_MARKED:  # so many bars are an area
+        axes.fill_between(places, lows, highs, color=color, alpha=0.15, linewidth=0, label=label)
+    elif places:
+        axes.vlines(places, lows, highs, color=color, alpha=0.35, linewidth=2.5, label=label)
 
 
 def _draw_rates(axes: Axes, results: TrainingResults) -> None:
@@ -290,7 +334,9 @@ def _draw_rates(axes: Axes, results: TrainingResults) -> None:
     axes.set(title="Learning rate", ylabel="learning rate")
 
 
-def _draw_recalls(axes: Axes, columns: dict[str, Metrics], results: Results) -> None:
+def _draw_recalls(
+    axes: Axes, columns: dict[str, Metrics], results: Results | TestResults, verdict: Verdict | None
+) -> None:
     slots, width = np.arange(len(RECALL_KEYS)), 0.8 / len(columns)
     chance = results.chance.recalls()
     colors = (LIGHT_BLUE, BLUE)[-len(columns) :]
@@ -300,15 +346,30 @@ def _draw_recalls(axes: Axes, columns: dict[str, Metrics], results: Results) -> 
         centers = slots + (index - (len(columns) - 1) / 2) * width
         values = metrics.recalls()
         axes.bar(centers, values, width * 0.95, label=label, color=colors[index])
-        for center, value, floor in zip(centers, values, chance, strict=True):  # never across the mark of chance
+        floors = chance
+        if index and verdict is not None:
+            floors = _draw_gains(axes, centers, next(iter(columns.values())), verdict)
+        for center, value, floor in zip(centers, values, floors, strict=True):  # never across a mark
             axes.annotate(f"{value:.1f}", (center, max(value, floor)), fontsize=9, **at)
-        highest = max(highest, *values, *chance)
+        highest = max(highest, *values, *chance, *floors)
     axes.hlines(chance, slots - 0.42, slots + 0.42, color=BLACK, linewidth=1.3, label="chance")
     axes.set_xticks(slots, RECALL_LABELS)
     sizes = f"{count(results.num_images, 'image')}, {count(results.num_texts, 'text')}"
     axes.set_ylabel(f"percent of queries ({sizes})")
     axes.set_ylim(0, 1.1 * highest)
-    _finish(axes, legend_columns=3)
+    _finish(axes, legend_columns=4)
+
+
+def _draw_gains(axes: Axes, centers: Any, loaded: Metrics, verdict: Verdict) -> list[float]:
+    """Draw where bars may end on other images, as far as the model as loaded is where it is; return the upper ends."""
+    lows, highs = (
+        [min(max(getattr(loaded, key) + verdict.recalls[key][end], 0.0), 100.0) for key in RECALL_KEYS]
+        for end in (1, 2)
+    )
+    axes.vlines(centers, lows, highs, color=BLACK, linewidth=1.3, label="95% interval of the gain")
+    for ends in (lows, highs):
+        axes.hlines(ends, centers - 0.06, centers + 0.06, color=BLACK, linewidth=1.3)
+    return highs
 
 
 def _draw_similarities(axes: Axes, histograms: Histograms, baseline: Histograms | None) -> None:

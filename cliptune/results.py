@@ -11,13 +11,13 @@ import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
-from cliptune.runtime.messages import printable, shorten
+from cliptune.runtime.messages import count, printable, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +198,76 @@ class Results(Recorded):
     chance: Chance
 
 
+class Gain(NamedTuple):
+    """A gain over the model as loaded in points, and the 95% interval that it may lie in as well."""
+
+    gain: Number
+    low: Number
+    high: Number
+
+    def __str__(self) -> str:
+        return f"{self.gain:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+class Verdict(Recorded):
+    """Whether the best trained model is better than the one as loaded."""
+
+    verdict: Literal["better", "not distinguishable", "worse"]
+    rsum: Gain
+    recalls: dict[str, Gain]
+    """Under `i2t_r1` to `t2i_r10`."""
+    split: Literal["val", "test"]
+    epoch: Place
+    """Of the evaluation that is judged."""
+    num_evaluations: Count
+    """Of these it is the best one. On `val` its luck in that is taken off the gain; on `test` it had none."""
+    num_images: Count
+    num_groups: Count
+    merged: bool = False
+    """Equal captions and images counted as one."""
+
+    def sentence(self) -> str:
+        """Say it in one line."""
+        images = count(self.num_images, f"{SPLIT_NAMES[self.split]} image")
+        how = f", epoch {shown_epoch(self.epoch)} against the model as loaded"
+        if self.split == "test":
+            how += "; nothing was chosen by these images"
+        elif self.num_evaluations > 1:
+            how += f"; the luck of being the best of {self.num_evaluations:,} evaluations is taken off"
+        how += "; equal captions and images count as one" if self.merged else ""
+        gain = f"{self.rsum.gain:+.1f} (95% interval {self.rsum.low:+.1f} to {self.rsum.high:+.1f})"
+        return f"{VERDICTS[self.verdict]}: RSum {gain} on {images}{how}"
+
+
+VERDICTS = {
+    "better": "Better than before",
+    "not distinguishable": "Not distinguishable from before",
+    "worse": "Worse than before",
+}
+SPLIT_NAMES = {"val": "validation", "test": "test"}
+
+
+class EvaluationGain(Recorded):
+    """The gain of one evaluation over the model as loaded, on the same images; its luck in being chosen is in it."""
+
+    epoch: Place
+    i2t_r1: Gain
+    t2i_r1: Gain
+    rsum: Gain
+
+
+class TestResults(Recorded):
+    """The model as loaded and the best one on the test split, which they see once, after everything was chosen."""
+
+    __test__ = False  # it is no test of pytest's
+    num_images: Count
+    num_texts: Count
+    baseline: Metrics
+    metrics: Metrics
+    chance: Chance
+    histograms: RunHistograms
+
+
 class TrainingResults(Results):
     """`results/training_results.json`; `metrics` are those of the best evaluation."""
 
@@ -209,6 +279,13 @@ class TrainingResults(Results):
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []
     """The planned rates of the whole run, at up to about 500 steps, the first and the last among them."""
+    verdict: Verdict | None = None
+    """None: the run has not ended, or `no_verdict` says why."""
+    no_verdict: str = ""
+    gains: list[EvaluationGain] = []
+    """Of every evaluation after the model as loaded, for the curves."""
+    test: TestResults | None = None
+    """None: the data declares no test split, or the model as loaded is the best."""
 
     @model_validator(mode="after")
     def _holds_the_best_epoch(self) -> TrainingResults:

@@ -213,6 +213,14 @@ def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
     return found.pairs
 
 
+class TestSplit(NamedTuple, Generic[E]):
+    """What a run is judged by in the end."""
+
+    pairs: Pairs
+    evaluate: Callable[[], E]
+    """Evaluates the model."""
+
+
 class RunData(NamedTuple, Generic[E]):
     """What a run trains and validates on."""
 
@@ -221,6 +229,8 @@ class RunData(NamedTuple, Generic[E]):
     val: Pairs
     validate: Callable[[], E]
     """Evaluates the model."""
+    test: TestSplit[E] | None
+    """The test split that the data declares; None: it declares none."""
     skipped: SkippedData
     num_workers: int
 
@@ -305,7 +315,16 @@ def open_data(
             encoder, val, loss_batch_size=training.batch_size, cached=val_outputs(), on_unreadable_image=skipped.note
         )
 
-    return RunData(loader, train, val, validate, skipped, workers)
+    held_out = splits.get("test")
+    test = None
+    if isinstance(held_out, Pairs) and len(held_out):
+        evaluate_test = functools.partial(_evaluate_test, encoder, held_out, cache=cache, evaluate=evaluate)
+        test = TestSplit(held_out, evaluate_test)
+    return RunData(loader, train, val, validate, test, skipped, workers)
+
+
+def _evaluate_test(encoder: Encoder, pairs: Pairs, *, cache: FeatureCache | None, evaluate: Callable[..., E]) -> E:
+    return evaluate(encoder, pairs, cached=None if cache is None else cache.of_pairs(pairs))
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:

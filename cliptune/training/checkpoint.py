@@ -40,6 +40,7 @@ class RunFiles:
         self.loaded = output_dir / "model-checkpoint" / "loaded_model.pth"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.results = output_dir / "results" / "training_results.json"
+        self.retrieval = output_dir / "results" / "retrieval.npz"
         self.skipped = output_dir / "results" / "skipped.json"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
@@ -99,7 +100,7 @@ class RunFiles:
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way
         models = [self.best, self.loaded, *self.states()]
-        found = [*models, self.skipped, *of_logs, *of_results, self.results]
+        found = [*models, self.retrieval, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:
             return None

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -227,14 +227,8 @@ class Journal:
         self._written.add(self.files.results)
 
     def summary(self, state: RunState) -> str:
-        """Lay the result beside the model as loaded."""
-        first, best, chance = state.baseline["metrics"], state.best["metrics"], state.best["chance"]
-        lines = ["", f"{'':24}{'as loaded':>12}{f'epoch {shown_epoch(state.best_epoch)}':>12}{'chance':>12}"]
-        lines += [f"{key:24}{first[key]:12.1f}{best[key]:12.1f}{chance[key]:12.1f}" for key in (*RECALL_KEYS, "rsum")]
-        lines += [
-            f"{key:24}{first[key]:12.3g}{best[key]:12.3g}"
-            for key in ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
-        ]
+        """Say whether the run has helped, and lay the best trained model beside the one as loaded."""
+        lines = ["", verdict_line(self.about), "", *self._table(state)]
         if state.best_epoch == 0:
             num_images, at_chance = state.best["num_images"], _is_at_chance(state.history, state)
             lines.append(no_better_epoch(num_images, at_chance=at_chance))
@@ -242,6 +236,23 @@ class Journal:
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
         lines.append(f"\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
         return "\n".join(lines)
+
+    def _table(self, state: RunState) -> list[str]:
+        """Lay out what the verdict is about: validation, or the test split if there is one."""
+        verdict, test = self.about.get("verdict"), self.about.get("test")
+        trained = state.best_trained() or state.history[0]
+        if verdict is not None:  # after its data has changed, a run's best evaluation may be another one
+            trained = next(record for record in state.history if record["epoch"] == verdict["epoch"])
+        first, best, chance = state.baseline["metrics"], trained, state.best["chance"]
+        if test is not None:
+            first, best, chance = test["baseline"], test["metrics"], test["chance"]
+        epoch, gain = f"epoch {shown_epoch(trained['epoch'])}", "gain (95% interval)" if verdict else ""
+        lines = [f"{'':17}{'as loaded':>10}{epoch:>13}{gain:>28}{'chance':>9}"]
+        for key in (*RECALL_KEYS, "rsum"):
+            gained = "" if verdict is None else results.Gain(*{**verdict["recalls"], "rsum": verdict["rsum"]}[key])
+            lines.append(f"{key:17}{first[key]:10.1f}{best[key]:13.1f}{gained!s:>28}{chance[key]:9.1f}")
+        others = ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
+        return lines + [f"{key:17}{first[key]:10.3g}{best[key]:13.3g}" for key in others if key in first]
 
     def _log_recent(self, record: StepRecord) -> None:
         """Tell the mean loss and the speed since the last line."""
@@ -322,6 +333,13 @@ class Journal:
         collapsed = collapses[-1] if lasts or max(start) > SAME_COSINE else None
         # of features that are all alike the loss is at chance, too, and the first finding says why
         self.advise(stuck_loss=stuck if collapsed is None else None, collapse=collapsed, nothing_carries_over=carried)
+
+
+def verdict_line(about: Mapping[str, Any]) -> str:
+    """Return a run's verdict in one line, or why there is none."""
+    if about.get("verdict") is None:
+        return f"No verdict: {about.get('no_verdict') or 'there is nothing to compare'}"
+    return results.Verdict.model_validate(about["verdict"]).sentence()
 
 
 def _is_at_chance(history: Sequence[dict[str, Any]], state: RunState) -> bool:

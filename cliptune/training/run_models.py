@@ -1,12 +1,13 @@
-"""The two models that a run reports, the best one and the one as loaded: found, brought along, verified."""
+"""The two models that a run reports, the best one and the one as loaded: found, brought along, verified, evaluated."""
 
 from __future__ import annotations
 
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cliptune.model.checkpoint_fields import STATE_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
@@ -18,6 +19,8 @@ from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
+E = TypeVar("E")
+"""`evaluation.Evaluation`."""
 TRAINING_KEYS = set(STATE_KEYS) - {"starts_random", "holds_batchnorm"}
 """Of a checkpoint, what its model does without."""
 
@@ -96,21 +99,21 @@ def _link_or_copy(source: Path, path: Path) -> None:
             shutil.copyfileobj(content, file)
 
 
-def evaluate_anew(model: Any, state: RunState, files: RunFiles, *, validate: Any) -> None:
-    """Evaluate the models as loaded and the best on data that has changed, so that what comes can be compared.
+def evaluate_both(model: Any, files: RunFiles, *, evaluate: Callable[[], E]) -> tuple[E, E]:
+    """Evaluate the models as loaded and the best.
 
     Args:
-        model: whose weights are the same afterwards.
-        state: that a run goes on from. The epoch that was under way begins anew.
+        model: whose weights are the same afterwards; not in shards.
         files: of the run.
-        validate: evaluates the model.
+        evaluate: evaluates the model.
 
     Raises:
         FileNotFoundError: one of the two is not there.
     """
     current = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    for path, name in ((files.loaded, "baseline"), (files.best, "best")):
+    found = []
+    for path in (files.loaded, files.best):
         model.load_state_dict(load_checkpoint(path)["model_state_dict"])
-        setattr(state, name, validate().to_dict())
+        found.append(evaluate())
     model.load_state_dict(current)
-    state.totals = None
+    return found[0], found[1]
