@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.inputs import ImageInput, TextInput, to_pixels, to_tokens
+from cliptune.model.lora import LoRA, load_adapter
 from cliptune.model.positions import resize_weights, resized
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
 from cliptune.model.state_dicts import extra_state, read_extra_state
@@ -56,6 +57,8 @@ class CLIPModel(nn.Module):
 
     Attributes:
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
+        lora: how its towers are adapted, see `cliptune.model.lora.add_lora`; None: not at all.
+        trained_part: says what of its towers is trained, where that is not all or nothing.
 
     Raises:
         ValueError: an unknown model name, weights that do not fit, a checkpoint that does not give the features that
@@ -78,6 +81,8 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
         self.is_compiled = False
+        self.lora: LoRA | None = None
+        self.trained_part = ""
         weights = find_weights(model_name, pretrained, activation=activation)
         # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
@@ -145,6 +150,15 @@ class CLIPModel(nn.Module):
         self.holds_batchnorm = True
         self.train(self.training)
         return content
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Merge the `adapter.safetensors` of a run with LoRA into this model, which is as that run loaded it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an adapter of this toolkit, damaged, or trained on other weights than this model's.
+        """
+        load_adapter(self, path)
 
     @property
     def projection_dim(self) -> int:

@@ -27,6 +27,7 @@ from cliptune.settings import Config
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
 
+import torch
 from torch import nn
 
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
@@ -46,9 +47,12 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
+from cliptune.run_interpolation import look_back
 from cliptune.run_model import find_run_weights, make_model, place_model
+from cliptune.run_recipe import apply_recipe
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
 from cliptune.run_verdict import add_evaluation, judge, open_retrieval, run_test
+from cliptune.run_watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -57,7 +61,7 @@ from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
-from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
+from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.intervals import Interval, items_until
@@ -104,6 +108,8 @@ def _train(argv: list[str] | None) -> int:
             splits, snapshots = (
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
+        if resumed is None:
+            config = apply_recipe(config, started, splits=splits, weights=weights)
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
@@ -115,6 +121,7 @@ def _train(argv: list[str] | None) -> int:
             config, model, splits, ImageTextDataset, evaluate,
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
+        data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
@@ -130,11 +137,12 @@ def _train(argv: list[str] | None) -> int:
             "val_images": list(data.val.paths),
         }
         saver = _make_saver(config, trainer, files=files, about=about)
-        state, anew = RunState(), None
-        if resumed is not None:
-            state, anew = _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
-        came_from = None if resumed is None else resumed.path
-        retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed_from=came_from, anew=anew)
+        state, anew = (
+            (RunState(), None)
+            if resumed is None
+            else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
+        )
+        retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
             journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
@@ -142,25 +150,39 @@ def _train(argv: list[str] | None) -> int:
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
         if code == 0:
-            _conclude(model, data, state=state, journal=journal, retrieval=retrieval)
+            _conclude(config, model, data, state=state, journal=journal, retrieval=retrieval)
     return code
 
 
 def _conclude(
-    model: CLIPModel, data: RunData, *, state: RunState, journal: Journal, retrieval: Retrieval | None
+    config: Config,
+    model: CLIPModel,
+    data: RunData,
+    *,
+    state: RunState,
+    journal: Journal,
+    retrieval: Retrieval | None,
 ) -> None:
-    """Verify what the run leaves, judge it, draw it and tell of it."""
+    """Verify what the run leaves, compare its best model with the one as loaded, draw it and tell of it."""
     files = journal.files
     if is_main():
         verify_best(state, files, run_id=journal.about["run_id"])
-    test = run_test(model, data, files, state)
+    found = look_back(
+        config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+        complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
+    )  # fmt: skip
+    test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
     if retrieval is None:
         return
-    journal.about |= judge(retrieval, state, test)
+    journal.about |= found.values | judge(retrieval, state, test)
     journal.write_results(state, finished=True)
     for figure in draw_figures(files.results):
         logger.info("figure: %s", figure)
-    print(journal.summary(state))
+    print("\n".join([journal.summary(state), *found.lines]))
+
+
+def _open_model(path: Path, *, device: torch.device) -> CLIPModel:
+    return CLIPModel.from_checkpoint(path).to(device)
 
 
 def _fit(
@@ -243,11 +265,10 @@ def _evaluate(
     means = state.train_means()
     journal.begin_validation()
     # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again
-    with stop.interruptible():
-        evaluation = data.validate()
+    with stop.interruptible(), trainer.averaged():
+        evaluation, watched = data.validate(), data.watch.evaluate()
     data.skipped.agree()
-    # so that all ranks decide the same
-    agreed = broadcast(evaluation._replace(encoded=None)).to_dict()
+    agreed = broadcast(evaluation.to_dict() | data.watch.records(watched))  # so that all ranks decide the same
     rates = optim.rates_of(trainer.optimizer)
     improved = state.add_evaluation(agreed, means=means, rates=rates, steps_per_epoch=len(data.loader))
     if retrieval is not None:
@@ -285,6 +306,7 @@ def _make_trainer(
         learning_rate=settings.learning_rate,
         backbone_lr_scale=settings.backbone_lr_scale,
         weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
     )
     total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
@@ -303,6 +325,7 @@ def _make_trainer(
             interval=config.run.log_interval,
             name_samples=data.name_samples,
         ),
+        ema=settings.ema,
     )
 
 
@@ -344,7 +367,8 @@ def _restore(
         if is_sharded(trainer.model):
             raise ValueError("--allow_data_change does not go with --parallel fsdp: resume once without it")
         logger.info("the models as loaded and the best are evaluated anew; the epoch under way begins again")
-        anew = evaluate_both(trainer.model, saver.files, evaluate=data.validate)
+        open_model = partial(_open_model, device=trainer.model.device)
+        anew = evaluate_both(saver.files, open_model=open_model, evaluate=data.validate)
         state.baseline, state.best = (evaluation.to_dict() for evaluation in anew)
         state.totals = None
         return state, anew
@@ -402,7 +426,8 @@ def _open_journal(
     if world_size() > 1:
         logger.info("%d ranks (%s), each with its part of a batch", world_size(), config.run.parallel)
     frozen = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
-    logger.info("peak rates: projection layers %.3g, towers %.3g%s", *peaks, frozen)
+    logger.info("peak rates: %s%s", optim.describe_rates(trainer.optimizer), frozen)
+    is_odd_rate_usual = model.starts_random or len(model.frozen_towers) == 2 or model.lora is not None
     journal.advise(
         small_validation=small_validation(len(val)),
         long_warmup=long_warmup(
@@ -410,7 +435,10 @@ def _open_journal(
             total_steps=plan.total_steps,
             patience_steps=settings.early_stopping_patience * min(steps, settings.validate_every_steps or steps),
         ),
-        tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
+        tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
+        held_random_start=held_random_start(
+            starts_random=model.starts_random, is_held=bool(config.model.lora_rank or config.model.train_layers)
+        ),
     )
     return journal
 

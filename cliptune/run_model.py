@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from cliptune.model.architectures import known_architecture
+from cliptune.model.depth import train_last_layers
+from cliptune.model.lora import add_lora, is_adapter
 from cliptune.model.parallel import parallel_model
 from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
@@ -16,6 +18,7 @@ from cliptune.run_data import num_views
 from cliptune.run_start import Resumed
 from cliptune.runtime.device import Precision, can_compile
 from cliptune.runtime.distributed import world_size
+from cliptune.runtime.messages import one_line
 from cliptune.settings import DEFAULT_MODEL_NAME, Config
 from cliptune.training.memory import fitting_size
 
@@ -53,10 +56,29 @@ def make_model(config: Config, weights: str | Weights, resumed: Resumed | None, 
         activation=settings.activation, freeze_tower=settings.freeze_tower,
         **settings.sizes(),
     )  # fmt: skip
+    if settings.lora_rank is not None:
+        add_lora(model, settings.lora_rank, alpha=settings.lora_alpha, layers=settings.lora_layers)
+    if settings.train_layers is not None:
+        train_last_layers(model, settings.train_layers)
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
         model.holds_batchnorm = resumed.content["holds_batchnorm"]
+        _go_on_with_weights(model, resumed)
     return model  # type: ignore[no-any-return]
+
+
+def _go_on_with_weights(model: Any, resumed: Resumed) -> None:
+    """Load the weights that were trained where the checkpoint's model is another: averaged, or with adapters merged."""
+    own = resumed.content.get("weights_state_dict", {})
+    missing = [name for name in model.state_dict() if is_adapter(name) and name not in own]
+    reason = f"no {missing[0]}" if missing else ""
+    if own and not missing:
+        try:
+            model.load_state_dict({**resumed.content["model_state_dict"], **own})
+        except RuntimeError as error:
+            reason = one_line(error)
+    if reason:
+        raise ValueError(f"{resumed.path}: damaged, or written by other means than this toolkit: {reason}")
 
 
 def place_model(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cliptune import results
+from cliptune import recorded
 from cliptune.data.pairs import Pairs
 from cliptune.features.retrieval import Retrieval
-from cliptune.features.verdict import Verdict, answered, compare, compare_best
+from cliptune.features.verdict import DIRECTIONS, Verdict, answered, compare, compare_best
 from cliptune.model.parallel import is_sharded
 from cliptune.run_data import RunData
+from cliptune.run_start import Resumed
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.messages import count
 from cliptune.training.checkpoint import RunFiles
@@ -24,6 +25,7 @@ from cliptune.training.state import RunState
 
 logger = logging.getLogger("train")
 
+MERGED = "merged_rsum"
 CURVES = ("i2t_r1", "t2i_r1")
 """Recalls whose gains are recorded for every evaluation."""
 
@@ -34,7 +36,7 @@ def open_retrieval(
     state: RunState,
     *,
     run_id: str,
-    resumed_from: Path | None,
+    resumed: Resumed | None,
     anew: Sequence[Any] | None = None,
 ) -> Retrieval | None:
     """Begin a run's record of what its evaluations found, or go on with it; None on all ranks but the main one.
@@ -44,7 +46,7 @@ def open_retrieval(
         pairs: that validate.
         state: where the run begins.
         run_id: of the run.
-        resumed_from: the checkpoint that the run goes on from; its folder may be another one. None: from none.
+        resumed: the checkpoint that the run goes on from; its folder may be another one. None: from none.
         anew: the evaluations of the model as loaded and the best on data that has changed, with which it begins again.
     """
     if not is_main():
@@ -52,12 +54,12 @@ def open_retrieval(
     retrieval = Retrieval(files.retrieval, pairs, run_id=run_id)
     if anew is not None:
         retrieval.begun_at = len(state.history)
-        retrieval.add(anew[0].ranks, epoch=0, step=0)
+        retrieval.add(_ranks_of(anew[0], state), epoch=0, step=0)
         if state.best_epoch:
-            retrieval.add(anew[1].ranks, epoch=state.best_epoch, step=state.best_step)
+            retrieval.add(_ranks_of(anew[1], state), epoch=state.best_epoch, step=state.best_step)
         retrieval.write()
-    elif resumed_from is not None:
-        there = RunFiles(resumed_from.parent.parent).retrieval
+    elif resumed is not None:
+        there = RunFiles(resumed.path.parent.parent).retrieval
         source = files.retrieval if files.retrieval.exists() else there
         places = [(record["epoch"], record["step"]) for record in state.history]
         retrieval.resume(source, places, best_step=state.best_step)
@@ -70,11 +72,17 @@ def add_evaluation(
 ) -> None:
     """Take in the last evaluation of a run, before its state is saved."""
     record = state.history[-1]
-    retrieval.add(evaluation.ranks, epoch=record["epoch"], step=record["step"])
+    retrieval.add(_ranks_of(evaluation, state), epoch=record["epoch"], step=record["step"])
     if improved:
         model = "best" if record["epoch"] else "loaded"
         retrieval.keep_answers(model, evaluation.encoded, step=record["step"], device=device)
     retrieval.write()
+
+
+def _ranks_of(evaluation: Any, state: RunState) -> dict[str, Any]:
+    """Return what is recorded of an evaluation: where captions are classes, ranks with duplicates merged as well."""
+    merged = evaluation.merged_ranks if state.selection == MERGED else {}
+    return {**evaluation.ranks, **{f"merged_{direction}": ranks for direction, ranks in merged.items()}}
 
 
 class Test(NamedTuple):
@@ -85,7 +93,9 @@ class Test(NamedTuple):
     groups: Mapping[str, Any]
 
 
-def run_test(model: Any, data: RunData[Any], files: RunFiles, state: RunState) -> Test | None:
+def run_test(
+    model: Any, data: RunData[Any], files: RunFiles, state: RunState, *, open_model: Callable[[Path], Any]
+) -> Test | None:
     """Evaluate the model as loaded and the best one on the test split, if the data has one; on all ranks."""
     if data.test is None:
         return None
@@ -95,7 +105,7 @@ def run_test(model: Any, data: RunData[Any], files: RunFiles, state: RunState) -
     if is_sharded(model):
         logger.info("the test split is not looked at with --parallel fsdp: evaluation.py --split test does")
         return None
-    loaded, best = evaluate_both(model, files, evaluate=data.test.evaluate)
+    loaded, best = evaluate_both(files, open_model=open_model, evaluate=data.test.evaluate)
     return Test(loaded, best, data.test.pairs.query_groups)
 
 
@@ -116,7 +126,9 @@ def judge(retrieval: Retrieval, state: RunState, test: Test | None) -> dict[str,
 
 
 def _on_validation(retrieval: Retrieval) -> dict[str, Any]:
-    evaluations, groups = answered(retrieval.ranks, retrieval.query_groups)
+    merged = "merged_i2t" in retrieval.ranks[0]
+    ranks = [_judged(each, merged=merged) for each in retrieval.ranks]
+    evaluations, groups = answered(ranks, retrieval.query_groups)
     num_images = len(evaluations[0]["i2t"])
     if too_few := _too_few(groups, "validation"):
         return {"no_verdict": too_few}
@@ -127,7 +139,11 @@ def _on_validation(retrieval: Retrieval) -> dict[str, Any]:
     ]
     best = max(gains, key=lambda gain: round(gain["rsum"][0], 6))  # the first of those that are equal
     how = {"split": "val", "epoch": best["epoch"], "num_evaluations": len(gains), "num_images": num_images}
-    return {"verdict": _recorded(found, **how), "gains": gains}
+    return {"verdict": _recorded(found, merged=merged, **how), "gains": gains}
+
+
+def _judged(ranks: dict[str, Any], *, merged: bool) -> dict[str, Any]:
+    return {direction: ranks[f"merged_{direction}" if merged else direction] for direction in DIRECTIONS}
 
 
 def _on_test(test: Test, state: RunState) -> dict[str, Any]:
@@ -140,10 +156,14 @@ def _on_test(test: Test, state: RunState) -> dict[str, Any]:
         "chance": best.chance,
         "histograms": {"baseline": loaded.histograms, "best": best.histograms},
     }
-    (before, after), groups = answered([loaded.ranks, best.ranks], test.groups)
+    merged = state.selection == MERGED
+    (before, after), groups = answered(
+        [_judged(_ranks_of(each, state), merged=merged) for each in test[:2]], test.groups
+    )
     if too_few := _too_few(groups, "test"):
         return {"test": values, "verdict": None, "no_verdict": too_few}
-    how = {"split": "test", "epoch": state.best_epoch, "num_evaluations": len(state.history) - 1}
+    how: dict[str, Any] = {"split": "test", "merged": merged, "num_evaluations": len(state.history) - 1}
+    how["epoch"] = state.best_epoch
     verdict = _recorded(compare(before, after, groups), num_images=len(before["i2t"]), **how)
     return {"test": values, "verdict": verdict, "no_verdict": ""}
 
@@ -162,10 +182,10 @@ def _gains(found: Verdict) -> dict[str, Any]:
 
 
 def _recorded(found: Verdict, **how: Any) -> dict[str, Any]:
-    return results.Verdict(
+    return recorded.Verdict(
         verdict=found.verdict,
-        rsum=results.Gain(*found[:3]),
-        recalls={key: results.Gain(*interval) for key, interval in found.recalls.items()},
+        rsum=recorded.GainInterval(*found[:3]),
+        recalls={key: recorded.GainInterval(*interval) for key, interval in found.recalls.items()},
         num_groups=found.num_groups,
         **how,
     ).model_dump(mode="json")

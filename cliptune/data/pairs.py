@@ -98,6 +98,23 @@ class Pairs:
         starts = np.concatenate([[0], np.cumsum(left[left > 0])])
         return replace(rest, captions=self.captions.take(np.flatnonzero(~is_out)), starts=starts)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Return the images of data sets that share none, one set after another; the root is the first one's."""
+        issues = Issues()
+        for part in parts:
+            issues.extend(part.issues)
+        ends = np.cumsum([part.num_pairs for part in parts[:-1]])
+        starts = [parts[0].starts, *(part.starts[1:] + end for part, end in zip(parts[1:], ends, strict=True))]
+        columns = {name: [getattr(part, name) for part in parts] for name in ("paths", "captions", "groups")}
+        return cls(
+            **{name: Strings.concatenate(column) for name, column in columns.items()},
+            starts=np.concatenate(starts),
+            splits=np.concatenate([part.splits for part in parts]),
+            issues=issues,
+            root=parts[0].root,
+        )
+
     def find(self, paths: Sequence[str]) -> IntArray:
         """Return the indices of images, `[len(paths)]`; -1 for a path that is not here."""
         return self.paths.find(Strings.of(paths))

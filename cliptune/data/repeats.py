@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from cliptune.data.identity import file_identities
 from cliptune.data.pairs import Pairs
-from cliptune.data.table import IntArray
+from cliptune.data.table import IntArray, Strings
+from cliptune.preprocess.decode import read_bytes
+from cliptune.runtime.distributed import gather_rows, rank_slice
 from cliptune.runtime.rng import draw_bits
 
 KS = (1, 5, 10)
 MAX_DRAWN = 2**18
 """Pairs of the batches that are drawn."""
+
+
+def image_kinds(paths: Strings) -> IntArray:
+    """Return the index of the first file that has each one's bytes, int64 `[N]`; its own where none is before it.
+
+    Files are compared by size and ends, and those that agree by all their bytes. One that cannot be read equals none.
+    Each rank of a run reads a part, and all get the same.
+    """
+    identities = _over_ranks(np.arange(len(paths)), lambda part: file_identities(paths.take(part)).view(np.int64))
+    _, codes, sizes = np.unique(identities, return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero((sizes[codes] > 1) & (identities != 0))
+    contents = np.zeros(len(paths), dtype=np.int64)
+    contents[suspects] = _over_ranks(
+        suspects, lambda part: np.array([_content(paths[i]) for i in part], dtype=np.int64)
+    )
+    kinds = np.arange(len(paths))
+    alike = suspects[contents[suspects] != 0]
+    _, first, of_kind = np.unique(
+        np.stack([identities[alike], contents[alike]]), axis=1, return_index=True, return_inverse=True
+    )
+    kinds[alike] = alike[first[of_kind.reshape(-1)]]
+    return kinds
+
+
+def _over_ranks(indices: IntArray, compute: Callable[[IntArray], IntArray]) -> IntArray:
+    """Let each rank compute its part of the values; all get all of them."""
+    part = torch.from_numpy(np.ascontiguousarray(compute(indices[rank_slice(len(indices))])))
+    values: IntArray = gather_rows(part).numpy()
+    return values
+
+
+def _content(path: str) -> int:
+    """Return a hash of all bytes of a file; 0 if it cannot be read."""
+    try:
+        content = read_bytes(path)
+    except (OSError, ValueError):
+        return 0
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
 
 
 def perfect_recalls(wordings: IntArray, owners: IntArray, files: IntArray) -> dict[str, float]:

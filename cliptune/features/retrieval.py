@@ -89,6 +89,11 @@ class Retrieval:
         """Group of each query, as `verdict.compare` takes them."""
         return {"i2t": self.groups, "t2i": self.groups[self.text_to_image]}
 
+    @property
+    def ranks_of_all(self) -> list[dict[str, Array]]:
+        """Ranks of every evaluation of the run; none if some are lost, or if not all queries are kept."""
+        return [] if self.lacks or len(self._images) < self.num_images else self.ranks
+
     def add(self, ranks: Mapping[str, Array], *, epoch: float, step: int) -> None:
         """Take in the ranks of all images and captions that an evaluation found."""
         chosen = {name: self._images if name.endswith("i2t") else self._texts for name in ranks}

@@ -74,6 +74,11 @@ def answered(evaluations: Sequence[Ranks], groups: Ranks) -> tuple[list[dict[str
     return ranks_left, groups_left
 
 
+def num_groups(groups: Ranks) -> int:
+    """Return how many groups the queries are of; there is nothing to learn from fewer than two."""
+    return len(np.unique(np.concatenate([np.asarray(groups[direction]) for direction in DIRECTIONS])))
+
+
 def compare(before: Ranks, after: Ranks, groups: Ranks, *, confidence: float = 0.95, seed: int = 0) -> Verdict:
     """Return the gain of one evaluation over another of the same queries.
 
@@ -99,7 +104,7 @@ def recall_intervals(ranks: Ranks, groups: Ranks, *, confidence: float = 0.95) -
     Each is a mean of numbers between 0 and 1, so it is Wilson's score interval (JASA 22, 1927), which stays between 0
     and 100% and has a width at both. For the number of queries stands the effective one, p (1 - p) / variance, with the
     variance of the groups (Korn and Graubard, Survey Methodology 24, 1998); RSum is the mean of its six recalls. Where
-    all hit, or none, that is 0/0: so two made-up groups join the variance, one that always hits and one that never does.
+    all hit, or none, that is 0/0: so two made-up groups join the variance, one that always hits, one that never does.
 
     Args:
         ranks: `{"i2t": [N], "t2i": [M]}`.

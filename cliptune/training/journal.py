@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cliptune import results
-from cliptune.results import RECALL_KEYS, shown_epoch
+from cliptune.recorded import GainInterval, Verdict, shown_epoch
+from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
@@ -177,10 +178,16 @@ class Journal:
         if is_main():
             record = state.history[-1]
             self._append_history(state)
-            for key, value in record.items():
-                if key not in {"epoch", "step"} and value is not None:
+            watched = {f"watched/{name}/rsum": each["rsum"] for name, each in record.get("watched", {}).items()}
+            for key, value in {**record, **watched}.items():
+                if key not in {"epoch", "step", "watched"} and value is not None:
                     self._events.add_scalar(f"epoch/{key}", value, record["step"])
             self.write_results(state, finished=False)
+            if len(state.history) == 1 and state.selection != "rsum":
+                logger.info(
+                    "captions are classes here: a perfect model has an RSum of %.0f, so the best epoch goes by the "
+                    "numbers with equal captions and images merged", record["ceiling_rsum"],
+                )  # fmt: skip
             logger.info("%s", self._epoch_line(record, improved=improved))
         self._review(state)
 
@@ -248,8 +255,10 @@ class Journal:
             first, best, chance = test["baseline"], test["metrics"], test["chance"]
         epoch, gain = f"epoch {shown_epoch(trained['epoch'])}", "gain (95% interval)" if verdict else ""
         lines = [f"{'':17}{'as loaded':>10}{epoch:>13}{gain:>28}{'chance':>9}"]
-        for key in (*RECALL_KEYS, "rsum"):
-            gained = "" if verdict is None else results.Gain(*{**verdict["recalls"], "rsum": verdict["rsum"]}[key])
+        prefix = state.selection.removesuffix("rsum")  # merged_ where captions are classes
+        for name in (*RECALL_KEYS, "rsum"):
+            gains = {} if verdict is None else {**verdict["recalls"], "rsum": verdict["rsum"]}
+            gained, key = GainInterval(*gains[name]) if gains else "", f"{prefix}{name}"
             lines.append(f"{key:17}{first[key]:10.1f}{best[key]:13.1f}{gained!s:>28}{chance[key]:9.1f}")
         others = ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
         return lines + [f"{key:17}{first[key]:10.3g}{best[key]:13.3g}" for key in others if key in first]
@@ -290,10 +299,11 @@ class Journal:
             pace += f", {timedelta(seconds=round(left))} left" if left else ""
             accuracy = f"accuracy {record['train_accuracy']:.1f}% in batches of {self.plan.batch_size}"
             trained = f"loss {record['train_loss']:.3f}, {accuracy}, "
+        watched = "".join(f", {name} {each['rsum']:.1f}" for name, each in record.get("watched", {}).items())
         return (
             f"epoch {shown_epoch(record['epoch'])}: {trained}"
             f"val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
-            f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{pace}"
+            f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{watched}{pace}"
         )
 
     def _review(self, state: RunState) -> None:
@@ -339,7 +349,7 @@ def verdict_line(about: Mapping[str, Any]) -> str:
     """Return a run's verdict in one line, or why there is none."""
     if about.get("verdict") is None:
         return f"No verdict: {about.get('no_verdict') or 'there is nothing to compare'}"
-    return results.Verdict.model_validate(about["verdict"]).sentence()
+    return Verdict.model_validate(about["verdict"]).sentence()
 
 
 def _is_at_chance(history: Sequence[dict[str, Any]], state: RunState) -> bool:
@@ -353,7 +363,9 @@ def describe_model(model: Any) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     start = "random start" if model.starts_random else "pretrained"
-    return f"{shown(model.architecture.name)} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    part = f": {model.trained_part}" if model.trained_part else ""
+    name = shown(model.architecture.name)
+    return f"{name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained{part}"
 
 
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
@@ -365,7 +377,7 @@ def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
         "loss": loss,
         "accuracy": None if loss is None else round(100 * record.accuracy, 4),
         "learning_rate": record.rates.get("projection", 0.0),
-        "backbone_learning_rate": record.rates.get("backbone", 0.0),
+        "backbone_learning_rate": record.rates.get("backbone", record.rates.get("lora", 0.0)),
         "seconds": round(record.seconds, 6),
     }
 

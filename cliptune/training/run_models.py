@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cliptune.model.checkpoint_fields import STATE_KEYS
+from cliptune.model.checkpoint_fields import LATER_STATE_KEYS, STATE_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
-from cliptune.results import shown_epoch
+from cliptune.recorded import shown_epoch
 from cliptune.runtime.files import atomic_writer, has_link
 from cliptune.runtime.messages import count, one_line
 from cliptune.training.checkpoint import RunFiles, Saver
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 E = TypeVar("E")
 """`evaluation.Evaluation`."""
-TRAINING_KEYS = set(STATE_KEYS) - {"starts_random", "holds_batchnorm"}
+TRAINING_KEYS = {*STATE_KEYS, *LATER_STATE_KEYS} - {"starts_random", "holds_batchnorm"}
 """Of a checkpoint, what its model does without."""
 
 
@@ -99,21 +99,15 @@ def _link_or_copy(source: Path, path: Path) -> None:
             shutil.copyfileobj(content, file)
 
 
-def evaluate_both(model: Any, files: RunFiles, *, evaluate: Callable[[], E]) -> tuple[E, E]:
-    """Evaluate the models as loaded and the best.
+def evaluate_both(files: RunFiles, *, open_model: Callable[[Path], Any], evaluate: Callable[[Any], E]) -> tuple[E, E]:
+    """Evaluate the models as loaded and the best, one after the other.
 
     Args:
-        model: whose weights are the same afterwards; not in shards.
         files: of the run.
-        evaluate: evaluates the model.
+        open_model: builds the model that a file holds.
+        evaluate: evaluates a model.
 
     Raises:
         FileNotFoundError: one of the two is not there.
     """
-    current = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    found = []
-    for path in (files.loaded, files.best):
-        model.load_state_dict(load_checkpoint(path)["model_state_dict"])
-        found.append(evaluate())
-    model.load_state_dict(current)
-    return found[0], found[1]
+    return evaluate(open_model(files.loaded)), evaluate(open_model(files.best))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cliptune import results
 from cliptune.model.checkpoint_fields import validate
+from cliptune.recorded import Count, Number, Place
 from cliptune.runtime.messages import count, printable, shorten
 from cliptune.training.meters import EpochTotals, Step
 
@@ -30,30 +31,30 @@ class _Evaluation(results.Recorded):
     metrics: results.Metrics
     chance: results.Chance
     histograms: results.Histograms
-    num_images: results.Count
-    num_texts: results.Count
+    num_images: Count
+    num_texts: Count
 
 
 class _Totals(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    sums: Annotated[list[results.Number], Field(min_length=3, max_length=3)]
-    num_pairs: results.Count
-    num_batches: results.Count
+    sums: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    num_pairs: Count
+    num_batches: Count
 
 
 class _Stored(results.Recorded):
     """A `RunState` as a checkpoint holds it."""
 
     started_at: str
-    epoch: results.Count
-    step: results.Count
+    epoch: Count
+    step: Count
     history: Annotated[list[results.EpochRecord], Field(min_length=1)]
     baseline: _Evaluation
     best: _Evaluation
-    best_epoch: results.Place
-    best_step: results.Count | None = None
-    epochs_since_best: results.Count
+    best_epoch: Place
+    best_step: Count | None = None
+    epochs_since_best: Count
     totals: _Totals | None
 
 
@@ -149,11 +150,13 @@ class RunState:
         place = self.epoch - 1 + self.num_batches / steps_per_epoch if is_within else self.epoch
         of_groups = {
             "learning_rate": rates.get("projection", 0.0),
-            "backbone_learning_rate": rates.get("backbone", 0.0),
+            "backbone_learning_rate": rates.get("backbone", rates.get("lora", 0.0)),
         }
         record = {"epoch": place, "step": self.step, **means, **of_groups, **evaluation["metrics"]}
         if num_skipped := evaluation.get("skipped", {}).get("images", 0):
             record["num_skipped"] = num_skipped
+        if watched := evaluation.get("watched"):
+            record["watched"] = watched
         self.history.append(record)
         if is_within and self.totals is not None:
             self.totals.begin_part()
@@ -161,16 +164,22 @@ class RunState:
             self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:
             self.baseline = evaluation
+        key = self.selection
         # 190.0 and 190.00000000000003 are the same six recalls, added up in another order
-        improved = not self.best or evaluation["metrics"]["rsum"] > self.best["metrics"]["rsum"] * (1 + TIE)
+        improved = not self.best or evaluation["metrics"][key] > self.best["metrics"][key] * (1 + TIE)
         self.epochs_since_best = 0 if improved else self.epochs_since_best + 1
         if improved:
             self.best, self.best_epoch, self.best_step = evaluation, place, self.step
         return improved
 
+    @property
+    def selection(self) -> str:
+        """The metric that evaluations are compared by."""
+        return results.selection_key(self.baseline["metrics"])
+
     def best_trained(self) -> dict[str, Any] | None:
         """Return the record of the best evaluation but that of the model as loaded; None: there is no other."""
-        return max(self.history[1:], key=lambda record: record["rsum"], default=None)
+        return max(self.history[1:], key=lambda record: record[self.selection], default=None)
 
     def is_stale(self, patience: int) -> bool:
         """Tell whether `patience` evaluations, unless it is 0, have brought nothing better, the last one just now."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
+from cliptune.model.lora import adapted_weight, is_adapter, merged
 from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
 from cliptune.runtime.device import Precision
 from cliptune.runtime.distributed import average, rank
 from cliptune.runtime.rng import seed_step
+from cliptune.training.average import WeightAverage
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import EpochResult, EpochTotals, Step, StepResult, StepWatch
@@ -38,6 +41,7 @@ class MultimodalTrainer:
         parallel: what runs the model in several ranks, see `parallel.parallel_model`.
         seed: makes each step's random numbers depend on it, the step and the rank alone; None: they go on.
         watch: reads the numbers of the steps; None: one that ends at the first that are not finite.
+        ema: decay of the average of the weights, see `WeightAverage`; None: there is none.
 
     Attributes:
         global_step: steps so far, with those that were skipped.
@@ -56,6 +60,7 @@ class MultimodalTrainer:
         parallel: nn.Module | None = None,
         seed: int | None = None,
         watch: StepWatch | None = None,
+        ema: float | None = None,
     ) -> None:
         self.model = model
         self.watch = StepWatch() if watch is None else watch
@@ -67,6 +72,7 @@ class MultimodalTrainer:
         self.grad_cache = GradCache(
             model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
         )
+        self.average = None if ema is None else WeightAverage(model, ema)
         self.global_step = 0
 
     def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
@@ -102,6 +108,8 @@ class MultimodalTrainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.global_step += 1
+        if self.average is not None:
+            self.average.update(self.global_step, unless=is_bad)
         return StepResult(self.global_step, result.num_pairs, rates, values)
 
     def steps(self, batches: Iterable[Any]) -> Iterator[Step]:
@@ -142,6 +150,17 @@ class MultimodalTrainer:
         self.watch.read()
         average(running_statistics(self.model))
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model have the average of its weights, if there is one, while it is evaluated or saved."""
+        with nullcontext() if self.average is None else self.average.in_use():
+            yield
+
+    def model_state(self) -> dict[str, Any]:
+        """Return the state dict of the model that training has made: averaged, adapters merged; a collective."""
+        with self.averaged():
+            return merged(whole(self.model.state_dict()), self.model.lora)
+
     def train_epoch(self, batches: Iterable[Any]) -> EpochResult:
         """Train over the `batches` of one epoch, as `steps` takes them.
 
@@ -157,20 +176,31 @@ class MultimodalTrainer:
         return totals.mean()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the model's own state; a collective if the model is sharded."""
+        """Return what a resumed run needs beside `model_state`; a collective if the model is sharded."""
+        state = whole(self.model.state_dict())
+        # what the model holds where `model_state` has something else
+        names = {name for name in state if is_adapter(name)}
+        names |= {adapted_weight(name) for name in names} | set(self.average.tensors if self.average else ())
         return {
             "optimizer_state_dict": whole(self.optimizer.state_dict()),
             "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             "micro_batch_size": self.grad_cache.size,
+            "weights_state_dict": {name: state[name] for name in names},
+            "average_state_dict": {} if self.average is None else dict(self.average.tensors),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, beside `global_step`; the micro-batch size stays this trainer's."""
+        """Go on from what `state_dict` returned, beside `global_step`; the micro-batch size stays this trainer's.
+
+        The weights are loaded already, where the model was built: a sharded one could not take them.
+        """
         load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
         if self.scheduler is not None:
             load_scheduler_state(self.scheduler, state["scheduler_state_dict"], step=state["global_step"])
         load_scaler_state(self.scaler, state["scaler_state_dict"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average_state_dict"])
         self.global_step = state["global_step"]
 
     def _step_unless(self, is_bad: Tensor) -> None:

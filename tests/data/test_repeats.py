@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cliptune.data.pairs import load_pairs
-from cliptune.data.repeats import KS, batch_cost, perfect_recalls
-from cliptune.data.table import IntArray
+from cliptune.data.repeats import KS, batch_cost, image_kinds, perfect_recalls
+from cliptune.data.table import IntArray, Strings
 from tests.helpers.datasets import make_images, make_index
 
 
@@ -72,3 +72,19 @@ def test_the_floor_of_the_loss_is_that_of_the_batches(tmp_path: Path) -> None:
     pairs = load_pairs(tmp_path)
     found = batch_cost(pairs, pairs.captions.first_equal(), files, batch_size=8, every_pair=True)
     assert (found.loss_floor, found.num_false) == (0, 0)
+
+
+def test_files_of_the_same_bytes_are_one_kind(tmp_path: Path) -> None:
+    middle = bytes(100_000)
+    contents = {
+        "a": b"1",
+        "b": middle,
+        "c": b"1",
+        "d": b"2",
+        "e": middle[:50_000] + b"x" + middle[50_001:],
+        "f": middle,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    paths = Strings.of([str(tmp_path / name) for name in (*contents, "missing", "gone")])
+    assert image_kinds(paths).tolist() == [0, 1, 0, 3, 4, 1, 6, 7]  # e differs from b in the middle alone

@@ -37,7 +37,7 @@ def encoded_of(pairs: Pairs, seed: int, *, unreadable: int | None = None, levels
     if levels is not None:
         features = [(each * levels).round() / levels for each in features]
     owners = torch.searchsorted(readable, pairs.text_to_image[texts])
-    return Encoded(features[0], features[1], owners, readable, texts, 1.0, 1.0)
+    return Encoded(features[0], features[1], owners, readable, texts, readable, texts, 1.0, 1.0)
 
 
 def ranks_of(pairs: Pairs, seed: int) -> dict[str, Any]:
