@@ -24,6 +24,8 @@ from cliptune.settings import EvaluationSettings
 
 MAX_BYTES = 2**26
 """Of a file of classes or templates."""
+MAX_LABEL = 30
+"""Characters of a class in a table."""
 MAX_SHOWN = 10
 """Classes and confusions in a table."""
 
@@ -48,6 +50,8 @@ class Classification(Recorded):
     run: RunInfo | None = None
     num_images: Count
     num_classes: Count
+    names: dict[str, list[str]]
+    """Of each class, by its label."""
     templates: list[str]
     labels_from: str
     """Where the images' labels are from: `folders`, `captions`, or the column."""
@@ -226,6 +230,7 @@ def classify_set(
         "split": chosen.split,
         "run": run,
         "num_classes": len(classes.names),
+        "names": classes.names,
         "templates": classes.templates,
         "labels_from": task.labels_from,
         "num_trained_on": chosen.trained[candidate.path],
@@ -264,20 +269,25 @@ def _table(found: Classification) -> str:
     worst = sorted(found.classes, key=lambda each: each.top1)
     for each in worst[:MAX_SHOWN]:
         low, high = each.interval
-        lines.append(f"{_short(each.label):32}{each.num_images:8,}{each.top1:8.1f}   {low:.0f} to {high:.0f}")
+        lines.append(
+            f"{_shown(each.label, found.names):32}{each.num_images:8,}{each.top1:8.1f}   {low:.0f} to {high:.0f}"
+        )
     if len(worst) > MAX_SHOWN:
         lines.append(f"... {len(worst) - MAX_SHOWN:,} that come out better")
     if found.confusions:
         sizes = {each.label: each.num_images for each in found.classes}
         lines += ["", "largest confusions"]
         for label, taken_for, number in found.confusions[:MAX_SHOWN]:
-            lines.append(f"{number:6,} of {sizes[label]:,} {_short(label)} taken for {_short(taken_for)}")
+            one, other = _shown(label, found.names), _shown(taken_for, found.names)
+            lines.append(f"{number:6,} of {sizes[label]:,} {one} taken for {other}")
     return "\n".join(lines)
 
 
-def _short(label: str) -> str:
-    shown = printable(label)
-    return shown if len(shown) <= 30 else f"{shown[:27]}..."
+def _shown(label: str, names: Mapping[str, list[str]]) -> str:
+    """Return a label for a table, with its first name where that says more: `n01440764 (tench)`."""
+    first = names[label][0]
+    shown = printable(label if _normal(first) == _normal(label) else f"{label} ({first})")
+    return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 3]}..."
 
 
 def _names_in(path: Path) -> dict[str, list[str]]:

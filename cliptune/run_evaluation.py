@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import declared_split, default_split
+from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import BoolArray
 from cliptune.features.tables import has_repeats
 from cliptune.features.verdict import answered, compare, num_groups, recall_intervals
@@ -148,6 +149,8 @@ class Chosen(NamedTuple):
     trained: dict[str, int]
     """How many of `pairs` each candidate was trained on, by its path."""
     max_skipped_fraction: float
+    excluded: Mapping[str, int] = {}
+    """How many `images`, and `pairs` of these and others, a list of suspects has left out."""
 
     def note(self) -> str | None:
         """Say which images were trained on, and what that means."""
@@ -196,6 +199,31 @@ def choose_images(settings: EvaluationSettings, data_dir: str | None, candidates
         )
     chosen = pairs.select(np.flatnonzero(~in_any))
     return Chosen(chosen, data_dir, split, int(in_any.sum()), dict.fromkeys(counts, 0), fraction)
+
+
+def with_and_without(chosen: Chosen, suspects: str | None, candidates: Sequence[Candidate]) -> list[Chosen]:
+    """Return a data set, and the same without the pairs that a list leaves out, if there are any; say how many.
+
+    Raises:
+        FileNotFoundError, ValueError: the list cannot be read, or leaves nothing.
+    """
+    if suspects is None:
+        return [chosen]
+    left, num_images, num_pairs, _ = exclude(chosen.pairs, read_suspects(Path(suspects)))
+    counts = f"{num_pairs:,} of the {count(chosen.pairs.num_pairs, 'pair')}, and with them {count(num_images, 'image')}"
+    logger.info("--exclude %s leaves out %s of %s", suspects, counts, chosen.data_dir)
+    if not num_pairs:
+        return [chosen]
+    if not len(left):
+        raise ValueError(f"--exclude {suspects} leaves nothing of {chosen.data_dir} to evaluate")
+    trained = dict(chosen.trained)
+    if any(trained.values()):
+        files = file_identities(left.paths)
+        for candidate in candidates:
+            trained[candidate.path] = int(candidate.known.are_in(left, "train", chosen.data_dir, files=files).sum())
+    excluded = {"images": num_images, "pairs": num_pairs}
+    split = f"{chosen.split}, without {Path(suspects).name}"  # a set of its own, in tables and results
+    return [chosen, chosen._replace(pairs=left, split=split, trained=trained, excluded=excluded)]
 
 
 def _by_candidate(counts: dict[str, int]) -> str:
@@ -339,6 +367,7 @@ def record_of(candidate: Candidate, chosen: Chosen, evaluation: Any, *, run: Run
         "split": chosen.split,
         "num_trained_on": chosen.trained[candidate.path],
         "num_left_out": chosen.num_left_out,
+        "excluded": chosen.excluded,
         "intervals": intervals,
     }
     return EvaluationRecord(of_what | values, evaluation.ranks, evaluation.merged_ranks)

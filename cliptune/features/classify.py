@@ -162,4 +162,4 @@ def wilson_interval(hits: float, total: float, *, z: float = 1.959964) -> tuple[
     """Return a 95% interval of a percentage of independent cases (Wilson, JASA 22, 1927)."""
     center, width = (hits + z * z / 2) / (total + z * z), z / (total + z * z)
     error = width * math.sqrt(hits * (total - hits) / total + z * z / 4)
-    return 100 * (center - error), 100 * (center + error)
+    return max(100 * (center - error), 0.0), min(100 * (center + error), 100.0)  # rounding goes beyond by 1e-15
