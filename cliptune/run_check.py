@@ -22,7 +22,7 @@ from cliptune.data.issues import Issues
 from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
 from cliptune.data.pairs import Pairs
 from cliptune.data.splits import split_data
-from cliptune.data.suspects import update_suspects
+from cliptune.data.suspects import read_suspects, update_suspects
 from cliptune.data.table import NO_SPLIT, SPLITS, Strings
 from cliptune.data.units import Units
 from cliptune.model.architectures import Architecture, known_architecture
@@ -120,6 +120,11 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
+    folder = Path(settings.output_dir) / "results"
+    # what would fail at the end fails before the work
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "suspects.csv").exists():
+        read_suspects(folder / "suspects.csv")
     examined, splits, units = _examine(pairs, val, settings)
     is_declared = val is not None or "val" in pairs.declared()
     findings = [
@@ -131,7 +136,6 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
         *leaks(pairs, units, examined.sides[: len(pairs)], num_drawn=0 if is_declared else len(splits["val"])),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
-    folder = Path(settings.output_dir) / "results"
     findings = [each._replace(advice=each.advice.replace(LIST, str(folder / "suspects.csv"))) for each in findings]
     issues = Issues(list(examined.pairs.issues.first), examined.pairs.issues.count)
     issues.extend(examined.images.issues)
