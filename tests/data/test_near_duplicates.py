@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.near_duplicates import COPIES
@@ -110,6 +111,13 @@ def test_scenes_of_equal_captions_are_different_images(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     assert len(paths) == 300
     assert not len(find_near_duplicates(paths, cache_dir=None, num_workers=0).pairs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_random_numbers_do_not_depend_on_what_is_cached(planted: Path, num_workers: int) -> None:
+    before = torch.get_rng_state()
+    take_fingerprints(Strings.of(list(paths_in(planted)) * 3), cache_dir=None, num_workers=num_workers)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_images() -> None:
