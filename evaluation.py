@@ -163,10 +163,13 @@ class Evaluation(NamedTuple):
     same place in every evaluation of a data set."""
     merged_ranks: dict[str, RankArray]
     """The same with equal texts and copies of an image merged; NaN also for all but the first of what is equal."""
+    encoded: Encoded | None = None
+    """The features, if they were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "merged_ranks"}}
+        """Return plain values, as the results file stores them: neither ranks nor features."""
+        left_out = {"ranks", "merged_ranks", "encoded"}
+        return {key: value for key, value in self._asdict().items() if key not in left_out}
 
 
 def evaluate(
@@ -176,6 +179,7 @@ def evaluate(
     loss_batch_size: int | None = None,
     cached: PairOutputs | None = None,
     on_unreadable_image: Callable[[Issue], None] = log_issue,
+    keep_features: bool = False,
 ) -> Evaluation:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -185,6 +189,7 @@ def evaluate(
         loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size, in nats.
         cached: outputs of the model's frozen towers for `pairs`, which are then only projected.
         on_unreadable_image: called with each image that cannot be read, in the rank that met it.
+        keep_features: give them, too.
 
     Raises:
         ValueError: features that are not finite, or no image could be read.
@@ -216,6 +221,7 @@ def evaluate(
     return Evaluation(
         metrics, chance, histograms, num_images, num_texts, skipped, throughput,
         ranks=_ranks_of_queries(ranks, encoded, pairs), merged_ranks=_ranks_of_queries(Ranks(*firsts), encoded, pairs),
+        encoded=encoded if keep_features else None,
     )  # fmt: skip
 
 

@@ -240,6 +240,14 @@ def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
     return found.pairs
 
 
+class TestSplit(NamedTuple, Generic[E]):
+    """What a run is judged by in the end."""
+
+    pairs: Pairs
+    evaluate: Callable[[Any], E]
+    """Evaluates a model."""
+
+
 class RunData(NamedTuple, Generic[E]):
     """What a run trains and validates on."""
 
@@ -248,6 +256,8 @@ class RunData(NamedTuple, Generic[E]):
     val: Pairs
     validate: Callable[..., E]
     """Evaluates the model, or another one that it is given."""
+    test: TestSplit[E] | None
+    """The test split that the data declares; None: it declares none."""
     skipped: SkippedData
     num_workers: int
     encoder: Encoder
@@ -336,9 +346,15 @@ def open_data(
         return evaluate(
             encoder if other is None else replace(encoder, model=other), val,
             loss_batch_size=training.batch_size, cached=outputs_of(val), on_unreadable_image=skipped.note,
+            keep_features=other is None,
         )  # fmt: skip
 
-    return RunData(loader, train, val, validate, skipped, workers, encoder, outputs_of)
+    def evaluate_test(other: Any) -> E:
+        return evaluate(replace(encoder, model=other), held_out, cached=outputs_of(held_out))
+
+    held_out = splits.get("test")
+    test = TestSplit(held_out, evaluate_test) if isinstance(held_out, Pairs) and len(held_out) else None
+    return RunData(loader, train, val, validate, test, skipped, workers, encoder, outputs_of)
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:

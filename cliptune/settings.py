@@ -261,7 +261,10 @@ class TrainingSettings(Settings):
         0.1, description="fraction of the steps over which the rates rise, before the cosine"
     )
     early_stopping_patience: NonNegativeInt = Field(
-        10, description="epochs without a better validation RSum before the run ends; 0: never"
+        10, description="evaluations without a better validation RSum before the run ends; 0: never"
+    )
+    validate_every: Interval = Field(
+        None, description="steps (500) or time (90s, 10m, 2h) between evaluations within an epoch; none: each epoch's"
     )
     interpolate: bool = Field(
         False, description="after training, average the weights as loaded with the best ones and keep the best average"
@@ -269,6 +272,16 @@ class TrainingSettings(Settings):
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
     seed: Seed = 42
+
+    @property
+    def validate_every_steps(self) -> int | None:
+        """Steps between two evaluations within an epoch; None: no such limit."""
+        return self.validate_every if isinstance(self.validate_every, int) else None
+
+    @property
+    def validate_every_seconds(self) -> int | None:
+        """Seconds between two evaluations within an epoch; None: no such limit."""
+        return seconds_of(self.validate_every) if isinstance(self.validate_every, str) else None
 
 
 class RunSettings(Settings):
