@@ -108,13 +108,11 @@ def _train(argv: list[str] | None) -> int:
             splits, snapshots = (
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
-        if resumed is None:
-            config = apply_recipe(config, started, splits=splits, weights=weights)
+        config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=resumed is not None)
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
-        if is_main():
-            set_aside_earlier_run(files, config, resumed)
+        set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
         data = open_data(

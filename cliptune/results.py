@@ -339,6 +339,8 @@ class EvaluationResults(Results):
     split: str | None = None
     num_trained_on: Count = 0
     """Of the images: those that the checkpoint's run was trained on."""
+    excluded: dict[str, Count] = {}
+    """What `--exclude` left out of the set: `images`, and `pairs` with these and others."""
     num_left_out: Count = 0
     """Images of the data set that are not among these, since a checkpoint's run was trained on them."""
     intervals: dict[str, Bounds] = {}
@@ -458,7 +460,7 @@ def read(path: Path) -> AnyResults:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: AnyResults | DataCheckResults) -> None:
+def write(path: Path, results: Recorded) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

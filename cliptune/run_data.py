@@ -14,7 +14,7 @@ from torch import Tensor
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
-from cliptune.data.near_duplicates import NearDuplicates, identical_files, look_for_near_duplicates, no_copies
+from cliptune.data.near_duplicates import NearDuplicates, look_for_near_duplicates, no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
@@ -72,14 +72,9 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
 
 
 def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
-    """Return how a run finds the images that are one image: near-duplicates as well, where that takes little time."""
-
-    def find(paths: Strings) -> NearDuplicates:
-        workers = config.data.num_workers
-        near = look_for_near_duplicates(paths, cache_dir=cache_file.parent, num_workers=workers)
-        return identical_files(paths, cache_file=cache_file) if near is None else near
-
-    return find
+    """Return how a run finds the images that are one image."""
+    workers = config.data.num_workers
+    return functools.partial(look_for_near_duplicates, cache_dir=cache_file.parent, num_workers=workers)
 
 
 def located(config: Config) -> Config:

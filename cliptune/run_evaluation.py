@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import declared_split, default_split
+from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import BoolArray
 from cliptune.features.verdict import answered, compare, num_groups, recall_intervals
 from cliptune.model.architectures import ARCHITECTURES
@@ -143,6 +144,8 @@ class Chosen(NamedTuple):
     trained: dict[str, int]
     """How many of `pairs` each candidate was trained on, by its path."""
     max_skipped_fraction: float
+    excluded: Mapping[str, int] = {}
+    """How many `images`, and `pairs` of these and others, a list of suspects has left out."""
 
     def note(self) -> str | None:
         """Say which images were trained on, and what that means."""
@@ -193,6 +196,31 @@ def choose_images(settings: EvaluationSettings, data_dir: str | None, candidates
     return Chosen(chosen, data_dir, split, int(in_any.sum()), dict.fromkeys(counts, 0), fraction)
 
 
+def with_and_without(chosen: Chosen, suspects: str | None, candidates: Sequence[Candidate]) -> list[Chosen]:
+    """Return a data set, and the same without the pairs that a list leaves out, if there are any; say how many.
+
+    Raises:
+        FileNotFoundError, ValueError: the list cannot be read, or leaves nothing.
+    """
+    if suspects is None:
+        return [chosen]
+    left, num_images, num_pairs, _ = exclude(chosen.pairs, read_suspects(Path(suspects)))
+    counts = f"{num_pairs:,} of the {count(chosen.pairs.num_pairs, 'pair')}, and with them {count(num_images, 'image')}"
+    logger.info("--exclude %s leaves out %s of %s", suspects, counts, chosen.data_dir)
+    if not num_pairs:
+        return [chosen]
+    if not len(left):
+        raise ValueError(f"--exclude {suspects} leaves nothing of {chosen.data_dir} to evaluate")
+    trained = dict(chosen.trained)
+    if any(trained.values()):
+        files = file_identities(left.paths)
+        for candidate in candidates:
+            trained[candidate.path] = int(candidate.known.are_in(left, "train", chosen.data_dir, files=files).sum())
+    excluded = {"images": num_images, "pairs": num_pairs}
+    split = f"{chosen.split}, without {Path(suspects).name}"  # a set of its own, in tables and results
+    return [chosen, chosen._replace(pairs=left, split=split, trained=trained, excluded=excluded)]
+
+
 def _by_candidate(counts: dict[str, int]) -> str:
     """Say how many images each candidate was trained on: `54`, or `A 54; B 60`."""
     if len(counts) == 1:
@@ -221,7 +249,8 @@ def _of_data_set(
     """Read a data set that was named."""
     assert data_dir is not None
     source = DataSource(
-        data_dir, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
+        data_dir, settings.image_dir, settings.label_key or settings.caption_key, fraction,
+        image_key=settings.image_key,
         captions_from=settings.captions_from, caption_template=settings.caption_template,
     )  # fmt: skip
     pairs = load_pairs(source)
@@ -247,7 +276,7 @@ def _own_validation(
     assert first.config is not None
     data = first.config.data
     source = DataSource(
-        data.data_dir, settings.image_dir or data.image_dir, data.caption_key, fraction,
+        data.data_dir, settings.image_dir or data.image_dir, settings.label_key or data.caption_key, fraction,
         image_key=data.image_key, captions_from=data.captions_from, caption_template=data.caption_template,
     )  # fmt: skip
     source = source if data.val_data is None else source.at(data.val_data)
@@ -330,6 +359,7 @@ def record_of(
         "split": chosen.split,
         "num_trained_on": chosen.trained[candidate.path],
         "num_left_out": chosen.num_left_out,
+        "excluded": chosen.excluded,
         "intervals": recall_intervals(answers, groups) if num_groups(groups) > 1 else {},
         **evaluation,
     }

@@ -420,12 +420,26 @@ class EvaluationSettings(Settings):
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv); evaluates with and without them; none: with all"
+    )
     include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
+    classes: str | None = Field(
+        None,
+        description="classify the images instead: file with a class a line, JSON {label: [names]}, or a folder whose "
+        "folders are the classes",
+    )
+    templates: str | None = Field(
+        None, description='file with a text a line in which {} stands for a class\'s name; none: "a photo of a {}"'
+    )
+    label_key: str | None = Field(
+        None, description="column that holds the images' classes; none: their folders or captions name them"
+    )
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
@@ -436,8 +450,15 @@ class EvaluationSettings(Settings):
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
     device: Device = "auto"
-    output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json")
+    output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json, or those of classes")
     log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> EvaluationSettings:
+        for name in ("templates", "label_key"):
+            if self.classes is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs classes, which are to be told apart")
+        return self
 
 
 class VisualizationSettings(Settings):

@@ -103,6 +103,8 @@ def _size(values: Values) -> str:
     reasons = [f"{' and '.join(missing)} that cannot be used"] if missing else []
     if values["num_left_out"]:
         reasons.append(f"{count(values['num_left_out'], 'image')} that were trained on")
+    if values.get("excluded"):
+        reasons.append(f"{count(values['excluded']['pairs'], 'pair')} that --exclude leaves out")
     return size + (f" (without {', and '.join(reasons)})" if reasons else "")
 
 
