@@ -48,6 +48,7 @@ from cliptune.run_data import (
     reread_data,
 )
 from cliptune.run_interpolation import look_back
+from cliptune.run_loss import make_losses, start_bias
 from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_recipe import apply_recipe
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
@@ -115,22 +116,24 @@ def _train(argv: list[str] | None) -> int:
         set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
+        began = {} if resumed is None else resumed.content
+        loss, val_loss = make_losses(config, splits["train"], began)
         data = open_data(
-            config, model, splits, ImageTextDataset, evaluate,
+            config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
         data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
-            config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
+            config, model, loss, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        began = {} if resumed is None else resumed.content
         about: dict[str, Any] = {
             "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
             "config": located(config).model_dump(),
             "folder": folder_of(config, began.get("folder", "")),
             "config_file": began.get("config_file", started.file_values),
+            "positives": loss.positives,
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
         }
@@ -143,7 +146,12 @@ def _train(argv: list[str] | None) -> int:
         retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
-            journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
+            journal.advise(
+                **_odd_data(
+                    config, splits, snapshots,
+                    context_length=model.architecture.context_length, positives=loss.positives,
+                )
+            )  # fmt: skip
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver, retrieval=retrieval)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
@@ -292,6 +300,7 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
 def _make_trainer(
     config: Config,
     model: CLIPModel,
+    loss: ContrastiveLoss,
     data: RunData,
     *,
     precision: Precision,
@@ -299,6 +308,7 @@ def _make_trainer(
     parallel: nn.Module | None,
 ) -> MultimodalTrainer:
     settings = config.training
+    start_bias(model, loss, data.loader, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel)
     optimizer = optim.build_optimizer(
         model,
         learning_rate=settings.learning_rate,
@@ -309,7 +319,7 @@ def _make_trainer(
     total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
         model,
-        ContrastiveLoss(),
+        loss,
         optimizer,
         optim.build_scheduler(optimizer, total_steps=total_steps, warmup_fraction=settings.warmup_fraction),
         precision=precision,
@@ -390,7 +400,8 @@ def _open_journal(
     is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
     plan = RunPlan(
         settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
-        settings.validate_every_steps, settings.validate_every_seconds,
+        is_softmax=settings.loss == "infonce", validate_every_steps=settings.validate_every_steps,
+        validate_every_seconds=settings.validate_every_seconds,
     )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
@@ -441,7 +452,9 @@ def _open_journal(
     return journal
 
 
-def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int) -> dict[str, str | None]:
+def _odd_data(
+    config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int, positives: str
+) -> dict[str, str | None]:
     """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
     found = data_findings(
         splits,
@@ -451,6 +464,8 @@ def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_l
         every_pair=config.data.captions == "all",
         context_length=context_length,
     )
+    if positives == "caption":
+        found.pop("repeated_captions", None)  # they do no harm
     return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 

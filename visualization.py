@@ -56,6 +56,8 @@ LIGHT_BLUE, BLACK = "#A6CEE8", "#222222"
 DPI = 100
 MAX_MARKED = 40
 """Epochs of a curve that are marked by dots; more of them would be a thick line."""
+MAX_LN = math.log(2**63)
+"""Of what a chance level can be the logarithm of."""
 MAX_WIDTH = 40
 """Inches of a figure of many panels."""
 MAX_NAME, MAX_TITLE = 60, 200
@@ -327,9 +329,16 @@ def _draw_loss(axes: Axes, results: TrainingResults) -> None:
     validation = results.chance.val_loss
     if validation is None:
         validation = math.log(min(batch_size, max(results.num_images, 1)))
-    levels = {"training": math.log(batch_size), "validation": validation}
-    _draw_chance(axes, {name: (level, f"ln {math.exp(level):,.0f} = {level:.2f}") for name, level in levels.items()})
-    axes.set(title="Contrastive loss", ylabel="nats")
+    if results.config.training.loss == "infonce" and validation <= MAX_LN:
+        levels = {"training": math.log(batch_size), "validation": validation}
+        texts = {name: f"ln {math.exp(level):,.0f} = {level:.2f}" for name, level in levels.items()}
+        _draw_chance(axes, {name: (level, texts[name]) for name, level in levels.items()})
+    else:  # that of a training batch depends on how often its captions repeat
+        axes.axhline(
+            validation, color=ORANGE, linewidth=1, linestyle=":", label=f"chance, validation: {validation:.2f}"
+        )
+    title = "Contrastive loss" if results.config.training.loss == "infonce" else "Sigmoid loss"
+    axes.set(title=title, ylabel="nats")
 
 
 def _draw_accuracy(axes: Axes, results: TrainingResults) -> None:

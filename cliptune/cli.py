@@ -50,8 +50,9 @@ HELP_GROUPS = {
         "activation", "context_length", "image_resolution",
     ),
     "training": (
-        "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay", "gradient_clip_norm",
-        "early_stopping_patience", "validate_every", "interpolate", "skip_nonfinite", "seed",
+        "loss", "positives", "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay",
+        "gradient_clip_norm", "early_stopping_patience", "validate_every", "interpolate",
+        "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -239,6 +240,9 @@ def stored_config(stored: dict[str, Any], source: str | Path) -> Config:
     Raises:
         ValueError: they are none that a run can have; names the checkpoint and the key.
     """
+    training = stored.get("training")
+    if isinstance(training, dict):  # of a run of before there was a choice
+        stored = {**stored, "training": {"positives": "image", **training}}
     return _validate(Config, stored, {}, source=Path(source))
 
 

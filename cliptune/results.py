@@ -73,8 +73,9 @@ class Recalls(MergedRecalls):
 class Chance(Recalls):
     """What a random ranking gives, and the loss of a model for which all pairs of a batch look alike."""
 
-    val_loss: Annotated[Number, Field(ge=0, le=44)] | None = None
-    """ln(images in a validation batch): a validation set smaller than a training batch is one batch."""
+    val_loss: Annotated[Number, Field(ge=0, le=2**31)] | None = None
+    """ln(images in a validation batch): a validation set smaller than a training batch is one batch. Of a sigmoid loss
+    see `SigmoidLoss.chance`."""
 
 
 class Metrics(Recalls):
@@ -187,15 +188,16 @@ class _ModelName(Recorded):
     name: str
 
 
-class _BatchSize(Recorded):
+class _Training(Recorded):
     batch_size: Annotated[int, Field(strict=True, gt=0, lt=2**63)]
+    loss: str = "infonce"
 
 
 class RecordedConfig(Recorded):
     """A run's settings; only those that figures need are looked at, since settings change their names."""
 
     model: _ModelName
-    training: _BatchSize
+    training: _Training
 
 
 class Results(Recorded):
@@ -385,6 +387,8 @@ class Comparison(Recorded):
     split: str | None = None
     before: str
     after: str
+    merged: bool = False
+    """Duplicates are merged, since captions are classes."""
     gain: Number
     """Of RSum, from `before` to `after`."""
     low: Number

@@ -17,13 +17,14 @@ from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import declared_split, default_split
 from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import BoolArray
+from cliptune.features.tables import has_repeats
 from cliptune.features.verdict import answered, compare, num_groups, recall_intervals
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
 from cliptune.model.checkpoint_file import checkpoint_in, holds_checkpoint, load_checkpoint
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
-from cliptune.results import Comparison, RunInfo
+from cliptune.results import Comparison, RunInfo, selection_key
 from cliptune.run_data import found_again
 from cliptune.runtime.messages import count, first_few, nearest, printable
 from cliptune.settings import MAX_SKIPPED_FRACTION, Config, EvaluationSettings
@@ -336,22 +337,25 @@ class EvaluationRecord(NamedTuple):
     """Under the keys of `results.EvaluationResults`."""
     ranks: dict[str, Any]
     """Of every query, `i2t` and `t2i`; NaN where there is none."""
+    merged_ranks: dict[str, Any]
+    """The same with duplicates merged."""
 
 
-def record_of(
-    candidate: Candidate, chosen: Chosen, evaluation: dict[str, Any], *, ranks: dict[str, Any], run: RunInfo
-) -> EvaluationRecord:
+def record_of(candidate: Candidate, chosen: Chosen, evaluation: Any, *, run: RunInfo) -> EvaluationRecord:
     """Complete an evaluation with what it is of, and with intervals.
 
     Args:
         candidate: the model.
         chosen: the images.
-        evaluation: metrics and the like, plain values.
-        ranks: of every query, in the order of the images and captions.
+        evaluation: an `evaluation.Evaluation` of them.
         run: what it ran on.
     """
-    (answers,), groups = answered([ranks], chosen.pairs.query_groups)
-    values = {
+    values = evaluation.to_dict()
+    intervals = _intervals(evaluation.ranks, chosen.pairs)
+    if has_repeats(values["metrics"]):
+        merged = _intervals(evaluation.merged_ranks, chosen.pairs)
+        intervals |= {f"merged_{key}": bounds for key, bounds in merged.items()}
+    of_what = {
         "run_id": candidate.run_id,
         "run": run,
         "checkpoint": candidate.path,
@@ -360,17 +364,29 @@ def record_of(
         "num_trained_on": chosen.trained[candidate.path],
         "num_left_out": chosen.num_left_out,
         "excluded": chosen.excluded,
-        "intervals": recall_intervals(answers, groups) if num_groups(groups) > 1 else {},
-        **evaluation,
+        "intervals": intervals,
     }
-    return EvaluationRecord(values, ranks)
+    return EvaluationRecord(of_what | values, evaluation.ranks, evaluation.merged_ranks)
+
+
+def _intervals(ranks: dict[str, Any], pairs: Pairs) -> dict[str, tuple[float, float]]:
+    """Return the intervals of the recalls; none of a single group."""
+    (answers,), groups = answered([ranks], pairs.query_groups)
+    return recall_intervals(answers, groups) if num_groups(groups) > 1 else {}
 
 
 def compare_all(chosen: Chosen, records: Sequence[EvaluationRecord]) -> list[Comparison]:
-    """Compare each two checkpoints on a set, on the images that all could be asked of; none of a single group."""
+    """Compare each two checkpoints on a set, on the images that all could be asked of; none of a single group.
+
+    Where captions are classes, duplicates are merged, as where a run chooses its best epoch.
+    """
     own = [record for record in records if (record.values["data"], record.values["split"]) == chosen[1:3]]
-    ranks, groups = answered([record.ranks for record in own], chosen.pairs.query_groups)
-    if len(own) < 2 or num_groups(groups) < 2:
+    if len(own) < 2:
+        return []
+    merged = selection_key(own[0].values["metrics"]) == "merged_rsum"
+    all_ranks = [record.merged_ranks if merged else record.ranks for record in own]
+    ranks, groups = answered(all_ranks, chosen.pairs.query_groups)
+    if num_groups(groups) < 2:
         return []
     found = []
     for (before, first), (after, second) in combinations(zip(own, ranks, strict=True), 2):
@@ -381,6 +397,7 @@ def compare_all(chosen: Chosen, records: Sequence[EvaluationRecord]) -> list[Com
                 split=chosen.split,
                 before=before.values["checkpoint"],
                 after=after.values["checkpoint"],
+                merged=merged,
                 recalls={key: tuple(interval) for key, interval in verdict.recalls.items()},
                 **{key: value for key, value in verdict._asdict().items() if key != "recalls"},
             )

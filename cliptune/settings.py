@@ -237,6 +237,15 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    loss: Literal["infonce", "siglip"] = Field(
+        "infonce",
+        description="infonce: a softmax over the batch, as CLIP; siglip: a sigmoid a pair, with a learned bias",
+    )
+    positives: Literal["auto", "pair", "image", "caption"] = Field(
+        "auto",
+        description="other texts of a batch that belong to an image. pair: none; image: those of the same image are no "
+        "negatives; caption: those and equal ones are positives; auto: caption where captions repeat, else image",
+    )
     recipe: Literal["auto", "full", "lora", "head"] | None = Field(
         None,
         description="picks what trains, rates and length for the data at hand, and says why; none: nothing",

@@ -3,6 +3,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cliptune.features.encode import Encoded, Encoder
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.runtime.device import resolve_precision
+from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
 from data_loader import main as data_main
 from evaluation import evaluate, main, validation_loss
@@ -104,7 +106,10 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
         expected.append(-(rows[0] + rows[1]) / 2)
     of_images, of_texts = torch.arange(7), torch.arange(14)
     encoded = Encoded(images, texts, owners, of_images, of_texts, of_images, of_texts, 1.0, 1.0)
-    got = validation_loss(encoded, torch.tensor(5.0).log(), batch_size=3)
+    model, captions = SimpleNamespace(logit_scale=torch.tensor(5.0).log(), logit_bias=None), list("abcdefghijklmn")
+    loss = ContrastiveLoss(across_ranks=False)
+    got, chance = validation_loss(encoded, model, loss, batch_size=3, captions=captions)
+    assert chance == pytest.approx(math.log(3))
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
 

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -23,19 +22,11 @@ from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
 from cliptune.runtime.messages import first_few, printable, shown
-from cliptune.training.advice import (
-    SAME_COSINE,
-    chance_loss,
-    collapse,
-    is_at_chance,
-    no_better_epoch,
-    nothing_carries_over,
-    pretrained_at_chance,
-    stuck_loss,
-)
+from cliptune.training.advice import chance_loss, is_at_chance, no_better_epoch
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
+from cliptune.training.review import Review
 from cliptune.training.state import RunState, now
 
 logger = logging.getLogger("train")
@@ -52,6 +43,8 @@ class RunPlan(NamedTuple):
     warmup_steps: int
     is_pretrained: bool = False
     """The model as loaded has been trained on images and captions before."""
+    is_softmax: bool = True
+    """The training loss of features that tell nothing is ln(batch size)."""
     validate_every_steps: int | None = None
     """Steps between two evaluations within an epoch; None: there are none by steps."""
     validate_every_seconds: float | None = None
@@ -95,6 +88,15 @@ class Journal:
     ) -> None:
         self.files, self.plan, self.watch, self.about = files, plan, watch, about
         self.device, self.interval = device, interval
+        self.review = Review(
+            warmup_steps=plan.warmup_steps,
+            # 0: unknown, and no loss is stuck there
+            train_chance=chance_loss(plan.pairs_per_epoch, plan.batch_size) if plan.is_softmax else 0.0,
+            is_pretrained=plan.is_pretrained,
+            past=_whole_epochs(state),
+            chance=state.best.get("chance"),
+            num_images=state.best.get("num_images", 0),
+        )
         self._epoch = state.epoch
         self._advice: set[str] = set()
         self._recent: list[StepRecord] = []
@@ -307,42 +309,17 @@ class Journal:
         )
 
     def _review(self, state: RunState) -> None:
-        """Warn of an epoch whose numbers say that the run goes wrong; not of a part of one."""
-        if not isinstance(state.history[-1]["epoch"], int):
+        """Tell what an epoch's numbers say about the run; those of a part of an epoch say nothing."""
+        history = _whole_epochs(state)
+        if history[-1] is not state.history[-1]:
             return
-        plan, chance = self.plan, state.best["chance"]
-        history = [record for record in state.history if isinstance(record["epoch"], int)]
-        first = history[0]
-        if len(history) == 1:
-            if plan.is_pretrained:
-                found = pretrained_at_chance(first["rsum"], chance, num_images=state.best["num_images"])
-                self.advise(pretrained_at_chance=found)
-            return
-        # of epochs that began after the warm-up: before, a loss at chance is no news
-        warm = [record for before, record in pairwise(history) if before["step"] >= plan.warmup_steps]
-        losses = [record["train_loss"] for record in warm]
-        train_chance = chance_loss(plan.pairs_per_epoch, plan.batch_size)
-        stuck, carried = stuck_loss(losses, train_chance), None
-        if _is_at_chance(history[1:], state):
-            val_losses = [record["val_loss"] for record in warm]
-            val_chance = chance.get("val_loss", 0.0)
-            carried = nothing_carries_over(losses, val_losses, chance=train_chance, val_chance=val_chance)
-        start = first["image_cosine"], first["text_cosine"]
-        collapses = [
-            collapse(
-                image_cosine=record["image_cosine"],
-                text_cosine=record["text_cosine"],
-                rsum=record["rsum"],
-                chance=chance["rsum"],
-                start=start,
-            )
-            for record in history[1:][-2:]
-        ]
-        # a random start often goes through an epoch of features that are alike; what began alike stays so
-        lasts = len(collapses) == 2 and collapses[0] is not None
-        collapsed = collapses[-1] if lasts or max(start) > SAME_COSINE else None
-        # of features that are all alike the loss is at chance, too, and the first finding says why
-        self.advise(stuck_loss=stuck if collapsed is None else None, collapse=collapsed, nothing_carries_over=carried)
+        news = self.review.news(history, chance=state.best["chance"], num_images=state.best["num_images"])
+        for line in news if is_main() else ():
+            logger.warning(line)
+
+
+def _whole_epochs(state: RunState) -> list[dict[str, Any]]:
+    return [record for record in state.history if isinstance(record["epoch"], int)]
 
 
 def verdict_line(about: Mapping[str, Any]) -> str:
