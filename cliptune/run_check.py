@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from cliptune import results
-from cliptune.data.diagnosis import KINDS, Examined, Finding, find_all, suspects, table
+from cliptune.data.diagnosis import KINDS, LIST, Examined, Finding, find_all, leaks, suspects, table
 from cliptune.data.doctor import CaptionFacts, look_at_captions, look_at_images
 from cliptune.data.findings import data_findings
 from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.identity import file_identities
 from cliptune.data.issues import Issues
-from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates, no_copies
+from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
 from cliptune.data.pairs import Pairs
-from cliptune.data.splits import num_asked, split_data
-from cliptune.data.suspects import update_suspects
-from cliptune.data.table import NO_SPLIT, SPLITS, Strings
-from cliptune.data.units import Units, crossing, find_units, row_split_leaks
+from cliptune.data.splits import split_data
+from cliptune.data.suspects import read_suspects, update_suspects
+from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
+from cliptune.data.units import Units, find_units
 from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
@@ -120,19 +120,25 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
+    folder = Path(settings.output_dir) / "results"
+    # what would fail at the end fails before the work
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "suspects.csv").exists():
+        read_suspects(folder / "suspects.csv")
     examined, splits, units = _examine(pairs, val, settings)
+    is_declared = val is not None or "val" in pairs.declared()
     findings = [
         *find_all(
             examined, batch_size=settings.batch_size, context_length=context_length,
             resolution=architecture.image_resolution,
         ),
         *whole_findings(splits, settings, context_length=context_length),
-        *_leaks(pairs, splits, units, settings),
+        *leaks(pairs, units, examined.sides[: len(pairs)], num_drawn=0 if is_declared else len(splits["val"])),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
+    findings = [each._replace(advice=each.advice.replace(LIST, str(folder / "suspects.csv"))) for each in findings]
     issues = Issues(list(examined.pairs.issues.first), examined.pairs.issues.count)
     issues.extend(examined.images.issues)
-    folder = Path(settings.output_dir) / "results"
     record = results.DataCheckResults(
         started_at=started_at,
         finished_at=datetime.now().isoformat(timespec="seconds"),
@@ -169,7 +175,7 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     return Check(issues, lines)
 
 
-def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], Units]:
+def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], IntArray]:
     """Look at all images, also those that are in no split, since a separate set validates; then split them."""
     everything = pairs
     if val is not None:
@@ -184,31 +190,11 @@ def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tupl
     for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
         sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
     captions = look_at_captions(everything.captions, num_workers=settings.num_workers)
-    return Examined(everything, sides, images, captions, copies.pairs[~copies.identical]), splits, units
-
-
-def _leaks(pairs: Pairs, splits: Mapping[str, Pairs], units: Units, settings: InspectSettings) -> Iterator[Finding]:
-    """Tell what a split by row would do, and which groups declared splits tear apart."""
-    leaks = row_split_leaks(units.of, num_asked(len(pairs), settings.val_split))
-    is_drawn = settings.val_data is None and "val" not in pairs.declared()
-    if is_drawn and leaks >= 0.5:
-        yield Finding(
-            "row_split", "leaks of a plain split", round(leaks),
-            "validation images would have a copy, or another image of their group, in training if rows were drawn one "
-            "by one",
-        )  # fmt: skip
-    sides = np.full(len(pairs), NO_SPLIT, dtype=np.int8)
-    for code, split in enumerate(SPLITS):
-        rows = pairs.paths.find(splits[split].paths)
-        sides[rows[rows >= 0]] = code
-    torn = crossing(find_units(pairs.groups, no_copies(pairs.paths)).of, sides)
-    if len(torn):
-        yield Finding(
-            "torn_groups", "groups across splits", len(torn),
-            f"images whose group is in more than one split ({printable(pairs.paths[int(torn[0])])}): what a model has "
-            "seen of a group tells nothing of new ones",
-            "declare one split for each group, or none",
-        )  # fmt: skip
+    near = copies.pairs[~copies.identical]
+    look_alikes = find_units(everything.groups, copies).lumps
+    if look_alikes:
+        near = near[~np.isin(near[:, 0], np.concatenate(look_alikes))]
+    return Examined(everything, sides, images, captions, near, look_alikes), splits, units.of
 
 
 def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, context_length: int) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from cliptune.model.parallel import parallel_model
 from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.run_data import num_views
+from cliptune.run_loss import settle_bias
 from cliptune.run_start import Resumed
 from cliptune.runtime.device import Precision, can_compile
 from cliptune.runtime.distributed import world_size
@@ -60,6 +61,7 @@ def make_model(config: Config, weights: str | Weights, resumed: Resumed | None, 
         add_lora(model, settings.lora_rank, alpha=settings.lora_alpha, layers=settings.lora_layers)
     if settings.train_layers is not None:
         train_last_layers(model, settings.train_layers)
+    settle_bias(config, model)
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
         model.holds_batchnorm = resumed.content["holds_batchnorm"]

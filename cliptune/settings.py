@@ -237,6 +237,15 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    loss: Literal["infonce", "siglip"] = Field(
+        "infonce",
+        description="infonce: a softmax over the batch, as CLIP; siglip: a sigmoid a pair, with a learned bias",
+    )
+    positives: Literal["auto", "pair", "image", "caption"] = Field(
+        "auto",
+        description="other texts of a batch that belong to an image. pair: none; image: those of the same image are no "
+        "negatives; caption: those and equal ones are positives; auto: caption where captions repeat, else image",
+    )
     recipe: Literal["auto", "full", "lora", "head"] | None = Field(
         None,
         description="picks what trains, rates and length for the data at hand, and says why; none: nothing",
@@ -261,7 +270,10 @@ class TrainingSettings(Settings):
         0.1, description="fraction of the steps over which the rates rise, before the cosine"
     )
     early_stopping_patience: NonNegativeInt = Field(
-        10, description="epochs without a better validation RSum before the run ends; 0: never"
+        10, description="evaluations without a better validation RSum before the run ends; 0: never"
+    )
+    validate_every: Interval = Field(
+        None, description="steps (500) or time (90s, 10m, 2h) between evaluations within an epoch; none: each epoch's"
     )
     interpolate: bool = Field(
         False, description="after training, average the weights as loaded with the best ones and keep the best average"
@@ -269,6 +281,16 @@ class TrainingSettings(Settings):
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
     seed: Seed = 42
+
+    @property
+    def validate_every_steps(self) -> int | None:
+        """Steps between two evaluations within an epoch; None: no such limit."""
+        return self.validate_every if isinstance(self.validate_every, int) else None
+
+    @property
+    def validate_every_seconds(self) -> int | None:
+        """Seconds between two evaluations within an epoch; None: no such limit."""
+        return seconds_of(self.validate_every) if isinstance(self.validate_every, str) else None
 
 
 class RunSettings(Settings):
@@ -407,6 +429,9 @@ class EvaluationSettings(Settings):
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv); evaluates with and without them; none: with all"
+    )
     include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
     image_dir: ImageDir = None
     image_key: ImageKey = None
@@ -429,7 +454,7 @@ class EvaluationSettings(Settings):
     )
     activation: Activation = None
     encode_batch_size: PositiveInt = Field(
-        64, description="images or texts encoded at once; in fp32 always 16, so that no number depends on it"
+        64, description="images or texts encoded at once; in fp32 always 16 or 64, so that no number depends on it"
     )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")

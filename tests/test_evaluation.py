@@ -3,6 +3,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cliptune.features.encode import Encoded, Encoder
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.runtime.device import resolve_precision
+from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
 from data_loader import main as data_main
 from evaluation import evaluate, main, validation_loss
@@ -104,7 +106,10 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
         expected.append(-(rows[0] + rows[1]) / 2)
     of_images, of_texts = torch.arange(7), torch.arange(14)
     encoded = Encoded(images, texts, owners, of_images, of_texts, of_images, of_texts, 1.0, 1.0)
-    got = validation_loss(encoded, torch.tensor(5.0).log(), batch_size=3)
+    model, captions = SimpleNamespace(logit_scale=torch.tensor(5.0).log(), logit_bias=None), list("abcdefghijklmn")
+    loss = ContrastiveLoss(across_ranks=False)
+    got, chance = validation_loss(encoded, model, loss, batch_size=3, captions=captions)
+    assert chance == pytest.approx(math.log(3))
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
 
@@ -170,8 +175,9 @@ def moved(small_run: Path, tmp_path: Path) -> Path:
 def evaluated(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     """Evaluate the run's best model; return the exit code and what the results file holds, if there is one."""
     output = folder / "evaluated"
-    checkpoint = str(folder / "run" / "model-checkpoint" / "best_model.pth")
-    code = main(["--checkpoint", checkpoint, "--output_dir", str(output), "--num_workers", "0", *flags])
+    best = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "best_model.pth")]
+    named = [] if "--checkpoint" in flags else best
+    code = main([*named, "--output_dir", str(output), "--num_workers", "0", *flags])
     path = output / "results" / "evaluation_results.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
 
@@ -213,6 +219,24 @@ def test_an_evaluation_of_nothing_but_what_was_trained_on_is_refused_with_the_wa
     assert "--split val" in error
     code, found = evaluated(tmp_path, *data, "--include_trained")
     assert (code, found["num_trained_on"]) == (0, 54)
+
+
+def test_what_the_weights_were_trained_on_before_counts_and_the_model_as_loaded_was_trained_on_nothing(
+    small_run: Path, tmp_path: Path
+) -> None:
+    create_sample_dataset(tmp_path / "other", 20, seed=3)
+    best = small_run / "run" / "model-checkpoint" / "best_model.pth"
+    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(best)]
+    with small_runs():
+        assert train_main([*flags, *SMALL, "--num_epochs", "1"]) == 0
+    for data, left_out in ((small_run / "data", 54), (tmp_path / "other", 18)):
+        found = evaluated(
+            tmp_path, "--data_dir", str(data), "--checkpoint", str(tmp_path / "run/model-checkpoint/last_model.pth")
+        )[1]
+        assert found["num_left_out"] == left_out
+    loaded = str(small_run / "run" / "model-checkpoint" / "loaded_model.pth")
+    found = evaluated(tmp_path, "--data_dir", str(small_run / "data"), "--checkpoint", loaded)[1]
+    assert (found["num_images"], found["num_left_out"]) == (60, 0)
 
 
 def test_intervals_stand_beside_the_recalls(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

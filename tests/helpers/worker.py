@@ -42,13 +42,17 @@ from cliptune.runtime.distributed import (
     rank_slice,
     world_size,
 )
-from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.gradcache import GradCache
+from cliptune.training.loss import POSITIVES, ContrastiveLoss
 from cliptune.training.optim import build_optimizer
+from cliptune.training.sigmoid_loss import SigmoidLoss
 from data_loader import ImageTextDataset
-from tests.helpers.models import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
+from tests.helpers.losses import reference_loss
+from tests.helpers.models import FP32, SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
 STEPS = 20
+LOSSES = list(product(("infonce", "siglip"), POSITIVES))
 SIZES = (21, 21, 2)
 """Pairs of the batches, in turn: none of them divides among 2 and 3, and the last leaves some with nothing."""
 
@@ -160,6 +164,42 @@ def fill_the_memory_of_one(folder: Path) -> None:
     assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
 
 
+def compute_losses(folder: Path) -> None:
+    """Values, gradients and the start of the bias, of a batch that the ranks share and one that leaves some without."""
+    for how, (kind, positives), size in product(("ddp", "fsdp") if can_shard() else ("ddp",), LOSSES, (21, 2)):
+        plain, model = make_model("ViT-Mini"), make_model("ViT-Mini")
+        loss = {"infonce": ContrastiveLoss, "siglip": SigmoidLoss}[kind](positives=positives)
+        if loss.needs_bias:
+            plain.learn_bias()
+            model.learn_bias()
+        images, tokens, image_ids = make_batch(plain, size)
+        caption_ids = torch.arange(size) % 6  # equal ones lie in other ranks
+        features: tuple[Tensor, Tensor] = plain(images, tokens)
+        alike = {"image_ids": image_ids, "caption_ids": caption_ids}
+        parallel = parallel_model(model, how, CPU)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        steps = GradCache(model, loss, precision=FP32, size=3, parallel=parallel, scaler=scaler)
+        own = rank_slice(size)
+        batch = [rows[own] for rows in (images, tokens, image_ids, caption_ids)]
+        if isinstance(loss, SigmoidLoss):
+            assert steps.start_bias(*batch)
+            alone = SigmoidLoss(positives=positives, across_ranks=False)
+            bias = alone.initial_bias(*features, plain.logit_scale, **alike)
+            plain.logit_bias.data.fill_(bias)  # type: ignore[union-attr]
+            assert abs(model.logit_bias.item() - bias) < 1e-3  # type: ignore[union-attr]
+        expected = reference_loss(kind, positives, *features, plain.logit_scale, plain.logit_bias, **alike)
+        expected.backward()
+        result = steps.backward(*batch)
+        assert result is not None
+        assert abs(result.loss.item() - expected.item()) < 1e-5 * abs(expected.item()) + 1e-3 * (kind == "siglip")
+        found = whole({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        assert ("logit_bias" in found) == (kind == "siglip")
+        assert abs(found.pop("logit_bias", 0.0) - wanted.pop("logit_bias", 0.0)) < 1e-4  # it begins where that is 0
+        for name, want in wanted.items():
+            assert (found[name] - want).norm() <= 1e-4 * want.norm() + 1e-6, (how, kind, positives, size, name)
+
+
 def exchange(folder: Path) -> None:
     me, number = rank(), world_size()
     rows = torch.full((me, 2), float(me), requires_grad=True)
@@ -244,6 +284,7 @@ def fail(folder: Path) -> None:
 
 
 TASKS = {
+    "losses": compute_losses,
     "train": train_every_way,
     "adapted": train_adapted_every_way,
     "memory": fill_the_memory_of_one,

@@ -74,6 +74,13 @@ def test_processes_train_adapters_as_one_does(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
+def test_losses_over_processes_are_those_of_their_definition(tmp_path: Path) -> None:
+    """With every kind of positives, some of them in other ranks; under DDP and FSDP2."""
+    done = torchrun(3, "tests/helpers/worker.py", "losses", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def is_key_bias(name: str) -> bool:
     """Tell biases whose true gradient is zero, and which AdamW moves all the same, by rounding."""
     return name.endswith(("in_proj_bias", "k_proj.bias"))
