@@ -140,6 +140,13 @@ def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:
     kept = {(row.image, row.kind): row.keep for row in read_suspects(path)}
     assert kept[("0.png", "by hand")] is False
     assert [keep for (_, kind), keep in kept.items() if kind == "identical"].count(True) >= 1
+    text = path.read_text()
+    shutil.rmtree(tmp_path / "data")
+    draw(tmp_path / "data" / "others", [(240, 240)] * 2)
+    make_index(tmp_path / "data", [{"image": f"others/{number}.png", "caption": "x"} for number in range(2)])
+    check(tmp_path)  # another data set
+    assert path.with_name("suspects-of-other-data.csv").read_text() == text
+    assert not read_suspects(path)
     path.write_text("image;keep\n0.png;perhaps\n")
     assert check_data(tmp_path / "data", tmp_path) == 2
 
