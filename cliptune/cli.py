@@ -44,7 +44,7 @@ HELP_GROUPS = {
         "watch_data", "val_data", "split", "val_split", "split_seed", "near_duplicates", "image_dir", "image_key",
         "caption_key", "captions_from", "caption_template", "captions", "exclude", "augment",
         "on_unreadable_image", "max_skipped_fraction", "allow_data_change", "include_trained",
-        "classes", "templates",
+        "classes", "templates", "label_key",
     ),
     "model": (
         "pretrained", "projection_dim", "freeze_tower", "lora_rank", "lora_alpha", "lora_layers", "train_layers",
