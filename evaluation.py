@@ -36,19 +36,22 @@ from cliptune.data.loaders import caption_id
 from cliptune.data.pairs import Pairs
 from cliptune.data.repeats import perfect_recalls
 from cliptune.data.skipped import SkippedData
-from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
+from cliptune.features.encode import Encoded, Encoder, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.features.tables import evaluation_report
+from cliptune.features.tower_outputs import PairOutputs
+from cliptune.results import of_evaluations
+from cliptune.run_classes import Classification, class_report, class_tasks, classify_set, of_classes
 from cliptune.run_evaluation import (
     Candidate,
-    Chosen,
     EvaluationRecord,
     choose_images,
     compare_all,
     find_candidates,
     record_of,
+    with_and_without,
 )
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import is_main, main_first, process_group, rank_device, world_size
@@ -78,50 +81,53 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
     # models, and images that none of them was trained on
     candidates = find_candidates(settings.checkpoint, activation=settings.activation)
     data_dirs: list[str | None] = [*dict.fromkeys(settings.data_dir)] or [None]
-    sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
+    chosen_sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
+    sets = [each for chosen in chosen_sets for each in with_and_without(chosen, settings.exclude, candidates)]
     skipped = SkippedData(
         [chosen.pairs for chosen in sets],
         num_images=sum(len(chosen.pairs) for chosen in sets),
         max_fraction=max(chosen.max_skipped_fraction for chosen in sets),
         path=Path(settings.output_dir) / "results" / "evaluation_skipped.json",
     )
+    tasks = class_tasks(settings, [chosen.pairs for chosen in sets])
     with process_group(device):
         with main_first():  # the other ranks find the weights downloaded
             for candidate in candidates:
                 candidate.fetch()
 
         # evaluations of each model on every set
-        command = results.command_line("evaluation.py", argv)
-        records = [
-            record
-            for candidate in candidates
-            for record in _evaluate_candidate(candidate, sets, settings, command=command, note=skipped.note)
-        ]
+        records: list[EvaluationRecord] = []
+        classified: list[Classification] = []
+        for candidate in candidates:
+            encoder, run = _load(candidate, settings, command=results.command_line("evaluation.py", argv))
+            for chosen, task in zip(sets, tasks, strict=True):
+                if task is not None:
+                    classified.append(classify_set(encoder, chosen, task, (candidate, run), note=skipped.note))
+                    continue
+                evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
+                records.append(record_of(candidate, chosen, evaluation, run=run))
+            del encoder  # one model at a time is in memory
         skipped.agree()
 
         # tables and results
         if is_main():
+            times = {"started_at": started_at, "finished_at": now()}
             comparisons = [comparison for chosen in sets for comparison in compare_all(chosen, records)]
-            print(evaluation_report([record.values for record in records], comparisons))
-            for message in [chosen.note() for chosen in sets] + [skipped.summary() if len(skipped) else None]:
+            values = [record.values for record in records]
+            print(class_report(classified) if classified else evaluation_report(values, comparisons))
+            for message in [chosen.note() for chosen in chosen_sets] + [skipped.summary() if len(skipped) else None]:
                 if message is not None:
                     logger.warning(message)
-            path = Path(settings.output_dir) / "results" / "evaluation_results.json"
-            times = {"started_at": started_at, "finished_at": now()}
-            results.write(path, results.of_evaluations([record.values for record in records], comparisons, times=times))
+            name = "classification_results.json" if classified else "evaluation_results.json"
+            path = Path(settings.output_dir) / "results" / name
+            found = of_classes(classified, times) if classified else of_evaluations(values, comparisons, times=times)
+            results.write(path, found)
             print(f"written: {printable(str(path))}")
     return 0
 
 
-def _evaluate_candidate(
-    candidate: Candidate,
-    sets: Sequence[Chosen],
-    settings: EvaluationSettings,
-    *,
-    command: str,
-    note: Callable[[Issue], None],
-) -> list[EvaluationRecord]:
-    """Load a model and evaluate it on each of the sets; one model at a time is in memory."""
+def _load(candidate: Candidate, settings: EvaluationSettings, *, command: str) -> tuple[Encoder, results.RunInfo]:
+    """Load a model, and say what it runs on."""
     device = rank_device(settings.device)
     stored = "auto" if candidate.config is None else candidate.config.training.precision
     precision = resolve_precision(settings.precision or stored, device)
@@ -138,11 +144,7 @@ def _evaluate_candidate(
         model_name=model.architecture.name,
         model_settings=model.architecture.to_dict(),
     )
-    records = []
-    for chosen in sets:
-        evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=note)
-        records.append(record_of(candidate, chosen, evaluation.to_dict(), ranks=evaluation.ranks, run=run))
-    return records
+    return encoder, run
 
 
 class Evaluation(NamedTuple):
@@ -163,10 +165,13 @@ class Evaluation(NamedTuple):
     same place in every evaluation of a data set."""
     merged_ranks: dict[str, RankArray]
     """The same with equal texts and copies of an image merged; NaN also for all but the first of what is equal."""
+    encoded: Encoded | None = None
+    """The features, if they were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "merged_ranks"}}
+        """Return plain values, as the results file stores them: neither ranks nor features."""
+        left_out = {"ranks", "merged_ranks", "encoded"}
+        return {key: value for key, value in self._asdict().items() if key not in left_out}
 
 
 def evaluate(
@@ -177,6 +182,7 @@ def evaluate(
     loss_batch_size: int | None = None,
     cached: PairOutputs | None = None,
     on_unreadable_image: Callable[[Issue], None] = log_issue,
+    keep_features: bool = False,
 ) -> Evaluation:
     """Encode a data set and rank it against itself, over the full gallery.
 
@@ -187,6 +193,7 @@ def evaluate(
         loss_batch_size: also give `val_loss`, the loss in batches of this size, in nats.
         cached: outputs of the model's frozen towers for `pairs`, which are then only projected.
         on_unreadable_image: called with each image that cannot be read, in the rank that met it.
+        keep_features: give them, too.
 
     Raises:
         ValueError: features that are not finite, or no image could be read.
@@ -217,6 +224,7 @@ def evaluate(
     return Evaluation(
         metrics, chance, histograms, num_images, num_texts, skipped, throughput,
         ranks=_ranks_of_queries(ranks, encoded, pairs), merged_ranks=_ranks_of_queries(Ranks(*firsts), encoded, pairs),
+        encoded=encoded if keep_features else None,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
-from cliptune.data.near_duplicates import NearDuplicates, identical_files, look_for_near_duplicates, no_copies
+from cliptune.data.near_duplicates import NearDuplicates, look_for_near_duplicates, no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
@@ -37,6 +37,7 @@ from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
 from cliptune.features.encode import Encoder, PairOutputs
+from cliptune.model.checkpoint_file import holds_checkpoint, read_value
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision, default_num_workers
@@ -72,14 +73,9 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
 
 
 def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
-    """Return how a run finds the images that are one image: near-duplicates as well, where that takes little time."""
-
-    def find(paths: Strings) -> NearDuplicates:
-        workers = config.data.num_workers
-        near = look_for_near_duplicates(paths, cache_dir=cache_file.parent, num_workers=workers)
-        return identical_files(paths, cache_file=cache_file) if near is None else near
-
-    return find
+    """Return how a run finds the images that are one image."""
+    workers = config.data.num_workers
+    return functools.partial(look_for_near_duplicates, cache_dir=cache_file.parent, num_workers=workers)
 
 
 def located(config: Config) -> Config:
@@ -178,6 +174,32 @@ def is_other_data(content: dict[str, Any], now: Snapshots) -> bool:
     return bool(before) and bool(describe_change(before, now))
 
 
+def earlier_data(config: Config, began: dict[str, Any], now: Snapshots) -> list[dict[str, Any]]:
+    """Return what a run's weights had been trained on before, as snapshots, so that no evaluation takes it for new.
+
+    That is what the run of a checkpoint named by `pretrained` had, and what a resumed run had before its data changed.
+
+    Args:
+        config: of the run.
+        began: content of the checkpoint that the run goes on from; empty in a new run.
+        now: its data.
+    """
+    if began:
+        changed = [began["data"]["train"]] if is_other_data(began, now) else []
+        return [*began.get("earlier_data", []), *changed]
+    path = Path(config.model.pretrained)
+    if not path.is_file() or not holds_checkpoint(path):
+        return []
+    data, earlier, step = (
+        read_value(path, key, default) for key, default in (("data", {}), ("earlier_data", []), ("global_step", 0))
+    )
+    try:
+        own = [data["train"]] if step and "train" in data else []
+        return [Snapshot.from_dict(values).copy().to_dict() for values in (*earlier, *own)]
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged: its record of its data is none") from None
+
+
 def _stored(content: dict[str, Any]) -> Snapshots:
     return {split: Snapshot.from_dict(values) for split, values in content.get("data", {}).items()}
 
@@ -240,6 +262,14 @@ def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
     return found.pairs
 
 
+class TestSplit(NamedTuple, Generic[E]):
+    """What a run is judged by in the end."""
+
+    pairs: Pairs
+    evaluate: Callable[[Any], E]
+    """Evaluates a model."""
+
+
 class RunData(NamedTuple, Generic[E]):
     """What a run trains and validates on."""
 
@@ -248,6 +278,8 @@ class RunData(NamedTuple, Generic[E]):
     val: Pairs
     validate: Callable[..., E]
     """Evaluates the model, or another one that it is given."""
+    test: TestSplit[E] | None
+    """The test split that the data declares; None: it declares none."""
     skipped: SkippedData
     num_workers: int
     encoder: Encoder
@@ -336,9 +368,15 @@ def open_data(
         return evaluate(
             encoder if other is None else replace(encoder, model=other), val,
             loss_batch_size=training.batch_size, cached=outputs_of(val), on_unreadable_image=skipped.note,
+            keep_features=other is None,
         )  # fmt: skip
 
-    return RunData(loader, train, val, validate, skipped, workers, encoder, outputs_of)
+    def evaluate_test(other: Any) -> E:
+        return evaluate(replace(encoder, model=other), held_out, cached=outputs_of(held_out))
+
+    held_out = splits.get("test")
+    test = TestSplit(held_out, evaluate_test) if isinstance(held_out, Pairs) and len(held_out) else None
+    return RunData(loader, train, val, validate, test, skipped, workers, encoder, outputs_of)
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:

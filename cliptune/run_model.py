@@ -76,8 +76,11 @@ def _go_on_with_weights(model: Any, resumed: Resumed) -> None:
     reason = f"no {missing[0]}" if missing else ""
     if own and not missing:
         try:
+            # the model's tensors are the checkpoint's own, and its average lies in the same memory
+            average = resumed.content.get("average_state_dict", {})
+            resumed.content["average_state_dict"] = {name: value.clone() for name, value in average.items()}
             model.load_state_dict({**resumed.content["model_state_dict"], **own})
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
             reason = one_line(error)
     if reason:
         raise ValueError(f"{resumed.path}: damaged, or written by other means than this toolkit: {reason}")

@@ -16,12 +16,15 @@ from cliptune import results
 from cliptune.data.pairs import load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features.encode import Encoded, Encoder
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
 from data_loader import main as data_main
 from evaluation import evaluate, main, validation_loss
+from tests.helpers.datasets import make_images, make_index
+from tests.helpers.models import SMALL_VIT, make_model
 from tests.helpers.runs import SMALL, small_runs
 from train import main as train_main
 
@@ -172,8 +175,9 @@ def moved(small_run: Path, tmp_path: Path) -> Path:
 def evaluated(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     """Evaluate the run's best model; return the exit code and what the results file holds, if there is one."""
     output = folder / "evaluated"
-    checkpoint = str(folder / "run" / "model-checkpoint" / "best_model.pth")
-    code = main(["--checkpoint", checkpoint, "--output_dir", str(output), "--num_workers", "0", *flags])
+    best = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "best_model.pth")]
+    named = [] if "--checkpoint" in flags else best
+    code = main([*named, "--output_dir", str(output), "--num_workers", "0", *flags])
     path = output / "results" / "evaluation_results.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
 
@@ -215,6 +219,24 @@ def test_an_evaluation_of_nothing_but_what_was_trained_on_is_refused_with_the_wa
     assert "--split val" in error
     code, found = evaluated(tmp_path, *data, "--include_trained")
     assert (code, found["num_trained_on"]) == (0, 54)
+
+
+def test_what_the_weights_were_trained_on_before_counts_and_the_model_as_loaded_was_trained_on_nothing(
+    small_run: Path, tmp_path: Path
+) -> None:
+    create_sample_dataset(tmp_path / "other", 20, seed=3)
+    best = small_run / "run" / "model-checkpoint" / "best_model.pth"
+    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(best)]
+    with small_runs():
+        assert train_main([*flags, *SMALL, "--num_epochs", "1"]) == 0
+    for data, left_out in ((small_run / "data", 54), (tmp_path / "other", 18)):
+        found = evaluated(
+            tmp_path, "--data_dir", str(data), "--checkpoint", str(tmp_path / "run/model-checkpoint/last_model.pth")
+        )[1]
+        assert found["num_left_out"] == left_out
+    loaded = str(small_run / "run" / "model-checkpoint" / "loaded_model.pth")
+    found = evaluated(tmp_path, "--data_dir", str(small_run / "data"), "--checkpoint", loaded)[1]
+    assert (found["num_images"], found["num_left_out"]) == (60, 0)
 
 
 def test_intervals_stand_beside_the_recalls(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,3 +419,47 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(small_run: Path, 
     assert evaluated(tmp_path, "--data_dir", str(small_run / "data"))[1]["num_trained_on"] == 0
     save_checkpoint(checkpoint, {**content, "val_images": [*content["val_images"], "/gone.png"]})
     assert evaluated(tmp_path)[0] == 2
+
+
+def test_captions_that_are_classes_are_counted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
+    names = [f"{number}.png" for number in range(24)]
+    make_images(tmp_path / "data", *names)
+    (tmp_path / "data" / "9.png").write_bytes((tmp_path / "data" / "5.png").read_bytes())
+    captions = ["A red thing", "a blue thing", "a  red thing"]
+    make_index(tmp_path / "data", [{"image_path": name, "caption": captions[i % 3]} for i, name in enumerate(names)])
+    torch.save(make_model(SMALL_VIT.name).state_dict(), tmp_path / "weights.pt")
+    flags = ["--checkpoint", str(tmp_path / "weights.pt"), "--num_workers", "0", "--precision", "fp32"]
+    assert main([*flags, "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["metrics"]
+    for direction in ("i2t", "t2i"):
+        number = found[f"{direction}_duplicate_misses"]
+        recalls = "".join(f"{found[f'merged_{direction}_r{k}']:8.1f}" for k in (1, 5, 10))
+        assert f"  duplicates merged   {recalls}   {number} of the R@1 misses were duplicates" in printed
+    assert f"a perfect model has {found['ceiling_rsum']:.1f}, since captions repeat" in printed
+    assert found["merged_i2t_r5"] == 100  # of two texts
+    assert results.selection_key(found) == "merged_rsum"
+    assert results.selection_key({**found, "ceiling_rsum": 590.0}) == "rsum"
+    assert results.selection_key({"rsum": 300.0}) == "rsum"  # of before they were taken
+
+
+def test_merged_ranks_stand_at_the_first_of_what_is_equal(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(6)]
+    make_images(tmp_path, *names)
+    (tmp_path / "3.png").write_bytes((tmp_path / "1.png").read_bytes())
+    texts = ["x", "a cat", "A cat", "y", "z", "x"]
+    make_index(tmp_path, [{"image_path": name, "caption": text} for name, text in zip(names, texts, strict=True)])
+    encoder = Encoder(CLIPModel("ViT-Ti/32"), ImageTextDataset, precision=FP32, batch_size=64, num_workers=0)
+    found = evaluate(encoder, load_pairs(tmp_path))
+    assert np.isnan(found.merged_ranks["i2t"]).tolist() == [False, False, False, True, False, False]
+    assert np.isnan(found.merged_ranks["t2i"]).tolist() == [False, False, True, False, False, True]
+    for direction in ("i2t", "t2i"):
+        merged = found.merged_ranks[direction]
+        assert 100 * np.nanmean(merged[~np.isnan(merged)] <= 1) == pytest.approx(
+            found.metrics[f"merged_{direction}_r1"]
+        )
+        assert not np.isnan(found.ranks[direction]).any()
+    assert not {"ranks", "merged_ranks"} & found.to_dict().keys()

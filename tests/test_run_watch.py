@@ -84,6 +84,24 @@ def test_the_numbers_are_those_of_evaluation(watching: Path, other_dir: Path, tm
     assert evaluated["metrics"]["rsum"] == pytest.approx(results["watched"][0]["best"]["rsum"])
 
 
+def test_where_captions_are_classes_equal_ones_count_as_one(
+    watching: Path, sample_dir: Path, other_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = tmp_path / "classes.json"
+    paths = load_pairs(DataSource(other_dir)).paths
+    rows = [{"image": path, "caption": ("a cat", "a dog")[number % 2]} for number, path in enumerate(paths)]
+    classes.write_text(json.dumps(rows))
+    with small_runs():
+        assert main(flags_for(sample_dir, tmp_path, "--watch_data", str(classes), "--precision", "fp32")) == 0
+    assert "equal captions and images as one" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results/training_results.json").read_text())["watched"][0]
+    flags = ["--checkpoint", str(tmp_path), "--data_dir", str(classes), "--output_dir", str(tmp_path / "evaluated")]
+    assert evaluate_main([*flags, "--num_workers", "0"]) == 0
+    evaluated = json.loads((tmp_path / "evaluated/results/evaluation_results.json").read_text())
+    assert evaluated["metrics"]["merged_rsum"] == pytest.approx(found["best"]["rsum"])
+    assert found["merged"]
+
+
 @pytest.mark.slow
 def test_watching_changes_nothing_in_the_run(watching: Path, sample_dir: Path, tmp_path: Path) -> None:
     with small_runs():
@@ -121,6 +139,20 @@ def test_other_sets_may_be_watched_when_a_run_goes_on(
     contents = [record["watched"]["others"]["content"] for record in results["history"]]
     assert contents[0] == contents[2] != contents[3]  # so no curve is drawn over both
     assert "watched, RSum" in capsys.readouterr().out
+
+
+def test_a_set_that_is_gone_is_named_with_the_way_out(
+    watching: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(watching, folder)
+    flags = ["--output_dir", str(folder), "--resume"]
+    with small_runs():
+        assert main([*flags, "--watch_data", str(tmp_path / "gone")]) == 2
+        assert "--watch_data: " in (told := capsys.readouterr().err)
+        assert "gone does not exist; --watch_data names where it lies now, none goes on without" in told
+        assert main([*flags, "--watch_data", "none"]) == 0
+    assert "watched" not in json.loads((folder / "results/training_results.json").read_text())
 
 
 def test_a_pretrained_model_that_watches_nothing_is_told_its_drift(

@@ -17,22 +17,19 @@ from torch import Tensor
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import Batch, SampleDataset, collate
 from cliptune.data.pairs import Pairs
-from cliptune.data.row_store import Keys, Rows, RowStore
-from cliptune.data.table import BoolArray
 from cliptune.data.workers import make_loader
 from cliptune.features.distinct import Distinct, Tokens, distinct
+from cliptune.features.tower_outputs import PairOutputs, TowerOutputs
 from cliptune.model.architectures import Architecture
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import Precision, autocast, default_num_workers
 from cliptune.runtime.distributed import gather_rows, rank, world_size
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.messages import count
-from cliptune.runtime.rng import IntArray
 
 logger = logging.getLogger(__name__)
 
-ROWS_IN_FP32 = 16
-"""Images or texts of a forward pass in float32, see `Encoder.rows_at_once`."""
+IMAGES_IN_FP32, TEXTS_IN_FP32 = 16, 64
+"""Of a forward pass in float32, see `Encoder.images_at_once`; more are no faster on a processor (ViT-B/32)."""
 
 Run = Callable[[Tensor], Tensor]
 """A method of the model, such as `encode_image`, on one batch."""
@@ -110,7 +107,7 @@ class Encoder:
         model: on its device.
         open_dataset: makes a data set of `(pairs, transform=..., seed=...)`, as `data_loader.ImageTextDataset` does.
         precision: of the forward passes.
-        batch_size: images or texts that are encoded at once; not in float32, see `rows_at_once`.
+        batch_size: images or texts that are encoded at once; not in float32, see `images_at_once`.
         num_workers: of the image loader; None: chosen for the machine.
         image_cache_dir: folder where decoded images are cached; None: they are not. The features are the same.
     """
@@ -123,14 +120,19 @@ class Encoder:
     image_cache_dir: Path | None = None
 
     @property
-    def rows_at_once(self) -> int:
-        """Images or texts of one forward pass.
+    def images_at_once(self) -> int:
+        """Images of one forward pass.
 
         A matrix product of another shape adds up in another order, and its last bits differ: in a batch of 7 or 100 a
         text's feature is off by 1e-7, enough to turn ranks that nearly tie. Exact numbers must not hang on that, so in
         float32 what runs together is always the same.
         """
-        return ROWS_IN_FP32 if self.precision.dtype is None else self.batch_size
+        return IMAGES_IN_FP32 if self.precision.dtype is None else self.batch_size
+
+    @property
+    def texts_at_once(self) -> int:
+        """Texts of one forward pass, as `images_at_once`."""
+        return TEXTS_IN_FP32 if self.precision.dtype is None else self.batch_size
 
     def run_images(
         self, dataset: SampleDataset, items: Tensor, run: Run, *, across_ranks: bool, desc: str
@@ -148,7 +150,7 @@ class Encoder:
             A batch, without the images that cannot be read, and what `run` gave, `[B, ...]`; None if no image was left.
         """
         model = self.model
-        batches, num_rounds = _deal(items.split(self.rows_at_once), across_ranks=across_ranks)
+        batches, num_rounds = _deal(items.split(self.images_at_once), across_ranks=across_ranks)
         num_workers = default_num_workers(model.device) if self.num_workers is None else self.num_workers
         indices = [batch.tolist() for batch in batches]
         # a batch is one worker's work: for a single one none need be started
@@ -185,7 +187,7 @@ class Encoder:
         """
         # a text ends with the highest token there is
         by_length = torch.from_numpy(np.argsort(tokens.argmax(1), kind="stable"))
-        batches, num_rounds = _deal(by_length.split(self.rows_at_once), across_ranks=across_ranks)
+        batches, num_rounds = _deal(by_length.split(self.texts_at_once), across_ranks=across_ranks)
         with progress_bar(total=len(tokens), unit="text", desc=desc) as bar:
             for batch in batches:
                 yield batch, self._run(run, self._whole(tokens[batch.numpy()]))
@@ -202,8 +204,8 @@ class Encoder:
     def project(self, cached: TowerOutputs, indices: Tensor, run: Run) -> Tensor:
         """Take cached outputs of a frozen tower into the shared space: float32 `[len(indices), D]` on the device."""
         features = torch.empty(len(indices), self.model.projection_dim, device=self.model.device)
-        for start in range(0, len(indices), self.rows_at_once):
-            rows = slice(start, start + self.rows_at_once)
+        for start in range(0, len(indices), self.texts_at_once):
+            rows = slice(start, start + self.texts_at_once)
             features[rows] = self._run(run, cached[indices[rows].numpy()])
         return features
 
@@ -211,116 +213,6 @@ class Encoder:
         # not inference_mode: FSDP's buffers would be unfit for training afterwards
         with torch.no_grad(), autocast(self.model.device, self.precision):
             return run(inputs)
-
-
-Compute = Callable[[IntArray], Iterator[tuple[IntArray, Tensor]]]
-"""Computes the outputs for some indices; yields those that it has, `[B]` and `[B, embed_dim]`."""
-
-
-class TowerOutputs:
-    """A frozen tower's output for the images or captions of a data set.
-
-    They lie on disk, and each is compared with its checksum whenever it is read. What is not as it was written is
-    computed anew; what the disk does not take, or does not give back, is held in memory.
-
-    Args:
-        store: where they lie.
-        rows: int64 `[N]`: row of each in the store, -1 where it has no output.
-        keys: of each in the store, `[N]`.
-        issues: why it has none, by index.
-        compute: gives outputs anew; where it cannot, it adds to `issues`.
-    """
-
-    def __init__(
-        self, store: RowStore, rows: IntArray, *, keys: Keys, issues: dict[int, Issue], compute: Compute
-    ) -> None:
-        self.store = store
-        self.rows = rows
-        self.keys = keys
-        self.issues = issues
-        self.compute = compute
-        self._held: dict[int, Rows] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: IntArray) -> Tensor:
-        """Return the outputs of some, float32 `[len(indices), embed_dim]`.
-
-        Raises:
-            IndexError: one of them has none.
-            OSError: one was damaged, and what it was computed from can no longer be read.
-        """
-        rows = self.rows[indices]
-        if (rows < 0).any():
-            raise IndexError(f"no tower output is cached for index {int(np.asarray(indices)[rows < 0][0])}")
-        try:
-            content, whole = self.store.read(rows, self.keys[indices])
-        except OSError as error:
-            self._warn(error)
-            content = np.zeros((len(rows), self.store.row_bytes), dtype=np.uint8)
-            whole = np.zeros(len(rows), dtype=bool)
-        if not whole.all():
-            self._hold(indices[~whole])
-            content[~whole] = [self._held[row] for row in rows[~whole].tolist()]
-        return torch.from_numpy(content.view("<f4"))
-
-    def has(self, indices: IntArray) -> BoolArray:
-        """Tell which of some need not be computed, bool `[len(indices)]`; outputs that are not finite do."""
-        rows = self.rows[indices]
-        held = np.isin(rows, list(self._held))
-        try:
-            return held | self.store.holds(rows, self.keys[indices], valid=_finite)
-        except OSError as error:
-            self._warn(error)
-            return held
-
-    def put(self, indices: IntArray, outputs: Tensor) -> None:
-        """Store the outputs of some, `[len(indices), embed_dim]`."""
-        content, rows = _as_rows(outputs), self.rows[indices]
-        try:
-            self.store.write(rows, self.keys[indices], content)
-        except OSError as error:
-            self._warn(error)
-            self._held.update(zip(rows.tolist(), content, strict=True))
-
-    def _hold(self, lost: IntArray) -> None:
-        """Compute outputs that are not on the disk, unless they are in memory."""
-        _, first = np.unique(self.rows[lost], return_index=True)
-        new = np.array([index for index in lost[first].tolist() if int(self.rows[index]) not in self._held], dtype=int)
-        if not len(new):
-            return
-        logger.warning("%s.rows: %s damaged or gone, computed anew", self.store.path, count(len(new), "row"))
-        for indices, outputs in self.compute(new):
-            self.put(indices, outputs)
-            self._held.update(zip(self.rows[indices].tolist(), _as_rows(outputs), strict=True))
-        for index in new.tolist():
-            if int(self.rows[index]) not in self._held:
-                raise OSError(
-                    f"{self.store.path}: an output is damaged, and cannot be computed: {self.issues.get(index)}"
-                )
-
-    def _warn(self, error: OSError) -> None:
-        if not self.store.failed:
-            self.store.failed = True
-            logger.warning("the cache of tower outputs fails, so they are held in memory: %s", error)
-
-
-def _as_rows(outputs: Tensor) -> Rows:
-    rows: Rows = outputs.float().cpu().numpy().astype("<f4", copy=False).view(np.uint8)
-    return rows
-
-
-def _finite(rows: Rows) -> BoolArray:
-    finite: BoolArray = np.isfinite(rows.view("<f4")).all(1)
-    return finite
-
-
-class PairOutputs(NamedTuple):
-    """Frozen towers' outputs for all images and captions of a data set; None for a tower that is trained."""
-
-    images: TowerOutputs | None
-    texts: TowerOutputs | None
 
 
 class Encoded(NamedTuple):
@@ -375,7 +267,9 @@ def encode_pairs(
     model.eval()
     start = time.perf_counter()
     same = distinct(pairs, model.architecture.context_length)
-    image_features, readable = _encode_images(encoder, pairs, same, outputs.images, on_unreadable_image)
+    image_features, readable = encode_images(
+        encoder, pairs, cached=outputs.images, on_unreadable_image=on_unreadable_image
+    )
     middle = time.perf_counter()
     # the images that could be read are counted anew: of 0 1 2 without 1, 0 -> 0 and 2 -> 1
     new_index = torch.full((len(pairs),), -1)
@@ -406,14 +300,25 @@ def _first_equal(codes: Tensor) -> Tensor:
     return first[row_of_kind]
 
 
-def _encode_images(
+def encode_images(
     encoder: Encoder,
     pairs: Pairs,
-    same: Distinct,
-    cached: TowerOutputs | None,
-    on_unreadable_image: Callable[[Issue], None],
+    *,
+    cached: TowerOutputs | None = None,
+    on_unreadable_image: Callable[[Issue], None] = log_issue,
 ) -> tuple[Tensor, Tensor]:
-    """Return the features `[N, D]` of the images that could be read, and their indices `[N]`."""
+    """Return the features `[N, D]` of the images that could be read, and their indices `[N]`.
+
+    Args:
+        encoder: its model is in evaluation mode.
+        pairs: the images.
+        cached: outputs of the model's frozen image tower.
+        on_unreadable_image: called with each image that cannot be read, in the rank that met it.
+
+    Raises:
+        ValueError: no image could be read.
+    """
+    same = distinct(pairs, encoder.model.architecture.context_length)
     kinds = torch.from_numpy(same.image_kinds)  # [all images]
     indices = torch.arange(len(pairs))
     if cached is not None:
@@ -498,7 +403,7 @@ class _FeatureRows:
     def __init__(self, num_all: int, encoder: Encoder) -> None:
         self.on_gpu = encoder.model.device.type == "cuda"
         # a rank has its part of the batches, rounded up to a whole one
-        num_own = num_all // world_size() + 2 * encoder.rows_at_once
+        num_own = num_all // world_size() + 2 * max(encoder.images_at_once, encoder.texts_at_once)
         self.rows = torch.empty(min(num_all, num_own), encoder.model.projection_dim, pin_memory=self.on_gpu)
         self.indices = [torch.empty(0, dtype=torch.int64)]
         self.end = 0

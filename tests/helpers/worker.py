@@ -17,10 +17,15 @@ from torch import Tensor
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.cli import run_stage
 from cliptune.data.pairs import load_pairs
+from cliptune.data.repeats import image_kinds
 from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.table import Strings
 from cliptune.features.cache import FeatureCache, View
 from cliptune.features.encode import Encoder
+from cliptune.features.metrics import merged_ranks
+from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.lora import add_lora
 from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import (
@@ -114,6 +119,32 @@ def train_every_way(folder: Path) -> None:
             result = train(name, how, size, resume_at=STEPS // 2 if size else -1)
             if is_main():
                 torch.save(result, folder / f"{world_size()}-{name}-{how}-{size}.pt")
+
+
+def train_adapted(name: str, how: str, micro_batch_size: int | None) -> dict[str, Tensor]:
+    """Train adapters with rates by layer and, but for shards, an average; returns the model that comes of it."""
+    model = make_model(name)
+    torch.manual_seed(rank())  # the adapters' start, which differs until the ranks take over that of the first
+    add_lora(model, 2)
+    parallel = parallel_model(model, how, CPU)
+    rates = {"learning_rate": 1e-2, "backbone_lr_scale": 1.0, "layer_decay": 0.7}
+    optimizer = build_optimizer(model, weight_decay=0.1, **rates)
+    trainer = MultimodalTrainer(
+        model, ContrastiveLoss(), optimizer, precision=resolve_precision("fp32", CPU),
+        micro_batch_size=micro_batch_size, parallel=parallel, ema=None if how == "fsdp" else 0.5,
+    )  # fmt: skip
+    for step in range(STEPS):
+        train_step(trainer, SIZES[step % len(SIZES)])
+    saved = trainer.state_dict()["weights_state_dict"]
+    assert "backbone.transformer.resblocks.0.mlp.c_fc.lora_A" in saved
+    return {key: value.clone() for key, value in trainer.model_state().items()}
+
+
+def train_adapted_every_way(folder: Path) -> None:
+    for how in ("ddp", "fsdp") if can_shard() else ("ddp",):
+        state = train_adapted("ViT-Mini", how, 3)
+        if is_main():
+            torch.save(state, folder / f"{how}.pt")
 
 
 def fill_the_memory_of_one(folder: Path) -> None:
@@ -224,6 +255,31 @@ def cache_features(folder: Path) -> None:
     assert torch.allclose(apart[np.delete(np.arange(30), broken)], outputs[0], atol=1e-5)
 
 
+def merge_duplicates(folder: Path) -> None:
+    """All ranks rank a part each, of 1,500 images whose texts repeat, and see which files are the same."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(-2, 3, (1500, 6), generator=generator).float()  # small integers: exact products, many ties
+    kinds = torch.cat([torch.arange(1200), torch.randint(0, 1200, (1800,), generator=generator)])
+    owners, texts = torch.arange(3000) % 1500, torch.randint(-2, 3, (1200, 6), generator=generator).float()
+    standard = retrieval_ranks(images, texts[kinds], owners)
+    rows = torch.arange(1500)
+    merged = merged_ranks(standard, images, texts[kinds], owners, image_kinds=rows, text_kinds=kinds)
+    is_match = torch.zeros(1500, 1200, dtype=torch.bool)
+    is_match[owners, kinds] = True
+    for scores, matches, ranks in (
+        (images @ texts.T, is_match, merged.ranks.i2t),
+        ((images @ texts.T).T, is_match.T, merged.ranks.t2i[:1200]),  # the first 1,200 texts are all there are
+    ):
+        lowest = torch.tensor(-99.0)
+        best, others = scores.where(matches, lowest).amax(1, keepdim=True), scores.where(~matches, lowest)
+        assert torch.equal(ranks, 1 + (others > best).sum(1) + (others == best).sum(1) / 2)
+    with main_first():
+        if is_main():
+            for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1"), ("d", b"2"), ("e", b"3")):
+                (folder / name).write_bytes(content)
+    assert image_kinds(Strings.of(str(folder / name) for name in "abcde")).tolist() == [0, 1, 0, 1, 4]
+
+
 def fail(folder: Path) -> None:
     if rank() == 1:
         raise ValueError("process one has no data")
@@ -233,9 +289,11 @@ def fail(folder: Path) -> None:
 TASKS = {
     "losses": compute_losses,
     "train": train_every_way,
+    "adapted": train_adapted_every_way,
     "memory": fill_the_memory_of_one,
     "exchange": exchange,
     "features": cache_features,
+    "merge": merge_duplicates,
     "fail": fail,
 }
 
