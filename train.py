@@ -40,6 +40,7 @@ from cliptune.results import command_line, run_info
 from cliptune.run_data import (
     RunData,
     Splits,
+    earlier_data,
     folder_of,
     is_other_data,
     located,
@@ -135,6 +136,7 @@ def _train(argv: list[str] | None) -> int:
             "config_file": began.get("config_file", started.file_values),
             "positives": loss.positives,
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
+            "earlier_data": earlier_data(config, began, snapshots),
             "val_images": list(data.val.paths),
         }
         saver = _make_saver(config, trainer, files=files, about=about)

@@ -22,9 +22,9 @@ from cliptune.data.issues import Issues
 from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
 from cliptune.data.pairs import Pairs
 from cliptune.data.splits import split_data
-from cliptune.data.suspects import update_suspects
-from cliptune.data.table import NO_SPLIT, SPLITS, Strings
-from cliptune.data.units import Units
+from cliptune.data.suspects import read_suspects, update_suspects
+from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
+from cliptune.data.units import Units, find_units
 from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
@@ -120,6 +120,11 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
+    folder = Path(settings.output_dir) / "results"
+    # what would fail at the end fails before the work
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "suspects.csv").exists():
+        read_suspects(folder / "suspects.csv")
     examined, splits, units = _examine(pairs, val, settings)
     is_declared = val is not None or "val" in pairs.declared()
     findings = [
@@ -131,7 +136,6 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
         *leaks(pairs, units, examined.sides[: len(pairs)], num_drawn=0 if is_declared else len(splits["val"])),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
-    folder = Path(settings.output_dir) / "results"
     findings = [each._replace(advice=each.advice.replace(LIST, str(folder / "suspects.csv"))) for each in findings]
     issues = Issues(list(examined.pairs.issues.first), examined.pairs.issues.count)
     issues.extend(examined.images.issues)
@@ -171,7 +175,7 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     return Check(issues, lines)
 
 
-def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], Units]:
+def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], IntArray]:
     """Look at all images, also those that are in no split, since a separate set validates; then split them."""
     everything = pairs
     if val is not None:
@@ -186,7 +190,11 @@ def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tupl
     for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
         sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
     captions = look_at_captions(everything.captions, num_workers=settings.num_workers)
-    return Examined(everything, sides, images, captions, copies.pairs[~copies.identical]), splits, units
+    near = copies.pairs[~copies.identical]
+    look_alikes = find_units(everything.groups, copies).lumps
+    if look_alikes:
+        near = near[~np.isin(near[:, 0], np.concatenate(look_alikes))]
+    return Examined(everything, sides, images, captions, near, look_alikes), splits, units.of
 
 
 def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, context_length: int) -> Iterator[Finding]:

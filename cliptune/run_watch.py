@@ -101,7 +101,12 @@ def read_watched(config: Config, snapshots: Snapshots) -> list[WatchedSet]:
     known = KnownImages({"train": snapshots["train"].to_dict()})
     found: list[WatchedSet] = []
     for address in config.data.watch_data:
-        pairs = _read(config, address)
+        try:
+            pairs = _read(config, address)
+        except (FileNotFoundError, ValueError) as error:
+            reason = str(error).partition("; `python")[0]  # sample data would be of no use here
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"--watch_data: {reason}; --watch_data names where it lies now, none goes on without") from None
         trained_on = known.are_in(pairs, "train", address)
         own, num_trained_on = pairs.select(np.flatnonzero(~trained_on)), int(trained_on.sum())
         if len(own) < 2:

@@ -454,7 +454,7 @@ class EvaluationSettings(Settings):
     )
     activation: Activation = None
     encode_batch_size: PositiveInt = Field(
-        64, description="images or texts encoded at once; in fp32 always 16, so that no number depends on it"
+        64, description="images or texts encoded at once; in fp32 always 16 or 64, so that no number depends on it"
     )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")

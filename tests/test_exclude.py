@@ -62,8 +62,10 @@ def test_rows_are_left_out_of_training_alone(
     write_list(moved / "lists" / "suspects.csv", [(train[0], "")])
     assert main(["--resume", "--output_dir", "run", "--num_epochs", "3"]) == 2
     assert "is not the data of the run that is resumed: 1 image new" in capsys.readouterr().err
+    assert main(["--resume", "--output_dir", "run", "--num_epochs", "3", "--allow_data_change"]) == 0
+    assert num_trained(moved) == len(train) - 1
     (moved / "lists" / "suspects.csv").unlink()
-    assert main(["--resume", "--output_dir", "run", "--num_epochs", "3"]) == 2
+    assert main(["--resume", "--output_dir", "run", "--num_epochs", "4"]) == 2
     assert "suspects.csv: no such file" in capsys.readouterr().err
 
 

@@ -15,7 +15,6 @@ from cliptune import results
 from cliptune.data.diagnosis import leaks, near_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
-from cliptune.data.units import Units
 from tests.helpers.datasets import make_index
 from tests.helpers.photos import make_with_copies, photo
 from tests.helpers.runs import check_data
@@ -97,12 +96,27 @@ def test_what_is_kept_together_and_what_is_not_is_told(tmp_path: Path) -> None:
     names = draw(tmp_path, [(8, 8)] * 6)
     rows = [{"image": name, "caption": name, "group": group} for name, group in zip(names, "aabbcd", strict=True)]
     pairs = load_pairs(make_index(tmp_path, rows))
-    units, sides = Units(np.array([0, 0, 0, 0, 2, 3]), [np.array([3, 4])]), np.array([0, 0, 1, 1, 1, 2], dtype=np.int8)
+    units, sides = np.array([0, 0, 0, 0, 2, 3]), np.array([0, 0, 1, 1, 1, 2], dtype=np.int8)
     found = {each.kind: each.number for each in leaks(pairs, units, sides, num_drawn=2)}
-    assert found == {"row_split": 1, "look_alikes": 2}  # of two images 4/3 are from the first four
+    assert found == {"row_split": 1}  # of two images 4/3 are from the first four
     sides[0] = 1
-    found = {each.kind: each.number for each in leaks(pairs, Units(units.of), sides, num_drawn=0)}
+    found = {each.kind: each.number for each in leaks(pairs, units, sides, num_drawn=0)}
     assert found == {"torn_groups": 2}
+
+
+def test_look_alikes_are_listed_and_stay(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    image = np.asarray(photo(0)).astype(int)
+    for number in range(12):
+        Image.fromarray((image * (1 - 0.01 * number)).astype(np.uint8)).save(data / f"{number}.png")
+    photo(1).save(data / "12.png")
+    make_index(data, [{"image": f"{number}.png", "caption": f"number {number}"} for number in range(13)])
+    found = check(tmp_path)
+    assert found["look_alikes"].number == 12
+    assert "near_duplicates" not in found
+    rows = read_suspects(tmp_path / "results" / "suspects.csv")
+    assert {(row.reason, row.keep) for row in rows} == {("near-duplicate: one of 12 look-alikes", True)}
 
 
 def test_no_chain_of_copies_leaves_out_what_is_near_none_that_stays() -> None:

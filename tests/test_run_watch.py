@@ -141,6 +141,20 @@ def test_other_sets_may_be_watched_when_a_run_goes_on(
     assert "watched, RSum" in capsys.readouterr().out
 
 
+def test_a_set_that_is_gone_is_named_with_the_way_out(
+    watching: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(watching, folder)
+    flags = ["--output_dir", str(folder), "--resume"]
+    with small_runs():
+        assert main([*flags, "--watch_data", str(tmp_path / "gone")]) == 2
+        assert "--watch_data: " in (told := capsys.readouterr().err)
+        assert "gone does not exist; --watch_data names where it lies now, none goes on without" in told
+        assert main([*flags, "--watch_data", "none"]) == 0
+    assert "watched" not in json.loads((folder / "results/training_results.json").read_text())
+
+
 def test_a_pretrained_model_that_watches_nothing_is_told_its_drift(
     watching: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
