@@ -98,7 +98,6 @@ def _train(argv: list[str] | None) -> int:
         config, files, resumed = open_run(started, held)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
-        seed_everything(config.training.seed)
         keep_freed_memory()
 
         # data and model
@@ -111,6 +110,7 @@ def _train(argv: list[str] | None) -> int:
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
         config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=resumed is not None)
+        seed_everything(config.training.seed)  # here: what reads the data may draw, or find it cached and not draw
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
