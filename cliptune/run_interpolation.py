@@ -170,7 +170,7 @@ def look_back(
     ends: Ends | None = None
     try:
         ends = Ends(files, model_class=model_class, device=model.device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # what the run is for is saved already
         logger.warning("the best model is not compared with the one as loaded: %s", error)
     if any_rank(ends is None) or ends is None:
         return LookBack({}, [])

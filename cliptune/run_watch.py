@@ -242,7 +242,9 @@ def drift_of(before: Seen, after: Seen) -> Drift | None:
 
 def verdict_values(verdict: Verdict | None) -> dict[str, Any] | None:
     """Return a verdict as the results file has it."""
-    return None if verdict is None else {key: value for key, value in verdict._asdict().items() if key != "recalls"}
+    if verdict is None:
+        return None
+    return {"verdict": verdict.verdict, "rsum": [*verdict[:3]], "num_groups": verdict.num_groups}
 
 
 def _compared(watched: WatchedSet, loaded: Found, best: Found) -> dict[str, Any]:
@@ -273,5 +275,6 @@ def _line(values: Mapping[str, Any]) -> str:
         line = f"{line}  equal captions and images as one,"
     if verdict is None:
         return f"{line}  all of one group, so nobody knows what other images would give"
-    interval = f"{verdict['low']:+.1f} to {verdict['high']:+.1f}, {count(values['num_images'], 'image')}"
+    _, low, high = verdict["rsum"]
+    interval = f"{low:+.1f} to {high:+.1f}, {count(values['num_images'], 'image')}"
     return f"{line}  ({interval}): {verdict['verdict']}"

@@ -187,6 +187,17 @@ def test_a_run_that_was_killed_in_the_middle_of_it_does_it_again(
     assert "over the model as loaded" in out
 
 
+def test_where_no_epoch_is_better_nothing_lies_between(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_runs():
+        still = ["--learning_rate", "1e-12", "--num_epochs", "1", "--output_dir", str(tmp_path)]
+        assert main([*flags, *still]) == 0
+    assert "the best model is the one as loaded: nothing is forgotten, and nothing lies" in capsys.readouterr().out
+    assert "interpolation" not in results_of(RunFiles(tmp_path))
+    assert not RunFiles(tmp_path).interpolated.exists()
+
+
 def test_models_of_different_runs_are_not_averaged(files: RunFiles, tmp_path: Path, trained_dir: Path) -> None:
     mixed = RunFiles(tmp_path)
     mixed.best.parent.mkdir(parents=True)
