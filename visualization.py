@@ -315,15 +315,6 @@ def _draw_loss(axes: Axes, results: TrainingResults) -> None:
     history, batch_size = results.history, results.config.training.batch_size
     _draw_curve(axes, history, "train_loss", label="training", color=BLUE)
     _draw_curve(axes, history, "val_loss", label="validation", color=ORANGE)
-    value = next(record.val_loss for record in history if record.epoch == results.best_epoch)
-    mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
-    axes.plot(
-        [results.best_epoch],
-        [value],
-        color=GREEN,
-        label=f"best epoch (RSum): {shown_epoch(results.best_epoch)}",
-        **mark,
-    )
     # A model that cannot tell the pairs of a batch apart has a loss of ln(its size). Validation counts full batches of
     # the training's size, but a smaller set is one batch: 6 images have ln 6 = 1.79, whatever the batch size.
     validation = results.chance.val_loss

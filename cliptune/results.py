@@ -31,7 +31,8 @@ from cliptune.recorded import (
 )
 from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
-from cliptune.runtime.messages import printable, shorten
+from cliptune.runtime.messages import shorten
+from cliptune.schema_issues import describe_issue
 
 if TYPE_CHECKING:
     import torch
@@ -405,7 +406,7 @@ def read(path: Path) -> AnyResults:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
+        raise ValueError(f"{path}: {describe_issue(error.errors(include_url=False)[0])}") from None
 
 
 def write(path: Path, results: Recorded) -> None:
@@ -453,38 +454,3 @@ def run_info(
             key: shorten(value) if isinstance(value, str) else value for key, value in model_settings.items()
         },
     )
-
-
-_EXPECTED = {
-    "model_type": "an object",
-    "dict_type": "an object",
-    "list_type": "a list",
-    "named_tuple_type": "a list",
-    "too_long": "3 values",  # a point of the schedule
-    "string_type": "a text",
-    "greater_than": "a number over {gt:g}",
-    "greater_than_equal": "a number of {ge:g} or more",
-    "less_than_equal": "a number of {le:g} or less",
-}
-
-
-def _describe(issue: Any) -> str:
-    """Say what is wrong with one key, as it stands in the file: `history[3].val_loss`."""
-    key = ""
-    for part in issue["loc"]:
-        key += f"[{part}]" if isinstance(part, int) else f".{printable(shorten(part))}"
-    key = key.removeprefix(".")
-    if issue["type"] == "missing":
-        return f"no key {key}, which train.py and evaluation.py write"
-    if issue["type"] == "value_error":  # of a check across keys, which names the key within
-        return f"{key}.{issue['ctx']['error']}".removeprefix(".")
-    expected = _EXPECTED.get(issue["type"], "a number").format(**issue.get("ctx", {}))
-    return f"{key}: expected {expected}, found {_kind(issue['input'])}"
-
-
-def _kind(value: Any) -> str:
-    """Name a JSON value in a few words; a number by its first digits."""
-    if type(value) in (int, float):
-        return str(value)[:12]
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), type(value).__name__)

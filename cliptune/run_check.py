@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from cliptune.data.issues import Issues
 from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
 from cliptune.data.pairs import Pairs
 from cliptune.data.splits import split_data
-from cliptune.data.suspects import read_suspects, update_suspects
+from cliptune.data.suspects import find_images, read_suspects, update_suspects
 from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
 from cliptune.data.units import Units, find_units
 from cliptune.model.architectures import Architecture, known_architecture
@@ -31,6 +32,8 @@ from cliptune.runtime.device import Precision, free_memory, resolve_device, reso
 from cliptune.runtime.messages import count, printable
 from cliptune.settings import InspectSettings, TrainingSettings
 from cliptune.training.memory import FREE_MEMORY_FRACTION
+
+logger = logging.getLogger(__name__)
 
 MAX_ISSUES = 1000
 """In the results file."""
@@ -157,6 +160,7 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
         ],
     )
     results.write(folder / "data_check.json", record)
+    _set_other_list_aside(folder / "suspects.csv", examined.pairs)
     rows = update_suspects(folder / "suspects.csv", suspects(examined), kinds=KINDS)
     lists = (
         f"written: {folder / 'data_check.json'}, and {folder / 'suspects.csv'}: {count(len(rows), 'row')}, "
@@ -173,6 +177,15 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
         _last_line(issues, int(examined.images.is_readable.sum())),
     ]
     return Check(issues, lines)
+
+
+def _set_other_list_aside(path: Path, pairs: Pairs) -> None:
+    """Rename a list of which no row is about this data: it is another data set's, and what was written there counts."""
+    rows = read_suspects(path) if path.exists() else []
+    if rows and (find_images(pairs, [row.image for row in rows]) < 0).all():
+        aside = path.with_name("suspects-of-other-data.csv")
+        path.replace(aside)
+        logger.warning("%s is about other data, and is now %s", path, aside)
 
 
 def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], IntArray]:

@@ -299,7 +299,8 @@ def _shared(pairs: Pairs, split: str, runs: Sequence[Candidate]) -> Pairs:
     if not len(shared):
         raise ValueError(
             f"no image is in the {split} of all runs (of those of the first: {_by_candidate(counts)}): name a data set "
-            "with --data_dir, from which what they were trained on is left out"
+            "with --data_dir, from which what they were trained on is left out (runs of one --split_seed have the same "
+            "split)"
         )
     if len(shared) < len(pairs):
         logger.warning(

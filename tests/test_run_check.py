@@ -140,6 +140,13 @@ def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:
     kept = {(row.image, row.kind): row.keep for row in read_suspects(path)}
     assert kept[("0.png", "by hand")] is False
     assert [keep for (_, kind), keep in kept.items() if kind == "identical"].count(True) >= 1
+    text = path.read_text()
+    shutil.rmtree(tmp_path / "data")
+    draw(tmp_path / "data" / "others", [(240, 240)] * 2)
+    make_index(tmp_path / "data", [{"image": f"others/{number}.png", "caption": "x"} for number in range(2)])
+    check(tmp_path)  # another data set
+    assert path.with_name("suspects-of-other-data.csv").read_text() == text
+    assert not read_suspects(path)
     path.write_text("image;keep\n0.png;perhaps\n")
     assert check_data(tmp_path / "data", tmp_path) == 2
 
@@ -166,17 +173,18 @@ def test_captions_of_few_classes_have_a_ceiling_and_a_floor(tmp_path: Path) -> N
         (["风筝在天空中飞翔"] * 30, "other_language", None),
         (["a kite in the sky"] * 29 + ["воздушный змей"], "other_script", 1),
         (["a kite in the sky"] * 29 + ["sky " * 90], "truncated", 1),
+        (["a kite in the sky"] * 30, "truncated", 30),
     ],
 )
 def test_what_the_tokenizer_was_not_made_for_is_told(
     captions: list[str], kind: str, number: int | None, tmp_path: Path
 ) -> None:
+    flags = ["--context_length", "5"] if number == 30 else []
     names = draw(tmp_path / "data", [(16, 16)] * len(captions))
     make_index(tmp_path / "data", [{"image": n, "caption": c} for n, c in zip(names, captions, strict=True)])
-    found = check(tmp_path, "--batch_size", "2")
+    found = check(tmp_path, *flags)
     assert {"other_language", "other_script", "truncated"} & found.keys() == {kind}
     assert number is None or found[kind].number == number
-    assert "truncated" in check(tmp_path, "--context_length", "5")
 
 
 def test_time_and_memory_are_those_of_the_chosen_model(sample_dir: Path, tmp_path: Path) -> None:

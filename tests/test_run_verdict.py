@@ -157,8 +157,6 @@ def test_on_other_data_it_begins_again(
     assert found["epochs"].tolist() == [0, best, 3]  # the model as loaded and the best anew, and the one since
     assert found["i2t"].shape[1] == results["num_images"] == results["verdict"]["num_images"]
     assert results["verdict"]["num_evaluations"] == 2
-    assert main([*flags[:4], "4"]) == 0  # and goes on from there
-    assert np.load(RunFiles(tmp_path / "a").retrieval)["epochs"].tolist() == [0, best, 3, 4]
 
 
 def test_a_test_split_is_judged_by_once_in_the_end(
@@ -191,3 +189,24 @@ def test_one_image_gives_no_verdict(
     flags = [*SMALL, "--num_epochs", "1", "--val_split", "0.001", "--data_dir", str(sample_dir)]
     assert main([*flags, "--output_dir", str(tmp_path)]) == 0
     assert "No verdict: 1 validation image of one group says nothing of others" in capsys.readouterr().out
+
+
+def test_where_captions_are_classes_the_merged_numbers_decide(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = json.loads((sample_dir / "data.json").read_text())
+    for number, row in enumerate(index):
+        row |= {"image_path": str(sample_dir / row["image_path"]), "caption": ("a dog", "a cat")[number % 2]}
+    (tmp_path / "data.json").write_text(json.dumps(index))
+    flags = [*FLAGS, "--num_epochs", "1", "--data_dir", str(tmp_path / "data.json"), "--output_dir", str(tmp_path)]
+    assert main(flags) == 0
+    captured, results = capsys.readouterr(), results_of(tmp_path)
+    assert "captions are classes here" in captured.err
+    assert "equal captions and images count as one" in captured.out
+    history = results["history"]
+    gain = history[1]["merged_rsum"] - history[0]["merged_rsum"]
+    assert results["verdict"]["rsum"][0] == results["gains"][0]["rsum"][0] == pytest.approx(gain)
+    assert results["verdict"]["merged"]
+    row = next(line for line in captured.out.splitlines() if line.startswith("merged_rsum"))
+    assert row.split()[1] == f"{history[0]['merged_rsum']:.1f}"
+    assert np.load(RunFiles(tmp_path).retrieval)["merged_t2i"].shape[0] == 2

@@ -85,9 +85,7 @@ class Examined(NamedTuple):
         return self.pairs.select(rows), self.captions.take(captions), self.images.files[rows]
 
 
-def find_all(
-    examined: Examined, *, batch_size: int, context_length: int, resolution: int, every_pair: bool = False
-) -> list[Finding]:
+def find_all(examined: Examined, *, batch_size: int, context_length: int, resolution: int) -> list[Finding]:
     """Find what is odd about a data set.
 
     Args:
@@ -95,12 +93,11 @@ def find_all(
         batch_size: pairs a step.
         context_length: tokens that the model reads.
         resolution: pixels of the model's sides.
-        every_pair: an epoch has every pair, not one of each image.
     """
     found = [
         *_images(examined, resolution),
         *_captions(examined.captions, context_length),
-        *_repeats(examined, batch_size=batch_size, every_pair=every_pair),
+        *_repeats(examined, batch_size=batch_size),
         *_validation(examined),
     ]
     return [finding for finding in found if finding is not None]
@@ -244,7 +241,7 @@ def _captions(captions: CaptionFacts, context_length: int) -> Iterator[Finding |
         )  # fmt: skip
 
 
-def _repeats(examined: Examined, *, batch_size: int, every_pair: bool) -> Iterator[Finding | None]:
+def _repeats(examined: Examined, *, batch_size: int) -> Iterator[Finding | None]:
     owners, captions = examined.pairs.text_to_image.numpy(), examined.captions
     shared = _is_shared(captions.wordings, owners)
     num_shared = int(shared.sum())
@@ -258,7 +255,7 @@ def _repeats(examined: Examined, *, batch_size: int, every_pair: bool) -> Iterat
     )  # fmt: skip
     train, of_train, files = examined.part("train")
     if len(train) > 1:
-        cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size, every_pair=every_pair)
+        cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size)
         size, floor = cost.batch_size, cost.loss_floor
         if cost.num_false >= 0.005:
             yield Finding(
