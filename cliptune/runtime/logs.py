@@ -81,7 +81,10 @@ class _LogFile(WatchedFileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # not as its parent does, which looks for the file before each line, and fails without its folder
-        logging.FileHandler.emit(self, record)
+        try:
+            logging.FileHandler.emit(self, record)
+        except OSError:  # a file that had been closed cannot be opened again
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]

@@ -21,6 +21,7 @@ class Terminal(io.StringIO):
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    root.handlers.clear()  # or they would be closed, and come back so
     yield
     for handler in root.handlers:
         handler.close()
@@ -104,3 +105,19 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, monkeypatch: 
     assert [line for line in lines if not line.startswith("line")] == [
         f"{tmp_path}/full.log cannot be written: [Errno 28] No space left on device"
     ]
+
+
+def test_a_closed_log_file_whose_folder_is_gone_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    setup_logging("info", tmp_path / "logs" / "train.log")
+    logging.getLogger().handlers[1].close()
+    (tmp_path / "logs" / "train.log").unlink()
+    (tmp_path / "logs").rmdir()
+    for number in range(2):
+        logging.getLogger("train").info("line %d", number)
+    error = capsys.readouterr().err.splitlines()
+    assert error[0] == "line 0"
+    assert "cannot be written" in error[1]
+    assert error[2:] == ["line 1"]
