@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cliptune import results
-from cliptune.features.verdict import DIRECTIONS, Verdict, answered, compare, num_groups
+from cliptune.features.verdict import DIRECTIONS, Verdict, answered, compare, compare_chosen, num_groups
 from cliptune.results import TrainingResults
 from cliptune.runtime.messages import one_line
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.state import TIE
 
 MERGED = "merged_rsum"
+FOLD_BITS = 32
+"""A group's number, in all folds, has its fold above these bits."""
 
 
 class FoldsEvaluation(NamedTuple):
@@ -100,11 +102,12 @@ def judge_folds(folds: Sequence[Fold]) -> Judged:
         length = epoch if value > mean[length] * (1 + TIE) else length
     ranks = [[fold.at(epoch, merged=merged) for epoch in (0, own)] for fold, own in zip(folds, epochs, strict=True)]
     groups = [
-        {name: values + (index << 32) for name, values in fold.groups.items()} for index, fold in enumerate(folds)
+        {name: values + (index << FOLD_BITS) for name, values in fold.groups.items()}
+        for index, fold in enumerate(folds)
     ]
-    both = [_joined([fold[model] for fold in ranks]) for model in (0, 1)]
     each = [_compared(own, of) for own, of in zip(ranks, groups, strict=True)]
-    return Judged(merged, mean.tolist(), length, epochs, each, _compared(both, _joined(groups)))
+    evaluations = [_joined([fold.at(epoch, merged=merged) for fold in folds]) for epoch in range(len(mean))]
+    return Judged(merged, mean.tolist(), length, epochs, each, _compared_all(evaluations, _joined(groups), epochs))
 
 
 def _rounded(values: Any) -> Any:
@@ -121,6 +124,17 @@ def _compared(ranks: Sequence[dict[str, Any]], groups: dict[str, Any]) -> Verdic
     (before, after), left = answered(ranks, groups)
     is_enough = all(len(left[name]) for name in DIRECTIONS) and num_groups(left) > 1
     return compare(before, after, left) if is_enough else None
+
+
+def _compared_all(
+    evaluations: Sequence[dict[str, Any]], groups: dict[str, Any], epochs: Sequence[int]
+) -> Verdict | None:
+    """Compare the queries of all folds, each at its fold's epoch, with those of the model as loaded."""
+    ranks, left = answered(evaluations, groups)
+    if not all(len(left[name]) for name in DIRECTIONS) or num_groups(left) < 2:
+        return None
+    names = np.unique(np.concatenate([left[name] for name in DIRECTIONS]))
+    return compare_chosen(ranks, np.asarray(epochs)[names >> FOLD_BITS], left)
 
 
 def mean_evaluations(folds: Sequence[Fold], *, merged: bool) -> list[FoldsEvaluation]:

@@ -86,6 +86,7 @@ def test_every_image_is_held_out_once_and_in_no_training_of_its_judge(run: Path)
 
 
 def test_the_verdict_is_that_of_all_queries_each_in_its_own_fold(run: Path) -> None:
+    # all are judged at one epoch, so that this is a plain comparison
     record, before, after, groups = folds_of(run), {}, {}, {}
     assert [fold.epoch for fold in record.folds] == [1, 1, 1]
     folds = [ranks_of(run / f"folds/{fold}") for fold in (1, 2, 3)]
