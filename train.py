@@ -101,7 +101,6 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         config, files, resumed = open_run(started, held, is_locked=whole is not None)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
-        seed_everything(config.training.seed)
         keep_freed_memory()
 
         # data and model
@@ -113,6 +112,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
             splits, snapshots = _read(config, resumed, part, **reading)
         is_settled = resumed is not None or part is not None
         config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=is_settled)
+        seed_everything(config.training.seed)  # here: what reads the data may draw, or find it cached and not draw
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it

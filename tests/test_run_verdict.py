@@ -61,8 +61,10 @@ def run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("drawn", "begins", "word"),
     [
         ((0.0, 1.2, 1.0), "\nBetter than before: RSum +", "better"),
-        ((0.8, 0.8, 0.8), "\nNot distinguishable from before: RSum ", "not distinguishable"),
-        ((1.5, 0.3, 0.2), "\nWorse than before: RSum -", "worse"),
+        pytest.param(
+            (0.8, 0.8, 0.8), "\nNot distinguishable from before: RSum ", "not distinguishable", marks=pytest.mark.slow
+        ),
+        pytest.param((1.5, 0.3, 0.2), "\nWorse than before: RSum -", "worse", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_ends_with_a_sentence_above_its_table(
@@ -183,6 +185,25 @@ def test_a_test_split_is_judged_by_once_in_the_end(
     assert TrainingResults.model_validate(results).test is not None
 
 
+@pytest.mark.slow
+def test_a_test_split_that_cannot_be_read_does_not_end_a_run_that_is_done(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = json.loads((sample_dir / "data.json").read_text())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for number, row in enumerate(index):
+        row |= {"image_path": str(sample_dir / row["image_path"]), "split": ("train", "val")[number % 2]}
+    index.append({"image_path": "broken.png", "caption": "a", "split": "test"})
+    (tmp_path / "data.json").write_text(json.dumps(index))
+    small.setattr("train.evaluate", qualities(0.0, 1.2, 0.0))
+    flags = [*FLAGS, "--num_epochs", "1", "--data_dir", str(tmp_path / "data.json"), "--output_dir", str(tmp_path)]
+    assert main(flags) == 0
+    captured = capsys.readouterr()
+    assert "the test split is not looked at: none of the images could be read" in captured.err
+    assert results_of(tmp_path)["verdict"]["split"] == "val"
+
+
+@pytest.mark.slow
 def test_one_image_gives_no_verdict(
     tmp_path: Path, sample_dir: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +212,7 @@ def test_one_image_gives_no_verdict(
     assert "No verdict: 1 validation image of one group says nothing of others" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_captions_are_classes_the_merged_numbers_decide(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
