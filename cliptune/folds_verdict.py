@@ -53,9 +53,9 @@ class Fold(NamedTuple):
                 ranks = {name: file[name] for name in file.files}
             fits = ranks["run_id"] == found.run_id and len(ranks["epochs"]) == len(found.history)
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{files.retrieval}: not what the fold found, query by query: {one_line(error)}") from None
+            raise ValueError(f"{files.retrieval}: {one_line(error)}; {_way_out(files)}") from None
         if not fits:
-            raise ValueError(f"{files.retrieval} is not of the run in {files.results}")
+            raise ValueError(f"{files.retrieval} is not of the run in {files.results}; {_way_out(files)}")
         return cls(found, ranks)
 
     def at(self, evaluation: int, *, merged: bool) -> dict[str, Any]:
@@ -67,6 +67,10 @@ class Fold(NamedTuple):
         """Group of each query."""
         groups = self.ranks["groups"]
         return {"i2t": groups, "t2i": groups[self.ranks["text_to_image"]]}
+
+
+def _way_out(files: RunFiles) -> str:
+    return f"once {files.root} is deleted, --resume trains this fold anew"
 
 
 class Judged(NamedTuple):

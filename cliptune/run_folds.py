@@ -109,7 +109,9 @@ def run_folds(started: Started, run: Callable[[Started, Part], int]) -> int:
         data = read_folded(config, given=started.given, cache_file=cache_dir / "identities.npz")
         record, started = _settle(record, started, data, files, cache_file=cache_dir / "identities.npz")
         _write(files, record)  # what a start that is killed in the first fold goes on with
-        for fold in range(len(record.folds), record.config["data"]["folds"]):
+        for fold in range(record.config["data"]["folds"]):
+            if any(result.fold == fold + 1 for result in record.folds):
+                continue
             part = Part(_splits(started, data, fold), advises=fold == 0)
             folder = RunFiles(files.fold_runs / str(fold + 1))
             logger.info("fold %d of %d: %s", fold + 1, started.config.data.folds, folder.root)
@@ -117,10 +119,12 @@ def run_folds(started: Started, run: Callable[[Started, Part], int]) -> int:
                 return code
             del part
             gc.collect()  # its model, before the next one is made
-            record = record.model_copy(update={"folds": [*record.folds, _result(fold, Fold.read(folder))]})
+            result = _result(fold, Fold.read(folder))
+            of_all = sorted([*record.folds, result], key=lambda each: each.fold)
+            record = record.model_copy(update={"folds": of_all})
             _write(files, record)
             _drop_states(folder)
-            print(fold_line(record.folds[-1]), flush=True)
+            print(fold_line(result), flush=True)
         record, whole = _judge(record, files)
         _write(files, record)
         if code := run(
@@ -148,7 +152,10 @@ def folds_started(started: Started) -> Started | None:
     if RunFiles(root).folds.exists():
         return started
     if started.config.data.folds is not None and RunFiles(root).states():
-        raise ValueError(f"--resume: the run in {root} has no folds: leave --folds away, or start without --resume")
+        raise ValueError(
+            f"--resume: the run in {root} has no folds: --folds none goes on with it, and without --resume a new one "
+            "begins"
+        )
     return None if started.config.data.folds is None else started
 
 
@@ -156,6 +163,8 @@ def _begin(started: Started, files: RunFiles) -> tuple[FoldsResults | None, Star
     """Return the record that is gone on with, and the settings; None: it is a new one."""
     if started.config.run.resume is not None and files.folds.exists():
         record = _read(files.folds)
+        there = [each for each in record.folds if RunFiles(files.fold_runs / str(each.fold)).results.exists()]
+        record = record.model_copy(update={"folds": there, "finished_at": None})
         content = {"config": record.config, "config_file": record.config_file}
         config = found_again(resumed_config(content, started, source=files.folds), record.folder)
         if (num := config.training.num_epochs) != record.config["training"]["num_epochs"]:
@@ -260,7 +269,9 @@ def _judge(record: FoldsResults, files: RunFiles) -> tuple[FoldsResults, Whole]:
     folds = [Fold.read(RunFiles(files.fold_runs / str(result.fold))) for result in record.folds]
     for result, fold in zip(record.folds, folds, strict=True):
         if result.run_id != fold.results.run_id:
-            raise ValueError(f"{files.fold_runs / str(result.fold)} holds another run: start without --resume")
+            raise ValueError(
+                f"{files.fold_runs / str(result.fold)} holds another run: delete it, and --resume trains this fold anew"
+            )
     found = judge_folds(folds)
     told = [
         result.model_copy(update={"epoch": epoch, "gain": None if gain is None else _short(gain)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -192,12 +193,54 @@ def test_frozen_towers_run_once_for_all_folds(sample_dir: Path, tmp_path: Path, 
         return tower(self, images, *rest, **options)
 
     small.setattr(CLIPModel, "run_image_tower", counted)
-    flags = ["--folds", "3", "--num_epochs", "1", "--freeze_backbone"]
+    flags = ["--folds", "2", "--num_epochs", "1", "--freeze_backbone"]
     assert train(sample_dir, tmp_path, *flags) == 0
     trained_and_held = sum(ran)
     ran.clear()
     assert train(sample_dir, tmp_path, *flags) == 0  # with all of it cached
     assert trained_and_held - sum(ran) == 60
+
+
+@pytest.mark.slow
+def test_a_fold_that_is_gone_is_trained_anew(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(sample_dir, tmp_path, "--folds", "2", "--num_epochs", "1") == 0
+    before = folds_of(tmp_path)
+    (tmp_path / "folds/1/results/retrieval.npz").write_bytes(b"")
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "folds/1 is deleted, --resume trains this fold anew" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "folds/1")
+    assert main(["--resume", str(tmp_path)]) == 0
+    after = folds_of(tmp_path)
+    assert capsys.readouterr().out.startswith("fold 1:")
+    assert [each.curve for each in after.folds] == [each.curve for each in before.folds]
+    assert (after.verdict, after.length) == (before.verdict, before.length)
+    assert after.folds[0].run_id != before.folds[0].run_id
+
+
+@pytest.mark.slow
+def test_excluded_pairs_are_in_no_training_and_stay_in_the_folds(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    image = sorted((sample_dir / "images").iterdir())[0]
+    suspects = tmp_path / "suspects.csv"
+    suspects.write_text(f"image,caption,keep\n{image},,no\n")
+    assert train(sample_dir, tmp_path, "--folds", "2", "--num_epochs", "1", "--exclude", str(suspects)) == 0
+    sizes = []
+    for folder in (tmp_path / "folds/1", tmp_path / "folds/2", tmp_path):
+        data = load_checkpoint(folder / "model-checkpoint/best_model.pth")["data"]
+        sizes.append([len(Snapshot.from_dict(data[split]).files) for split in ("train", "val")])
+    assert sorted(sizes[:2]) == [[29, 30], [30, 30]]
+    assert sizes[2] == [59, 0]
+
+
+def test_several_processes_are_refused(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.setattr("cliptune.run_folds.world_size", lambda: 2)
+    assert train(sample_dir, tmp_path, "--folds", "2") == 2
+    assert "--folds trains one fold after another in one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -229,6 +272,7 @@ def test_other_data_is_refused_on_resume(
     assert "is not the data that the folds were dealt from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_run_moves_the_folds_of_an_earlier_one_away(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:
