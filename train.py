@@ -206,7 +206,7 @@ def _conclude(
     journal.write_results(state, finished=True)
     for figure in draw_figures(files.results):
         logger.info("figure: %s", figure)
-    print("\n".join([journal.summary(state), *found.lines, *(() if whole is None else whole.lines)]))
+    print("\n".join([journal.summary(state), *(() if whole is None else whole.lines), *found.lines]))
 
 
 def _open_model(path: Path, *, device: torch.device) -> CLIPModel:

@@ -7,12 +7,19 @@ that all share, and a luck of each training. Queries are drawn as `verdict_cover
 a quality is that of very many. Beside the folds, judged as `train.py --folds` judges them, stands a single split with a
 tenth of the images, told by its best epoch as it stands in the curve. Both estimates are held against what the models
 that are judged really gain. The last columns are what the length that is chosen gains in truth.
+
+With --real 10, sets of drawn scenes are trained on by `train.py`, with folds and with a single split. The truth is what
+the model that is left gains on fresh scenes, in galleries of as many images as the estimate had.
 """
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +30,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from benchmarks.verdict_coverage import World, rsum
+from clip_model import CLIPModel
 from cliptune.cli import parse_settings, run_stage
+from cliptune.data.pairs import DataSource, Pairs, load_pairs
+from cliptune.data.sample_data import create_sample_dataset
+from cliptune.features.encode import Encoder
 from cliptune.features.verdict import DIRECTIONS
 from cliptune.folds_verdict import Fold, judge_folds
 from cliptune.results import EpochRecord, Metrics, TrainingResults
-from cliptune.settings import PositiveInt, Seed, Settings
+from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.files import read_json_object
+from cliptune.settings import NonNegativeInt, PositiveInt, Seed, Settings
+from cliptune.training.checkpoint import RunFiles
+from data_loader import ImageTextDataset
+from evaluation import evaluate
+from train import main as train
 
 FloatArray = NDArray[np.float64]
 NUM_EPOCHS = 20
@@ -49,6 +66,9 @@ class BenchmarkSettings(Settings):
     many: PositiveInt = Field(20_000, description="images whose RSum is taken for the true one")
     folds: int = Field(5, ge=2, le=20, description="folds of a set")
     luck: float = Field(0.05, ge=0, allow_inf_nan=False, description="standard deviation of a training's quality")
+    real: NonNegativeInt = Field(0, description="sets of drawn scenes that are really trained on; 0: the tables alone")
+    images: PositiveInt = Field(60, description="images of such a set")
+    epochs: PositiveInt = Field(6, description="epochs of such a training")
     seed: Seed = 0
 
 
@@ -118,6 +138,60 @@ def draw_row(settings: BenchmarkSettings, course: FloatArray, num_images: int, t
     return list(np.array(rows).T)
 
 
+def true_gain(output: Path, fresh: Pairs, gallery: int) -> float:
+    """Return what a run's best model gains on fresh images, the mean over galleries of a size."""
+    files, rsums = RunFiles(output), []
+    for path in (files.loaded, files.best):
+        model = CLIPModel.from_checkpoint(path)
+        encoder = Encoder(
+            model, ImageTextDataset, precision=resolve_precision("fp32", model.device), batch_size=64, num_workers=0
+        )
+        starts = range(0, len(fresh) - gallery + 1, gallery)
+        found = [evaluate(encoder, fresh.select(range(start, start + gallery))).metrics["rsum"] for start in starts]
+        rsums.append(np.mean(found))
+    return float(rsums[1] - rsums[0])
+
+
+def print_real(settings: BenchmarkSettings) -> None:
+    """Train on drawn scenes, and compare what is told with what the best models gain on fresh ones."""
+    rows: dict[str, list[float]] = {f"{settings.folds} folds": [], "best epoch of one split": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        create_sample_dataset(folder / "fresh", 20 * settings.images // settings.folds, seed=settings.seed + 1000)
+        fresh = load_pairs(DataSource(folder / "fresh"))
+        for index in range(settings.real):
+            create_sample_dataset(folder / f"data{index}", settings.images, seed=settings.seed + index)
+            for name, is_split in zip(rows, (False, True), strict=True):
+                rows[name].append(real_error(settings, folder, index, fresh, is_split=is_split))
+    print(f"\n| {settings.real} trainings on {settings.images} drawn scenes | estimate - truth | spread |")
+    print("|---|---|---|")
+    for name, errors in rows.items():
+        print(f"| {name} | {_mean(np.array(errors))} | {np.std(errors):.1f} |", flush=True)
+
+
+def real_error(settings: BenchmarkSettings, folder: Path, index: int, fresh: Pairs, *, is_split: bool) -> float:
+    """Train on a set, with folds or with a single split; return what it tells without what its best model gains."""
+    output = folder / f"run{index}-{is_split}"
+    flags = [
+        "--data_dir", str(folder / f"data{index}"), "--model_name", "ViT-Ti/32", "--num_epochs", str(settings.epochs),
+        "--batch_size", "20", "--learning_rate", "1e-3", "--num_workers", "0", "--precision", "fp32",
+        "--log_level", "error", "--seed", str(index), "--early_stopping_patience", "0", "--output_dir", str(output),
+    ]  # fmt: skip
+    with redirect_stdout(io.StringIO()):
+        if train(flags if is_split else [*flags, "--folds", str(settings.folds)]):
+            raise ValueError(f"the training on {folder}/data{index} failed")
+    found = read_json_object(RunFiles(output).results)
+    told = found["metrics"]["rsum"] - found["baseline"]["rsum"]
+    gallery = found["num_images"]
+    if not is_split:
+        gallery //= settings.folds
+        # where the model as loaded is kept, it gains nothing, and nothing is told of it
+        told = read_json_object(RunFiles(output).folds)["verdict"]["rsum"][0] if found["best_epoch"] else 0.0
+    error = told - true_gain(output, fresh, gallery)
+    shutil.rmtree(output)  # its models take hundreds of megabytes
+    return float(error)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit code."""
 
@@ -138,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
                     f"{alone.std():.1f}", *(_mean(each) for each in kept),
                 ]  # fmt: skip
                 print(f"| {num_images} | {name} | {' | '.join(cells)} |", flush=True)
+        if settings.real:
+            print_real(settings)
         return 0
 
     return run_stage(run, name="folds.py")

@@ -112,24 +112,25 @@ def run_folds(started: Started, run: Callable[[Started, Part], int]) -> int:
         for fold in range(record.config["data"]["folds"]):
             if any(result.fold == fold + 1 for result in record.folds):
                 continue
-            part = Part(_splits(started, data, fold), advises=fold == 0)
             folder = RunFiles(files.fold_runs / str(fold + 1))
             logger.info("fold %d of %d: %s", fold + 1, started.config.data.folds, folder.root)
+            part = Part(_splits(started, data, fold), advises=fold == 0)
             if code := run(_of_fold(started, folder, cache_dir), part):
                 return code
             del part
             gc.collect()  # its model, before the next one is made
-            result = _result(fold, Fold.read(folder))
-            of_all = sorted([*record.folds, result], key=lambda each: each.fold)
-            record = record.model_copy(update={"folds": of_all})
+            record = _with_fold(record, fold, folder)
             _write(files, record)
             _drop_states(folder)
-            print(fold_line(result), flush=True)
         record, whole = _judge(record, files)
         _write(files, record)
-        if code := run(
-            _of_part(started, files, {"output_dir": str(files.root)}), Part(_splits(started, data, None), whole=whole)
-        ):
+        part = Part(_splits(started, data, None), whole=whole)
+        logger.info(
+            "everything: %s, %d of %s; the validation numbers are the folds' means",
+            count(len(part.splits["train"]), "image"), whole.length,
+            count(started.config.training.num_epochs, "epoch"),
+        )  # fmt: skip
+        if code := run(_of_part(started, files, {"output_dir": str(files.root)}), part):
             return code
         _write(files, record.model_copy(update={"finished_at": now()}))
     return 0
@@ -164,6 +165,10 @@ def _begin(started: Started, files: RunFiles) -> tuple[FoldsResults | None, Star
     if started.config.run.resume is not None and files.folds.exists():
         record = _read(files.folds)
         there = [each for each in record.folds if RunFiles(files.fold_runs / str(each.fold)).results.exists()]
+        if len(there) < len(record.folds):
+            logger.warning("folds are gone: they, and the run on everything, are trained anew")
+            for path in files.states():  # of another choice of the length, maybe
+                path.unlink()
         record = record.model_copy(update={"folds": there, "finished_at": None})
         content = {"config": record.config, "config_file": record.config_file}
         config = found_again(resumed_config(content, started, source=files.folds), record.folder)
@@ -242,12 +247,15 @@ def _of_part(started: Started, files: RunFiles, own: dict[str, Any]) -> Started:
     return Started(config, given, started.file_values)
 
 
-def _result(fold: int, found: Fold) -> FoldResult:
-    values = found.results
-    curve = [record.rsum for record in values.history]
-    return FoldResult(
+def _with_fold(record: FoldsResults, fold: int, files: RunFiles) -> FoldsResults:
+    """Take in a fold that has ended, and say so."""
+    values = Fold.read(files).results
+    curve = [evaluation.rsum for evaluation in values.history]
+    result = FoldResult(
         fold=fold + 1, run_id=values.run_id, num_images=values.num_images, num_texts=values.num_texts, curve=curve
     )
+    print(fold_line(result), flush=True)
+    return record.model_copy(update={"folds": sorted([*record.folds, result], key=lambda each: each.fold)})
 
 
 def fold_line(fold: FoldResult) -> str:
@@ -326,7 +334,7 @@ def _about(record: FoldsResults, files: RunFiles) -> str:
         return f"no epoch is better on the folds' mean, so nothing was trained on everything; {where}"
     return (
         f"the best model was trained on all images for {count(record.length, 'epoch')}, the length that the folds "
-        f"chose. It has no validation images: all numbers above are the folds', whose models had fewer images; {where}"
+        f"chose. It has no validation images: the numbers above are the folds', whose models had fewer images; {where}"
     )
 
 
