@@ -283,8 +283,8 @@ def _own_validation(
     for run in runs:
         if run.config is not None and run.config.data.folds is not None:
             raise ValueError(
-                f"{run.path} was trained on all images of its data, after its folds: it has no validation images, and "
-                "its run's results/folds.json says what the folds found. Name other data with --data_dir"
+                f"{run.path} is of a run with --folds, whose last model has no validation images of its own: its "
+                "results/folds.json says what the folds found. Name other data with --data_dir"
             )
     source = DataSource(
         data.data_dir, settings.image_dir or data.image_dir, settings.label_key or data.caption_key, fraction,

@@ -304,7 +304,7 @@ def _judge(record: FoldsResults, files: RunFiles) -> tuple[FoldsResults, Whole]:
     print("\n".join(["", *fold_table(record)]), flush=True)
     values = {"verdict": verdict and verdict.model_dump(mode="json"), "no_verdict": reason}
     if not found.length:  # the model that stays is the one as loaded, of which a gain says nothing
-        word = "" if verdict is None else f" (the best, {shown_epoch(best)}: RSum {verdict.rsum})"
+        word = "" if verdict is None else f" (of the best, epoch {shown_epoch(best)}: RSum {verdict.rsum})"
         values = {"verdict": None, "no_verdict": f"no epoch is better on the folds' mean{word}"}
     lines = [_about(record, files)]
     return record, Whole(found.length, mean_evaluations(folds, merged=found.merged), values, lines)
