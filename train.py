@@ -268,7 +268,8 @@ def _fit(
                 saver.save(state, best=improved)
                 journal.log_evaluation(state, improved=improved)
             if nothing_is_left:
-                logger.info("nothing is left to train: %s", ending)
+                reason = ending if length is None else "it has the length that the folds chose"
+                logger.info("nothing is left to train: %s", reason)
             elif state.epochs_done < limits[0]:
                 logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
