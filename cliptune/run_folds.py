@@ -145,6 +145,10 @@ def folds_started(started: Started) -> Started | None:
     if resume != "latest":
         path = Path(resume)
         root = path if path.is_dir() else path.parent.parent
+    above = root.resolve().parent
+    if above.name == "folds" and RunFiles(above.parent).folds.exists():
+        raise ValueError(f"--resume: {root} is a fold of the run in {above.parent}: --resume {above.parent} goes on")
+    if resume != "latest":
         if not RunFiles(root).folds.exists():
             return None
         if "output_dir" in started.given and Path(started.config.run.output_dir).resolve() != root.resolve():
@@ -232,7 +236,7 @@ def _splits(started: Started, data: Folds, fold: int | None) -> Splits:
 
 
 def _of_fold(started: Started, files: RunFiles, cache_dir: Path) -> Started:
-    """Return the settings of a fold: a plain run, so that it can be looked at and gone on with like any other."""
+    """Return the settings of a fold: a plain run, which can be looked at like any other."""
     num_folds = started.config.data.folds or 1
     own: dict[str, Any] = {
         "folds": None, "val_split": 1 / num_folds, "early_stopping_patience": 0, "watch_data": ["none"],

@@ -235,6 +235,12 @@ def test_excluded_pairs_are_in_no_training_and_stay_in_the_folds(
     assert sizes[2] == [59, 0]
 
 
+def test_a_fold_is_not_resumed_alone(run: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--resume", str(run / "folds/2")], ["--resume", "--output_dir", str(run / "folds/2")]):
+        assert main(flags) == 2
+        assert f"--resume {run} goes on" in capsys.readouterr().err
+
+
 def test_several_processes_are_refused(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
