@@ -14,14 +14,13 @@ if __name__ == "__main__":
 
 import logging
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cliptune.cli import check_command_line, load_config, run_stage, stored_config
+from cliptune.cli import Started, check_command_line, load_config, run_stage, stored_config
 from cliptune.settings import Config
 
 if __name__ == "__main__":
@@ -31,7 +30,6 @@ import torch
 from torch import nn
 
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
-from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
@@ -40,19 +38,18 @@ from cliptune.results import command_line, run_info
 from cliptune.run_data import (
     RunData,
     Splits,
-    earlier_data,
-    folder_of,
     is_other_data,
-    located,
+    odd_data,
     open_data,
     read_data,
     reread_data,
 )
+from cliptune.run_folds import Part, begin_log, folds_started, run_folds
 from cliptune.run_interpolation import look_back
 from cliptune.run_loss import make_losses, start_bias
 from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_recipe import apply_recipe
-from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
+from cliptune.run_start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.run_verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.run_watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
@@ -78,9 +75,6 @@ from visualization import draw_figures
 
 logger = logging.getLogger("train")
 
-MAX_FINDINGS = 3
-"""About the data, that a run tells."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say; returns the exit code."""
@@ -93,9 +87,18 @@ def _train(argv: list[str] | None) -> int:
     setup_logging(config.run.log_level)
     device = rank_device(config.run.device)
     resolve_precision(config.training.precision, device)  # what is wrong is told before the ranks meet
-    with process_group(device), ExitStack() as held, explained_out_of_memory():
+    with process_group(device), explained_out_of_memory():
+        if (folded := folds_started(started)) is not None:
+            return run_folds(folded, partial(_run, argv=argv))
+        return _run(started, argv=argv)
+
+
+def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) -> int:
+    """Train one run; `part`: it is one of several."""
+    whole = None if part is None else part.whole
+    with ExitStack() as held:
         # settings: a resumed run has its own
-        config, files, resumed = open_run(started, held)
+        config, files, resumed = open_run(started, held, is_locked=whole is not None)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
         keep_freed_memory()
@@ -106,19 +109,18 @@ def _train(argv: list[str] | None) -> int:
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
         with main_first():
-            splits, snapshots = (
-                read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
-            )
-        config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=resumed is not None)
+            splits, snapshots = _read(config, resumed, part, **reading)
+        is_settled = resumed is not None or part is not None
+        config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=is_settled)
         seed_everything(config.training.seed)  # here: what reads the data may draw, or find it cached and not draw
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
-        set_aside_earlier_run(files, config, resumed)
+        if not begin_log(part, files, config.run.log_level):
+            set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
-        began = {} if resumed is None else resumed.content
-        loss, val_loss = make_losses(config, splits["train"], began)
+        loss, val_loss = make_losses(config, splits["train"], {} if resumed is None else resumed.content)
         data = open_data(
             config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
@@ -129,37 +131,48 @@ def _train(argv: list[str] | None) -> int:
         trainer = _make_trainer(
             config, model, loss, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        about: dict[str, Any] = {
-            "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
-            "config": located(config).model_dump(),
-            "folder": folder_of(config, began.get("folder", "")),
-            "config_file": began.get("config_file", started.file_values),
-            "positives": loss.positives,
-            "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
-            "earlier_data": earlier_data(config, began, snapshots),
-            "val_images": list(data.val.paths),
-        }
+        about = about_run(
+            config, started, resumed, snapshots=snapshots, positives=loss.positives, val_images=data.val.paths
+        )
         saver = _make_saver(config, trainer, files=files, about=about)
         state, anew = (
             (RunState(), None)
             if resumed is None
             else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
         )
-        retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
-        journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
-        if is_main():
+        if whole is None:
+            retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
+        else:  # no image is left to evaluate on: the folds have told
+            retrieval, data = None, whole.validates(data, state)
+        journal = _open_journal(
+            config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv, part=part
+        )
+        if is_main() and (part is None or part.advises):
             journal.advise(
-                **_odd_data(
+                **odd_data(
                     config, splits, snapshots,
                     context_length=model.architecture.context_length, positives=loss.positives,
                 )
             )  # fmt: skip
-        code = _fit(config, data, trainer, state=state, journal=journal, saver=saver, retrieval=retrieval)
+        code = _fit(
+            config, data, trainer, state=state, journal=journal, saver=saver, retrieval=retrieval,
+            length=None if whole is None else whole.length,
+        )  # fmt: skip
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
         if code == 0:
-            _conclude(config, model, data, state=state, journal=journal, retrieval=retrieval)
+            _conclude(config, model, data, state=state, journal=journal, retrieval=retrieval, part=part)
     return code
+
+
+def _read(
+    config: Config, resumed: Resumed | None, part: Part | None, *, given: dict[str, Any], cache_file: Path
+) -> tuple[Splits, Snapshots]:
+    if part is not None:
+        return part.splits, part.snapshots(resumed, cache_file=cache_file)
+    if resumed is None:
+        return read_data(config, given=given, cache_file=cache_file)
+    return reread_data(config, resumed.content, given=given, cache_file=cache_file)
 
 
 def _conclude(
@@ -170,23 +183,30 @@ def _conclude(
     state: RunState,
     journal: Journal,
     retrieval: Retrieval | None,
+    part: Part | None,
 ) -> None:
     """Verify what the run leaves, compare its best model with the one as loaded, draw it and tell of it."""
     files = journal.files
     if is_main():
         verify_best(state, files, run_id=journal.about["run_id"])
+    if part is not None and retrieval is not None:  # of a fold nothing is said alone
+        journal.about |= judge(retrieval, state, None)
+        journal.write_results(state, finished=True)
+        return
     found = look_back(
         config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
         complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
     )  # fmt: skip
     test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
-    if retrieval is None:
+    whole = None if part is None else part.whole
+    if whole is None and retrieval is None:
         return
-    journal.about |= found.values | judge(retrieval, state, test)
+    own = judge(retrieval, state, test) if retrieval is not None else {} if whole is None else whole.values
+    journal.about |= found.values | own
     journal.write_results(state, finished=True)
     for figure in draw_figures(files.results):
         logger.info("figure: %s", figure)
-    print("\n".join([journal.summary(state), *found.lines]))
+    print("\n".join([journal.summary(state), *(() if whole is None else whole.lines), *found.lines]))
 
 
 def _open_model(path: Path, *, device: torch.device) -> CLIPModel:
@@ -202,10 +222,12 @@ def _fit(
     journal: Journal,
     saver: Saver,
     retrieval: Retrieval | None,
+    length: int | None,
 ) -> int:
     """Evaluate the model as loaded, then train until the last epoch, the early stop or a signal.
 
-    SIGTERM, SIGINT and SIGHUP stop it after the step that they come in, and its state is saved.
+    SIGTERM, SIGINT and SIGHUP stop it after the step that they come in, and its state is saved. With a `length` it ends
+    after as many epochs, and never early.
 
     Returns:
         The exit code: 0, or 143, 130 or 129 after a signal.
@@ -215,6 +237,7 @@ def _fit(
     """
     settings, device, code = config.training, trainer.model.device, 0
     limits, stop = (settings.num_epochs, settings.early_stopping_patience), StopSignals()
+    limits = limits if length is None else (length, 0)
     nothing_is_left = bool(state.history) and state.ending(*limits) is not None
     validation = Interval(every_steps=settings.validate_every_steps, every_seconds=settings.validate_every_seconds)
     batches: Iterator[Any] | None = None
@@ -245,8 +268,9 @@ def _fit(
                 saver.save(state, best=improved)
                 journal.log_evaluation(state, improved=improved)
             if nothing_is_left:
-                logger.info("nothing is left to train: %s", ending)
-            elif state.epochs_done < settings.num_epochs:
+                reason = ending if length is None else "it has the length that the folds chose"
+                logger.info("nothing is left to train: %s", reason)
+            elif state.epochs_done < limits[0]:
                 logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
         except (Stopped, KilledWorkerError) as end:
@@ -394,14 +418,17 @@ def _open_journal(
     state: RunState,
     run_id: str,
     argv: list[str] | None,
+    part: Part | None,
 ) -> Journal:
     """Open what tells people of the run; say what will be trained on what, and what is unusual about it."""
     model, settings = trainer.model, config.training
     steps = len(data.loader)
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
     is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
+    whole = None if part is None else part.whole
     plan = RunPlan(
-        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
+        settings.num_epochs if whole is None else whole.length, steps,
+        len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
         is_softmax=settings.loss == "infonce", validate_every_steps=settings.validate_every_steps,
         validate_every_seconds=settings.validate_every_seconds,
     )  # fmt: skip
@@ -419,7 +446,7 @@ def _open_journal(
             model_settings=model.architecture.to_dict(),
         ),
         "schedule": optim.schedule_points(
-            total_steps=plan.total_steps, warmup_fraction=settings.warmup_fraction, peaks=peaks
+            total_steps=settings.num_epochs * steps, warmup_fraction=settings.warmup_fraction, peaks=peaks
         ),
     }
     journal = Journal(
@@ -440,10 +467,10 @@ def _open_journal(
     logger.info("peak rates: %s%s", optim.describe_rates(trainer.optimizer), frozen)
     is_odd_rate_usual = model.starts_random or len(model.frozen_towers) == 2 or model.lora is not None
     journal.advise(
-        small_validation=small_validation(len(val)),
+        small_validation=small_validation(len(val)) if part is None else None,
         long_warmup=long_warmup(
             warmup_steps=warmup_steps,
-            total_steps=plan.total_steps,
+            total_steps=settings.num_epochs * steps,
             patience_steps=settings.early_stopping_patience * min(steps, settings.validate_every_steps or steps),
         ),
         tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
@@ -452,23 +479,6 @@ def _open_journal(
         ),
     )
     return journal
-
-
-def _odd_data(
-    config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int, positives: str
-) -> dict[str, str | None]:
-    """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
-    found = data_findings(
-        splits,
-        {split: snapshot.files for split, snapshot in snapshots.items()},
-        val_split=config.data.val_split,
-        batch_size=config.training.batch_size,
-        every_pair=config.data.captions == "all",
-        context_length=context_length,
-    )
-    if positives == "caption":
-        found.pop("repeated_captions", None)  # they do no harm
-    return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 
 if __name__ == "__main__":

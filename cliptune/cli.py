@@ -41,8 +41,8 @@ HELP_GROUPS = {
         "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "watch_data", "val_data", "split", "val_split", "split_seed", "near_duplicates", "image_dir", "image_key",
-        "caption_key", "captions_from", "caption_template", "captions", "exclude", "augment",
+        "watch_data", "val_data", "split", "val_split", "folds", "split_seed", "near_duplicates", "image_dir",
+        "image_key", "caption_key", "captions_from", "caption_template", "captions", "exclude", "augment",
         "on_unreadable_image", "max_skipped_fraction", "allow_data_change", "include_trained",
         "classes", "templates", "label_key",
     ),

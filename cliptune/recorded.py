@@ -56,11 +56,11 @@ class Verdict(BaseModel):
     rsum: GainInterval
     recalls: dict[str, GainInterval]
     """Under `i2t_r1` to `t2i_r10`."""
-    split: Literal["val", "test"]
+    split: Literal["val", "test", "folds"]
     epoch: Place
     """Of the evaluation that is judged."""
     num_evaluations: Count
-    """Of these it is the best one. On `val` its luck in that is taken off the gain; on `test` it had none."""
+    """Of these it is the best one. On `val` its luck in that is taken off the gain; on the others it had none."""
     num_images: Count
     num_groups: Count
     merged: bool = False
@@ -70,7 +70,9 @@ class Verdict(BaseModel):
         """Say it in one line."""
         images = count(self.num_images, f"{SPLIT_NAMES[self.split]} image")
         how = f", epoch {shown_epoch(self.epoch)} against the model as loaded"
-        if self.split == "test":
+        if self.split == "folds":
+            how += "; each is judged by a fold's model that neither trained on it nor was chosen by it"
+        elif self.split == "test":
             how += "; nothing was chosen by these images"
         elif self.num_evaluations > 1:
             how += f"; the luck of being the best of {self.num_evaluations:,} evaluations is taken off"
@@ -84,7 +86,7 @@ VERDICTS = {
     "not distinguishable": "Not distinguishable from before",
     "worse": "Worse than before",
 }
-SPLIT_NAMES = {"val": "validation", "test": "test"}
+SPLIT_NAMES = {"val": "validation", "test": "test", "folds": "held-out"}
 
 
 class EvaluationGain(BaseModel):

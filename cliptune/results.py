@@ -28,6 +28,7 @@ from cliptune.recorded import (
     Verdict,
     WatchedRecord,
     WatchedResult,
+    WatchedVerdict,
 )
 from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
@@ -323,6 +324,45 @@ class DataCheckResults(Recorded):
     issues: list[dict[str, str | None]]
     """The first 1,000: image, reason and, for a record, its location."""
     findings: list[CheckFinding]
+
+
+class FoldResult(Recorded):
+    """A fold: a run that validated on it and was trained on all others."""
+
+    fold: Count
+    """From 1 on; its run lies in `folds/<fold>`."""
+    run_id: str
+    num_images: Count
+    num_texts: Count
+    curve: list[Number]
+    """RSum after every epoch, on its images in a gallery of their own; the model as loaded first."""
+    epoch: Count | None = None
+    """The best one on the other folds, by which this one is judged."""
+    gain: WatchedVerdict | None = None
+    """What that epoch gains on this fold; None: its images are of one group, or folds are still to come."""
+
+
+class FoldsResults(Recorded):
+    """`results/folds.json`; written after every fold."""
+
+    started_at: str
+    finished_at: str | None
+    """None: the folds, or the run on everything, have not ended."""
+    config: dict[str, Any]
+    config_file: dict[str, Any] = {}
+    folder: str = ""
+    """In which it was started."""
+    content: str
+    """Tells the data, and how it is dealt out, from other data."""
+    folds: list[FoldResult]
+    merged: bool = False
+    """Curves and gains are with equal captions and images merged, since captions are classes."""
+    curve: list[Number] = []
+    """Mean of the folds' curves, weighted by images."""
+    length: Count | None = None
+    """Epochs of the run on everything: where the mean curve is best; 0: the model as loaded is."""
+    verdict: Verdict | None = None
+    no_verdict: str = ""
 
 
 class Comparison(Recorded):

@@ -11,6 +11,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from cliptune.data.findings import data_findings
+from cliptune.data.folds import Folds, read_folds
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
@@ -47,6 +49,8 @@ from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, Config
 logger = logging.getLogger(__name__)
 
 AUGMENTED_VIEWS = 4
+MAX_FINDINGS = 3
+"""About the data, that a run tells."""
 
 Splits = dict[str, Pairs | Shards]
 """What a run trains, validates and tests on."""
@@ -62,14 +66,18 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
         given: the flags of this start.
         cache_file: remembers identities of files, see `file_identities`.
     """
-    folder = Path(DEFAULT_DATA_DIR)
-    if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
-        index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
-        logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
+    _make_sample_data(config, given)
     if is_shards(config.data.data_dir):
         logger.info("near-duplicate images are not looked for in shards")
     splits = _read_splits(config, given, find_copies=_copy_finder(config, cache_file))
     return splits, take_snapshots(splits, cache_file=cache_file)
+
+
+def _make_sample_data(config: Config, given: dict[str, Any]) -> None:
+    folder = Path(DEFAULT_DATA_DIR)
+    if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
+        index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
+        logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
 
 
 def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
@@ -205,12 +213,7 @@ def _stored(content: dict[str, Any]) -> Snapshots:
 
 
 def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Splits:
-    settings = config.data
-    source = DataSource(
-        settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
-        image_key=settings.image_key, captions_from=settings.captions_from, caption_template=settings.caption_template,
-        may_run_commands="data_dir" in given,
-    )  # fmt: skip
+    settings, source = config.data, _data_source(config, given)
     if is_shards(settings.data_dir):
         if settings.exclude is not None:
             raise ValueError(
@@ -228,11 +231,41 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
         **options,
     )
     if settings.exclude is not None:
-        splits["train"] = _without_excluded(splits, Path(settings.exclude))
+        splits["train"] = without_excluded(splits, Path(settings.exclude))
     return {**splits}
 
 
-def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
+def _data_source(config: Config, given: dict[str, Any]) -> DataSource:
+    settings = config.data
+    return DataSource(
+        settings.data_dir, settings.image_dir, settings.caption_key, settings.allowed_skipped_fraction,
+        image_key=settings.image_key, captions_from=settings.captions_from, caption_template=settings.caption_template,
+        may_run_commands="data_dir" in given,
+    )  # fmt: skip
+
+
+def read_folded(config: Config, *, given: dict[str, Any], cache_file: Path) -> Folds:
+    """Read a data set in folds; arguments as `read_data` takes them.
+
+    Raises:
+        ValueError: shards, or too few groups for so many folds.
+        FileNotFoundError: it is not there.
+    """
+    settings = config.data
+    if is_shards(settings.data_dir):
+        raise ValueError(f"--folds goes by images of an index, and {settings.data_dir} is shards: leave --folds away")
+    assert settings.folds is not None
+    _make_sample_data(config, given)
+    return read_folds(
+        _data_source(config, given),
+        num_folds=settings.folds,
+        seed=config.seed_of_split,
+        find_copies=_copy_finder(config, cache_file),
+        join=settings.near_duplicates == "join",
+    )
+
+
+def without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
     """Return what is trained on without the rows of a list that are not to be kept; say how many they are.
 
     Raises:
@@ -260,6 +293,23 @@ def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
             f"--exclude {path} leaves {count(len(found.pairs), 'image')} to train on; at least 2 are needed"
         )
     return found.pairs
+
+
+def odd_data(
+    config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int, positives: str
+) -> dict[str, str | None]:
+    """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
+    found = data_findings(
+        splits,
+        {split: snapshot.files for split, snapshot in snapshots.items()},
+        val_split=config.data.val_split,
+        batch_size=config.training.batch_size,
+        every_pair=config.data.captions == "all",
+        context_length=context_length,
+    )
+    if positives == "caption":
+        found.pop("repeated_captions", None)  # they do no harm
+    return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 
 class TestSplit(NamedTuple, Generic[E]):

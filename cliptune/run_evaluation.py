@@ -280,6 +280,12 @@ def _own_validation(
     first = runs[0]
     assert first.config is not None
     data = first.config.data
+    for run in runs:
+        if run.config is not None and run.config.data.folds is not None:
+            raise ValueError(
+                f"{run.path} is of a run with --folds, whose last model has no validation images of its own: its "
+                "results/folds.json says what the folds found. Name other data with --data_dir"
+            )
     source = DataSource(
         data.data_dir, settings.image_dir or data.image_dir, settings.label_key or data.caption_key, fraction,
         image_key=data.image_key, captions_from=data.captions_from, caption_template=data.caption_template,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import uuid
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cliptune.cli import Started, resumed_config
+from cliptune.data.snapshot import Snapshots
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.run_data import found_again
+from cliptune.run_data import earlier_data, folder_of, found_again, located
 from cliptune.runtime.distributed import barrier, is_main
 from cliptune.runtime.logs import setup_logging
 from cliptune.settings import Config
@@ -54,8 +57,13 @@ class Resumed(NamedTuple):
         return found_again(resumed_config(self.content, started, source=self.path), self.content.get("folder", ""))
 
 
-def open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resumed | None]:
+def open_run(started: Started, held: ExitStack, *, is_locked: bool = False) -> tuple[Config, RunFiles, Resumed | None]:
     """Keep other runs out of the output folder while `held` is, and find what to resume from.
+
+    Args:
+        started: what the run was started with.
+        held: for as long as the run goes on.
+        is_locked: whoever calls keeps other runs out.
 
     Returns:
         The settings, which are a resumed run's own but for those that may change; the run's files; the checkpoint.
@@ -72,7 +80,7 @@ def open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resum
             started = started.at(RunFiles.around(resumed.path).root)
         config = resumed.settings(started)
     files = RunFiles(Path(config.run.output_dir))
-    if is_main():
+    if is_main() and not is_locked:
         held.enter_context(files.locked())
     barrier()  # no rank reads what a run that just ends may still be writing
     if resume == "latest":
@@ -86,6 +94,38 @@ def open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resum
         epoch, step = resumed.content["epoch"], resumed.content["global_step"]
         logger.info("resuming at epoch %d, step %d from %s", epoch, step, resumed.path)
     return config, files, resumed
+
+
+def about_run(
+    config: Config,
+    started: Started,
+    resumed: Resumed | None,
+    *,
+    snapshots: Snapshots,
+    positives: str,
+    val_images: Iterable[str],
+) -> dict[str, Any]:
+    """Return what every checkpoint of a run says of it.
+
+    Args:
+        config: of the run.
+        started: what it was started with.
+        resumed: what it goes on from.
+        snapshots: of its data.
+        positives: that its loss has.
+        val_images: paths of its validation images.
+    """
+    began = {} if resumed is None else resumed.content
+    return {
+        "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
+        "config": located(config).model_dump(),
+        "folder": folder_of(config, began.get("folder", "")),
+        "config_file": began.get("config_file", started.file_values),
+        "positives": positives,
+        "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
+        "earlier_data": earlier_data(config, began, snapshots),
+        "val_images": list(val_images),
+    }
 
 
 def set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:

@@ -202,6 +202,11 @@ class DataSettings(Settings):
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
     val_split: ValSplit = 0.1
+    folds: Annotated[int, Field(ge=2, le=20)] | None = Field(
+        None,
+        description="for small sets: hold out each of so many folds once, then train on everything for the length that "
+        "they choose; none: one split",
+    )
     split_seed: SplitSeed = None
     near_duplicates: NearDuplicates = "join"
     exclude: str | None = Field(
@@ -356,6 +361,19 @@ class Config(Settings):
             raise ValueError(f"feature_views {views} needs a frozen image tower: freeze_backbone, freeze_tower image")
         if views is not None and views > 1 and self.data.augment == "none":
             raise ValueError(f"feature_views {views}: without augment all views of an image are the same")
+        return self
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Config:
+        refused = {
+            "val_data": (self.data.val_data, "the folds validate"),
+            "validate_every": (self.training.validate_every, "folds are compared after whole epochs"),
+            "interpolate": (self.training.interpolate, "the last model has no validation images to choose by"),
+            "allow_data_change": (self.run.allow_data_change, "folds of other data cannot be compared"),
+        }
+        for name, (value, reason) in refused.items():
+            if self.data.folds is not None and value:
+                raise ValueError(f"{name} does not go with folds: {reason}; leave one of the two away")
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import (
     data_pipeline,
+    folds,
     frozen_training,
     index_memory,
     large_batch,
@@ -216,3 +217,11 @@ def test_near_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     head, _, *rows, pair = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[:-1] for row in rows] == [["| 4", "13", *["100.0%"] * 6, "1"]] * 2
     assert pair.startswith("  0.0  ") and "again.png" in pair and head.count("|") == rows[0].count("|")
+
+
+def test_folds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert folds.main(["--repeats", "2", "--many", "100", "--folds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 folds: estimate - truth" in lines[0]
+    assert len(lines) == 11
+    assert len({line.count("|") for line in lines}) == 1

@@ -44,14 +44,14 @@ def split_pairs(
     if units is None:
         units = find_units(pairs.groups, identical_files(pairs.paths))
     train, val = SPLITS.index("train"), SPLITS.index("val")
-    splits = _followed(pairs.splits, units.of)
+    splits = follow_units(pairs.splits, units.of)
     if not (splits == val).any():
         pool = np.flatnonzero(splits == train)
         splits[_choose_validation(units.of, pool, val_split=val_split, seed=seed)] = val
     return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
 
 
-def _followed(declared: CodeArray, units: IntArray) -> CodeArray:
+def follow_units(declared: CodeArray, units: IntArray) -> CodeArray:
     """Give images without a split that of their unit, `train` before others; `train` where it has none."""
     of_unit = np.full(int(units.max(initial=-1)) + 1, NO_SPLIT, dtype=declared.dtype)
     for code in reversed(range(len(SPLITS))):

@@ -158,6 +158,37 @@ def compare_best(
     start = queries.hits(first)
     gains = np.stack([queries.rsum(queries.hits(ranks) - start) for ranks in candidates])  # [E, G, 2]
     chosen = _chosen_on_other_folds(gains, queries.counts, seed=seed)  # [draws, G]
+    return _of_chosen(start, candidates, chosen, queries, confidence=confidence)
+
+
+def compare_chosen(
+    ranks_by_evaluation: Sequence[Ranks], chosen: ArrayLike, groups: Ranks, *, confidence: float = 0.95
+) -> Verdict:
+    """Return the gain of evaluations that were chosen group by group, over the first one.
+
+    The error is as large as in `compare_best` where groups are judged by different evaluations.
+
+    Args:
+        ranks_by_evaluation: as for `compare_best`.
+        chosen: index of the evaluation that judges each group, 1 or more, the groups ascending, int64 `[G]`; none was
+            chosen by the group's own queries.
+        groups: as for `compare`.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer than two groups.
+    """
+    first, *candidates = ranks_by_evaluation
+    queries, indices = _Queries(groups, ranks_by_evaluation), np.asarray(chosen)
+    if indices.shape != (queries.num_groups,):
+        raise ValueError(f"choices of shape {indices.shape} for {queries.num_groups} groups")
+    return _of_chosen(queries.hits(first), candidates, indices[None] - 1, queries, confidence=confidence)
+
+
+def _of_chosen(
+    start: FloatArray, candidates: list[Ranks], chosen: IntArray, queries: _Queries, *, confidence: float
+) -> Verdict:
+    """Compare each group by the candidates that were chosen for it, `[draws, G]`, with its hits at the start."""
     shares = np.bincount(chosen.ravel(), minlength=len(candidates)) / chosen.size
     mean_gains, mean, square = np.zeros_like(start), np.zeros(len(start)), np.zeros(len(start))
     for candidate in np.flatnonzero(shares):

@@ -44,6 +44,8 @@ class RunFiles:
         self.results = output_dir / "results" / "training_results.json"
         self.retrieval = output_dir / "results" / "retrieval.npz"
         self.skipped = output_dir / "results" / "skipped.json"
+        self.folds = output_dir / "results" / "folds.json"
+        self.fold_runs = output_dir / "folds"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
         self.steps = output_dir / "logs" / "steps.jsonl"
@@ -102,7 +104,7 @@ class RunFiles:
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way
         models = [self.best, self.adapter, self.loaded, self.interpolated, *self.states()]
-        found = [*models, self.retrieval, self.skipped, *of_logs, *of_results, self.results]
+        found = [*models, self.fold_runs, self.folds, self.retrieval, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:
             return None

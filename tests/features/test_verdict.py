@@ -11,6 +11,7 @@ from cliptune.features.verdict import (
     answered,
     compare,
     compare_best,
+    compare_chosen,
     recall_intervals,
     student_quantile,
 )
@@ -101,6 +102,24 @@ def test_of_one_candidate_the_best_is_the_comparison() -> None:
     chosen, compared = compare_best(drawn, groups), compare(drawn[0], drawn[1], groups)
     assert chosen[:3] == pytest.approx(compared[:3])
     assert chosen.verdict == compared.verdict
+
+
+def test_one_choice_for_all_groups_is_the_comparison() -> None:
+    drawn, groups = World((0.0, 0.1, 0.3), tied=0.1).draw(np.random.default_rng(5), 60)
+    assert compare_chosen(drawn, np.full(60, 2), groups) == compare(drawn[0], drawn[2], groups)
+
+
+def test_chosen_evaluations_gain_what_each_group_gains_by_its_own() -> None:
+    drawn, groups = World((0.0, 0.1, 0.3)).draw(np.random.default_rng(6), 60)
+    chosen = np.where(np.arange(60) < 25, 1, 2)
+    mixed = {name: np.where(chosen[groups[name]] == 1, drawn[1][name], drawn[2][name]) for name in DIRECTIONS}
+    found, plain = compare_chosen(drawn, chosen, groups), compare(drawn[0], mixed, groups)
+    assert found.gain == pytest.approx(plain.gain)
+    # what is judged by several evaluations has a larger error
+    assert found.high - found.low > plain.high - plain.low
+    assert found.recalls["t2i_r5"] == pytest.approx(plain.recalls["t2i_r5"])
+    with pytest.raises(ValueError, match="choices of shape"):
+        compare_chosen(drawn, chosen[1:], groups)
 
 
 def test_a_seed_gives_the_same_folds() -> None:
