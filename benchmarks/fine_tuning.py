@@ -48,9 +48,9 @@ FIRST_SEED, FIRST_TEST_SEED, SECOND_SEED, SECOND_TEST_SEED = range(4)
 FULL = "--learning_rate 1e-4 --backbone_lr_scale 1"
 METHODS = {
     "defaults of train.py": "",
-    "full, rate 1e-5": "--learning_rate 1e-5 --backbone_lr_scale 1",
-    "full, rate 1e-4": FULL,
-    "full, rate 1e-3": "--learning_rate 1e-3 --backbone_lr_scale 1",
+    "full at 1e-5": "--learning_rate 1e-5 --backbone_lr_scale 1",
+    "full at 1e-4": FULL,
+    "full at 1e-3": "--learning_rate 1e-3 --backbone_lr_scale 1",
     "projection layers only": "--freeze_backbone --learning_rate 1e-3",
 }
 """Flags of `train.py`; the first model was trained at a rate of 1e-3."""
@@ -62,11 +62,11 @@ class BenchmarkSettings(Settings):
     """Settings of the benchmark."""
 
     work_dir: str = Field("fine_tuning", description="folder for the worlds, the first model and the rows")
-    sizes: list[PositiveInt] = Field([50, 200, 1000], description="images of the second world that are learnt")
-    methods: list[str] = Field(list(METHODS), description="which of the methods")
+    sizes: str = Field("50,200,1000", description="images of the second world that are learnt, with commas")
+    methods: str = Field(",".join(METHODS), description="which of the methods, with commas")
     seeds: PositiveInt = Field(3, description="runs of each method")
     first_images: PositiveInt = Field(20_000, description="scenes that the first model is trained on")
-    first_epochs: PositiveInt = Field(12, description="passes over them")
+    first_epochs: PositiveInt = Field(4, description="passes over them")
     test_images: PositiveInt = Field(1000, description="images of each world that judge")
     device: config.Device = "auto"
     json_path: str | None = Field(None, description="write the figures there", json_schema_extra={"flag": "json"})
@@ -78,9 +78,9 @@ class Worlds:
     def __init__(self, settings: BenchmarkSettings) -> None:
         self.settings, self.folder = settings, Path(settings.work_dir)
         first, second = self.folder / "first", self.folder / "second"
-        num_test, num_second = settings.test_images, max(settings.sizes)
+        num_test, self.num_second = settings.test_images, max(EPOCHS)
         write_world(first / "train", settings.first_images, seed=FIRST_SEED, shifted=False)
-        self.second = write_world(second / "train", num_second, seed=SECOND_SEED, shifted=True)
+        self.second = write_world(second / "train", self.num_second, seed=SECOND_SEED, shifted=True)
         self.tests = {
             "second": load_pairs(write_world(second / "test", num_test, seed=SECOND_TEST_SEED, shifted=True)),
             "first": load_pairs(write_world(first / "test", num_test, seed=FIRST_TEST_SEED, shifted=False)),
@@ -99,7 +99,7 @@ class Worlds:
         """Write which images of the second world a run learns, the same for each method; returns the index."""
         path = self.second / f"{size}-{seed}.json"
         records = json.loads((self.second / "data.json").read_text())
-        chosen = np.random.default_rng(seed).permutation(max(self.settings.sizes))[:size]
+        chosen = np.random.default_rng(seed).permutation(self.num_second)[:size]
         files.write_json(path, [records[index] for index in sorted(chosen.tolist())])
         return path
 
@@ -123,12 +123,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     settings, _ = parse_settings(BenchmarkSettings, argv, description=str(__doc__))
-    if unknown := set(settings.methods) - METHODS.keys():
+    methods, sizes = settings.methods.split(","), [int(size) for size in settings.sizes.split(",")]
+    if unknown := set(methods) - METHODS.keys():
         raise ValueError(f"no such method: {unknown.pop()}; there are: {', '.join(METHODS)}")
     worlds = Worlds(settings)
     rows = []
-    for size in settings.sizes:
-        for method in settings.methods:
+    for size in sizes:
+        for method in methods:
             rows += [_row(worlds, size=size, method=method, seed=seed) for seed in range(settings.seeds)]
             print(_summary(rows[-settings.seeds :])[0], flush=True)
     start = {world: before.metrics["rsum"] for world, before in worlds.before.items()}
@@ -142,7 +143,7 @@ def _run(argv: list[str] | None) -> int:
 
 def _row(worlds: Worlds, *, size: int, method: str, seed: int) -> dict[str, Any]:
     """Return one run's row, from the disk if it has been measured."""
-    name = f"{size}-{method.replace(' ', '_').replace(',', '')}-{seed}"
+    name = f"{size}-{method.replace(' ', '_')}-{seed}"
     path = worlds.folder / "rows" / f"{name}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
