@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, known_architecture
-from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.inputs import ImageInput, TextInput, to_pixels, to_tokens
-from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
+from cliptune.model.lora import LoRA, load_adapter
 from cliptune.model.positions import resize_weights, resized
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
 from cliptune.model.state_dicts import extra_state, read_extra_state
@@ -30,19 +28,13 @@ from cliptune.model.towers import apply_settings, build_backbone, layers_of, set
 from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
-from cliptune.runtime.device import Precision
-from cliptune.runtime.distributed import average, rank
 from cliptune.runtime.messages import count
-from cliptune.runtime.rng import seed_step
-from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
-from cliptune.training.meters import EpochResult, EpochTotals, Step, StepResult, StepWatch
-from cliptune.training.optim import load_scaler_state, load_scheduler_state, rates_of
+from cliptune.training.trainer import MAX_LOGIT_SCALE, MultimodalTrainer
 
 logger = logging.getLogger(__name__)
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # both as in section 2.5 of CLIP's paper
-MAX_LOGIT_SCALE = math.log(100)
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # as in section 2.5 of CLIP's paper
 TOWERS = ("image", "text")
 
 
@@ -65,6 +57,8 @@ class CLIPModel(nn.Module):
 
     Attributes:
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
+        lora: how its towers are adapted, see `cliptune.model.lora.add_lora`; None: not at all.
+        trained_part: says what of its towers is trained, where that is not all or nothing.
 
     Raises:
         ValueError: an unknown model name, weights that do not fit, a checkpoint that does not give the features that
@@ -87,6 +81,8 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
         self.is_compiled = False
+        self.lora: LoRA | None = None
+        self.trained_part = ""
         weights = find_weights(model_name, pretrained, activation=activation)
         # random BatchNorm statistics must be learned, loaded ones are better than those of a small data set
         self.starts_random = weights is None
@@ -154,6 +150,15 @@ class CLIPModel(nn.Module):
         self.holds_batchnorm = True
         self.train(self.training)
         return content
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Merge the `adapter.safetensors` of a run with LoRA into this model, which is as that run loaded it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an adapter of this toolkit, damaged, or trained on other weights than this model's.
+        """
+        load_adapter(self, path)
 
     @property
     def projection_dim(self) -> int:
@@ -322,170 +327,6 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class MultimodalTrainer:
-    """Takes optimiser steps; knows nothing of settings, files or plots.
-
-    Args:
-        model: on its device.
-        loss: over the features of a whole batch.
-        optimizer: over the model's trained parameters.
-        scheduler: stepped once a step; None: constant rates.
-        precision: of the forward pass; parameters and the loss stay float32.
-        gradient_clip_norm: largest norm of the whole gradient; 0: no clipping.
-        micro_batch_size: pairs that are in memory at once, in each rank; None: the whole batch. The gradient is the
-            same. It is halved when memory runs out.
-        parallel: what runs the model in several ranks, see `parallel.parallel_model`.
-        seed: makes each step's random numbers depend on it, the step and the rank alone; None: they go on.
-        watch: reads the numbers of the steps; None: one that ends at the first that are not finite.
-
-    Attributes:
-        global_step: steps so far, with those that were skipped.
-    """
-
-    def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
-        self,
-        model: CLIPModel,
-        loss: ContrastiveLoss,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-        *,
-        precision: Precision,
-        gradient_clip_norm: float = 1.0,
-        micro_batch_size: int | None = None,
-        parallel: nn.Module | None = None,
-        seed: int | None = None,
-        watch: StepWatch | None = None,
-    ) -> None:
-        self.model = model
-        self.watch = StepWatch() if watch is None else watch
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.gradient_clip_norm = gradient_clip_norm
-        self.seed = seed
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=precision.scaled)
-        self.grad_cache = GradCache(
-            model, loss, precision=precision, size=micro_batch_size, parallel=parallel, scaler=self.scaler
-        )
-        self.global_step = 0
-
-    def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
-        """Take one optimiser step; with a loss or gradient that is not finite it changes nothing.
-
-        Args:
-            images: `[B, 3, R, R]`, or the image tower's output, as `CLIPModel.forward` takes them; with several
-                ranks this one's part of the batch.
-            tokens: int64 `[B, L]`, or the text tower's output.
-            image_ids: int64 `[B]`, or None when every image of the batch is another.
-
-        Returns:
-            The numbers of the step, whose device is not waited for; None if the batch was empty in all ranks.
-
-        Raises:
-            MemoryError: one pair does not fit into memory.
-        """
-        statistics = StatisticsSnapshot(self.model)
-        result = self.grad_cache.backward(images, tokens, image_ids)
-        if result is None:
-            return None
-        self.scaler.unscale_(self.optimizer)
-        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        norm = clip_gradient(parameters, self.gradient_clip_norm)
-        values = torch.stack([result.loss, result.accuracy, norm, self.model.logit_scale.detach().exp()])  # [4]
-        rates = rates_of(self.optimizer)
-        is_bad = ~(result.loss.isfinite() & norm.isfinite())
-        self._step_unless(is_bad)
-        statistics.restore(where=is_bad)  # the forward pass has moved them
-        self.scaler.update()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.global_step += 1
-        return StepResult(self.global_step, result.num_pairs, rates, values)
-
-    def steps(self, batches: Iterable[Any]) -> Iterator[Step]:
-        """Take a step for each batch, and yield it: what to do about it is the caller's business.
-
-        Args:
-            batches: tuples that begin with `images`, `tokens`, `image_ids`, as `train_step` takes them; what could
-                not be loaded is in their `issues`, if they have any.
-
-        Raises:
-            FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
-        """
-        self.model.train()
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            waited = time.perf_counter() - start
-            images, tokens, image_ids, *_ = batch
-            if self.seed is not None:
-                seed_step(self.seed, self.global_step, rank())
-            result = self.train_step(images, tokens, image_ids)
-            issues = getattr(batch, "issues", ())
-            del batch, images, tokens  # their memory is free for the next batch
-            seconds = time.perf_counter() - start
-            if result is not None:
-                self.watch.add(result, image_ids, seconds=seconds)
-            yield Step(result, issues, seconds, waited)
-
-    def settle(self) -> None:
-        """Read the numbers of all steps so far, and give every rank the mean of all ranks' BatchNorm statistics.
-
-        Raises:
-            FloatingPointError: as `steps` does; what is not finite is neither saved nor evaluated.
-        """
-        self.watch.read()
-        average(running_statistics(self.model))
-
-    def train_epoch(self, batches: Iterable[Any]) -> EpochResult:
-        """Train over the `batches` of one epoch, as `steps` takes them.
-
-        Raises:
-            FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
-            ValueError: there was no batch.
-        """
-        totals = EpochTotals(self.model.device)
-        for step in self.steps(batches):
-            totals.add(step.result)
-            self.watch.take()
-        self.settle()
-        return totals.mean()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the model's own state; a collective if the model is sharded."""
-        return {
-            "optimizer_state_dict": whole(self.optimizer.state_dict()),
-            "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler_state_dict": self.scaler.state_dict(),
-            "micro_batch_size": self.grad_cache.size,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, beside `global_step`; the micro-batch size stays this trainer's."""
-        load_optimizer_state(self.optimizer, state["optimizer_state_dict"])
-        if self.scheduler is not None:
-            load_scheduler_state(self.scheduler, state["scheduler_state_dict"], step=state["global_step"])
-        load_scaler_state(self.scaler, state["scaler_state_dict"])
-        self.global_step = state["global_step"]
-
-    def _step_unless(self, is_bad: Tensor) -> None:
-        """Take the optimiser's step or, with a gradient that is not finite, leave weights and moments as they are.
-
-        Fused optimisers take the answer as a tensor, so that no device is waited for (`GradScaler` does the same).
-        """
-        if not self.optimizer.defaults.get("fused"):
-            if not is_bad:
-                self.optimizer.step()
-            return
-        self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
-
-
 def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:
     if freeze_tower is None:
         return TOWERS if freeze_backbone else ()
@@ -496,4 +337,4 @@ def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str
     return (freeze_tower,)
 
 
-__all__ = ["ARCHITECTURES", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]
+__all__ = ["ARCHITECTURES", "MAX_LOGIT_SCALE", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, InspectSettings, TrainingSettings
+from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, InspectSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
@@ -29,9 +29,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cliptune.data.doctor import check_data, describe_data
-from cliptune.data.findings import data_findings
-from cliptune.data.identity import file_identities
 from cliptune.data.issues import image_issue
 from cliptune.data.loaders import Sample, caption_id
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders, load_pairs
@@ -44,6 +41,7 @@ from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
+from cliptune.run_check import check, describe_data
 from cliptune.runtime.logs import progress_bar, setup_logging
 from cliptune.runtime.messages import count, printable
 from cliptune.runtime.rng import IntArray, draw_bits, seeded
@@ -210,23 +208,15 @@ def _inspect(argv: list[str] | None) -> int:
     if settings.val_data is not None:
         splits |= {"train": own_training(pairs), "val": separate_validation(source, settings.val_data)}
     if settings.check:
-        check = check_data(pairs, _findings(splits, settings), num_workers=settings.num_workers)
-        print("\n".join(map(printable, check.lines())))
-        return 1 if check.issues.count else 0
+        found = check(pairs, splits, settings)
+        print("\n".join(map(printable, found.lines)))
+        return 1 if found.issues.count else 0
     if settings.to_shards is None:
-        print("\n".join(map(printable, describe_data(pairs, splits, _findings(splits, settings)))))
+        print("\n".join(map(printable, describe_data(pairs, splits, settings))))
     else:
         chosen = {**splits, "all": pairs}[settings.split]
         _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
     return 0
-
-
-def _findings(splits: dict[str, Pairs], settings: InspectSettings) -> list[str]:
-    """Look for what a run would be told, with the default batch size."""
-    files = {split: file_identities(part.paths) for split, part in splits.items()}
-    batch_size = TrainingSettings().batch_size
-    found = data_findings(splits, files, val_split=settings.val_split, batch_size=batch_size)
-    return [finding for finding in found.values() if finding is not None]
 
 
 def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> None:

@@ -1,6 +1,6 @@
-"""Features to similarities to ranks to metrics. As a stage it evaluates a checkpoint:
+"""Features to similarities to ranks to metrics. As a stage it evaluates models, several beside each other:
 
-python evaluation.py --checkpoint model-checkpoint/best_model.pth
+python evaluation.py --checkpoint ViT-B/32 model-checkpoint/best_model.pth --data_dir ./data
 
 Started by `torchrun`, several processes encode and rank a part each.
 """
@@ -15,13 +15,12 @@ if __name__ == "__main__":
 import logging
 import math
 import sys
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cliptune.cli import check_command_line, parse_settings, run_stage, stored_config
-from cliptune.settings import DataSettings, EvaluationSettings
+from cliptune.cli import check_command_line, parse_settings, run_stage
+from cliptune.settings import EvaluationSettings
 
 if __name__ == "__main__":
     check_command_line(EvaluationSettings, str(__doc__))
@@ -34,23 +33,29 @@ from torch import Tensor
 from clip_model import CLIPModel
 from cliptune import results
 from cliptune.data.issues import Issue
-from cliptune.data.known import KnownImages
-from cliptune.data.pairs import DataSource, Pairs, load_pairs
+from cliptune.data.pairs import Pairs
+from cliptune.data.repeats import perfect_recalls
 from cliptune.data.skipped import SkippedData
-from cliptune.data.splits import declared_split, default_split
 from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
-from cliptune.features.metrics import chance_level, rank_metrics
+from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
-from cliptune.model.checkpoint_fields import CONFIG_KEYS
-from cliptune.model.checkpoint_file import checkpoint_in, load_checkpoint
-from cliptune.model.weights import own_weights
-from cliptune.run_data import found_again
+from cliptune.features.tables import evaluation_report
+from cliptune.run_evaluation import (
+    Candidate,
+    Chosen,
+    EvaluationRecord,
+    choose_images,
+    compare_all,
+    find_candidates,
+    record_of,
+)
 from cliptune.runtime.device import resolve_precision
-from cliptune.runtime.distributed import is_main, process_group, rank_device, world_size
+from cliptune.runtime.distributed import is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count, first_few, printable
+from cliptune.runtime.messages import printable
 from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.state import now
 from data_loader import ImageTextDataset
 
 logger = logging.getLogger(__name__)
@@ -60,154 +65,84 @@ RankArray = NDArray[np.float32]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate a checkpoint, print a table and write `results/evaluation_results.json`; returns the exit code."""
-    return run_stage(lambda: _evaluate_checkpoint(argv), name="evaluation.py")
+    """Evaluate models, print tables and write `results/evaluation_results.json`; returns the exit code."""
+    return run_stage(lambda: _evaluate_checkpoints(argv), name="evaluation.py")
 
 
-def _evaluate_checkpoint(argv: list[str] | None) -> int:
+def _evaluate_checkpoints(argv: list[str] | None) -> int:
     settings, _ = parse_settings(EvaluationSettings, argv, description=str(__doc__))
-    started_at = datetime.now().isoformat(timespec="seconds")
+    started_at = now()
     setup_logging(settings.log_level)
     device = rank_device(settings.device)
-    checkpoint = checkpoint_in(settings.checkpoint)
-    content = load_checkpoint(checkpoint, needs=CONFIG_KEYS)
-    config = found_again(stored_config(content["config"], checkpoint), content.get("folder", ""))
-    precision = resolve_precision(settings.precision or config.training.precision, device)
-    chosen = _find_pairs(settings, config.data, content)
+
+    # models, and images that none of them was trained on
+    candidates = find_candidates(settings.checkpoint, activation=settings.activation)
+    data_dirs: list[str | None] = [*dict.fromkeys(settings.data_dir)] or [None]
+    sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
     skipped = SkippedData(
-        [chosen.pairs],
-        num_images=len(chosen.pairs),
-        max_fraction=chosen.max_skipped_fraction,
+        [chosen.pairs for chosen in sets],
+        num_images=sum(len(chosen.pairs) for chosen in sets),
+        max_fraction=max(chosen.max_skipped_fraction for chosen in sets),
         path=Path(settings.output_dir) / "results" / "evaluation_skipped.json",
     )
     with process_group(device):
-        model = CLIPModel(pretrained=own_weights(content, checkpoint)).to(device).eval()
-        run_id = content.get("run_id", "")
-        del content  # the model has its own copy of the weights
-        encoder = Encoder(
-            model,
-            ImageTextDataset,
-            precision=precision,
-            batch_size=settings.encode_batch_size,
-            num_workers=settings.num_workers,
-        )
-        evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
+        with main_first():  # the other ranks find the weights downloaded
+            for candidate in candidates:
+                candidate.fetch()
+
+        # evaluations of each model on every set
+        command = results.command_line("evaluation.py", argv)
+        records = [
+            record
+            for candidate in candidates
+            for record in _evaluate_candidate(candidate, sets, settings, command=command, note=skipped.note)
+        ]
         skipped.agree()
+
+        # tables and results
         if is_main():
-            print(metrics_table(evaluation))
-            if chosen.num_trained_on:
-                print(f"{'trained on':22}{chosen.num_trained_on:8,}   of these images")
-            if len(skipped):
-                logger.warning(skipped.summary())
-            if (warning := chosen.warning()) is not None:
-                logger.warning(warning)
-            run = results.run_info(
-                command=results.command_line("evaluation.py", argv),
-                device=device,
-                precision=precision.name,
-                world_size=world_size(),
-                model_name=model.architecture.name,
-                model_settings=model.architecture.to_dict(),
-            )
-            times = {"started_at": started_at, "finished_at": datetime.now().isoformat(timespec="seconds")}
-            values = {
-                **times,
-                "run_id": run_id,
-                "run": run,
-                "checkpoint": str(checkpoint),
-                "data": chosen.data_dir,
-                "split": chosen.split,
-                "num_trained_on": chosen.num_trained_on,
-                **evaluation.to_dict(),
-            }
+            comparisons = [comparison for chosen in sets for comparison in compare_all(chosen, records)]
+            print(evaluation_report([record.values for record in records], comparisons))
+            for message in [chosen.note() for chosen in sets] + [skipped.summary() if len(skipped) else None]:
+                if message is not None:
+                    logger.warning(message)
             path = Path(settings.output_dir) / "results" / "evaluation_results.json"
-            results.write(path, results.EvaluationResults.model_validate(values))
+            times = {"started_at": started_at, "finished_at": now()}
+            results.write(path, results.of_evaluations([record.values for record in records], comparisons, times=times))
             print(f"written: {printable(str(path))}")
     return 0
 
 
-class Chosen(NamedTuple):
-    """The images that are evaluated."""
-
-    pairs: Pairs
-    data_dir: str
-    split: str
-    is_runs_own: bool
-    """The split is the checkpoint's, not one that the data declares."""
-    num_trained_on: int
-    """Of the images: those that the checkpoint's run was trained on."""
-    max_skipped_fraction: float
-
-    def warning(self) -> str | None:
-        """Say that the numbers are not those of new images, if they are not."""
-        if not self.num_trained_on:
-            return None
-        flag = "no --data_dir" if "val" in self.pairs.declared() else "--split val"
-        way_out = f"{flag} takes the images that the run validated on"
-        if self.is_runs_own and self.split != "train":
-            way_out = "they are copies of training images, which `data_loader.py --check` looks for"
-        return (
-            f"{self.num_trained_on:,} of the {count(len(self.pairs), 'image')} were trained on, so these numbers do "
-            f"not tell how the model does on new images: {way_out}"
-        )
-
-
-def _find_pairs(settings: EvaluationSettings, run_data: DataSettings, content: dict[str, Any]) -> Chosen:
-    """Read the data set that is to be evaluated on.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be read, or is not the one that the checkpoint's run had.
-    """
-    known = KnownImages(content.get("data", {}))
-    fraction = settings.max_skipped_fraction
-    fraction = run_data.allowed_skipped_fraction if fraction is None else fraction
-    is_runs_own = settings.data_dir is None
-    if settings.data_dir is not None:
-        source = DataSource(
-            settings.data_dir, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
-            captions_from=settings.captions_from, caption_template=settings.caption_template,
-        )  # fmt: skip
-        pairs = load_pairs(source)
-        split = settings.split or default_split(pairs, source)
-        is_runs_own = split not in pairs.declared() and known.holds(split)
-        pairs = known.select(pairs, split, source) if is_runs_own else declared_split(pairs, split, source)
-    else:
-        if settings.split not in {None, "val"}:
-            raise ValueError(f"--split {settings.split} needs --data_dir; without it the validation images are taken")
-        source, split = DataSource(
-            run_data.data_dir, settings.image_dir or run_data.image_dir, run_data.caption_key, fraction,
-            image_key=run_data.image_key, captions_from=run_data.captions_from,
-            caption_template=run_data.caption_template,
-        ), "val"  # fmt: skip
-        source = source if run_data.val_data is None else source.at(run_data.val_data)
-        pairs = _own_validation_pairs(source, known, content["val_images"])
-    num_trained_on = int(known.are_in(pairs, "train", str(source.data_dir)).sum())
-    return Chosen(pairs, str(source.data_dir), split, is_runs_own, num_trained_on, fraction)
-
-
-def _own_validation_pairs(source: DataSource, known: KnownImages, val_images: list[str]) -> Pairs:
-    """Find the images that the checkpoint's run validated on, where it found them."""
-    way_out = "--data_dir DATA --split val takes them from where they lie now, --image_dir images of the same index"
-    try:
-        pairs = load_pairs(source)
-    except (FileNotFoundError, ValueError) as error:
-        reason = str(error).partition("; `python")[0]  # sample data would be of no use here
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        where = f"looked for in {Path(source.data_dir).absolute()}"
-        raise kind(f"the images that the checkpoint's run validated on, {where}: {reason}; {way_out}") from None
-    indices = pairs.find(val_images)
-    if known.holds("val"):
-        own = pairs.select(indices) if (indices >= 0).all() else None
-        if own is not None and known.are_in(own, "val", str(source.data_dir)).all():
-            return own  # only their files had to be looked at
-        return known.select(pairs, "val", source)
-    missing = [path for path, index in zip(val_images, indices, strict=True) if index < 0]
-    if missing:
-        raise ValueError(
-            f"the checkpoint's run validated on {count(len(val_images), 'image')}, of which {len(missing):,} cannot be "
-            f"found in {source.data_dir}: {first_few(missing, 1)}; try another data set with --data_dir"
-        )
-    return pairs.select(indices)
+def _evaluate_candidate(
+    candidate: Candidate,
+    sets: Sequence[Chosen],
+    settings: EvaluationSettings,
+    *,
+    command: str,
+    note: Callable[[Issue], None],
+) -> list[EvaluationRecord]:
+    """Load a model and evaluate it on each of the sets; one model at a time is in memory."""
+    device = rank_device(settings.device)
+    stored = "auto" if candidate.config is None else candidate.config.training.precision
+    precision = resolve_precision(settings.precision or stored, device)
+    model = CLIPModel(pretrained=candidate.take_weights()).to(device).eval()
+    encoder = Encoder(
+        model, ImageTextDataset, precision=precision, batch_size=settings.encode_batch_size,
+        num_workers=settings.num_workers,
+    )  # fmt: skip
+    run = results.run_info(
+        command=command,
+        device=device,
+        precision=precision.name,
+        world_size=world_size(),
+        model_name=model.architecture.name,
+        model_settings=model.architecture.to_dict(),
+    )
+    records = []
+    for chosen in sets:
+        evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=note)
+        records.append(record_of(candidate, chosen, evaluation.to_dict(), ranks=evaluation.ranks, run=run))
+    return records
 
 
 class Evaluation(NamedTuple):
@@ -226,10 +161,12 @@ class Evaluation(NamedTuple):
     """Rank of each image's best caption, `i2t` `[images of the data set]`, and of each caption's image, `t2i` `[its
     captions]`; NaN for an image without a caption, or that could not be read, and its captions. So queries stand at the
     same place in every evaluation of a data set."""
+    merged_ranks: dict[str, RankArray]
+    """The same with equal texts and copies of an image merged; NaN also for all but the first of what is equal."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key != "ranks"}
+        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "merged_ranks"}}
 
 
 def evaluate(
@@ -257,9 +194,16 @@ def evaluate(
     model = encoder.model
     device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
     ranks = retrieval_ranks(*features, device=device)
-    metrics = {**rank_metrics(ranks), **similarity_means(*features)}
     num_images, num_texts = len(encoded.image_features), len(encoded.text_features)
-    chance = chance_level(num_images, encoded.text_to_image)
+    merged = merged_ranks(
+        ranks, *features, image_kinds=encoded.image_kinds, text_kinds=encoded.text_kinds, device=device
+    )
+    kinds = (encoded.text_kinds, encoded.text_to_image, encoded.image_kinds)
+    ceiling = perfect_recalls(*(codes.numpy() for codes in kinds))
+    metrics = {
+        **rank_metrics(ranks), **merged.metrics, "ceiling_rsum": ceiling["rsum"], **similarity_means(*features)
+    }  # fmt: skip
+    chance = {**chance_level(num_images, encoded.text_to_image), **merged.chance}
     if loss_batch_size is not None:
         metrics["val_loss"] = validation_loss(encoded, model.logit_scale.detach(), batch_size=loss_batch_size)
         # of n equal scores each has the probability 1/n; a set smaller than a batch is one batch
@@ -268,8 +212,11 @@ def evaluate(
     histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
     skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
-    of_queries = _ranks_of_queries(ranks, encoded, pairs)
-    return Evaluation(metrics, chance, histograms, num_images, num_texts, skipped, throughput, of_queries)
+    firsts = (torch.where(first, values, math.nan) for first, values in zip(merged.is_first, merged.ranks, strict=True))
+    return Evaluation(
+        metrics, chance, histograms, num_images, num_texts, skipped, throughput,
+        ranks=_ranks_of_queries(ranks, encoded, pairs), merged_ranks=_ranks_of_queries(Ranks(*firsts), encoded, pairs),
+    )  # fmt: skip
 
 
 def _ranks_of_queries(ranks: Ranks, encoded: Encoded, pairs: Pairs) -> dict[str, RankArray]:
@@ -302,33 +249,6 @@ def validation_loss(encoded: Encoded, logit_scale: Tensor, *, batch_size: int) -
         batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]]
         losses.append(loss(*(features.to(logit_scale.device) for features in batch), logit_scale))
     return torch.stack(losses).mean().item()
-
-
-def metrics_table(evaluation: Evaluation) -> str:
-    """Lay an evaluation out for reading: recalls with their chance, ranks, cosines, encoding speed."""
-    metrics, chance = evaluation.metrics, evaluation.chance
-    head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
-    size = f"{count(evaluation.num_images, 'image')}, {count(evaluation.num_texts, 'text')}"
-    if any(evaluation.skipped.values()):
-        left_out = (count(number, kind[:-1]) for kind, number in evaluation.skipped.items() if number)
-        size += f" (without {' and '.join(left_out)} that cannot be used)"
-    lines = [size, "", head]
-    for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
-        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.1f}" for k in results.RECALLS)
-        ranks = f"{metrics[f'{direction}_mean_rank']:9.1f}{metrics[f'{direction}_median_rank']:8.0f}"
-        lines.append(f"{name:22}{recalls}{ranks}")
-        lines.append(f"{'  chance':22}" + "".join(f"{chance[f'{direction}_r{k}']:8.2f}" for k in results.RECALLS))
-    lines += [
-        "",
-        f"{'RSum':22}{metrics['rsum']:8.1f}   (chance {chance['rsum']:.1f}, at most 600)",
-        f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",
-        f"{'unmatched cosine':22}{metrics['negative_similarity']:8.3f}",
-        f"{'gap':22}{metrics['similarity_gap']:8.3f}",
-        "",
-        f"{'images/s':22}{evaluation.throughput['images_per_second']:8.1f}",
-        f"{'texts/s':22}{evaluation.throughput['texts_per_second']:8.1f}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

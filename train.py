@@ -20,22 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from cliptune.cli import check_command_line, load_config, run_stage, stored_config
-from cliptune.settings import DEFAULT_MODEL_NAME, Config
+from cliptune.settings import Config
 
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
 
-import torch
 from torch import nn
 
-from clip_model import TOWERS, CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
 from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
-from cliptune.model.architectures import known_architecture
-from cliptune.model.parallel import is_sharded, parallel_model
-from cliptune.model.positions import resized
-from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
+from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
 from cliptune.run_data import (
     RunData,
@@ -43,13 +39,16 @@ from cliptune.run_data import (
     folder_of,
     is_other_data,
     located,
-    num_views,
     open_data,
     read_data,
     reread_data,
 )
+from cliptune.run_interpolation import look_back
+from cliptune.run_model import find_run_weights, make_model, place_model
+from cliptune.run_recipe import apply_recipe
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
-from cliptune.runtime.device import Precision, can_compile, keep_freed_memory, resolve_precision
+from cliptune.run_watch import watching
+from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
@@ -57,11 +56,10 @@ from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
-from cliptune.training.advice import long_warmup, small_validation, unusual_tower_rate
+from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.journal import Journal, RunPlan, describe_model
-from cliptune.training.memory import fitting_size
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.run_models import evaluate_anew, settle_models, verify_best
@@ -96,24 +94,28 @@ def _train(argv: list[str] | None) -> int:
         keep_freed_memory()
 
         # data and model
-        weights = _find_weights(config, started.given, resumed)  # a wrong name or file is told before any data is read
+        # a wrong name or file is told before any data is read
+        weights = find_run_weights(config, started.given, resumed)
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
         with main_first():
             splits, snapshots = (
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
+        if resumed is None:
+            config = apply_recipe(config, started, splits=splits, weights=weights)
         with main_first():  # the other ranks find the weights downloaded
-            model = _make_model(config, weights, resumed)
+            model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
         if is_main():
             set_aside_earlier_run(files, config, resumed)
 
-        parallel, micro_batch_size = _place_model(config, model, precision=precision, device=device)
+        parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
         data = open_data(
             config, model, splits, ImageTextDataset, evaluate,
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
+        data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
@@ -140,11 +142,12 @@ def _train(argv: list[str] | None) -> int:
         code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
+        found = _look_back(config, model, data, state=state, journal=journal) if code == 0 else []
         if is_main() and code == 0:
             verify_best(state, files, run_id=about["run_id"])
             for figure in draw_figures(files.results):
                 logger.info("figure: %s", figure)
-            print(journal.summary(state))
+            print("\n".join([journal.summary(state), *found]))
     return code
 
 
@@ -187,12 +190,14 @@ def _fit(
                 means = state.train_means()
                 journal.begin_validation()
                 # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
-                with stop.interruptible():
-                    evaluation = data.validate()
+                with stop.interruptible(), trainer.averaged():
+                    evaluation, watched = data.validate(), data.watch.evaluate()
                 data.skipped.agree()
                 evaluation = broadcast(evaluation)  # so that all ranks decide the same
                 improved = state.finish_epoch(
-                    evaluation.to_dict(), means=means, rates=optim.rates_of(trainer.optimizer)
+                    evaluation.to_dict() | data.watch.records(watched),
+                    means=means,
+                    rates=optim.rates_of(trainer.optimizer),
                 )
                 saver.save(state, best=improved)
                 journal.log_epoch(state, improved=improved)
@@ -219,55 +224,16 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     return end.exit_code
 
 
-def _find_weights(config: Config, given: dict[str, Any], resumed: Resumed | None) -> str | Weights:
-    """Read the weights' file if one is named; else check the model's name, and leave the download for later."""
-    settings = config.model
-    if resumed is not None:  # the checkpoint holds architecture and weights; nothing else is needed
-        return own_weights(resumed.content, resumed.path)
-    if settings.pretrained in NAMED_WEIGHTS:
-        resized(known_architecture(settings.name), **settings.sizes())
-        return settings.pretrained
-    chosen = "model_name" in given or settings.name != DEFAULT_MODEL_NAME
-    name = settings.name if chosen else None  # which a file may contradict without a warning
-    weights = find_weights(name, settings.pretrained, activation=settings.activation)
-    if weights is not None:
-        resized(weights.architecture, **settings.sizes())
-    return weights or settings.pretrained
-
-
-def _make_model(config: Config, weights: str | Weights, resumed: Resumed | None) -> CLIPModel:
-    settings = config.model
-    model = CLIPModel(
-        settings.name, settings.projection_dim, settings.freeze_backbone, weights,
-        activation=settings.activation, freeze_tower=settings.freeze_tower,
-        **settings.sizes(),
+def _look_back(config: Config, model: CLIPModel, data: RunData, *, state: RunState, journal: Journal) -> list[str]:
+    """Compare the best model with the one as loaded, and with what lies between; return what there is to say of it."""
+    found = look_back(
+        config, model, data, journal.files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+        complete=add_self_test,
     )  # fmt: skip
-    if resumed is not None:
-        model.starts_random = resumed.content["starts_random"]
-        model.holds_batchnorm = resumed.content["holds_batchnorm"]
-    return model
-
-
-def _place_model(
-    config: Config, model: CLIPModel, *, precision: Precision, device: torch.device
-) -> tuple[nn.Module | None, int | None]:
-    """Bring the model to its device, or its shards to their ranks.
-
-    Returns:
-        What runs it in several ranks, and how many pairs a rank has in memory at once; None: all of its part.
-    """
-    if config.training.compile and can_compile(device):
-        model.compile_towers()
-    if config.training.gradient_checkpointing:
-        model.checkpoint_gradients()
-    if config.run.parallel != "fsdp" or world_size() == 1:  # a device may have no room for all of a sharded model
-        model.to(device)
-    size: Any = config.training.micro_batch_size
-    if size == "auto":
-        own_pairs = -(-config.training.batch_size // world_size())
-        runs_no_tower = set(model.frozen_towers) == set(TOWERS) and num_views(config)  # their outputs are cached
-        size = None if runs_no_tower else fitting_size(model, precision=precision, most=own_pairs, device=device)
-    return parallel_model(model, config.run.parallel, device), size
+    if found.values:
+        journal.about |= found.values
+        journal.write_results(state, finished=True)
+    return found.lines
 
 
 def _make_trainer(
@@ -285,6 +251,7 @@ def _make_trainer(
         learning_rate=settings.learning_rate,
         backbone_lr_scale=settings.backbone_lr_scale,
         weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
     )
     total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
@@ -303,6 +270,7 @@ def _make_trainer(
             interval=config.run.log_interval,
             name_samples=data.name_samples,
         ),
+        ema=settings.ema,
     )
 
 
@@ -394,7 +362,8 @@ def _open_journal(
     if world_size() > 1:
         logger.info("%d ranks (%s), each with its part of a batch", world_size(), config.run.parallel)
     frozen = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
-    logger.info("peak rates: projection layers %.3g, towers %.3g%s", *peaks, frozen)
+    logger.info("peak rates: %s%s", optim.describe_rates(trainer.optimizer), frozen)
+    is_odd_rate_usual = model.starts_random or len(model.frozen_towers) == 2 or model.lora is not None
     journal.advise(
         small_validation=small_validation(len(val)),
         long_warmup=long_warmup(
@@ -402,7 +371,10 @@ def _open_journal(
             total_steps=plan.total_steps,
             patience_steps=settings.early_stopping_patience * steps,
         ),
-        tower_rate=None if model.starts_random or len(model.frozen_towers) == 2 else unusual_tower_rate(peaks[1]),
+        tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
+        held_random_start=held_random_start(
+            starts_random=model.starts_random, is_held=bool(config.model.lora_rank or config.model.train_layers)
+        ),
     )
     return journal
 

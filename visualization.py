@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,10 @@ from cliptune.results import (
     EpochRecord,
     EvaluationResults,
     Histograms,
+    Interpolation,
     Metrics,
     Results,
+    SeveralEvaluations,
     TrainingResults,
 )
 from cliptune.runtime.files import atomic_writer
@@ -45,10 +48,13 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+WATCHED_COLORS = (ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT_BLUE, BLACK = "#A6CEE8", "#222222"
 DPI = 100
 MAX_MARKED = 40
 """Epochs of a curve that are marked by dots; more of them would be a thick line."""
+MAX_WIDTH = 40
+"""Inches of a figure of many panels."""
 MAX_NAME, MAX_TITLE = 60, 200
 """Characters of a name from the file, and of a title."""
 CJK_FONTS = (
@@ -76,7 +82,7 @@ def _draw(argv: list[str] | None) -> int:
 
 
 def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Path]:
-    """Draw what a results file holds: two figures of a training run, one of an evaluation.
+    """Draw what a results file holds: two or three figures of a training run, one of an evaluation or of several.
 
     Args:
         results_path: a `training_results.json` or `evaluation_results.json`.
@@ -93,6 +99,10 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
     if isinstance(results, TrainingResults):
         curves, metrics = training_curves_figure(results), model_metrics_figure(results)
         figures = {"training_curves.png": curves, "model_metrics.png": metrics}
+        if results.interpolation is not None:
+            figures["interpolation.png"] = interpolation_figure(results, results.interpolation)
+    elif isinstance(results, SeveralEvaluations):
+        figures = {"evaluation_comparison.png": comparison_figure(results)}
     else:
         figures = {"evaluation_metrics.png": evaluation_metrics_figure(results)}
     folder = results_path.parent if output_dir is None else output_dir
@@ -105,17 +115,48 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
 
 def training_curves_figure(results: TrainingResults) -> Figure:
     """Draw loss, accuracy and learning rates over the epochs of a run."""
-    figure = _figure(16, 5.4)
-    loss, accuracy, rates = figure.subplots(1, 3)
+    watched = watched_curves(results)
+    figure = _figure(21 if watched else 16, 5.4)
+    loss, accuracy, rates, *others = figure.subplots(1, 4 if watched else 3)
     _draw_loss(loss, results)
     _draw_accuracy(accuracy, results)
     _draw_rates(rates, results)
-    for axes in (loss, accuracy, rates):
+    for axes in others:
+        _draw_watched(axes, results, watched)
+    for axes in (loss, accuracy, rates, *others):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _finish(axes, legend_columns=1)
     epochs = count(results.history[-1].epoch, "epoch")
     _set_title(figure, f"{shown(results.model_name, MAX_NAME)}, {epochs}: {_verdict(results)}")
+    return figure
+
+
+def interpolation_figure(results: TrainingResults, interpolation: Interpolation) -> Figure:
+    """Draw RSum between the model as loaded and the best one, on validation and beside it on what is watched."""
+    figure, points = _figure(12, 5.4), interpolation.points
+    validation, watched = figure.subplots(1, 2)
+    alphas = [point.alpha for point in points]
+    validation.plot(alphas, [point.rsum for point in points], "-o", color=BLUE, markersize=3.5, label="validation")
+    validation.set(title="What is gained", ylabel="RSum")
+    if names := list(points[0].watched):
+        for name, color in zip(names, cycle(WATCHED_COLORS)):
+            changes = [point.watched.get(name, math.nan) - points[0].watched[name] for point in points]
+            watched.plot(alphas, changes, "-o", color=color, markersize=3.5, label=shown(name, MAX_NAME))
+        limit = -len(RECALL_KEYS) * interpolation.max_loss
+        watched.axhline(limit, color=GREY, linewidth=1, linestyle=":", label=f"may be lost: {limit:g}")
+        watched.set(title="What is watched", ylabel="RSum, change against the model as loaded")
+    else:
+        for key, label, color in (("text_overlap", "generic texts", BLUE), ("image_overlap", "drawn scenes", ORANGE)):
+            values = [getattr(point, key) for point in points]
+            if None not in values:
+                watched.plot(alphas, values, "-o", color=color, markersize=3.5, label=label)
+        watched.set(title="What has not moved", ylabel="percent of the nearest neighbours as loaded")
+    for axes in (validation, watched):
+        axes.axvline(interpolation.chosen, color=BLACK, linewidth=1.0, label=f"chosen: {interpolation.chosen:g}")
+        axes.set_xlabel("alpha: 0 is the model as loaded, 1 the best one")
+        _finish(axes, legend_columns=2)
+    _set_title(figure, f"{shown(results.model_name, MAX_NAME)}: averages of the weights as loaded and the best ones")
     return figure
 
 
@@ -135,6 +176,39 @@ def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
     titled = [("model", model), *named.items()] if model else named.items()
     title = ", ".join(f"{key} {shown(name, MAX_NAME)}" for key, name in titled if name).removeprefix("model ")
     return _metrics_figure(results, {"evaluated": results.metrics}, [results.histograms], title=title)
+
+
+def comparison_figure(results: SeveralEvaluations) -> Figure:
+    """Draw RSum of several checkpoints with its intervals, a panel for each data set."""
+    sets = list(dict.fromkeys((each.data, each.split) for each in results.evaluations))
+    names = list(dict.fromkeys(each.checkpoint for each in results.evaluations))[::-1]  # the first one on top
+    figure = _figure(min(4 + 5 * len(sets), MAX_WIDTH), min(2.5 + 0.4 * len(names), MAX_WIDTH))
+    panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, sets, strict=True):
+        own = [each for each in results.evaluations if (each.data, each.split) == key]
+        for each in own:
+            row, value = names.index(each.checkpoint), each.metrics.rsum
+            low, high = each.intervals.get("rsum", (value, value))
+            axes.plot([low, high], [row, row], color=LIGHT_BLUE, linewidth=5, solid_capstyle="butt")
+            axes.plot([value], [row], "o", color=BLUE)
+            axes.annotate(f"{value:.1f}", (value, row), xytext=(0, 6), textcoords="offset points", ha="center")
+        axes.axvline(own[0].chance.rsum, color=GREY, linewidth=1, linestyle=":")
+        axes.set_xlabel("RSum, 95% interval (dotted: chance)")
+        axes.spines[["top", "right"]].set_visible(False)
+        title, families = _drawable(f"{shown(Path(key[0]).name, MAX_NAME)} ({shown(key[1], MAX_NAME)})")
+        axes.set_title(title, parse_math=False, fontfamily=families)
+    texts = [_drawable(_end_of(name)) for name in names]
+    panels[0].set_yticks(range(len(names)), [text for text, _ in texts], parse_math=False)
+    for tick, (_, families) in zip(panels[0].get_yticklabels(), texts, strict=True):
+        tick.set_fontfamily(families)
+    panels[0].set_ylim(-0.6, len(names) - 0.3)
+    return figure
+
+
+def _end_of(name: str) -> str:
+    """Return what tells a path from others: its end."""
+    name = printable(name)
+    return name if len(name) <= MAX_NAME else f"...{name[-MAX_NAME:]}"
 
 
 def _metrics_figure(
@@ -250,6 +324,28 @@ def _draw_accuracy(axes: Axes, results: TrainingResults) -> None:
     axes.set(title="Accuracy", ylabel="percent")
     top = 1.05 * max(axes.dataLim.y1, 1.0)
     axes.set_ylim(-0.02 * top, top)  # room for the markers at 0 and at the highest
+
+
+def watched_curves(results: TrainingResults) -> dict[str, list[tuple[float, float]]]:
+    """Return epoch and RSum of each watched set, without what was evaluated on another set of its name."""
+    records = [(record.epoch, record.watched) for record in results.history]
+    last = {name: each.content for _, watched in records for name, each in watched.items()}
+    return {
+        name: [
+            (epoch, found[name].rsum) for epoch, found in records if name in found and found[name].content == content
+        ]
+        for name, content in last.items()
+    }
+
+
+def _draw_watched(axes: Axes, results: TrainingResults, watched: dict[str, list[tuple[float, float]]]) -> None:
+    """Draw RSum of the sets that are watched, beside that of validation, by which the best epoch is chosen."""
+    _draw_curve(axes, results.history, "rsum", label="validation", color=BLUE)
+    for (name, points), color in zip(watched.items(), cycle(WATCHED_COLORS)):
+        style: dict[str, Any] = {"marker": "o" if len(points) <= MAX_MARKED else None, "markersize": 3.5}
+        label = f"watched: {shown(name, MAX_NAME)}"
+        axes.plot(*zip(*points, strict=True), "--", color=color, label=label, linewidth=1.6, **style)
+    axes.set(title="RSum, also of what is watched", ylabel="RSum (at most 600)")
 
 
 def _draw_rates(axes: Axes, results: TrainingResults) -> None:

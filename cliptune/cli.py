@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
-    "data_dir", "image_dir", "val_data", "allow_data_change",
+    "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
+    "watch_data", "interpolate",
     "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
@@ -37,16 +38,20 @@ MAX_ISSUES = 10
 HELP_GROUPS = {
     "everyday": (
         "config", "checkpoint", "results", "data_dir", "model_name", "freeze_backbone", "batch_size", "num_epochs",
-        "learning_rate", "output_dir", "resume", "device", "check", "num_samples",
+        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples",
     ),
     "data": (
-        "val_data", "split", "val_split", "image_dir", "image_key", "caption_key", "captions_from",
-        "caption_template", "captions", "augment", "on_unreadable_image", "max_skipped_fraction", "allow_data_change",
+        "watch_data", "val_data", "split", "val_split", "split_seed", "near_duplicates", "image_dir", "image_key",
+        "caption_key", "captions_from", "caption_template", "captions", "exclude", "augment",
+        "on_unreadable_image", "max_skipped_fraction", "allow_data_change", "include_trained",
     ),
-    "model": ("pretrained", "projection_dim", "freeze_tower", "activation", "context_length", "image_resolution"),
+    "model": (
+        "pretrained", "projection_dim", "freeze_tower", "lora_rank", "lora_alpha", "lora_layers", "train_layers",
+        "activation", "context_length", "image_resolution",
+    ),
     "training": (
-        "backbone_lr_scale", "warmup_fraction", "weight_decay", "gradient_clip_norm", "early_stopping_patience",
-        "skip_nonfinite", "seed",
+        "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay", "gradient_clip_norm",
+        "early_stopping_patience", "interpolate", "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -58,8 +63,9 @@ HELP_GROUPS = {
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 
 METAVARS = {
-    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "pretrained": "FILE", "results": "FILE",
-    "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+    "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
+    "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
+    "watch_data": "PATH",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 
@@ -77,7 +83,8 @@ MEANT = {
     "grad_clip": "gradient_clip_norm", "grad_clip_norm": "gradient_clip_norm", "amp": "precision", "gpu": "device",
     "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
     "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
-    "max_length": "context_length",
+    "max_length": "context_length", "llrd": "layer_decay", "lora_r": "lora_rank", "lora": "lora_rank",
+    "ema_decay": "ema",
 }  # fmt: skip
 """What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 
@@ -356,8 +363,11 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     argument: dict[str, Any] = {"metavar": _metavar(name, field)}
     if field.annotation is bool or "bare" in extra:
         argument |= {"nargs": "?", "const": extra.get("bare", "true")}
-    text, default = str(field.description), "none" if field.default is None else str(field.default)
-    if field.default is None and "none: " in text:
+    if get_origin(field.annotation) is list:  # --flag A B, and --flag A --flag B
+        argument |= {"nargs": "+", "action": "extend"}
+    text, default = str(field.description), "none" if field.default in (None, []) else str(field.default)
+    default = " ".join(field.default) if isinstance(field.default, list) and field.default else default
+    if field.default in (None, []) and "none: " in text:
         text = text.replace("none: ", "none (default): ")
     elif "(default: " not in text:
         text += f" (default: {default.lower() if field.annotation is bool else default})"
@@ -368,14 +378,15 @@ def _metavar(name: str, field: FieldInfo) -> str:
     """Return what stands for a value in `--help`: choices, N or X for a number, else the last word of the name."""
     if field.annotation is bool:
         return "true|false"
+    if name in METAVARS:
+        return METAVARS[name]
     options = get_args(field.annotation) if get_origin(field.annotation) in {Union, UnionType} else [field.annotation]
     options = [get_args(option)[0] if get_origin(option) is Annotated else option for option in options]
     choices = [choice for option in options for choice in get_args(option)]  # of a Literal
     if choices:
         others = {int: "N", NoneType: "none"}
         return "{" + ",".join([*choices, *(others[option] for option in options if option in others)]) + "}"
-    kind = "X" if float in options else name.rpartition("_")[2].upper() if str in options else "N"
-    return METAVARS.get(name, kind)
+    return "X" if float in options else name.rpartition("_")[2].upper() if str in options else "N"
 
 
 def _hint(name: str, known: dict[str, str]) -> str:
@@ -410,7 +421,8 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
                 raise ValueError(f"{source}: {group}: expected an object, got {shorten(repr(target))}")
         # `--val_data none` undoes what config.json says; but `--augment none` is one of its choices
         optional = NoneType in get_args(field.annotation)
-        target[last] = None if optional and str(value).lower() in {"none", "null"} else value
+        is_none = optional and str(value).lower() in {"none", "null"}
+        target[last] = [] if value in (["none"], ["null"]) else None if is_none else value
     try:
         return settings.model_validate(merged)
     except ValidationError as error:

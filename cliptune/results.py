@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
+CEILING_OF_CLASSES = 540.0
+"""RSum of a perfect model below which the standard protocol measures how captions repeat rather than the model."""
 MAX_BYTES = 2**28
 """Of a file that is read; a thousand epochs take about 1 MB."""
 MAX_SIZE = 1e100
@@ -36,6 +39,8 @@ _TRAINING_ONLY_KEYS = ("history", "baseline", "best_epoch")
 # what is larger cannot be drawn, and no run comes near it
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Bounds = tuple[Number, Number]
+"""Low and high."""
 
 
 class Recorded(BaseModel):
@@ -44,7 +49,20 @@ class Recorded(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
-class Recalls(Recorded):
+class MergedRecalls(Recorded):
+    """The recalls with equal texts and copies of an image merged, see docs/EVALUATION.md."""
+
+    merged_i2t_r1: Number | None = None
+    merged_i2t_r5: Number | None = None
+    merged_i2t_r10: Number | None = None
+    merged_t2i_r1: Number | None = None
+    merged_t2i_r5: Number | None = None
+    merged_t2i_r10: Number | None = None
+    merged_rsum: Number | None = None
+    """None: a file of before they were taken."""
+
+
+class Recalls(MergedRecalls):
     """Recall at 1, 5 and 10 of both directions, in percent of the queries, and their sum."""
 
     i2t_r1: Number
@@ -79,8 +97,22 @@ class Metrics(Recalls):
     similarity_gap: Number
     image_cosine: Number
     text_cosine: Number
+    ceiling_rsum: Number | None = None
+    """RSum that no model exceeds on these captions, since texts that several images have cannot be told apart."""
+    i2t_duplicate_misses: Count | None = None
+    """Images found at 1 only once equal texts and copies of an image are merged."""
+    t2i_duplicate_misses: Count | None = None
+    """The same of texts."""
     val_loss: Number | None = None
     """Contrastive loss in nats, in batches of the training's size; not measured by `evaluation.py`."""
+
+
+class WatchedRecord(Recalls):
+    """An evaluation of a data set that is watched."""
+
+    num_images: Count
+    content: str = ""
+    """Tells its images and captions from others; records of another content are of another curve."""
 
 
 class EpochRecord(Metrics):
@@ -96,6 +128,8 @@ class EpochRecord(Metrics):
     val_loss: Number
     num_skipped: Count = 0
     """Validation images that could not be read."""
+    watched: dict[str, WatchedRecord] = {}
+    """The sets of `watch_data` by their names."""
 
 
 # a list of three in the file: with names, 500 points would be most of it
@@ -189,6 +223,71 @@ class Results(Recorded):
     chance: Chance
 
 
+class Gain(Recorded):
+    """The gain of RSum of one evaluation over another, with its 95% interval."""
+
+    gain: Number
+    low: Number
+    high: Number
+    verdict: str
+    """`better`, `worse` or `not distinguishable`."""
+    num_groups: Count
+
+
+class WatchedResult(Recorded):
+    """What became of a data set that the run watched, between the model as loaded and the best one."""
+
+    name: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    num_trained_on: Count
+    """Images of the set that the run trained on, and that are left out."""
+    baseline: Recalls
+    best: Recalls
+    chance: Recalls
+    verdict: Gain | None = None
+    """None: all images are of one group."""
+
+
+class DriftResult(Recorded):
+    """How far the best model's features are from those of the model as loaded."""
+
+    text_overlap: Number
+    """Percent of the nearest neighbours, among generic texts, that are still the same."""
+    image_overlap: Number
+    """The same among drawn scenes."""
+    text_cosine: Number
+    """Mean cosine of a feature with the one of the model as loaded."""
+    image_cosine: Number
+    num_texts: Count
+    num_images: Count
+    num_neighbours: Count
+
+
+class InterpolationPoint(Recalls):
+    """An average of the weights as loaded (alpha 0) and the best ones (alpha 1): its retrieval on validation."""
+
+    alpha: Annotated[Number, Field(ge=0, le=1)]
+    watched: dict[str, Number] = {}
+    """RSum of each watched set."""
+    text_overlap: Number | None = None
+    """As `DriftResult` has it, where nothing is watched."""
+    image_overlap: Number | None = None
+
+
+class Interpolation(Recorded):
+    """What lies between the model as loaded and the best one."""
+
+    points: Annotated[list[InterpolationPoint], Field(min_length=1)]
+    chosen: Number
+    """Alpha of `interpolated_model.pth`."""
+    max_loss: Number
+    """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
+    verdict: Gain | None = None
+    """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
+
+
 class TrainingResults(Results):
     """`results/training_results.json`; `metrics` are those of the best epoch."""
 
@@ -200,6 +299,9 @@ class TrainingResults(Results):
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []
     """The planned rates of the whole run, at up to about 500 steps, the first and the last among them."""
+    watched: list[WatchedResult] = []
+    drift: DriftResult | None = None
+    interpolation: Interpolation | None = None
 
     @model_validator(mode="after")
     def _holds_the_best_epoch(self) -> TrainingResults:
@@ -221,12 +323,102 @@ class EvaluationResults(Results):
     split: str | None = None
     num_trained_on: Count = 0
     """Of the images: those that the checkpoint's run was trained on."""
+    num_left_out: Count = 0
+    """Images of the data set that are not among these, since a checkpoint's run was trained on them."""
+    intervals: dict[str, Bounds] = {}
+    """Low and high of the 95% interval of each recall and of RSum; empty of a single group."""
     histograms: Histograms
     throughput: dict[str, Number] = {}
     """`images_per_second` (reading and preprocessing included) and `texts_per_second` (tokenising included)."""
 
 
-def read(path: Path) -> TrainingResults | EvaluationResults:
+class CheckFinding(Recorded):
+    """One thing that `data_loader.py --check` found."""
+
+    kind: str
+    number: Number | None
+    text: str
+    advice: str
+    """What to do; empty: nothing."""
+    values: dict[str, Number] = {}
+    """Numbers behind the text."""
+
+
+class DataCheckResults(Recorded):
+    """`results/data_check.json`."""
+
+    started_at: str
+    finished_at: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    splits: dict[str, Count]
+    """Images of each."""
+    num_issues: Count
+    issues: list[dict[str, str | None]]
+    """The first 1,000: image, reason and, for a record, its location."""
+    findings: list[CheckFinding]
+
+
+class Comparison(Recorded):
+    """What one checkpoint gains over another on the same images."""
+
+    data: str
+    split: str | None = None
+    before: str
+    after: str
+    gain: Number
+    """Of RSum, from `before` to `after`."""
+    low: Number
+    high: Number
+    verdict: str
+    """`better`, `worse` or `not distinguishable`."""
+    recalls: dict[str, tuple[Number, Number, Number]]
+    """Gain, low and high of each recall."""
+    num_groups: Count
+
+
+class SeveralEvaluations(Recorded):
+    """`results/evaluation_results.json` of several checkpoints, or on several data sets."""
+
+    started_at: str | None = None
+    finished_at: str | None = None
+    evaluations: Annotated[list[EvaluationResults], Field(min_length=1)]
+    comparisons: list[Comparison] = []
+
+
+def of_evaluations(
+    evaluations: list[dict[str, Any]], comparisons: list[Comparison], *, times: dict[str, str]
+) -> EvaluationResults | SeveralEvaluations:
+    """Put evaluations into the form of their file: a single one stands alone.
+
+    Args:
+        evaluations: values under the keys of `EvaluationResults`.
+        comparisons: of their checkpoints.
+        times: `started_at` and `finished_at`.
+    """
+    if len(evaluations) == 1:
+        return EvaluationResults.model_validate(times | evaluations[0])
+    return SeveralEvaluations.model_validate({**times, "evaluations": evaluations, "comparisons": comparisons})
+
+
+def selection_key(metrics: Mapping[str, float | None]) -> str:
+    """Return the key of the number that epochs are compared by: `rsum`, or `merged_rsum` where captions are classes.
+
+    Captions count as classes if they repeat so much that a perfect model stays below 90% of 600 by the standard
+    protocol. The captions decide, not the model: ask it of the first evaluation of a run.
+
+    Args:
+        metrics: of an evaluation.
+    """
+    ceiling, merged = metrics.get("ceiling_rsum"), metrics.get("merged_rsum")
+    return "rsum" if ceiling is None or merged is None or ceiling >= CEILING_OF_CLASSES else "merged_rsum"
+
+
+AnyResults = TrainingResults | EvaluationResults | SeveralEvaluations
+
+
+def read(path: Path) -> AnyResults:
     """Read a results file.
 
     Raises:
@@ -239,14 +431,18 @@ def read(path: Path) -> TrainingResults | EvaluationResults:
         raise ValueError(f"{path}: not a results file: it has {size / 1e6:,.0f} MB")
     values = read_json_object(path)
     # a training file that lacks one of its keys is told so, not taken for an evaluation
-    kind = TrainingResults if any(key in values for key in _TRAINING_ONLY_KEYS) else EvaluationResults
+    kind: type[AnyResults] = EvaluationResults
+    if any(key in values for key in _TRAINING_ONLY_KEYS):
+        kind = TrainingResults
+    elif "evaluations" in values:
+        kind = SeveralEvaluations
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: TrainingResults | EvaluationResults) -> None:
+def write(path: Path, results: AnyResults | DataCheckResults) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

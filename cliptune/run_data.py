@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
+from cliptune.data.near_duplicates import NearDuplicates, identical_files, look_for_near_duplicates, no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
@@ -24,18 +26,21 @@ from cliptune.data.snapshot import (
     describe_change,
     is_reordered,
     keep_sides,
+    restore_sides,
     take_snapshots,
     validates_on_trained,
 )
 from cliptune.data.splits import training_pairs
+from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import Strings
 from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
-from cliptune.features.encode import Encoder
+from cliptune.features.encode import Encoder, PairOutputs
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision, default_num_workers
+from cliptune.runtime.messages import count, first_few, shown
 from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, Config
 
 logger = logging.getLogger(__name__)
@@ -60,8 +65,21 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
     if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
-    splits = _read_splits(config, given)
+    if is_shards(config.data.data_dir):
+        logger.info("near-duplicate images are not looked for in shards")
+    splits = _read_splits(config, given, find_copies=_copy_finder(config, cache_file))
     return splits, take_snapshots(splits, cache_file=cache_file)
+
+
+def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
+    """Return how a run finds the images that are one image: near-duplicates as well, where that takes little time."""
+
+    def find(paths: Strings) -> NearDuplicates:
+        workers = config.data.num_workers
+        near = look_for_near_duplicates(paths, cache_dir=cache_file.parent, num_workers=workers)
+        return identical_files(paths, cache_file=cache_file) if near is None else near
+
+    return find
 
 
 def located(config: Config) -> Config:
@@ -102,11 +120,12 @@ def _is_there(address: str) -> bool:
 
 def _with_addresses(config: Config, change: Callable[[str], str]) -> Config:
     """Change the addresses of a run's data, each of those that `::` joins by itself."""
-    changed = {}
-    for name in ("data_dir", "val_data", "image_dir"):
+    changed: dict[str, Any] = {}
+    for name in ("data_dir", "val_data", "image_dir", "exclude"):
         if (address := getattr(config.data, name)) is not None:
             parts = [address] if Path(address).exists() else address.split("::")
             changed[name] = "::".join(map(change, parts))
+    changed["watch_data"] = [change(address) for address in config.data.watch_data]
     return config.model_copy(update={"data": config.data.model_copy(update=changed)})
 
 
@@ -120,9 +139,12 @@ def reread_data(
         FileNotFoundError: it is not there. Sample data is never made for a run that had other data.
     """
     before = _stored(content)
-    way_out = "--data_dir, --image_dir and --val_data name where it lies now"
+    restored = functools.partial(restore_sides, before=before, cache_file=cache_file)
+    excluded = "" if config.data.exclude is None else f" (--exclude {config.data.exclude} the list that it left out)"
+    way_out = f"--data_dir, --image_dir and --val_data name where it lies now{excluded}"
     try:
-        splits = _read_splits(config, given)
+        # the split is the run's, whatever would be drawn today; without a record of it, it is drawn as it was: by group
+        splits = _read_splits(config, given, settle=restored, find_copies=no_copies)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the data of the run that is resumed is not there: {error}; {way_out}") from None
     snapshots = take_snapshots(splits, cache_file=cache_file)
@@ -135,7 +157,10 @@ def reread_data(
                 "--allow_data_change goes on with this data"
             )
         logger.warning("resumed with other data (--allow_data_change): %s", change)
-        splits = _read_splits(config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file))
+        splits = _read_splits(
+            config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file),
+            find_copies=_copy_finder(config, cache_file),
+        )  # fmt: skip
         snapshots = take_snapshots(splits, cache_file=cache_file)
         if validates_on_trained(snapshots, before):
             raise ValueError(
@@ -165,14 +190,54 @@ def _read_splits(config: Config, given: dict[str, Any], **options: Any) -> Split
         may_run_commands="data_dir" in given,
     )  # fmt: skip
     if is_shards(settings.data_dir):
+        if settings.exclude is not None:
+            raise ValueError(
+                f"--exclude {settings.exclude} goes by images of an index, and {settings.data_dir} is shards"
+            )
         return training_shards(
             source, val_data=settings.val_data, captions=settings.captions, cache_images=settings.cache_images
         )
-    return {
-        **training_pairs(
-            source, val_data=settings.val_data, val_split=settings.val_split, seed=config.training.seed, **options
+    splits = training_pairs(
+        source,
+        val_data=settings.val_data,
+        val_split=settings.val_split,
+        seed=config.seed_of_split,
+        join=settings.near_duplicates == "join",
+        **options,
+    )
+    if settings.exclude is not None:
+        splits["train"] = _without_excluded(splits, Path(settings.exclude))
+    return {**splits}
+
+
+def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
+    """Return what is trained on without the rows of a list that are not to be kept; say how many they are.
+
+    Raises:
+        FileNotFoundError, ValueError: the list cannot be read, or leaves fewer than two images.
+    """
+    found = exclude(splits["train"], read_suspects(path))
+    pairs = count(found.num_pairs, "pair")
+    logger.info(
+        "--exclude %s: %s left out of training, and with them %s", path, pairs, count(found.num_images, "image")
+    )
+    unmatched = found.unmatched
+    for split in ("val", "test"):
+        still_unmatched = exclude(splits[split], unmatched).unmatched
+        if num_found := len(unmatched) - len(still_unmatched):
+            rows = count(num_found, "row names", "rows name")
+            logger.info("--exclude %s: %s pairs of %s, which is not changed", path, rows, split)
+        unmatched = still_unmatched
+    if unmatched:
+        names = first_few([f"{shown(row.image)}: {shown(row.caption or 'all captions', 60)!r}" for row in unmatched])
+        logger.warning(
+            "--exclude %s: %s no pair of this data: %s", path, count(len(unmatched), "row names", "rows name"), names
         )
-    }
+    if len(found.pairs) < 2:
+        raise ValueError(
+            f"--exclude {path} leaves {count(len(found.pairs), 'image')} to train on; at least 2 are needed"
+        )
+    return found.pairs
 
 
 class RunData(NamedTuple, Generic[E]):
@@ -181,10 +246,15 @@ class RunData(NamedTuple, Generic[E]):
     loader: TrainLoader | FeatureLoader | ShardLoader
     train: Pairs | Shards
     val: Pairs
-    validate: Callable[[], E]
-    """Evaluates the model."""
+    validate: Callable[..., E]
+    """Evaluates the model, or another one that it is given."""
     skipped: SkippedData
     num_workers: int
+    encoder: Encoder
+    outputs_of: Callable[[Pairs], PairOutputs | None]
+    """Frozen towers' outputs for a data set, cached; None: they are not."""
+    watch: Any = None
+    """A `run_watch.Watch` over the sets that are evaluated beside."""
 
     def note_issues(self, issues: Sequence[Issue]) -> None:
         """Take in samples that are missing from a batch."""
@@ -260,14 +330,15 @@ def open_data(
     allowed, num_images = settings.allowed_skipped_fraction, len(train) + len(val)
     skipped = SkippedData(indexes, num_images=num_images, max_fraction=allowed, path=skipped_path)
     # computed or read when they are first wanted: the model as loaded gives what every epoch's would
-    val_outputs = functools.cache(lambda: None if cache is None else cache.of_pairs(val))
+    outputs_of = functools.cache(lambda pairs: None if cache is None else cache.of_pairs(pairs))
 
-    def validate() -> E:
+    def validate(other: Any = None) -> E:
         return evaluate(
-            encoder, val, loss_batch_size=training.batch_size, cached=val_outputs(), on_unreadable_image=skipped.note
-        )
+            encoder if other is None else replace(encoder, model=other), val,
+            loss_batch_size=training.batch_size, cached=outputs_of(val), on_unreadable_image=skipped.note,
+        )  # fmt: skip
 
-    return RunData(loader, train, val, validate, skipped, workers)
+    return RunData(loader, train, val, validate, skipped, workers, encoder, outputs_of)
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:
@@ -275,7 +346,10 @@ def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings],
     all_paths = Strings.concatenate([data.paths for data in splits.values() if isinstance(data, Pairs)])
 
     def identify(paths: Strings) -> Hashes:
-        return file_identities(all_paths, cache_file=cache_file)[all_paths.find(paths)]
+        rows = all_paths.find(paths)
+        if (rows < 0).any():  # of a data set that is watched
+            return file_identities(paths)
+        return file_identities(all_paths, cache_file=cache_file)[rows]
 
     return identify
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
@@ -48,6 +48,10 @@ def _check_batch_size(value: int) -> int:
     return value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
 """Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
 
@@ -79,11 +83,22 @@ ValSplit = Annotated[
         gt=0, lt=1, allow_inf_nan=False, description="fraction of the groups used for validation, 5,000 images at most"
     ),
 ]
+SplitSeed = Annotated[int | None, Field(ge=0, lt=2**64, description="of the split alone; none: as seed")]
+NearDuplicates = Annotated[
+    Literal["join", "report"],
+    Field(
+        description="copies of an image that are not the same file: join: on one side of the split; report: only told"
+    ),
+]
 MaxSkippedFraction = Annotated[
     Fraction, Field(description="fraction of the images and records that may be skipped; more of them end the run")
 ]
 NumWorkers = Annotated[
     NonNegativeInt | None, Field(description="worker processes that load data; none: chosen for the machine")
+]
+Activation = Annotated[
+    Literal["quick_gelu", "gelu", "gelu_tanh"] | None,
+    Field(description="activation of a weights file that does not tell it; none: found from the file"),
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
@@ -130,10 +145,20 @@ class ModelSettings(Settings):
     freeze_tower: Literal["image", "text"] | None = Field(
         None, description="image or text: train everything but that tower; none: as freeze_backbone says"
     )
-    pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = Field(
-        None, description="activation of a weights file that does not tell it; none: found from the file"
+    lora_rank: PositiveInt | None = Field(
+        None, description="rank of LoRA's adapters beside the towers, which are held; none: no LoRA"
     )
+    lora_alpha: PositiveFloat | None = Field(
+        None, description="LoRA counts lora_alpha / lora_rank times; none: once, as with lora_rank"
+    )
+    lora_layers: Literal["all", "attention", "mlp"] = Field(
+        "all", description="layers of the towers' blocks that LoRA adapts; of a ResNet's tower its attention pool"
+    )
+    train_layers: PositiveInt | None = Field(
+        None, description="train only the last layers of each tower, that many, and what follows; none: all"
+    )
+    pretrained: str = Field("auto", description="auto, openai, none (random start), or a file with weights")
+    activation: Activation = None
     context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
         None, description="tokens of a text, 3 to 4096: positions are cut or interpolated; none: the weights' own"
     )
@@ -149,6 +174,11 @@ class ModelSettings(Settings):
     def _freeze_once(self) -> ModelSettings:
         if self.freeze_backbone and self.freeze_tower is not None:
             raise ValueError(f"freeze_backbone freezes both towers, freeze_tower {self.freeze_tower} one: choose one")
+        chosen = [name for name in ("freeze_backbone", "lora_rank", "train_layers") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} say different things of what trains in the towers: choose one")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_layers != "all"):
+            raise ValueError("lora_alpha and lora_layers say how LoRA is done: they need lora_rank")
         return self
 
 
@@ -159,6 +189,9 @@ class DataSettings(Settings):
     val_data: str | None = Field(
         None, description="separate validation set, which shards need; none: split off from the data"
     )
+    watch_data: list[str] = Field(
+        [], description="other data sets evaluated beside validation, never chosen by: what the model forgets"
+    )
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
@@ -168,6 +201,11 @@ class DataSettings(Settings):
         "random", description="random: one caption of each image an epoch; all: every pair each epoch"
     )
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv of data_loader.py --check) that are left out of training"
+    )
     on_unreadable_image: Literal["skip", "fail"] = Field(
         "skip", description="skip: go on without the image or record and list it; fail: the first one ends the run"
     )
@@ -199,10 +237,20 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    recipe: Literal["auto", "full", "lora", "head"] | None = Field(
+        None,
+        description="picks what trains, rates and length for the data at hand, and says why; none: nothing",
+    )
     num_epochs: PositiveInt = Field(50, description="passes over the training images")
     learning_rate: PositiveFloat = Field(1e-4, description="peak rate of the projection layers")
     backbone_lr_scale: NonNegativeFloat | None = Field(
-        None, description="rate of the towers over learning_rate; none: 0.01, or 1 for a random start"
+        None, description="rate of the towers over learning_rate; none: 0.01, 1 for a random start, 2 with LoRA"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="rate of each layer of a tower over that of the layer above it, as 0.7; none: one rate"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        None, description="decay of the average of the weights that is evaluated and saved, as 0.999; none: no average"
     )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay (not on biases, norms, temperature)")
     gradient_clip_norm: NonNegativeFloat = Field(1.0, description="largest gradient norm of a step; 0: no clipping")
@@ -214,6 +262,9 @@ class TrainingSettings(Settings):
     )
     early_stopping_patience: NonNegativeInt = Field(
         10, description="epochs without a better validation RSum before the run ends; 0: never"
+    )
+    interpolate: bool = Field(
+        False, description="after training, average the weights as loaded with the best ones and keep the best average"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
@@ -268,6 +319,11 @@ class Config(Settings):
     training: TrainingSettings = TrainingSettings()
     run: RunSettings = RunSettings()
 
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.training.seed if self.data.split_seed is None else self.data.split_seed
+
     @model_validator(mode="after")
     def _check_feature_views(self) -> Config:
         # views are cached outputs of the image tower, so it must be frozen; views of images that are never cropped or
@@ -279,13 +335,23 @@ class Config(Settings):
             raise ValueError(f"feature_views {views}: without augment all views of an image are the same")
         return self
 
+    @model_validator(mode="after")
+    def _check_what_trains(self) -> Config:
+        if self.training.layer_decay is not None and self.model.freeze_backbone:
+            raise ValueError("layer_decay is about the towers' layers, and freeze_backbone holds them: choose one")
+        if self.training.ema is not None and self.run.parallel == "fsdp":
+            raise ValueError("ema does not go with parallel fsdp: use ddp")
+        return self
+
 
 class InspectSettings(Settings):
     """Settings of the data stage."""
 
-    from_config = frozenset(
-        ("data_dir", "image_dir", "caption_key", "val_split", "val_data", "max_skipped_fraction", "num_workers", "seed")
-    )
+    from_config = frozenset((
+        "data_dir", "image_dir", "caption_key", "val_split", "split_seed", "near_duplicates",
+        "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size",
+        "output_dir",
+    ))  # fmt: skip
 
     data_dir: DataDir = DEFAULT_DATA_DIR
     image_dir: ImageDir = None
@@ -294,17 +360,32 @@ class InspectSettings(Settings):
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
     val_split: ValSplit = 0.1
+    split_seed: SplitSeed = None
+    near_duplicates: NearDuplicates = "join"
     val_data: str | None = Field(
         None, description="separate validation set that is compared with the data; none: split off"
     )
     max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
-    check: bool = Field(False, description="decode every image, look at every caption, print all issues")
+    check: bool = Field(False, description="look at every image and caption; print issues, findings and what to do")
+    model_name: str = Field(DEFAULT_MODEL_NAME, description="model that check estimates time and memory for")
+    context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
+        None, description="tokens of a text that check goes by; none: the model's own"
+    )
+    batch_size: Annotated[PositiveInt, AfterValidator(_check_batch_size)] = Field(
+        32, description="pairs a step that check goes by"
+    )
+    output_dir: str = Field(".", description="folder whose results/ gets data_check.json and suspects.csv")
     num_workers: NonNegativeInt | None = Field(None, description="worker processes of check; none: one a core")
     seed: Seed = 42
     num_samples: PositiveInt | None = Field(None, description=f"draw that many sample images (default: {SAMPLE_SIZE})")
     to_shards: str | None = Field(None, description="folder to write the data set to as shards")
     shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
     split: Split = Field("train", description="images that to_shards takes")
+
+    @property
+    def seed_of_split(self) -> int:
+        """Seed of the split."""
+        return self.seed if self.split_seed is None else self.split_seed
 
 
 class EvaluationSettings(Settings):
@@ -314,13 +395,19 @@ class EvaluationSettings(Settings):
     from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
     below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
 
-    checkpoint: str = Field(
-        "model-checkpoint/best_model.pth", description="checkpoint to evaluate, or the folder of its run"
+    checkpoint: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        ["model-checkpoint/best_model.pth"],
+        min_length=1,
+        description="models to evaluate, several beside each other: checkpoints, folders of runs, weights files, hub "
+        "folders, or names (ViT-B/32)",
     )
-    data_dir: str | None = Field(None, description="data set; none: the run's own validation images")
+    data_dir: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="data sets; none: the validation images that the checkpoints' runs had"
+    )
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
+    include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
@@ -329,9 +416,12 @@ class EvaluationSettings(Settings):
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
-    encode_batch_size: PositiveInt = Field(64, description="images or texts encoded at once")
+    activation: Activation = None
+    encode_batch_size: PositiveInt = Field(
+        64, description="images or texts encoded at once; in fp32 always 16, so that no number depends on it"
+    )
     num_workers: NumWorkers = None
-    precision: Precision | None = Field(None, description="none: as in the checkpoint's run")
+    precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
     device: Device = "auto"
     output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json")
     log_level: LogLevel = "info"

@@ -316,20 +316,38 @@ def test_every_stage_takes_what_it_has_a_use_for_from_a_config_file(capsys: pyte
     data, _ = parse_settings(InspectSettings, ["--config", "run.json", "--val_split", "0.3"], description="")
     assert (data.data_dir, data.val_split, data.seed) == ("pairs.csv", 0.3, 7)
     unused = "keys of the config file that this stage does not use: "
-    assert capsys.readouterr().err == f"{unused}model, training.precision, run\n"
+    assert capsys.readouterr().err == f"{unused}training.precision, run.device\n"
     # a run's data is what it was trained on: evaluation stays with the images that it validated on
     evaluation, _ = parse_settings(EvaluationSettings, ["--config", "run.json"], description="")
-    assert (evaluation.data_dir, evaluation.precision, evaluation.device) == (None, "fp32", "cpu")
-    assert Path(evaluation.checkpoint) == Path("runs/a/model-checkpoint/best_model.pth")
+    assert (evaluation.data_dir, evaluation.precision, evaluation.device) == ([], "fp32", "cpu")
+    assert evaluation.checkpoint == [str(Path("runs/a/model-checkpoint/best_model.pth"))]
     assert capsys.readouterr().err == f"{unused}model, data, training.seed\n"
     figures, _ = parse_settings(VisualizationSettings, ["--config", "run.json"], description="")
     assert Path(figures.results) == Path("runs/a/results/training_results.json")
 
 
+@pytest.mark.parametrize(
+    ("argv", "in_file", "expected"),
+    [
+        (["--checkpoint", "a", "b", "--checkpoint", "c d"], None, ["a", "b", "c d"]),
+        ([], ["a", "b"], ["a", "b"]),
+        ([], "a", ["a"]),
+        (["--checkpoint", "x"], ["a", "b"], ["x"]),
+        ([], None, ["model-checkpoint/best_model.pth"]),
+    ],
+)
+def test_a_flag_that_takes_several_values(argv: list[str], in_file: object, expected: list[str]) -> None:
+    Path("own.json").write_text(json.dumps({} if in_file is None else {"checkpoint": in_file}))
+    settings, _ = parse_settings(EvaluationSettings, ["--config", "own.json", *argv], description="")
+    assert settings.checkpoint == expected
+    undone, _ = parse_settings(EvaluationSettings, [*argv, "--data_dir", "none"], description="")
+    assert undone.data_dir == []
+
+
 def test_a_config_file_may_hold_a_stages_own_keys_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     Path("own.json").write_text(json.dumps({"data_dir": "test.csv", "encode_batch_size": 7}))
     settings, _ = parse_settings(EvaluationSettings, ["--config", "own.json"], description="")
-    assert (settings.data_dir, settings.encode_batch_size) == ("test.csv", 7)
+    assert (settings.data_dir, settings.encode_batch_size) == (["test.csv"], 7)
     assert not capsys.readouterr().err
     Path("own.json").write_text(json.dumps({"data": {"data_dri": "test.csv"}}))
     with pytest.raises(ValueError, match=r"own\.json: data\.data_dri: unknown key; did you mean data\.data_dir\?"):

@@ -49,7 +49,8 @@ def test_the_stage_repeats_the_runs_own_numbers(
     assert recorded.run.model_name == load_checkpoint(checkpoint)["architecture"]["name"]
     assert recorded.run.command.startswith("evaluation.py --checkpoint ")
     assert recorded.finished_at is not None
-    assert main(["--checkpoint", str(checkpoint), "--data_dir", str(sample_dir), "--output_dir", str(tmp_path)]) == 0
+    more = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), "--include_trained"]
+    assert main(["--checkpoint", str(checkpoint), *more]) == 0
     assert json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["num_images"] == 60
 
 
@@ -62,6 +63,7 @@ def test_the_precision_is_the_runs_unless_told(
     save_checkpoint(tmp_path / "bf16.pth", content)
     assert main(["--checkpoint", str(tmp_path / "bf16.pth"), "--output_dir", str(tmp_path), *flags]) == 0
     found = results.read(tmp_path / "results" / "evaluation_results.json")
+    assert isinstance(found, results.EvaluationResults)
     assert found.run is not None
     assert found.run.precision == expected
 
@@ -97,7 +99,8 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
         logits = 5 * images[start : start + 3] @ texts[::2][start : start + 3].T
         rows = [logits.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
         expected.append(-(rows[0] + rows[1]) / 2)
-    encoded = Encoded(images, texts, owners, torch.arange(len(images)), torch.arange(len(texts)), 1.0, 1.0)
+    of_images, of_texts = torch.arange(7), torch.arange(14)
+    encoded = Encoded(images, texts, owners, of_images, of_texts, of_images, of_texts, 1.0, 1.0)
     got = validation_loss(encoded, torch.tensor(5.0).log(), batch_size=3)
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
@@ -175,22 +178,47 @@ def damage(data: Path, number: int) -> None:
         image.write_bytes(b"broken")
 
 
-def test_the_data_that_was_trained_on_is_said_and_the_rest_is_a_flag_away(
+def test_images_that_were_trained_on_are_left_out_unless_they_are_asked_for(
     small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data_dir", str(small_run / "data")]
-    code, found = evaluated(small_run, *data)
-    assert (code, found["num_images"], found["num_trained_on"], found["split"]) == (0, 60, 54, "all")
-    out, error = capsys.readouterr()
-    assert "54 of the 60 images were trained on" in error
-    assert "--split val takes" in error
-    assert "trained on                  54   of these images" in out
     own = evaluated(small_run)[1]
-    again = evaluated(small_run, *data, "--split", "val")[1]
     assert "trained on" not in capsys.readouterr().err
-    assert (own["num_images"], own["num_trained_on"], own["split"]) == (6, 0, "val")
-    assert again["metrics"] == pytest.approx(own["metrics"])
-    assert evaluated(small_run, *data, "--split", "train")[1]["num_trained_on"] == 54
+    assert (own["num_images"], own["num_trained_on"], own["num_left_out"], own["split"]) == (6, 0, 0, "val")
+    code, found = evaluated(small_run, *data)
+    assert (code, found["num_images"], found["num_left_out"], found["split"]) == (0, 6, 54, "all")
+    assert found["metrics"] == pytest.approx(own["metrics"])
+    out, error = capsys.readouterr()
+    assert "54 of the 60 images were trained on, and are left out; --include_trained" in error
+    assert out.startswith("6 images, 12 texts (without 54 images that were trained on)")
+    assert evaluated(small_run, *data, "--split", "val")[1]["metrics"] == pytest.approx(own["metrics"])
+    code, found = evaluated(small_run, *data, "--include_trained")
+    assert (code, found["num_images"], found["num_trained_on"], found["num_left_out"]) == (0, 60, 54, 0)
+    out, error = capsys.readouterr()
+    assert "54 of the 60 images were trained on, so these numbers do not tell" in error
+    assert "trained on                  54   of these images" in out
+
+
+def test_an_evaluation_of_nothing_but_what_was_trained_on_is_refused_with_the_way_out(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data_dir", str(small_run / "data"), "--split", "train"]
+    (tmp_path / "run").symlink_to(small_run / "run")
+    assert evaluated(tmp_path, *data) == (2, {})
+    error = capsys.readouterr().err
+    assert "all images were trained on (54 of 54)" in error
+    assert "--split val" in error
+    code, found = evaluated(tmp_path, *data, "--include_trained")
+    assert (code, found["num_trained_on"]) == (0, 54)
+
+
+def test_intervals_stand_beside_the_recalls(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluated(small_run)[1]
+    for key, (low, high) in found["intervals"].items():
+        assert low <= found["metrics"][key] <= high
+    low, high = found["intervals"]["rsum"]
+    assert f"95% interval {low:.1f} to {high:.1f}" in capsys.readouterr().out
+    assert len(found["intervals"]) == 7
 
 
 def test_images_that_were_trained_on_are_known_by_their_files(
@@ -204,11 +232,11 @@ def test_images_that_were_trained_on_are_known_by_their_files(
         path.rename(tmp_path / "other" / row["image_path"])
     (tmp_path / "other" / "data.json").write_text(json.dumps(rows))
     code, found = evaluated(small_run, "--data_dir", str(tmp_path / "other"))
-    assert (code, found["num_trained_on"]) == (0, 54)
+    assert (code, found["num_left_out"], found["num_images"]) == (0, 54, 6)
     shutil.rmtree(tmp_path / "other")
     create_sample_dataset(tmp_path / "other", 20, seed=7)
     code, found = evaluated(small_run, "--data_dir", str(tmp_path / "other"))
-    assert (code, found["num_trained_on"]) == (0, 0)
+    assert (code, found["num_left_out"], found["num_images"]) == (0, 0, 20)
     capsys.readouterr()
     assert evaluated(small_run, "--data_dir", str(tmp_path / "other"), "--split", "val")[0] == 2
     error = capsys.readouterr().err
@@ -225,7 +253,7 @@ def test_shards_that_were_trained_on_are_known(small_run: Path, tmp_path: Path) 
     flags = ["--data_dir", shards, "--val_data", str(tmp_path / "b"), "--output_dir", str(tmp_path / "run")]
     assert train_main([*flags, "--num_epochs", "1", *SMALL]) == 0
     for data, expected in ((shards, 20), (f"{tmp_path}/as/00001.tar", 10), (f"{tmp_path}/bs/{{00000..00001}}.tar", 0)):
-        code, found = evaluated(tmp_path, "--data_dir", data)
+        code, found = evaluated(tmp_path, "--data_dir", data, "--include_trained")
         assert (code, found["num_trained_on"]) == (0, expected)
 
 
@@ -291,7 +319,8 @@ def test_an_evaluation_of_what_is_left_is_refused(
         rows = json.loads((moved / "data" / "data.json").read_text())
         (moved / "data" / "data.json").write_text(json.dumps([{**row, "split": "test"} for row in rows]))
     damage(moved / "data", 54)
-    assert evaluated(moved, "--data_dir", str(moved / "data")) == (2, {})
+    data = ["--data_dir", str(moved / "data"), "--include_trained"]
+    assert evaluated(moved, *data) == (2, {})
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "evaluation.py: error: 1 of 60 images and records cannot be used: " in error
     assert "cannot be read as an image" in error
@@ -299,7 +328,7 @@ def test_an_evaluation_of_what_is_left_is_refused(
     listed = moved / "evaluated" / "results" / "evaluation_skipped.json"
     assert f"listed in {listed}" in error
     assert len(json.loads(listed.read_text())) == 1
-    assert evaluated(moved, "--data_dir", str(moved / "data"), "--max_skipped_fraction", "0.89")[0] == 2
+    assert evaluated(moved, *data, "--max_skipped_fraction", "0.89")[0] == 2
 
 
 def test_what_is_skipped_is_counted_in_every_result(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,7 +336,7 @@ def test_what_is_skipped_is_counted_in_every_result(moved: Path, capsys: pytest.
     gone = {"image_path": "gone.png", "caption": "x"}
     (moved / "data" / "data.json").write_text(json.dumps([*rows, gone]))
     damage(moved / "data", 2)
-    flags = ["--data_dir", str(moved / "data"), "--max_skipped_fraction", "0.1"]
+    flags = ["--data_dir", str(moved / "data"), "--max_skipped_fraction", "0.1", "--include_trained"]
     code, found = evaluated(moved, *flags)
     assert (code, found["num_images"], found["skipped"]) == (0, 58, {"images": 2, "records": 1})
     out, error = capsys.readouterr()
@@ -347,7 +376,7 @@ def test_the_split_that_is_taken_unless_one_is_named_is_said(
         splits[40:] = ["train"] * 20
     rows = [{**row, "split": split} for row, split in zip(rows, splits, strict=True)]
     (moved / "data" / "data.json").write_text(json.dumps(rows))
-    code, found = evaluated(moved, "--data_dir", str(moved / "data"))
+    code, found = evaluated(moved, "--data_dir", str(moved / "data"), "--include_trained")
     assert (code, found["split"], found["num_images"]) == (0, taken, num_images)
     said = "everything" if taken == "all" else taken
     assert f"declares {', '.join(sorted(names))}: {said} is taken" in capsys.readouterr().err

@@ -1,154 +1,204 @@
-"""What a data set holds, and all that is wrong with it."""
+"""What the images and captions of a data set are, looked at one by one: what `data_loader.py --check` goes by."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import re
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.issues import Issue, Issues, image_issue
-from cliptune.data.pairs import Pairs
-from cliptune.data.table import Strings
+from cliptune.data.loaders import caption_id
+from cliptune.data.table import BoolArray, IntArray, Strings
 from cliptune.data.workers import make_loader
 from cliptune.preprocess.decode import read_bytes, size_of
-from cliptune.preprocess.tokens import CONTEXT_LENGTH, count_tokens
+from cliptune.preprocess.fingerprint import FINGERPRINT, fingerprint
+from cliptune.preprocess.tokens import count_tokens
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import num_cores
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.messages import count, first_few
 
-INPUT_SIZE = 224  # pixels, of most models
-MAX_EXAMPLES = 5  # shown
+PIXELS = 224
+"""Of the sides of an image whose colours are looked at."""
 ONE_COLOR = 5
 """Levels of 255 by which the pixels of an image that is nearly one colour deviate from their mean."""
+FOREIGN = 2.0
+"""Tokens a word from which on captions are in a language that the tokenizer was not made for."""
 MAX_WORKERS = 16
+BATCH = 32
+"""Images that a worker hands over at once."""
+CHUNK = 1024
+"""Captions that a worker looks at in one go."""
+MIN_FOR_WORKERS = 20_000
+"""Captions from which on workers are worth their start."""
+_WORD = re.compile(r"\w+")
+_LETTER = re.compile(r"[^\W\d_]")
+_OTHER_LETTER = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")
 
 
-def describe_data(pairs: Pairs, splits: Mapping[str, Pairs], findings: Sequence[str] = ()) -> list[str]:
-    """Say what a data set holds, a line a fact; then what was found to be odd about it."""
-    lengths = np.array([count_tokens(caption) for caption in progress_bar(pairs.captions, desc="tokens")])
-    occurrences = np.bincount(pairs.captions.first_equal())  # by the first caption of each wording
-    repeated = int(occurrences[occurrences > 1].sum())
-    fewest, most = (int(limit(np.diff(pairs.starts))) for limit in (np.min, np.max))
-    per_image = count(most, "caption") if fewest == most else f"{fewest} to {count(most, 'caption')}"
-    parts = ", ".join(f"{name} {len(part)}" for name, part in splits.items())
-    return [
-        f"images      {len(pairs)}, {count(pairs.num_pairs, 'pair')}, {per_image} an image",
-        f"split       {parts} images ({'as declared' if pairs.declared() else 'by group'})",
-        f"captions    {lengths.mean():.1f} tokens on average, longest {lengths.max()}",
-        f"truncated   {count(int((lengths > CONTEXT_LENGTH).sum()), 'caption')} longer than {CONTEXT_LENGTH} tokens",
-        f"repeated    {100 * repeated / pairs.num_pairs:.1f}% of the captions occur more than once",
-        *(f"note        {finding}" for finding in findings),
-    ]
+class ImageFacts(NamedTuple):
+    """What the images of a data set are.
+
+    Attributes:
+        issues: of the images that cannot be read.
+        is_readable: bool `[N]`.
+        sizes: width and height in pixels, int32 `[N, 2]`; 0 where it cannot be read.
+        is_one_color: bool `[N]`: nearly.
+        files: index of the first image whose file is the same, byte by byte, int64 `[N]`; its own where none is.
+        per_second: images that were read and decoded in a second.
+    """
+
+    issues: Issues
+    is_readable: BoolArray
+    sizes: NDArray[np.int32]
+    is_one_color: BoolArray
+    files: IntArray
+    per_second: float
 
 
-class _Checked(NamedTuple):
+def look_at_images(
+    paths: Strings, *, fingerprints: Fingerprints | None = None, num_workers: int | None = None
+) -> ImageFacts:
+    """Decode every image once, as training does.
+
+    Args:
+        paths: of the images, `[N]`.
+        fingerprints: get those that they lack; None: none are taken.
+        num_workers: that decode; None: one a core, at most 16.
+    """
+    issues, sizes, is_one_color = Issues(), np.zeros((len(paths), 2), np.int32), np.zeros(len(paths), dtype=bool)
+    files = np.arange(len(paths))
+    first_of: dict[bytes, int] = {}
+    workers, begin = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers, 0.0
+    wanted = np.zeros(len(paths), dtype=bool)
+    if fingerprints is not None:
+        wanted[fingerprints.missing()] = True
+    looks = make_loader(_ImageFiles(paths, wanted), num_workers=workers, batch_size=BATCH, collate_fn=list)
+    with progress_bar(total=len(paths), desc="images", unit="image") as bar:
+        for start, batch in zip(range(0, len(paths), BATCH), looks, strict=True):
+            begin = begin or time.monotonic()  # workers take a second to start
+            for index, look in enumerate(batch, start):
+                if look.issue is not None:
+                    issues.add(look.issue)
+                    continue
+                sizes[index], is_one_color[index] = look.size, look.is_one_color
+                files[index] = first_of.setdefault(look.digest, index)
+            taken = {index: look.fingerprint for index, look in enumerate(batch, start) if look.fingerprint is not None}
+            if fingerprints is not None and taken:
+                fingerprints.put(np.array(list(taken)), np.array(list(taken.values()), dtype=FINGERPRINT))
+            bar.update(len(batch))
+    per_second = max(len(paths) - BATCH, 1) / max(time.monotonic() - begin, 1e-3)
+    return ImageFacts(issues, sizes[:, 0] > 0, sizes, is_one_color, files, per_second)
+
+
+class _Look(NamedTuple):
     """What one image turned out to be."""
 
     issue: Issue | None
-    shortest_side: int = 0
+    size: tuple[int, int] = (0, 0)
     digest: bytes = b""
     """Of the file."""
     is_one_color: bool = False
+    fingerprint: NDArray[Any] | None = None
 
 
-class _ImageFiles(Dataset[_Checked]):
+class _ImageFiles(Dataset[_Look]):
     """The images of a data set, each read as training reads it."""
 
-    def __init__(self, paths: Strings) -> None:
+    def __init__(self, paths: Strings, wanted: BoolArray) -> None:
         self.paths = paths
-        self.transform = clip_transform(INPUT_SIZE)
+        self.wanted = wanted
+        """Of which images a fingerprint is taken."""
+        self.transform = clip_transform(PIXELS)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> _Checked:
+    def __getitem__(self, index: int) -> _Look:
         path = self.paths[index]
         try:
             content = read_bytes(path)
             image = self.transform.load(content)
             pixels = self.transform(image).float()  # [3, R, R]
         except (OSError, ValueError) as error:
-            return _Checked(image_issue(path, error))
+            return _Look(image_issue(path, error))
         is_one_color = bool(pixels.std(dim=(1, 2)).max() < ONE_COLOR)
-        return _Checked(None, min(size_of(image)), hashlib.blake2b(content, digest_size=16).digest(), is_one_color)
+        found = fingerprint(image) if self.wanted[index] else None
+        return _Look(None, size_of(image), hashlib.blake2b(content, digest_size=16).digest(), is_one_color, found)
 
 
-@dataclass
-class DataCheck:
-    """What a check found: issues, and what is only odd."""
+class CaptionFacts(NamedTuple):
+    """What the captions of a data set are.
 
-    num_images: int
-    issues: Issues
-    num_unreadable: int = 0
-    num_small: int = 0
-    duplicates: list[tuple[str, str]] = field(default_factory=list)
-    """Images whose files are the same, byte by byte: the first and the other."""
-    of_one_color: list[str] = field(default_factory=list)
-    num_truncated: int = 0
-    num_repeated: int = 0
-    findings: Sequence[str] = ()
-    """What is odd about the set as a whole."""
+    Attributes:
+        num_tokens: int64 `[M]`, start and end included.
+        num_words: int64 `[M]`.
+        is_other_script: bool `[M]`: most letters are not Latin ones.
+        wordings: index of the first caption that says the same but for case and white space, int64 `[M]`.
+    """
 
-    def lines(self) -> Iterator[str]:
-        """Say all of it: a line an issue, then what is odd, then the sum."""
-        yield from map(str, self.issues.first)
-        if self.issues.num_untold:
-            yield f"... and {count(self.issues.num_untold, 'more issue')}"
-        if self.num_truncated:
-            yield f"note: {count(self.num_truncated, 'caption')} longer than {CONTEXT_LENGTH} tokens will be truncated"
-        if self.num_repeated:
-            yield f"note: {count(self.num_repeated, 'caption')} occurred before"
-        if self.num_small:
-            yield f"note: {count(self.num_small, 'image')} smaller than {INPUT_SIZE} pixels, the input of most models"
-        if self.duplicates:
-            yield f"note: {count(len(self.duplicates), 'image')} byte-identical to an earlier one"
-            yield from (f"      {first} = {second}" for first, second in self.duplicates[:MAX_EXAMPLES])
-        if self.of_one_color:
-            yield (
-                f"note: {count(len(self.of_one_color), 'image')} nearly of one colour: "
-                f"{first_few(self.of_one_color, MAX_EXAMPLES)}"
-            )
-        yield from (f"note: {finding}" for finding in self.findings)
-        num_readable = self.num_images - self.num_unreadable
-        if self.issues.count:
-            yield f"{count(self.issues.count, 'issue')}; {count(num_readable, 'image')} can be read"
-        else:
-            yield f"no issues; all {count(num_readable, 'image')} can be read"
+    num_tokens: IntArray
+    num_words: IntArray
+    is_other_script: BoolArray
+    wordings: IntArray
+
+    @property
+    def tokens_per_word(self) -> float:
+        """Of all captions together: 1.1 to 1.3 in English, 3 in German, 10 and more in Chinese, which has no blanks."""
+        return float((self.num_tokens - 2).sum() / max(self.num_words.sum(), 1))
+
+    def take(self, captions: IntArray) -> CaptionFacts:
+        """Return what some of the captions are, by their indices."""
+        return CaptionFacts(
+            self.num_tokens[captions], self.num_words[captions], self.is_other_script[captions], self.wordings[captions]
+        )
 
 
-def check_data(pairs: Pairs, findings: Sequence[str] = (), *, num_workers: int | None = None) -> DataCheck:
-    """Decode every image as training does, and look at every caption.
+def look_at_captions(captions: Strings, *, num_workers: int | None = None) -> CaptionFacts:
+    """Look at every caption that differs from those before it.
 
     Args:
-        pairs: the data set; what is wrong with its index stands in `pairs.issues`.
-        findings: what is odd about it as a whole, see `data_findings`.
-        num_workers: that decode; None: one a core, at most 16.
+        captions: `[M]`.
+        num_workers: that tokenise; None: one a core, at most 16.
     """
-    check = DataCheck(len(pairs), Issues(list(pairs.issues.first), pairs.issues.count), findings=findings)
-    _check_images(pairs.paths, check, num_workers=num_workers)
-    for caption in progress_bar(pairs.captions, desc="captions", unit="caption"):
-        check.num_truncated += count_tokens(caption) > CONTEXT_LENGTH
-    check.num_repeated = int((pairs.captions.first_equal() != np.arange(pairs.num_pairs)).sum())
-    return check
-
-
-def _check_images(paths: Strings, check: DataCheck, *, num_workers: int | None) -> None:
+    first = captions.first_equal()
+    distinct = np.flatnonzero(first == np.arange(len(first)))
     workers = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers
-    images = make_loader(_ImageFiles(paths), num_workers=workers)
-    first_of: dict[bytes, int] = {}
-    for index, image in enumerate(progress_bar(images, desc="images", unit="image")):
-        if image.issue is not None:
-            check.issues.add(image.issue)
-            check.num_unreadable += 1
-            continue
-        check.num_small += image.shortest_side < INPUT_SIZE
-        if image.is_one_color:
-            check.of_one_color.append(paths[index])
-        first = first_of.setdefault(image.digest, index)
-        if first != index:
-            check.duplicates.append((paths[first], paths[index]))
+    chunks = make_loader(
+        _Texts(captions.take(distinct)), num_workers=workers if len(distinct) >= MIN_FOR_WORKERS else 0
+    )
+    rows = np.concatenate([np.zeros((0, 4), np.int64), *progress_bar(chunks, desc="captions")])
+    columns = np.zeros((len(first), 4), dtype=np.int64)
+    columns[distinct] = rows
+    num_tokens, num_words, is_other_script, ids = columns[first].T
+    _, begins, kinds = np.unique(ids, return_index=True, return_inverse=True)
+    return CaptionFacts(num_tokens, num_words, is_other_script.astype(bool), begins[kinds.reshape(-1)])
+
+
+class _Texts(Dataset[IntArray]):
+    """Captions, a chunk an item: tokens, words, script and id of each, `[CHUNK, 4]`."""
+
+    def __init__(self, captions: Strings) -> None:
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return (len(self.captions) + CHUNK - 1) // CHUNK
+
+    def __getitem__(self, index: int) -> IntArray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return np.array(list(map(_look_at_text, self.captions[index * CHUNK : (index + 1) * CHUNK])))
+
+
+def _look_at_text(text: str) -> tuple[int, int, int, int]:
+    return count_tokens(text), len(_WORD.findall(text)), is_other_script(text), caption_id(text)
+
+
+def is_other_script(text: str) -> bool:
+    """Tell whether most letters of a text are not Latin ones."""
+    return not text.isascii() and 2 * len(_OTHER_LETTER.findall(text)) > len(_LETTER.findall(text))

@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 import pyarrow.compute as pc
 
+from cliptune.data.doctor import FOREIGN, look_at_captions
 from cliptune.data.identity import Hashes, file_identities, text_hashes
 from cliptune.data.pairs import Pairs
 from cliptune.data.shards import Shards
@@ -27,6 +28,8 @@ MAX_READ, COST_OF_A_FILE = 2**28, 2**16
 """Bytes that are read to compare files, and what a small one counts as."""
 MAX_TOKENIZED = 2000
 """Captions that are tokenised to compare them; the rest is estimated."""
+MAX_LOOKED_AT = 1000
+"""Captions that are looked at for their language."""
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -54,13 +57,15 @@ def data_findings(
     """
     read = [part for part in splits.values() if isinstance(part, Pairs) and len(part)]
     train = splits["train"]
-    repeated, same = None, None
+    repeated, same, other = None, None, None
     if read:
+        other = other_language(read[0].captions)
         same = same_tokens(Strings.concatenate([part.captions for part in read]), context_length)
     if isinstance(train, Pairs) and len(train):
         repeated = repeated_captions(train, batch_size=batch_size, every_pair=every_pair)
     return {
         "shared_images": shared_images(splits, files),
+        "other_language": other,
         "same_tokens": same,
         "repeated_captions": repeated,
         "uneven_split": uneven_split(splits, val_split=val_split),
@@ -189,6 +194,18 @@ def same_tokens(captions: Strings, context_length: int = CONTEXT_LENGTH) -> str 
     return (
         f"{number:,} different captions are the same to the model, which reads {context_length} tokens and no more: "
         f"they differ behind ({example!r}). Put what differs first, or shorten them"
+    )
+
+
+def other_language(captions: Strings) -> str | None:
+    """Find captions in a language that the tokenizer was not made for, by the tokens of their words: a thousand do."""
+    chosen = np.sort(np.random.RandomState(0).permutation(len(captions))[:MAX_LOOKED_AT])
+    per_word = look_at_captions(captions.take(chosen), num_workers=0).tokens_per_word
+    if per_word <= FOREIGN:
+        return None
+    return (
+        f"the captions have {per_word:.1f} tokens a word, where English has 1.1 to 1.3: the tokenizer was not made for "
+        "their language, and published weights hardly know it. Translate them to English, if you can"
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cliptune.data.table import Strings
-from cliptune.preprocess.decode import file_stamp, read_ends
+from cliptune.preprocess.decode import file_stamp, read_bytes, read_ends
 from cliptune.preprocess.resize import compiled
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.logs import progress_bar
@@ -58,6 +58,32 @@ def file_identities(paths: Strings, *, cache_file: Path | None = None) -> Hashes
         if cache_file is not None:
             _write(cache_file, np.stack([keys, stamps, identities])[:, np.argsort(keys)])
     return identities
+
+
+def same_content(paths: Strings, identities: Hashes) -> NDArray[np.int64]:
+    """Return the index of the first file of the same bytes as each one, int64 `[N]`; its own where none is before it.
+
+    Args:
+        paths: of the files.
+        identities: see `file_identities`; files of one are compared byte by byte, by a hash, where it does not say all.
+    """
+    first = np.arange(len(paths))
+    _, kinds, num_of_kind = np.unique(identities, return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero((num_of_kind[kinds] > 1) & (identities != 0))
+    heads: dict[tuple[int, bytes], int] = {}
+    for index in progress_bar(suspects.tolist(), desc="equal files"):
+        content = _content(paths[index])
+        if content:  # else it cannot be read any more
+            first[index] = heads.setdefault((int(identities[index]), content), index)
+    return first
+
+
+def _content(path: str) -> bytes:
+    """Return a hash of all of a file; nothing if it cannot be read."""
+    try:
+        return hashlib.blake2b(read_bytes(path), digest_size=16).digest()
+    except (OSError, ValueError):
+        return b""
 
 
 def text_hashes(texts: Strings, *, prefix: str = "", seed: int = 0) -> Hashes:

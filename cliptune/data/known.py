@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cliptune.data.identity import file_identities, text_hashes
+from cliptune.data.identity import Hashes, file_identities, text_hashes
 from cliptune.data.pairs import DataSource, Pairs
 from cliptune.data.shards import is_shards, open_shards
 from cliptune.data.snapshot import EMPTY, Snapshot, of_shards
@@ -33,20 +33,21 @@ class KnownImages:
         """Tell whether the run had images, and no shards, in a split."""
         return split in self.splits and self.splits[split].what == "image" and len(self.splits[split].files) > 0
 
-    def are_in(self, pairs: Pairs, split: str, data_dir: str) -> BoolArray:
+    def are_in(self, pairs: Pairs, split: str, data_dir: str, *, files: Hashes | None = None) -> BoolArray:
         """Tell which images the run had in a split, bool `[N]`: those of the same file.
 
         Args:
             pairs: images of a data set.
             split: `train`, `val` or `test`.
             data_dir: where they were read from.
+            files: `file_identities` of the images, where they are known already.
         """
         snapshot = self.splits.get(split)
         if snapshot is None:
             return np.zeros(len(pairs), dtype=bool)
         if snapshot.what == "shard":
             return _in_shards(pairs, snapshot, data_dir)
-        files = file_identities(pairs.paths)
+        files = file_identities(pairs.paths) if files is None else files
         found: BoolArray = np.isin(files, snapshot.files) & (files != 0)
         return found
 

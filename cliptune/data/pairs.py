@@ -21,7 +21,7 @@ from cliptune.data.lookup import ImageFinder
 from cliptune.data.missing import explain_missing
 from cliptune.data.sample_data import UNFINISHED
 from cliptune.data.shards import folder_of, is_shards, read_rows
-from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Rows, Strings, take_runs
+from cliptune.data.table import NO_SPLIT, SPLITS, BoolArray, CodeArray, IntArray, Rows, Strings, take_runs
 from cliptune.runtime.messages import count, first_few, shorten
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,12 @@ class Pairs:
         """Image row of each caption, int64 `[num_pairs]`."""
         return torch.from_numpy(np.repeat(np.arange(len(self)), np.diff(self.starts)))
 
+    @property
+    def query_groups(self) -> dict[str, IntArray]:
+        """Group of each query: of the images, `i2t` `[N]`, and of the captions, `t2i` `[num_pairs]`; a number each."""
+        groups = self.groups.first_equal()
+        return {"i2t": groups, "t2i": np.repeat(groups, np.diff(self.starts))}
+
     def captions_of(self, image: int) -> list[str]:
         """Return one image's captions."""
         captions: list[str] = self.captions[int(self.starts[image]) : int(self.starts[image + 1])]
@@ -83,6 +89,30 @@ class Pairs:
             splits=self.splits[images],
             issues=self.issues,
             root=self.root,
+        )
+
+    def without(self, is_out: BoolArray) -> Pairs:
+        """Return the pairs but for some captions, bool `[num_pairs]`; an image without one left is gone."""
+        left = np.bincount(self.text_to_image.numpy(), ~is_out, len(self)).astype(np.int64)
+        rest = self.select(np.flatnonzero(left))
+        starts = np.concatenate([[0], np.cumsum(left[left > 0])])
+        return replace(rest, captions=self.captions.take(np.flatnonzero(~is_out)), starts=starts)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Return the images of data sets that share none, one set after another; the root is the first one's."""
+        issues = Issues()
+        for part in parts:
+            issues.extend(part.issues)
+        ends = np.cumsum([part.num_pairs for part in parts[:-1]])
+        starts = [parts[0].starts, *(part.starts[1:] + end for part, end in zip(parts[1:], ends, strict=True))]
+        columns = {name: [getattr(part, name) for part in parts] for name in ("paths", "captions", "groups")}
+        return cls(
+            **{name: Strings.concatenate(column) for name, column in columns.items()},
+            starts=np.concatenate(starts),
+            splits=np.concatenate([part.splits for part in parts]),
+            issues=issues,
+            root=parts[0].root,
         )
 
     def find(self, paths: Sequence[str]) -> IntArray:

@@ -13,7 +13,7 @@ import torch
 from cliptune.data.identity import Hashes, file_identities, text_hashes
 from cliptune.data.pairs import Pairs
 from cliptune.data.shards import Shards
-from cliptune.data.table import NO_SPLIT, SPLITS, BoolArray, Strings
+from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, Strings
 from cliptune.runtime.messages import count
 
 TRAIN, VAL = SPLITS.index("train"), SPLITS.index("val")
@@ -104,11 +104,8 @@ def is_reordered(before: Snapshots, now: Snapshots) -> bool:
     return not np.array_equal(before["train"].files, now["train"].files)
 
 
-def keep_sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: Path | None = None) -> Pairs:
-    """Let images stay on the side of the split that they were on before.
-
-    An image whose split is not declared gets the one that it had. One that is declared to be on the other side is left
-    out: what was trained on does not validate, and what validated is not trained on.
+def restore_sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: Path | None = None) -> Pairs:
+    """Give images whose split is not declared the one that they had, so that no split is drawn anew.
 
     Args:
         pairs: a data set before it is split.
@@ -116,13 +113,37 @@ def keep_sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: P
         before: what a run had.
         cache_file: see `file_identities`.
     """
-    now = _of_pairs(pairs, file_identities(pairs.paths, cache_file=cache_file), seed=_seed(pairs, main_root))
-    was_val = _is_in(now, before.get("val", EMPTY))
-    was_train = _is_in(now, before.get("train", EMPTY)) & ~was_val
-    had = np.where(was_val, VAL, np.where(was_train, TRAIN, NO_SPLIT))
-    splits = np.where(pairs.splits == NO_SPLIT, had, pairs.splits).astype(pairs.splits.dtype)
-    crossed = ((splits == TRAIN) & was_val) | ((splits == VAL) & was_train)
+    had = _sides(pairs, main_root, before, cache_file=cache_file)
+    return replace(pairs, splits=np.where(pairs.splits == NO_SPLIT, had, pairs.splits))
+
+
+def keep_sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: Path | None = None) -> Pairs:
+    """Let images stay on the side of the split that they were on before.
+
+    An image whose split is not declared gets the one that it had. One that is declared to be on the other side is left
+    out: what was trained on does not validate, and what validated is not trained on.
+
+    Args:
+        pairs, main_root, before, cache_file: as `restore_sides` has them.
+    """
+    had = _sides(pairs, main_root, before, cache_file=cache_file)
+    splits = np.where(pairs.splits == NO_SPLIT, had, pairs.splits)
+    crossed = ((splits == TRAIN) & (had == VAL)) | ((splits == VAL) & (had == TRAIN))
     return replace(pairs, splits=splits).select(np.flatnonzero(~crossed))
+
+
+def _sides(pairs: Pairs, main_root: str, before: Snapshots, *, cache_file: Path | None) -> CodeArray:
+    """Return the split that each image had, int8 `[N]`: by its path, else by its file; `NO_SPLIT` for a new one."""
+    now = _of_pairs(pairs, file_identities(pairs.paths, cache_file=cache_file), seed=_seed(pairs, main_root))
+    had = np.full(len(pairs), NO_SPLIT, dtype=pairs.splits.dtype)
+    # of a file that was copied, what validated is not trained on; where both copies are still there, each is known
+    for same in (
+        (lambda old: np.isin(now.files, old.files) & (now.files != 0)),
+        lambda old: np.isin(now.paths, old.paths),
+    ):
+        for split in ("train", "test", "val"):
+            had[same(before.get(split, EMPTY))] = SPLITS.index(split)
+    return had
 
 
 def validates_on_trained(now: Snapshots, before: Snapshots) -> bool:
@@ -163,12 +184,6 @@ def _changes(before: Snapshots, now: Snapshots, what: str) -> Iterator[str]:
     ):
         if number:
             yield f"{count(number, what)} {how}"
-
-
-def _is_in(now: Snapshot, before: Snapshot) -> BoolArray:
-    same_file = np.isin(now.files, before.files) & (now.files != 0)
-    found: BoolArray = same_file | np.isin(now.paths, before.paths)
-    return found
 
 
 def _numbered(files: Hashes) -> Hashes:

@@ -1,4 +1,4 @@
-"""Which images train, validate and test: by group and by image, seeded, the same on every machine."""
+"""Which images train, validate and test: by unit, seeded, the same on every machine."""
 
 from __future__ import annotations
 
@@ -8,30 +8,62 @@ from dataclasses import replace
 
 import numpy as np
 
+from cliptune.data.near_duplicates import NearDuplicates, identical_files
 from cliptune.data.pairs import MIN_PAIRS, DataSource, Pairs, load_pairs
-from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
-from cliptune.runtime.messages import count
+from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Strings
+from cliptune.data.units import Units, find_units, shared_copies
+from cliptune.runtime.messages import count, printable
 
 logger = logging.getLogger(__name__)
 
 MAX_VAL_IMAGES = 5000
 
 
-def split_pairs(pairs: Pairs, *, val_split: float = 0.1, seed: int = 42) -> dict[str, Pairs]:
-    """Split by group: no group is on both sides, and the same seed gives the same split on every machine.
+Settle = Callable[[Pairs, str], Pairs]
+"""Gives a data set, before it is split, the splits it is to have, by the root of the data that is trained on."""
 
-    Splits that the index declares are honoured. If it declares no `val`, groups are drawn from what is left that hold
-    `val_split` of its images, at most 5,000, or as near to that as whole groups come.
+
+def split_pairs(
+    pairs: Pairs, *, val_split: float = 0.1, seed: int = 42, units: Units | None = None
+) -> dict[str, Pairs]:
+    """Split by unit: none is on both sides, and the same seed gives the same split on every machine.
+
+    Splits that the index declares are honoured; an image that it declares none for follows its unit. If it declares no
+    `val`, units are drawn from what trains that hold `val_split` of its images, at most 5,000, or as near to that as
+    whole units come.
+
+    Args:
+        pairs: the data set.
+        val_split: fraction of the images that validate.
+        seed: of the draw.
+        units: what stays together; None: groups, and files of the same bytes.
 
     Returns:
         `train`, `val` and `test`; those that there are not hold no image.
     """
+    if units is None:
+        units = find_units(pairs.groups, identical_files(pairs.paths))
     train, val = SPLITS.index("train"), SPLITS.index("val")
-    splits = np.where(pairs.splits == NO_SPLIT, train, pairs.splits)
+    splits = _followed(pairs.splits, units.of)
     if not (splits == val).any():
         pool = np.flatnonzero(splits == train)
-        splits[_choose_validation(pairs, pool, val_split=val_split, seed=seed)] = val
+        splits[_choose_validation(units.of, pool, val_split=val_split, seed=seed)] = val
     return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
+
+
+def _followed(declared: CodeArray, units: IntArray) -> CodeArray:
+    """Give images without a split that of their unit, `train` before others; `train` where it has none."""
+    of_unit = np.full(int(units.max(initial=-1)) + 1, NO_SPLIT, dtype=declared.dtype)
+    for code in reversed(range(len(SPLITS))):
+        of_unit[units[declared == code]] = code
+    splits = np.where(declared == NO_SPLIT, of_unit[units], declared)
+    num_held = int(((declared == NO_SPLIT) & (splits > SPLITS.index("train"))).sum())
+    if num_held:
+        logger.info(
+            "%s without a split of their own follow their group, or an image they copy, to val or test",
+            count(num_held, "image"),
+        )
+    return np.where(splits == NO_SPLIT, SPLITS.index("train"), splits).astype(declared.dtype)
 
 
 def training_pairs(
@@ -40,7 +72,9 @@ def training_pairs(
     val_data: str | None,
     val_split: float,
     seed: int,
-    settle: Callable[[Pairs, str], Pairs] = lambda pairs, _: pairs,
+    settle: Settle = lambda pairs, _: pairs,
+    find_copies: Callable[[Strings], NearDuplicates] = identical_files,
+    join: bool = True,
 ) -> dict[str, Pairs]:
     """Return a run's `train`, `val` and `test` pairs, the first two checked to be enough.
 
@@ -49,28 +83,69 @@ def training_pairs(
         val_data: a data set to validate on; None: split off `source`.
         val_split: fraction of the images that validate, where the data set declares no split.
         seed: of the split.
-        settle: gives a data set, before it is split, the splits that it is to have; its second argument is the root
-            of the data that is trained on.
+        settle: see `Settle`.
+        find_copies: finds the images that are one image, by their paths.
+        join: near-duplicates to units as well; files of the same bytes always are.
 
     Raises:
         ValueError: fewer than 2 training images or 1 validation image.
     """
     pairs = load_pairs(source)
     pairs = settle(pairs, pairs.root)
-    splits = split_pairs(pairs, val_split=val_split, seed=seed)
+    val = None
     if val_data is not None:
         val = separate_validation(source, val_data)
         val = settle(replace(val, splits=np.full_like(val.splits, SPLITS.index("val"))), pairs.root)
+    paths = pairs.paths if val is None else Strings.concatenate([pairs.paths, val.paths])
+    found = find_copies(paths)
+    units = find_units(pairs.groups, found.among(len(pairs)), join=join)
+    splits = split_pairs(pairs, val_split=val_split, seed=seed, units=units)
+    if val is not None:
         splits |= {"train": own_training(pairs), "val": val}
-    train, val = _without_shared_images(splits["train"], splits["val"]), splits["val"]
+    splits["train"] = _without_shared_images(splits["train"], splits["val"])
+    _check_enough(splits, units, source)
+    _tell_copies(splits, paths, found, units=units if join and val is None else None)
+    return splits
+
+
+def _check_enough(splits: dict[str, Pairs], units: Units, source: DataSource) -> None:
+    train, val = splits["train"], splits["val"]
     if len(train) < 2 or len(val) < 1:
         found = f"{count(len(train), 'training image')} and {count(len(val), 'validation image')}"
-        why = "; all images are one group, and no group is split: try --val_data" if _is_one_group(pairs) else ""
+        is_one_unit = len(units.of) > 1 and not units.of.any()
+        why = "; all images are one group, and no group is split: try --val_data" if is_one_unit else ""
         raise ValueError(f"{source.data_dir}: {found}; at least 2 and 1 are needed{why}")
     num_pairs = train.num_pairs + val.num_pairs
     if num_pairs < MIN_PAIRS:
         logger.warning("only %s: at least %d are needed for more than a try-out", count(num_pairs, "pair"), MIN_PAIRS)
-    return {"train": train, "val": val, "test": splits["test"]}
+
+
+def _tell_copies(splits: dict[str, Pairs], paths: Strings, copies: NearDuplicates, *, units: Units | None) -> None:
+    """Say which near-duplicates were joined, which could not be, and which are on two sides of the split."""
+    near = copies.pairs[~copies.identical]
+    if not len(near):
+        return
+    joined = ": what is drawn to validate brings its copies along" if units is not None else ""
+    logger.info("%s near-duplicates (%s)%s", count(len(near), "pair is", "pairs are"), _example(paths, near), joined)
+    for lump in [] if units is None else units.lumps:
+        logger.warning(
+            "%s look alike (%s; ...), too many to be copies of one: they are split one by one, and the validation "
+            "numbers may flatter. Give them a group in the index",
+            count(len(lump), "image"),
+            printable(paths[int(lump[0])]),
+        )
+    for ours, theirs, pairs in shared_copies(splits, paths, copies):
+        logger.warning(
+            "%s of %s near-duplicates of %s images (%s): what a model has seen tells nothing of new images",
+            count(len(np.unique(pairs[:, 1])), "image"),
+            f"{theirs} {'is' if len(pairs) == 1 else 'are'}",
+            ours,
+            _example(paths, pairs),
+        )
+
+
+def _example(paths: Strings, pairs: IntArray) -> str:
+    return " ~ ".join(printable(paths[row]) for row in pairs[0].tolist())
 
 
 def own_training(pairs: Pairs) -> Pairs:
@@ -114,9 +189,9 @@ def declared_split(pairs: Pairs, split: str, source: DataSource) -> Pairs:
     return pairs.select(np.flatnonzero(pairs.splits == SPLITS.index(split)))
 
 
-def _choose_validation(pairs: Pairs, pool: IntArray, *, val_split: float, seed: int) -> IntArray:
-    """Draw whole groups from the pool of images, as near to `val_split` of it as they come; returns their images."""
-    ranks = _ranks(pairs.groups.take(pool))
+def _choose_validation(units: IntArray, pool: IntArray, *, val_split: float, seed: int) -> IntArray:
+    """Draw whole units from the pool of images, as near to `val_split` of it as they come; returns their images."""
+    _, ranks = np.unique(units[pool], return_inverse=True)
     sizes = np.bincount(ranks)
     # RandomState's stream is frozen for good, the newer generators' is not
     order = np.random.RandomState(seed % 2**32).permutation(len(sizes))
@@ -175,20 +250,6 @@ def _nearest_sum(sizes: IntArray, target: int) -> list[int]:
             chosen.append(useful[position - 1])
             total -= int(sizes[useful[position - 1]])
     return chosen
-
-
-def _ranks(groups: Strings) -> IntArray:
-    """Return the position of each group among the different ones in sorted order, int64 `[N]`."""
-    first = groups.first_equal()
-    heads = np.flatnonzero(first == np.arange(len(first)))
-    heads = heads[groups.take(heads).sorted_order()]
-    ranks = np.empty_like(first)
-    ranks[heads] = np.arange(len(heads))
-    return ranks[first]
-
-
-def _is_one_group(pairs: Pairs) -> bool:
-    return len(pairs) > 1 and len(np.unique(pairs.groups.first_equal())) == 1
 
 
 def _without_shared_images(train: Pairs, val: Pairs) -> Pairs:

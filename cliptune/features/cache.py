@@ -22,6 +22,7 @@ from cliptune.data.loaders import Batch, TrainLoader, caption_id
 from cliptune.data.pairs import Pairs
 from cliptune.data.row_store import KEY_BYTES, Keys, RowStore, as_keys, digest
 from cliptune.data.table import Strings
+from cliptune.features.distinct import tokens_of
 from cliptune.features.encode import Compute, Encoder, EncodingModel, PairOutputs, TowerOutputs
 from cliptune.preprocess.decode import read_ends
 from cliptune.preprocess.tokens import tokenize
@@ -121,10 +122,11 @@ class FeatureCache:
         keys[wanted] = as_keys(digest(pairs.captions[index]) for index in wanted.tolist())
 
         def compute(missing: IntArray) -> Iterator[tuple[IntArray, Tensor]]:
-            run, items = self.encoder.model.run_text_tower, torch.from_numpy(missing)
-            loop = self.encoder.run_texts(pairs, items, run, across_ranks=False, desc="frozen text tower")
-            for indices, outputs in loop:
-                yield indices.numpy(), outputs
+            encoder = self.encoder
+            tokens = tokens_of(pairs.captions.take(missing), encoder.model.architecture.context_length)
+            loop = encoder.run_texts(tokens, encoder.model.run_text_tower, across_ranks=False, desc="frozen text tower")
+            for rows, outputs in loop:
+                yield missing[rows.numpy()], outputs
 
         return self._outputs("text", keys, wanted, compute=compute, issues={})
 

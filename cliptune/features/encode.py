@@ -20,8 +20,8 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.row_store import Keys, Rows, RowStore
 from cliptune.data.table import BoolArray
 from cliptune.data.workers import make_loader
+from cliptune.features.distinct import Distinct, Tokens, distinct
 from cliptune.model.architectures import Architecture
-from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import Precision, autocast, default_num_workers
 from cliptune.runtime.distributed import gather_rows, rank, world_size
@@ -31,7 +31,8 @@ from cliptune.runtime.rng import IntArray
 
 logger = logging.getLogger(__name__)
 
-TEXT_CHUNK = 16384  # texts that are tokenised and sorted by length at once
+ROWS_IN_FP32 = 16
+"""Images or texts of a forward pass in float32, see `Encoder.rows_at_once`."""
 
 Run = Callable[[Tensor], Tensor]
 """A method of the model, such as `encode_image`, on one batch."""
@@ -109,7 +110,7 @@ class Encoder:
         model: on its device.
         open_dataset: makes a data set of `(pairs, transform=..., seed=...)`, as `data_loader.ImageTextDataset` does.
         precision: of the forward passes.
-        batch_size: images or texts that are encoded at once.
+        batch_size: images or texts that are encoded at once; not in float32, see `rows_at_once`.
         num_workers: of the image loader; None: chosen for the machine.
         image_cache_dir: folder where decoded images are cached; None: they are not. The features are the same.
     """
@@ -120,6 +121,16 @@ class Encoder:
     batch_size: int
     num_workers: int | None = None
     image_cache_dir: Path | None = None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Images or texts of one forward pass.
+
+        A matrix product of another shape adds up in another order, and its last bits differ: in a batch of 7 or 100 a
+        text's feature is off by 1e-7, enough to turn ranks that nearly tie. Exact numbers must not hang on that, so in
+        float32 what runs together is always the same.
+        """
+        return ROWS_IN_FP32 if self.precision.dtype is None else self.batch_size
 
     def run_images(
         self, dataset: SampleDataset, items: Tensor, run: Run, *, across_ranks: bool, desc: str
@@ -137,7 +148,7 @@ class Encoder:
             A batch, without the images that cannot be read, and what `run` gave, `[B, ...]`; None if no image was left.
         """
         model = self.model
-        batches, num_rounds = _deal(items.split(self.batch_size), across_ranks=across_ranks)
+        batches, num_rounds = _deal(items.split(self.rows_at_once), across_ranks=across_ranks)
         num_workers = default_num_workers(model.device) if self.num_workers is None else self.num_workers
         indices = [batch.tolist() for batch in batches]
         # a batch is one worker's work: for a single one none need be started
@@ -158,40 +169,41 @@ class Encoder:
             if batch is not None:
                 yield batch, None
 
-    def run_texts(
-        self, pairs: Pairs, items: Tensor, run: Run, *, across_ranks: bool, desc: str
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run captions through the model, each once, on this rank.
+    def run_texts(self, tokens: Tokens, run: Run, *, across_ranks: bool, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run texts through the model, each once, on this rank.
 
         A batch costs as much as its longest text, so batches are made of texts of similar length:
         lengths 9 70 8 69 in batches of two run as 8 9 | 69 70, not as 9 70 | 8 69.
 
         Args:
-            pairs: hold the captions.
-            items: int64 `[M]`: which captions.
+            tokens: of the texts, `[M, L]`.
             run: what the model does with a batch of tokens.
             across_ranks, desc: as `run_images`'.
 
         Yields:
-            Those of `items` that are a batch, `[B]`, and what `run` gave, `[B, ...]`.
+            Rows of `tokens` that are a batch, `[B]`, and what `run` gave, `[B, ...]`.
         """
-        with progress_bar(total=len(items), unit="text", desc=desc) as bar:
-            for chunk in items.split(TEXT_CHUNK):
-                captions = [pairs.captions[index] for index in chunk.tolist()]
-                tokens, _ = tokenize(captions, self.model.architecture.context_length)  # [chunk, L]
-                by_length = torch.argsort(tokens.argmax(1), stable=True)  # a text ends with the highest token there is
-                batches, num_rounds = _deal(by_length.split(self.batch_size), across_ranks=across_ranks)
-                for batch in batches:
-                    yield chunk[batch], self._run(run, tokens[batch])
-                    bar.update(len(batch) * (world_size() if across_ranks else 1))
-                for _ in range(num_rounds - len(batches)):
-                    self._run(run, tokens[:1])  # for the other ranks, as with images
+        # a text ends with the highest token there is
+        by_length = torch.from_numpy(np.argsort(tokens.argmax(1), kind="stable"))
+        batches, num_rounds = _deal(by_length.split(self.rows_at_once), across_ranks=across_ranks)
+        with progress_bar(total=len(tokens), unit="text", desc=desc) as bar:
+            for batch in batches:
+                yield batch, self._run(run, self._whole(tokens[batch.numpy()]))
+                bar.update(len(batch) * (world_size() if across_ranks else 1))
+            for _ in range(num_rounds - len(batches)):
+                self._run(run, self._whole(tokens[:1]))  # for the other ranks, as with images
+
+    def _whole(self, tokens: Tokens) -> Tensor:
+        """Return tokens as the model takes them, int64 `[B, context_length]`."""
+        whole = torch.zeros(len(tokens), self.model.architecture.context_length, dtype=torch.int64)
+        whole[:, : tokens.shape[1]] = torch.from_numpy(tokens.astype(np.int64))
+        return whole
 
     def project(self, cached: TowerOutputs, indices: Tensor, run: Run) -> Tensor:
         """Take cached outputs of a frozen tower into the shared space: float32 `[len(indices), D]` on the device."""
         features = torch.empty(len(indices), self.model.projection_dim, device=self.model.device)
-        for start in range(0, len(indices), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for start in range(0, len(indices), self.rows_at_once):
+            rows = slice(start, start + self.rows_at_once)
             features[rows] = self._run(run, cached[indices[rows].numpy()])
         return features
 
@@ -324,6 +336,10 @@ class Encoded(NamedTuple):
     """int64 `[N]`: which of the data set's images these are; those that could not be read are missing."""
     text_indices: Tensor
     """int64 `[M]`: which of its captions."""
+    image_kinds: Tensor
+    """int64 `[N]`: row of the first image whose file has the same bytes."""
+    text_kinds: Tensor
+    """int64 `[M]`: row of the first text that has the same tokens."""
     images_per_second: float
     texts_per_second: float
 
@@ -340,8 +356,9 @@ def encode_pairs(
     cached: PairOutputs | None = None,
     on_unreadable_image: Callable[[Issue], None] = log_issue,
 ) -> Encoded:
-    """Encode every image and every caption once, without the images that cannot be read and their captions.
+    """Encode every image and every caption, without the images that cannot be read and their captions.
 
+    Each distinct text and each distinct image runs once, so equal ones have the very same feature and tie exactly.
     Features leave the device batch by batch: however large the data set, a GPU holds one batch.
 
     Args:
@@ -357,39 +374,88 @@ def encode_pairs(
     training = model.training
     model.eval()
     start = time.perf_counter()
-    image_features, readable = _encode_images(encoder, pairs, outputs.images, on_unreadable_image)
+    same = distinct(pairs, model.architecture.context_length)
+    image_features, readable = _encode_images(encoder, pairs, same, outputs.images, on_unreadable_image)
     middle = time.perf_counter()
     # the images that could be read are counted anew: of 0 1 2 without 1, 0 -> 0 and 2 -> 1
     new_index = torch.full((len(pairs),), -1)
     new_index[readable] = torch.arange(len(readable))
     text_to_image = new_index[pairs.text_to_image]
     text_indices = (text_to_image >= 0).nonzero().squeeze(1)
-    text_features = _encode_texts(encoder, pairs, text_indices, outputs.texts)
+    text_rows = torch.from_numpy(same.text_rows)[text_indices]
+    text_features = _encode_texts(encoder, same, text_rows, outputs.texts)
     end = time.perf_counter()
     model.train(training)
-    speeds = len(image_features) / (middle - start), len(text_features) / (end - middle)
-    return Encoded(image_features, text_features, text_to_image[text_indices], readable, text_indices, *speeds)
+    return Encoded(
+        image_features,
+        text_features,
+        text_to_image[text_indices],
+        readable,
+        text_indices,
+        _first_equal(torch.from_numpy(same.image_kinds)[readable]),
+        _first_equal(text_rows),
+        images_per_second=len(image_features) / (middle - start),
+        texts_per_second=len(text_features) / (end - middle),
+    )
+
+
+def _first_equal(codes: Tensor) -> Tensor:
+    """Return the index of the first code that equals each one: 7 5 7 -> 0 1 0."""
+    kinds, row_of_kind = torch.unique(codes, return_inverse=True)
+    first = torch.full((len(kinds),), len(codes)).scatter_reduce_(0, row_of_kind, torch.arange(len(codes)), "amin")
+    return first[row_of_kind]
 
 
 def _encode_images(
-    encoder: Encoder, pairs: Pairs, cached: TowerOutputs | None, on_unreadable_image: Callable[[Issue], None]
+    encoder: Encoder,
+    pairs: Pairs,
+    same: Distinct,
+    cached: TowerOutputs | None,
+    on_unreadable_image: Callable[[Issue], None],
 ) -> tuple[Tensor, Tensor]:
     """Return the features `[N, D]` of the images that could be read, and their indices `[N]`."""
-    model = encoder.model
+    kinds = torch.from_numpy(same.image_kinds)  # [all images]
+    indices = torch.arange(len(pairs))
     if cached is not None:
         for issue in cached.issues.values():
             on_unreadable_image(issue)
-        readable = torch.from_numpy(cached.rows >= 0).nonzero().squeeze(1)
-        _check_any(readable)
-        return encoder.project(cached, readable, model.project_image), readable
+        is_readable = torch.from_numpy(cached.rows >= 0)
+        _check_any(is_readable)
+        sources = torch.where(is_readable[kinds], kinds, indices)[is_readable]
+        encoded = sources.unique()
+        features = encoder.project(cached, encoded, encoder.model.project_image)
+    else:
+        features, encoded = _run_images(encoder, pairs, (kinds == indices).nonzero().squeeze(1), on_unreadable_image)
+        is_readable = torch.zeros(len(pairs), dtype=torch.bool)
+        is_readable[encoded] = True
+        # copies of what cannot be read are tried, too, and each is an issue of its own
+        copies = ((kinds != indices) & ~is_readable[kinds]).nonzero().squeeze(1)
+        if len(copies):
+            more, found = _run_images(encoder, pairs, copies, on_unreadable_image)
+            is_readable[found] = True
+            order = torch.argsort(torch.cat([encoded, found]))
+            features, encoded = torch.cat([features, more])[order], torch.cat([encoded, found])[order]
+        _check_any(is_readable)
+        sources = torch.where(is_readable[kinds], kinds, indices)
+        is_readable |= is_readable[kinds]
+        sources = sources[is_readable]
+    if len(encoded) < len(sources):  # rows of copies: `encoded` is sorted
+        features = features[torch.searchsorted(encoded, sources).to(features.device)]
+    return features, is_readable.nonzero().squeeze(1)
+
+
+def _run_images(
+    encoder: Encoder, pairs: Pairs, items: Tensor, on_unreadable_image: Callable[[Issue], None]
+) -> tuple[Tensor, Tensor]:
+    """Encode some images; return the features of those that could be read, and their indices, sorted."""
+    model = encoder.model
     dataset = encoder.open_dataset(pairs, transform=clip_transform(model.image_resolution))
     if encoder.image_cache_dir is not None:
         try:
             dataset.cache_images(encoder.image_cache_dir)
         except OSError as error:  # a disk that has filled up since the run began does not end it
             _warn_once(f"images to be encoded are not cached: {error}")
-    found = _FeatureRows(len(pairs), encoder)
-    items = torch.arange(len(pairs))
+    found = _FeatureRows(len(items), encoder)
     for batch, features in encoder.run_images(
         dataset, items, model.encode_image, across_ranks=True, desc="encode images"
     ):
@@ -397,21 +463,23 @@ def _encode_images(
             on_unreadable_image(issue)
         if features is not None:
             found.add(batch.image_ids, features)
-    features, readable = found.of_all_ranks()
-    _check_any(readable)
-    return features, readable
+    return found.of_all_ranks()
 
 
-def _encode_texts(encoder: Encoder, pairs: Pairs, indices: Tensor, cached: TowerOutputs | None) -> Tensor:
-    """Return the features `[M, D]` of the captions at `indices` `[M]`."""
+def _encode_texts(encoder: Encoder, same: Distinct, rows: Tensor, cached: TowerOutputs | None) -> Tensor:
+    """Return the features `[M, D]` of texts, of which row `rows` `[M]` of the distinct ones is each."""
     model = encoder.model
+    wanted, row_of_text = torch.unique(rows, return_inverse=True)
     if cached is not None:
-        return encoder.project(cached, indices, model.project_text)
-
-    found = _FeatureRows(len(indices), encoder)
-    for batch, features in encoder.run_texts(pairs, indices, model.encode_text, across_ranks=True, desc="encode texts"):
-        found.add(batch, features)
-    return found.of_all_ranks()[0]
+        features = encoder.project(cached, torch.from_numpy(same.first_captions)[wanted], model.project_text)
+    else:
+        found = _FeatureRows(len(wanted), encoder)
+        tokens = same.tokens[wanted.numpy()]
+        for batch, features in encoder.run_texts(tokens, model.encode_text, across_ranks=True, desc="encode texts"):
+            found.add(batch, features)
+        features = found.of_all_ranks()[0]
+    is_same = len(wanted) == len(rows) and bool((row_of_text == torch.arange(len(rows))).all())
+    return features if is_same else features[row_of_text.to(features.device)]
 
 
 @functools.cache
@@ -419,8 +487,8 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _check_any(readable: Tensor) -> None:
-    if not len(readable):
+def _check_any(is_readable: Tensor) -> None:
+    if not is_readable.any():
         raise ValueError("none of the images could be read; try data_loader.py --check, which lists what is wrong")
 
 
@@ -429,8 +497,8 @@ class _FeatureRows:
 
     def __init__(self, num_all: int, encoder: Encoder) -> None:
         self.on_gpu = encoder.model.device.type == "cuda"
-        # of each chunk of texts a rank has its part of the batches, rounded up to a whole one
-        num_own = num_all // world_size() + 2 * encoder.batch_size * (1 + num_all // TEXT_CHUNK)
+        # a rank has its part of the batches, rounded up to a whole one
+        num_own = num_all // world_size() + 2 * encoder.rows_at_once
         self.rows = torch.empty(min(num_all, num_own), encoder.model.projection_dim, pin_memory=self.on_gpu)
         self.indices = [torch.empty(0, dtype=torch.int64)]
         self.end = 0

@@ -50,7 +50,8 @@ def retrieval_ranks(
     Args:
         image_features: `[N, D]`.
         text_features: `[M, D]`; a copy is sorted by image unless they are so already.
-        text_to_image: `[M]`.
+        text_to_image: image of each text, `[M]`; or, where a text may have several, each match once as image and text,
+            `[2, E]`.
         image_block: images scored at once; None: what suits the device's caches.
         text_block: texts scored at once. Beside the features, memory is proportional to the two blocks' product.
         device: where the scores are computed; None: where the text features are. Features in main memory move there
@@ -59,16 +60,17 @@ def retrieval_ranks(
         max_cached_bytes: of products that hold a match and are needed twice; beyond it they are computed again.
 
     Returns:
-        Ranks in main memory.
+        Ranks in main memory. A query's rank is that of its best match, and its other matches are never ahead of it.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
+        ValueError: shapes that do not fit, features that are not finite, an image or text that is not there.
     """
-    owners = check_features(image_features, text_features, text_to_image)
-    order = torch.argsort(owners, stable=True)  # then an image's texts lie in few blocks
+    images, texts = check_features(image_features, text_features, text_to_image)
+    # then an image's texts lie in few blocks
+    first_image = torch.full((len(text_features),), len(image_features)).scatter_reduce_(0, texts, images, "amin")
+    order = torch.argsort(first_image, stable=True)
     if not torch.equal(order, torch.arange(len(order))):
-        text_features, owners = text_features[order.to(text_features.device)], owners[order]
-    num_texts_of = torch.bincount(owners, minlength=len(image_features))
+        text_features, texts = text_features[order.to(text_features.device)], torch.argsort(order)[texts]
     products = _Products(
         image_features,
         text_features,
@@ -79,14 +81,18 @@ def retrieval_ranks(
         max_cached_bytes=max_cached_bytes,
     )
     with exact_products():
-        own = products.own_scores(owners, num_texts_of)
-        best = torch.zeros(len(image_features)).scatter_reduce_(0, owners, own, "amax", include_self=False)
-        ahead_of_image, ahead_of_text = products.count_halves(best, own)
-    # counted as ties so far, in halves: an image's best caption and its others that score the same, a text's own image
-    ahead_of_image.scatter_add_(0, owners, -(own == best[owners]).double())
+        own = products.own_scores(images, texts)
+        best_of_image, best_of_text = (
+            torch.zeros(size).scatter_reduce_(0, index, own, "amax", include_self=False)
+            for size, index in ((len(image_features), images), (len(text_features), texts))
+        )
+        ahead_of_image, ahead_of_text = products.count_halves(best_of_image, best_of_text)
+    # counted as ties so far, in halves: a query's best match and its others that score the same
+    ahead_of_image.scatter_add_(0, images, -(own == best_of_image[images]).double())
+    ahead_of_text.scatter_add_(0, texts, -(own == best_of_text[texts]).double())
     t2i = torch.empty_like(ahead_of_text)
-    t2i[order] = 1 + (ahead_of_text - 1) / 2
-    return Ranks(1 + ahead_of_image[num_texts_of > 0] / 2, t2i)
+    t2i[order] = 1 + ahead_of_text / 2
+    return Ranks(1 + ahead_of_image[images.unique()] / 2, t2i)
 
 
 class _Products:
@@ -119,36 +125,37 @@ class _Products:
         self._scores = torch.empty(self.image_block, self.text_block, device=device)
         self._cached: dict[tuple[int, int], Tensor] = {}
 
-    def own_scores(self, owners: Tensor, num_texts_of: Tensor) -> Tensor:
-        """Return each text's score with its own image, float32 `[M]`; `owners` is sorted."""
-        own = torch.zeros(len(self.texts), device=self.device)
-        first_text = [0, *num_texts_of.cumsum(0).tolist()]
-        owners = owners.to(self.device)
+    def own_scores(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the score of each match of an image, `[E]`, with a text, `[E]`: float32 `[E]`."""
+        own = torch.zeros(len(images), device=self.device)
         for rows in self._own_blocks():
-            first, end = first_text[rows.start], first_text[rows.stop]
-            images = self._block(self.images, rows, self.image_block)
-            for start in range(first - first % self.text_block, end, self.text_block):
+            of_rows = ((images >= rows.start) & (images < rows.stop)).nonzero().squeeze(1)
+            block_of = texts[of_rows] // self.text_block
+            features = self._block(self.images, rows, self.image_block)
+            for block in block_of.unique().tolist():  # in which this block of images has a match
+                start = block * self.text_block
                 columns = slice(start, min(start + self.text_block, len(self.texts)))
-                scores = self._multiply(images, rows, columns, cache=True)  # [image_block, text_block]
-                # texts are sorted by image, so those of this block's images that lie in these columns are neighbours
-                mine = torch.arange(max(first, start), min(end, columns.stop), device=self.device)
-                own[mine] = scores[owners[mine] - rows.start, mine - start]
+                scores = self._multiply(features, rows, columns, cache=True)  # [image_block, text_block]
+                mine = of_rows[block_of == block]
+                where = [index.to(self.device) for index in (mine, images[mine] - rows.start, texts[mine] - start)]
+                own[where[0]] = scores[where[1], where[2]]
         return all_sum(own).cpu()
 
-    def count_halves(self, best: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    def count_halves(self, best_of_image: Tensor, best_of_text: Tensor) -> tuple[Tensor, Tensor]:
         """Count in halves, which stay whole numbers: 2 for each score that is higher, 1 for each that is equal.
 
         With signs: 2 higher + equal = (higher - lower) + (higher + equal + lower), so one sum of signs does it.
         Scores 9 8 8 1 against 8: signs + 0 0 -, sum 0, of 4 scores: 4 halves = 2 * 1 + 2.
 
         Args:
-            best: score that a row's are compared with, float32 `[N]`.
-            own: score that a column's are compared with, float32 `[M]`.
+            best_of_image: score that a row's are compared with, float32 `[N]`.
+            best_of_text: score that a column's are compared with, float32 `[M]`.
 
         Returns:
             float64 `[N]` and `[M]`; float64 counts exactly up to 2^53.
         """
-        best, own = _padded(best.to(self.device), self.image_block), _padded(own.to(self.device), self.text_block)
+        best = _padded(best_of_image.to(self.device), self.image_block)
+        own = _padded(best_of_text.to(self.device), self.text_block)
         of_image, of_text = best.new_zeros(len(best), dtype=torch.float64), own.new_zeros(len(own), dtype=torch.float64)
         difference = torch.empty_like(self._scores[: self.strip])
         for rows in self._own_blocks():
@@ -213,11 +220,16 @@ def _padded(values: Tensor, multiple: int) -> Tensor:
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
 
 
-def check_features(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> Tensor:
-    """Return `text_to_image` in main memory, if all fits together.
+def check_features(image_features: Tensor, text_features: Tensor, matches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the image and the text of each match, int64 `[E]` in main memory, if all fits together.
+
+    Args:
+        image_features: `[N, D]`.
+        text_features: `[M, D]`.
+        matches: image of each text, `[M]`, or image and text of each match, `[2, E]`.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
+        ValueError: shapes that do not fit, features that are not finite, an image or text that is not there.
     """
     largest_product = 1.0
     for name, features in (("image_features", image_features), ("text_features", text_features)):
@@ -229,11 +241,14 @@ def check_features(image_features: Tensor, text_features: Tensor, text_to_image:
         largest_product *= largest
     if largest_product * text_features.shape[1] > torch.finfo(torch.float32).max:
         raise ValueError("the features are too large: their products overflow float32")
-    owners = torch.as_tensor(text_to_image, dtype=torch.int64).cpu()
-    if image_features.shape[1] != text_features.shape[1] or owners.shape != (len(text_features),):
-        shapes = f"{tuple(image_features.shape)}, {tuple(text_features.shape)}, {tuple(owners.shape)}"
+    given = torch.as_tensor(matches, dtype=torch.int64).cpu()
+    images, texts = given if given.ndim == 2 and len(given) == 2 else (given, torch.arange(len(given)))
+    each_has_one = given.ndim == 2 or images.shape == (len(text_features),)
+    if image_features.shape[1] != text_features.shape[1] or not each_has_one:
+        shapes = f"{tuple(image_features.shape)}, {tuple(text_features.shape)}, {tuple(given.shape)}"
         raise ValueError(f"image_features [N, D], text_features [M, D], text_to_image [M] do not fit: {shapes}")
-    if int(owners.min()) < 0 or int(owners.max()) >= len(image_features):
-        bad = int(owners.min()) if int(owners.min()) < 0 else int(owners.max())
-        raise ValueError(f"text_to_image names image row {bad}, but there are {len(image_features)} images")
-    return owners
+    for name, rows, size in (("image", images, len(image_features)), ("text", texts, len(text_features))):
+        if int(rows.min()) < 0 or int(rows.max()) >= size:
+            bad = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
+            raise ValueError(f"text_to_image names {name} row {bad}, but there are {size} {name}s")
+    return images, texts

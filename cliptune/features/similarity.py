@@ -26,7 +26,7 @@ def similarity_means(image_features: Tensor, text_features: Tensor, text_to_imag
         text_features: unit-norm `[M, D]`.
         text_to_image: image of each text, int64 `[M]`.
     """
-    owners = check_features(image_features, text_features, text_to_image)
+    owners, _ = check_features(image_features, text_features, text_to_image)
     matched = _matched_cosines(image_features, text_features, owners).double()
     image_sum, text_sum = _sum_of_rows(image_features), _sum_of_rows(text_features)
     num_images, num_texts = len(image_features), len(text_features)
@@ -92,7 +92,7 @@ def similarity_histograms(
     Returns:
         `bin_edges` (101 numbers), `positive` and `negative` (100 counts each).
     """
-    owners = check_features(image_features, text_features, text_to_image)
+    owners, _ = check_features(image_features, text_features, text_to_image)
     rows = _evenly_spaced(len(image_features), max_images)
     columns = _evenly_spaced(len(text_features), max_pairs // len(rows))
     images = image_features[rows.to(image_features.device)].float().cpu()

@@ -57,6 +57,28 @@ class Verdict(NamedTuple):
     num_groups: int
 
 
+def answered(evaluations: Sequence[Ranks], groups: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Leave out the queries without a rank (NaN) in one of the evaluations: of images that could not be read, or alone.
+
+    Returns:
+        The evaluations, and the groups, of the queries that are left.
+    """
+    left = {
+        direction: np.isfinite([np.asarray(ranks[direction]) for ranks in evaluations]).all(0)
+        for direction in DIRECTIONS
+    }
+    *ranks_left, groups_left = (
+        {direction: np.asarray(values[direction])[left[direction]] for direction in DIRECTIONS}
+        for values in (*evaluations, groups)
+    )
+    return ranks_left, groups_left
+
+
+def num_groups(groups: Ranks) -> int:
+    """Return how many groups the queries are of; there is nothing to learn from fewer than two."""
+    return len(np.unique(np.concatenate([np.asarray(groups[direction]) for direction in DIRECTIONS])))
+
+
 def compare(before: Ranks, after: Ranks, groups: Ranks, *, confidence: float = 0.95, seed: int = 0) -> Verdict:
     """Return the gain of one evaluation over another of the same queries.
 
@@ -74,6 +96,40 @@ def compare(before: Ranks, after: Ranks, groups: Ranks, *, confidence: float = 0
     queries = _Queries(groups, (before, after))
     gains = queries.hits(after) - queries.hits(before)
     return _verdict(gains, queries, spread=0.0, confidence=confidence)
+
+
+def recall_intervals(ranks: Ranks, groups: Ranks, *, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Return what the recalls, and `rsum`, of one evaluation may be as well: low and high, in percent.
+
+    Each is a mean of numbers between 0 and 1, so it is Wilson's score interval (JASA 22, 1927), which stays between 0
+    and 100% and has a width at both. For the number of queries stands the effective one, p (1 - p) / variance, with the
+    variance of the groups (Korn and Graubard, Survey Methodology 24, 1998); RSum is the mean of its six recalls. Where
+    all hit, or none, that is 0/0: so two made-up groups join the variance, one that always hits, one that never does.
+
+    Args:
+        ranks: `{"i2t": [N], "t2i": [M]}`.
+        groups: the group of each query, in the same shape.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two groups, or no query in one of the directions.
+    """
+    queries = _Queries(groups, (ranks,))
+    if not all(queries.counts.sum(0)):
+        raise ValueError("no query in one of the directions")
+    hits, num_groups = queries.hits(ranks) / 100, queries.num_groups
+    values, influences = hits.sum(0) / np.repeat(queries.counts.sum(0), len(RECALLS)), queries.influences(hits)
+    values, influences = np.append(values, values.mean()), np.column_stack([influences, influences.mean(1)])
+    # with the made-up groups: the mean moves towards 1/2, and they lie 1 - mean above and mean below it
+    mean = (num_groups * values + 1) / (num_groups + 2)
+    squares = (influences**2).sum(0) + num_groups * (mean - values) ** 2 + (1 - mean) ** 2 + mean**2
+    effective = mean * (1 - mean) * (num_groups + 1) * (num_groups + 2) / squares
+    z2 = student_quantile((1 + confidence) / 2, num_groups - 1) ** 2
+    center = (values + z2 / (2 * effective)) / (1 + z2 / effective)
+    error = np.sqrt(z2 * (values * (1 - values) / effective + z2 / (4 * effective**2))) / (1 + z2 / effective)
+    scale = np.array([100.0] * len(RECALL_KEYS) + [100.0 * len(RECALL_KEYS)])
+    lows, highs = ((center + sign * error) * scale for sign in (-1, 1))
+    return {key: (float(lows[i]), float(highs[i])) for i, key in enumerate((*RECALL_KEYS, "rsum"))}
 
 
 def compare_best(

@@ -71,8 +71,9 @@ class Attention(nn.MultiheadAttention):
         is_plain = query is key is value and query.ndim == 3 and key_padding_mask is None and not self.batch_first
         if not is_plain or self.dropout or is_causal or (attn_mask is not None and attn_mask.ndim != 2):
             given = cast(Tensor, key), cast(Tensor, value), key_padding_mask, need_weights, attn_mask
-            return super().forward(query, *given, average_attn_weights, is_causal)
-        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
+            return self._attend_otherwise(query, *given, average_attn_weights, is_causal)
+        projected = self._adapt(F.linear(query, self.in_proj_weight, self.in_proj_bias), query)
+        projected = projected.unflatten(2, (3, self.num_heads, -1))
         heads = projected.permute(2, 1, 3, 0, 4).unbind()  # [L, B, 3, heads, d] -> three of [B, heads, L, d]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask  # true is hidden in PyTorch's modules, and seen in its functions
@@ -82,8 +83,15 @@ class Attention(nn.MultiheadAttention):
             weights = weights.mean(1)
         return self.out_proj(mixed.permute(2, 0, 1, 3).flatten(2)), weights
 
+    def _attend_otherwise(self, *given: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(*given)
+
+    def _adapt(self, projected: Tensor, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Change what `x` was projected to by some rows of `in_proj_weight`; nothing without an adapter."""
+        return projected
+
     def _packed(self, rows: Tensor, layout: Layout) -> Tensor:
-        qkv = layout.pad(F.linear(rows, self.in_proj_weight, self.in_proj_bias))
+        qkv = layout.pad(self._adapt(F.linear(rows, self.in_proj_weight, self.in_proj_bias), rows))
         heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # three of [B, heads, L, d]
         # Causal is enough for padded texts: padding stands behind a text, where none of its tokens looks. What padding
         # itself gets there is thrown away by `unpad`.
@@ -96,8 +104,10 @@ class Attention(nn.MultiheadAttention):
         weights = self.in_proj_weight.split((width, 2 * width))  # of the query; of key and value
         biases = self.in_proj_bias.split((width, 2 * width))
         split = (self.num_heads, -1)
-        query = F.linear(rows[layout.pooled], weights[0], biases[0]).unflatten(1, split).unsqueeze(2)
-        pairs = layout.pad(F.linear(rows, weights[1], biases[1]))
+        pooled = rows[layout.pooled]
+        query = self._adapt(F.linear(pooled, weights[0], biases[0]), pooled, slice(None, width))
+        query = query.unflatten(1, split).unsqueeze(2)  # [B, heads, 1, d]
+        pairs = layout.pad(self._adapt(F.linear(rows, weights[1], biases[1]), rows, slice(width, None)))
         key, value = pairs.unflatten(2, (2, *split)).permute(2, 0, 3, 1, 4).unbind()  # [B, heads, L, d] each
         mask = None if layout.used is None else layout.used[:, None, None, :]
         return attend(query, key, value, mask=mask).flatten(1)  # [B, width]

@@ -17,6 +17,8 @@ STATE_KEYS = (
     "starts_random", "holds_batchnorm",
 )  # fmt: skip
 """Of those that a run can be resumed from, as well."""
+LATER_STATE_KEYS = ("weights_state_dict", "average_state_dict")
+"""Of those, as well, but for runs of before there were adapters and averages."""
 MAX_TEXT = 10_000
 """Characters of a text: names, paths and settings are shorter."""
 
@@ -53,6 +55,8 @@ class _Fields(BaseModel):
     optimizer_state_dict: dict[str, Any] = {}
     scheduler_state_dict: dict[str, Any] | None = None
     scaler_state_dict: dict[str, Any] = {}
+    weights_state_dict: dict[str, Any] = {}
+    average_state_dict: dict[str, Any] = {}
     micro_batch_size: Annotated[int, Field(gt=0, lt=2**63)] | None = None
     starts_random: bool = False
     holds_batchnorm: bool = False

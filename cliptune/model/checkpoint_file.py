@@ -126,6 +126,17 @@ def read_value(path: Path, key: str, default: Any) -> Any:
         return None
 
 
+def holds_checkpoint(path: Path) -> bool:
+    """Tell whether a file is a checkpoint of this toolkit, whose tensors are not read; False if it cannot be read."""
+    try:
+        check_torch_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return is_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception:  # damaged files, and those of others, fail in many ways
+        return False
+
+
 def _objects_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
     """Name the classes in a file that were refused; none of them is imported."""
     try:

@@ -81,6 +81,16 @@ def unusual_tower_rate(rate: float) -> str | None:
     )
 
 
+def held_random_start(*, starts_random: bool, is_held: bool) -> str | None:
+    """Find a model of random weights of which a part is held, as is right for pretrained ones."""
+    if not (starts_random and is_held):
+        return None
+    return (
+        "the model starts from random weights, and what lora_rank or train_layers hold of it stays random: train "
+        "all of it, or name weights with --pretrained"
+    )
+
+
 def long_warmup(*, warmup_steps: int, total_steps: int, patience_steps: int) -> str | None:
     """Find a warm-up that outlasts the run, or most of it.
 

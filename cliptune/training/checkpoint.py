@@ -15,7 +15,7 @@ from typing import Any
 
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
-from cliptune.model.parallel import whole
+from cliptune.model.lora import base_fingerprint, save_adapter
 from cliptune.runtime.distributed import any_rank, is_main
 from cliptune.runtime.files import has_link, read_json_object, remove_partial_files, size_on_disk
 from cliptune.runtime.lock import exclusive
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TIMES_ITS_DURATION = 20
 STATE_NAME = re.compile(r"step_\d{8,}\.pth")
 """Of a state before the last; a copy that somebody made has another name, and stays."""
-FIGURES = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png")
+FIGURES = ("training_curves.png", "model_metrics.png", "evaluation_metrics.png", "interpolation.png")
 
 
 class RunFiles:
@@ -37,7 +37,9 @@ class RunFiles:
         self.root = output_dir
         self.best = output_dir / "model-checkpoint" / "best_model.pth"
         self.loaded = output_dir / "model-checkpoint" / "loaded_model.pth"
+        self.adapter = output_dir / "model-checkpoint" / "adapter.safetensors"
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
+        self.interpolated = output_dir / "model-checkpoint" / "interpolated_model.pth"
         self.results = output_dir / "results" / "training_results.json"
         self.skipped = output_dir / "results" / "skipped.json"
         self.log = output_dir / "logs" / "train.log"
@@ -97,7 +99,7 @@ class RunFiles:
         of_results = [self.results.with_name(name) for name in names]
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way
-        models = [self.best, self.loaded, *self.states()]
+        models = [self.best, self.adapter, self.loaded, self.interpolated, *self.states()]
         found = [*models, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:
@@ -156,7 +158,7 @@ class Saver:
 
     Args:
         files: of the run.
-        trainer: a `clip_model.MultimodalTrainer`.
+        trainer: a `trainer.MultimodalTrainer`.
         about: what every checkpoint of the run holds beside: its `run_id`, its `config`, its `val_images`, ...
         keep: how many states to resume from there are.
         complete: adds what a checkpoint lacks, when it is written.
@@ -184,6 +186,7 @@ class Saver:
         self._writer = CheckpointWriter(
             files, run_id=about.get("run_id", ""), fixed=fixed, keep=keep, complete=complete, clock=clock
         )
+        self._base: str | None = None
         self.every_steps, self.every_seconds, self._clock = every_steps, every_seconds, clock
         self._saved_at = clock()
 
@@ -212,6 +215,8 @@ class Saver:
         states |= {self.files.best: content} if best else {}
         if is_main():
             self._writer.save(states)
+            if best and self.trainer.model.lora is not None:
+                self._save_adapter(states[self.files.last])
         self._saved_at = self._clock()
 
     def restore(self, path: Path, content: dict[str, Any]) -> RunState:
@@ -235,6 +240,17 @@ class Saver:
         """Write what waits."""
         self._writer.flush()
 
+    def _save_adapter(self, state: dict[str, Any]) -> None:
+        """Write what of the best model was learned, small, beside it."""
+        model = self.trainer.model
+        held, learned = {**state["model_state_dict"], **state["weights_state_dict"]}, state["average_state_dict"]
+        if self._base is None:
+            self._base = base_fingerprint(held)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        tensors = {name: learned.get(name, held[name]) for name in names}
+        about = {"base": self._base, "model_name": model.architecture.name, "run_id": self.about.get("run_id", "")}
+        save_adapter(self.files.adapter, tensors, model.lora, about=about)
+
     def _model(self, state: RunState) -> dict[str, Any]:
         model = self.trainer.model
         return {
@@ -242,7 +258,7 @@ class Saver:
             "epoch": state.epoch,
             "global_step": state.step,
             "metrics": state.history[-1],
-            "model_state_dict": whole(model.state_dict()),
+            "model_state_dict": self.trainer.model_state(),
             "architecture": model.architecture.to_dict(),
             "starts_random": model.starts_random,
             "holds_batchnorm": model.holds_batchnorm,

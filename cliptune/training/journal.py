@@ -167,8 +167,9 @@ class Journal:
         if is_main():
             record = state.history[-1]
             self._append_history(state)
-            for key, value in record.items():
-                if key not in {"epoch", "step"} and value is not None:
+            watched = {f"watched/{name}/rsum": each["rsum"] for name, each in record.get("watched", {}).items()}
+            for key, value in {**record, **watched}.items():
+                if key not in {"epoch", "step", "watched"} and value is not None:
                     self._events.add_scalar(f"epoch/{key}", value, record["step"])
             self.write_results(state, finished=False)
             logger.info("%s", self._epoch_line(record, improved=improved))
@@ -269,9 +270,10 @@ class Journal:
             pace += f", {timedelta(seconds=round(left))} left" if left else ""
             accuracy = f"accuracy {record['train_accuracy']:.1f}% in batches of {self.plan.batch_size}"
             trained = f"loss {record['train_loss']:.3f}, {accuracy}, "
+        watched = "".join(f", {name} {each['rsum']:.1f}" for name, each in record.get("watched", {}).items())
         return (
             f"epoch {record['epoch']}: {trained}val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
-            f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{pace}"
+            f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{watched}{pace}"
         )
 
     def _review(self, state: RunState) -> None:
@@ -321,7 +323,9 @@ def describe_model(model: Any) -> str:
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     start = "random start" if model.starts_random else "pretrained"
-    return f"{shown(model.architecture.name)} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
+    part = f": {model.trained_part}" if model.trained_part else ""
+    name = shown(model.architecture.name)
+    return f"{name} ({start}), {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained{part}"
 
 
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
@@ -333,7 +337,7 @@ def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
         "loss": loss,
         "accuracy": None if loss is None else round(100 * record.accuracy, 4),
         "learning_rate": record.rates.get("projection", 0.0),
-        "backbone_learning_rate": record.rates.get("backbone", 0.0),
+        "backbone_learning_rate": record.rates.get("backbone", record.rates.get("lora", 0.0)),
         "seconds": round(record.seconds, 6),
     }
 

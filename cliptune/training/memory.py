@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cliptune.model.batchnorm import held_statistics
+from cliptune.model.depth import layers_above
 from cliptune.runtime.device import Precision, autocast, free_memory, tf32
 from cliptune.runtime.distributed import all_min, world_size
 
@@ -69,11 +70,21 @@ def peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
             features = model(images, tokens)
         # through all layers to the first parameters, and to no others: beside their gradients, which a batch of any
         # size has once, the memory of so few pairs would not show
-        small = (model.backbone.visual.conv1.weight, model.backbone.positional_embedding)
         projections = (model.image_projection.weight, model.text_projection.weight)
-        wanted = [parameter for parameter in (*small, *projections) if parameter.requires_grad]
+        wanted = [parameter for parameter in (*_first_trained(model), *projections) if parameter.requires_grad]
         torch.autograd.grad(features, wanted, [torch.ones_like(feature) for feature in features])
     return live.peak
+
+
+def _first_trained(model: Any) -> list[Tensor]:
+    """Return a small parameter of each tower: of its inputs or, where those are held, of the first that trains."""
+    inputs = (model.backbone.visual.conv1.weight, model.backbone.positional_embedding)
+    if model.lora is None and all(parameter.requires_grad for parameter in inputs):
+        return list(inputs)
+    trained = {name: value for name, value in model.backbone.named_parameters() if value.requires_grad}
+    above = layers_above(trained)
+    towers = ([name for name in trained if name.startswith("visual.") == image] for image in (True, False))
+    return [trained[max(names, key=lambda name: (above[name], -trained[name].numel()))] for names in towers if names]
 
 
 class LiveTensors(TorchDispatchMode):

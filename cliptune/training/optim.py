@@ -10,17 +10,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cliptune.model.depth import layers_above
+from cliptune.model.lora import is_adapter
+
 logger = logging.getLogger(__name__)
 
 MAX_POINTS = 500
 BACKBONE_LR_SCALE = 0.01
 """Rate of pretrained towers over that of the projection layers, unless chosen."""
+LORA_LR_SCALE = 2.0
+"""The same of adapters: 2e-4 beside 1e-4, as in CLIP-LoRA (Zanella and Ben Ayed 2024)."""
+
+
+GROUP_WORDS = {"projection": "projection layers", "backbone": "towers", "lora": "LoRA"}
 
 
 class Trainable(Protocol):
     """What an optimiser needs of a model, such as `clip_model.CLIPModel`."""
 
     starts_random: bool
+    lora: Any
 
     @property
     def device(self) -> torch.device:
@@ -31,25 +40,34 @@ class Trainable(Protocol):
 
 
 def build_optimizer(
-    model: Trainable, *, learning_rate: float, backbone_lr_scale: float | None, weight_decay: float
+    model: Trainable,
+    *,
+    learning_rate: float,
+    backbone_lr_scale: float | None,
+    weight_decay: float,
+    layer_decay: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW with the towers at a rate of their own, see `peak_rates`; no decay on biases, norms, the temperature.
 
-    The groups are named `projection` and `backbone` (their `name` entry), each with and without decay.
+    The groups are named `projection`, and `backbone` or, of adapters, `lora` (their `name` entry), each with and
+    without decay. With `layer_decay` a tower's rate is that of its top; each layer has that factor of the rate of the
+    layer above it, see `depth.layers_above`, and groups of its own.
     """
-    groups: dict[tuple[str, float, bool], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "backbone" if name.startswith("backbone.") else "projection"
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
-            # the temperature apart, since FSDP leaves it whole where the others are sharded
-            groups.setdefault((part, decay, name == "logit_scale"), []).append(parameter)
-    peaks = peak_rates(model, learning_rate=learning_rate, backbone_lr_scale=backbone_lr_scale)
-    rates = dict(zip(("projection", "backbone"), peaks, strict=True))
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    above = layers_above(name.removeprefix("backbone.") for name, _ in model.named_parameters() if _of_tower(name))
+    groups: dict[tuple[str, float, bool, int], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        part = "projection" if not _of_tower(name) else "lora" if is_adapter(name) else "backbone"
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        depth = 0 if part == "projection" or layer_decay is None else above[name.removeprefix("backbone.")]
+        # the temperature apart, since FSDP leaves it whole where the others are sharded
+        groups.setdefault((part, decay, name == "logit_scale", depth), []).append(parameter)
+    projection, towers = peak_rates(model, learning_rate=learning_rate, backbone_lr_scale=backbone_lr_scale)
+    rates = {"projection": projection, "backbone": towers, "lora": towers}
     return torch.optim.AdamW(
         [
-            {"params": parameters, "name": part, "lr": rates[part], "weight_decay": decay}
-            for (part, decay, _), parameters in groups.items()
+            {"params": members, "name": part, "lr": rates[part] * (layer_decay or 1.0) ** depth, "weight_decay": decay}
+            for (part, decay, _, depth), members in groups.items()
         ],
         betas=(0.9, 0.98),  # CLIP's, section 2.5 of Radford et al. 2021
         eps=1e-6,
@@ -57,10 +75,29 @@ def build_optimizer(
     )
 
 
+def _of_tower(name: str) -> bool:
+    return name.startswith("backbone.")
+
+
 def peak_rates(model: Trainable, *, learning_rate: float, backbone_lr_scale: float | None) -> tuple[float, float]:
-    """Return the rates of the projection layers and of the towers; a scale of None: 0.01, or 1 for a random start."""
-    default = 1.0 if model.starts_random else BACKBONE_LR_SCALE
+    """Return the rates of the projection layers and of the towers or their adapters, at their top.
+
+    A scale of None: 0.01, or 1 for a random start; 2 for adapters.
+    """
+    default = LORA_LR_SCALE if model.lora is not None else 1.0 if model.starts_random else BACKBONE_LR_SCALE
     return learning_rate, learning_rate * (default if backbone_lr_scale is None else backbone_lr_scale)
+
+
+def describe_rates(optimizer: torch.optim.Optimizer) -> str:
+    """Say at which peak rate each named group trains, by layer if its layers have rates of their own."""
+    peaks: dict[str, list[float]] = {}
+    for group in optimizer.param_groups:
+        peaks.setdefault(GROUP_WORDS.get(group["name"], group["name"]), []).append(group.get("initial_lr", group["lr"]))
+    by_layer = {name: sorted(set(rates), reverse=True) for name, rates in peaks.items()}
+    return "; ".join(
+        f"{name} {', '.join(f'{rate:.3g}' for rate in rates)}{' from the top layer down' if len(rates) > 1 else ''}"
+        for name, rates in by_layer.items()
+    )
 
 
 def build_scheduler(
@@ -151,5 +188,9 @@ def num_warmup_steps(total_steps: int, warmup_fraction: float) -> int:
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the rates of the next step by the names of the parameter groups."""
-    return {str(group.get("name", index)): group["lr"] for index, group in enumerate(optimizer.param_groups)}
+    """Return the rates of the next step by the names of the parameter groups; of several of a name the highest."""
+    rates: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        name = str(group.get("name", index))
+        rates[name] = max(group["lr"], rates.get(name, 0.0))
+    return rates

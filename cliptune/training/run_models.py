@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cliptune.model.checkpoint_fields import STATE_KEYS
+from cliptune.model.checkpoint_fields import LATER_STATE_KEYS, STATE_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.runtime.files import atomic_writer, has_link
 from cliptune.runtime.messages import count, one_line
@@ -16,7 +16,7 @@ from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
-TRAINING_KEYS = set(STATE_KEYS) - {"starts_random", "holds_batchnorm"}
+TRAINING_KEYS = {*STATE_KEYS, *LATER_STATE_KEYS} - {"starts_random", "holds_batchnorm"}
 """Of a checkpoint, what its model does without."""
 
 

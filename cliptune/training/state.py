@@ -125,11 +125,13 @@ class RunState:
         """
         of_groups = {
             "learning_rate": rates.get("projection", 0.0),
-            "backbone_learning_rate": rates.get("backbone", 0.0),
+            "backbone_learning_rate": rates.get("backbone", rates.get("lora", 0.0)),
         }
         record = {"epoch": self.epoch, "step": self.step, **means, **of_groups, **evaluation["metrics"]}
         if num_skipped := evaluation.get("skipped", {}).get("images", 0):
             record["num_skipped"] = num_skipped
+        if watched := evaluation.get("watched"):
+            record["watched"] = watched
         self.history.append(record)
         self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:

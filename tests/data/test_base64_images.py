@@ -6,8 +6,8 @@ import pytest
 from cliptune.data.formats import read_index
 from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.preprocess.decode import read_bytes
-from data_loader import main as data_loader
 from tests.helpers.datasets import make_chinese_clip, png_bytes
+from tests.helpers.runs import check_data
 
 
 def test_chinese_clips_files_are_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,7 +19,7 @@ def test_chinese_clips_files_are_splits(tmp_path: Path, capsys: pytest.CaptureFi
     assert pairs.splits.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert pairs.paths[0].startswith(f"{tmp_path}/train_imgs.tsv@5+")
     assert pairs.paths[0].endswith("/1000")
-    assert data_loader(["--data_dir", str(tmp_path), "--check", "--num_workers", "2"]) == 0
+    assert check_data(tmp_path, tmp_path, "--num_workers", "2") == 0
     assert "all 30 images can be read" in capsys.readouterr().out
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_image_costs_itself(tmp_path: Path, capsys: pytest.CaptureFixt
     images.write_bytes(
         images.read_bytes().replace(b"1003\tiVBOR", b"1003\tiV!OR").replace(b"1005\tiVBOR", b"1005\tAAAAA")
     )
-    assert data_loader(["--data_dir", str(tmp_path), "--check", "--num_workers", "0"]) == 1
+    assert check_data(tmp_path, tmp_path) == 1
     out = capsys.readouterr().out
     assert "/1003: damaged base64" in out
     assert "/1005: cannot be read as an image" in out

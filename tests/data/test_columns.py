@@ -10,6 +10,7 @@ import data_loader
 from cliptune.data.formats import read_index
 from cliptune.data.pairs import DataSource, load_pairs
 from tests.helpers.datasets import make_images
+from tests.helpers.runs import check_data
 
 
 def read(folder: Path, columns: str, row: str, **keys: str | None) -> list[tuple[str, tuple[str, ...]]]:
@@ -173,7 +174,7 @@ def test_each_image_without_captions_counts(
     message = capsys.readouterr().err
     assert "15 of 40 records cannot be used: data.json: 15 images have no caption" in message
     assert "more" not in message
-    assert data_loader.main(["--data_dir", str(path), "--check"]) == 1
+    assert check_data(path, tmp_path) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "15 issues; 25 images can be read"
 
 

@@ -196,7 +196,7 @@ TOLD = (
 @pytest.mark.slow
 def test_a_run_and_the_check_tell_the_same(odd_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data_dir", str(odd_data), "--num_workers", "0"]
-    assert data_loader.main([*flags, "--check"]) == 0
+    assert data_loader.main([*flags, "--check", "--output_dir", str(odd_data / "checked")]) == 0
     checked = capsys.readouterr().out
     assert data_loader.main(flags[:2]) == 0
     described = capsys.readouterr().out
@@ -214,7 +214,7 @@ def test_a_copy_of_the_training_data_as_validation_set_is_told(
     shutil.copytree(sample_dir, tmp_path / "copy")
     told = "60 of the 60 validation images are byte-identical to training images"
     flags = ["--data_dir", str(sample_dir), "--val_data", str(tmp_path / "copy")]
-    assert data_loader.main([*flags, "--check", "--num_workers", "0"]) == 0
+    assert data_loader.main([*flags, "--check", "--num_workers", "0", "--output_dir", str(tmp_path)]) == 0
     assert told in capsys.readouterr().out
     with small_runs():
         assert train.main([*flags, "--output_dir", str(tmp_path / "out"), "--num_epochs", "1", *SMALL]) == 0

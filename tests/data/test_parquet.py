@@ -16,6 +16,7 @@ from cliptune.preprocess.decode import load_image, read_bytes
 from data_loader import ImageTextDataset
 from data_loader import main as data_loader
 from tests.helpers.datasets import make_images, make_parquet, png_bytes
+from tests.helpers.runs import check_data
 
 IMAGES = [{"bytes": png_bytes(number), "path": f"{number}.png"} for number in range(4)]
 CAPTIONS = list("abcd")
@@ -84,7 +85,7 @@ def test_an_image_that_is_missing_later_is_an_issue_once_it_is_decoded(
 ) -> None:
     images = [*IMAGES * 10, {"bytes": None, "path": "0.png"}, None]
     path = write(tmp_path, {"image": images, "caption": list(map(str, range(42)))})
-    assert data_loader(["--data_dir", str(path), "--check", "--num_workers", "0"]) == 1
+    assert check_data(path, tmp_path) == 1
     out = capsys.readouterr().out
     assert "data.parquet@41/image: the row holds no bytes" in out
     assert "data.parquet@42/image: the row holds no bytes" in out
@@ -160,7 +161,7 @@ def test_large_row_groups_are_told(
 
 def test_the_whole_line_reads_images_in_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_parquet(tmp_path / "a" / "data.parquet", 60, rows_per_group=16)
-    assert data_loader(["--data_dir", str(path), "--check", "--num_workers", "2"]) == 0
+    assert check_data(path, tmp_path, "--num_workers", "2") == 0
     assert "all 60 images can be read" in capsys.readouterr().out
     assert data_loader(["--data_dir", str(path), "--to_shards", str(tmp_path / "b"), "--split", "all"]) == 0
     shards = load_pairs(next((tmp_path / "b").glob("*.tar")))
@@ -178,7 +179,7 @@ def test_the_whole_line_reads_images_in_parquet(tmp_path: Path, capsys: pytest.C
 def test_a_damaged_image_costs_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [*IMAGES[:3], {"bytes": b"no image", "path": "3.png"}]
     path = write(tmp_path, {"image": images, "caption": CAPTIONS})
-    assert data_loader(["--data_dir", str(path), "--check", "--num_workers", "0"]) == 1
+    assert check_data(path, tmp_path) == 1
     out = capsys.readouterr().out
     assert "data.parquet@4/image: cannot be read as an image" in out
     with pytest.raises(ValueError, match=r"data\.parquet@4/image: cannot be read as an image"):

@@ -22,6 +22,7 @@ from cliptune.data.skipped import SkippedData
 from cliptune.preprocess.decode import decode_image, load_image, size_of
 from data_loader import ImageTextDataset
 from tests.helpers.launch import ROOT, environment, torchrun
+from tests.helpers.runs import check_data
 from tests.helpers.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
 
 TINY = ["--model_name", "ViT-Ti/32", "--batch_size", "16", "--num_epochs", "1", "--num_workers", "0"]
@@ -101,10 +102,11 @@ def test_the_limit_of_pixels_holds_before_anything_is_decoded(monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path) -> None:
+def test_check_lists_all_that_is_wrong_at_once_and_nothing_else(zoo: Path, tmp_path: Path) -> None:
     names = [*GOOD, *BAD, *ABSENT]
     write_index(zoo, [{"image": name, "caption": f"picture {number}"} for number, name in enumerate(names)])
-    command = [sys.executable, str(ROOT / "data_loader.py"), "--check", "--num_workers", "2", "--data_dir"]
+    command = [sys.executable, str(ROOT / "data_loader.py"), "--check", "--num_workers", "2"]
+    command += ["--output_dir", str(tmp_path), "--data_dir"]
     done = subprocess.run(
         [*command, str(zoo / "data.json")], env=environment(), capture_output=True, text=True, check=False, timeout=120
     )
@@ -140,19 +142,19 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
 
 def test_check_of_good_data_and_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path / "data", 12)
-    assert data_loader.main(["--data_dir", str(tmp_path / "data"), "--check", "--num_workers", "0"]) == 0
+    assert check_data(tmp_path / "data", tmp_path) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "no issues; all 12 images can be read"
     pairs = load_pairs(tmp_path / "data")
     images = [(pairs.paths[number], pairs.captions_of(number)) for number in range(12)]
     write_shards([*images, (images[0][0], ["sky " * 100, "sky"])], tmp_path / "shards", shard_size=20)
     shard = tmp_path / "shards" / "00000.tar"
-    assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 0
+    assert check_data(shard, tmp_path) == 0
     out = capsys.readouterr().out
-    assert "note: 1 caption longer than 77 tokens" in out
-    assert "note: 1 image byte-identical to an earlier one" in out
+    assert "1  caption longer than 77 tokens" in out
+    assert "1  image byte-identical to an earlier one" in out
     content = shard.read_bytes().replace(Path(images[3][0]).read_bytes()[:40], bytes(40))
     shard.write_bytes(content)
-    assert data_loader.main(["--data_dir", str(shard), "--check", "--num_workers", "0"]) == 1
+    assert check_data(shard, tmp_path) == 1
     assert "000000003.png: cannot be read as an image" in capsys.readouterr().out
 
 
@@ -198,7 +200,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
         (data / "captions" / f"{stem}.txt").write_text(f"a picture of {len(stem)}")
     flags = ["--data_dir", str(data), "--num_workers", "0"]
     assert data_loader.main([*flags, "--max_skipped_fraction", "0.9"]) == 0
-    assert data_loader.main([*flags, "--check"]) == 1
+    assert data_loader.main([*flags, "--check", "--output_dir", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "images/Clash.png: clashes with images/clash.png" in out
     assert "images/latin-\\udce9.png: " in out
@@ -328,7 +330,7 @@ def test_the_smallest_data_sets(num_images: int, tmp_path: Path, capsys: pytest.
     for number in range(num_images):
         Image.new("RGB", (32, 32), (number * 80, 0, 0)).save(tmp_path / f"{number}.png")
     path = write_index(tmp_path, [{"image": f"{n}.png", "caption": f"picture {n}"} for n in range(num_images)])
-    assert data_loader.main(["--data_dir", str(path), "--check", "--num_workers", "0"]) == 0
+    assert check_data(path, tmp_path) == 0
     assert data_loader.main(["--data_dir", str(path)]) == 0
     capsys.readouterr()
     code = train.main(["--data_dir", str(path), "--output_dir", str(tmp_path / "output"), *TINY])

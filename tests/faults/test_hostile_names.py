@@ -47,7 +47,7 @@ def missing_images(folder: Path, sample: Path, name: str) -> Any:
 
 def check_missing_images(folder: Path, sample: Path, name: str) -> Any:
     main, flags = missing_images(folder, sample, name)
-    return main, [*flags, "--check", "--num_workers", "0"]
+    return main, [*flags, "--check", "--output_dir", str(folder), "--num_workers", "0"]
 
 
 def check_present_images(folder: Path, sample: Path, name: str) -> Any:
@@ -56,13 +56,15 @@ def check_present_images(folder: Path, sample: Path, name: str) -> Any:
     Image.new("RGB", (8, 8)).save(folder / f"{name}2.png")
     (folder / f"{name}3.png").write_bytes(b"no image")
     bad = [{"image_path": f"{name}{number}.png", "caption": "a"} for number in ("", 2, 3)]
-    return data_loader.main, ["--data_dir", index(folder, [*rows(sample), *bad]), "--check", "--num_workers", "0"]
+    flags = ["--check", "--output_dir", str(folder), "--num_workers", "0"]
+    return data_loader.main, ["--data_dir", index(folder, [*rows(sample), *bad]), *flags]
 
 
 def split_and_group(folder: Path, sample: Path, name: str) -> Any:
     first = rows(sample)[0]
     bad = [{**first, "split": name}, {**first, "split": "train", "group": name}, {**first, "group": "b"}]
-    return data_loader.main, ["--data_dir", index(folder, [*rows(sample), *bad]), "--check", "--num_workers", "0"]
+    flags = ["--check", "--output_dir", str(folder), "--num_workers", "0"]
+    return data_loader.main, ["--data_dir", index(folder, [*rows(sample), *bad]), *flags]
 
 
 def no_known_key(folder: Path, sample: Path, name: str) -> Any:

@@ -98,7 +98,7 @@ def test_a_killed_worker_is_one_line(
     if stage == "evaluation":
         code = evaluation.main(evaluation_flags(output, tmp_path, *more, "--encode_batch_size", "16"))
     else:
-        code = data_loader.main([*more, "--check"])
+        code = data_loader.main([*more, "--check", "--output_dir", str(tmp_path)])
     error = capsys.readouterr().err
     assert code == 1
     assert ".py: error: a loader worker was killed" in error.splitlines()[-1]

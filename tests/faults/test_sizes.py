@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data_loader
 from cliptune.data.tar_samples import read_samples
 from cliptune.preprocess import decode, depth
 from cliptune.preprocess.decode import load_image, part_path, read_bytes
 from tests.helpers.datasets import make_images, make_index, make_shards, png_bytes
-from tests.helpers.runs import SMALL, small_runs
+from tests.helpers.runs import SMALL, check_data, small_runs
 from train import main
 
 GB = 10**9
@@ -89,9 +88,9 @@ def test_a_large_image_is_refused_before_it_is_read(name: str, large: Path) -> N
         load_image(large / name)
 
 
-def test_check_lists_all_of_them(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_all_of_them(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with little_memory(200e6):
-        assert data_loader.main(["--data_dir", str(large), "--check", "--num_workers", "0"]) == 1
+        assert check_data(large, tmp_path) == 1
     lines = capsys.readouterr().out.splitlines()
     for name, (_, reason) in LARGE.items():
         assert any(name in line and reason in line for line in lines), name
@@ -245,7 +244,7 @@ def test_a_large_member_is_an_issue_by_name(
             for read in (sample.image, sample.captions):
                 with pytest.raises(ValueError, match=r"is a (sparse file, which unfolds to|file of) [0-9,]+ bytes"):
                     read()
-        assert data_loader.main(["--data_dir", url, "--check", "--num_workers", "0"]) == 1
+        assert check_data(url, tmp_path) == 1
     assert "x.tar/0003: " in capsys.readouterr().out
 
 

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from benchmarks.verdict_coverage import World, rsum
-from cliptune.features.verdict import DIRECTIONS, compare, compare_best, student_quantile
-from cliptune.results import RECALLS
+from cliptune.features.verdict import (
+    DIRECTIONS,
+    answered,
+    compare,
+    compare_best,
+    recall_intervals,
+    student_quantile,
+)
+from cliptune.results import RECALL_KEYS, RECALLS
 
 
 def test_the_gain_is_the_difference_of_the_metrics() -> None:
@@ -117,3 +124,45 @@ def test_quantiles_of_students_t() -> None:
     """From the tables of Abramowitz and Stegun, 26.10."""
     for degrees, expected in ((10, 2.228), (30, 2.042), (60, 2.000), (10**6, 1.960)):
         assert student_quantile(0.975, degrees) == pytest.approx(expected, abs=6e-4)
+
+
+def recalls(ranks: dict[str, np.ndarray]) -> np.ndarray:
+    found = [100 * np.mean(ranks[direction] <= k) for direction in DIRECTIONS for k in RECALLS]
+    return np.array([*found, sum(found)])
+
+
+@pytest.mark.parametrize(("num_groups", "least"), [(10, 340), (50, 350), (300, 360)])
+@pytest.mark.parametrize("quality", [-5.0, -3.0, 1.0, 2.5])
+def test_intervals_of_recalls_hold_the_true_ones(num_groups: int, least: int, quality: float) -> None:
+    """Of 400 intervals at 95%, for each recall and RSum (9 to 597), 88% or more hold it; they are never empty."""
+    world = World((quality,), tied=0.01)
+    (many,), _ = world.draw(np.random.default_rng(6), 100_000)
+    true, rng, held = recalls(many), np.random.default_rng(7), np.zeros(7)
+    for _ in range(400):
+        (ranks,), groups = world.draw(rng, num_groups)
+        found = recall_intervals(ranks, groups)
+        low, high = np.array([found[key] for key in (*RECALL_KEYS, "rsum")]).T
+        assert (low < high).all()
+        assert (low >= 0).all()
+        assert (high <= 100 * np.array([1] * 6 + [6]) + 1e-9).all()
+        held += (low <= true) & (true <= high)
+    assert (held >= least).all(), held
+
+
+def test_the_interval_of_a_recall_is_wilsons_where_every_query_is_its_own_group() -> None:
+    ranks = {direction: np.repeat([1.0, 20.0], [3000, 7000]) for direction in DIRECTIONS}
+    groups = {"i2t": np.arange(10_000), "t2i": np.arange(10_000, 20_000)}
+    z, n, p = 1.96, 10_000, 0.3
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    low, high = recall_intervals(ranks, groups)["i2t_r1"]
+    assert (high - low) / 200 == pytest.approx(half, rel=2e-3)
+
+
+def test_queries_without_a_rank_are_left_out() -> None:
+    nan = math.nan
+    first = {"i2t": np.array([1.0, nan, 3.0]), "t2i": np.array([1.0, nan])}
+    second = {"i2t": np.array([nan, nan, 2.0]), "t2i": np.array([5.0, 2.0])}
+    ranks, groups = answered([first, second], {"i2t": np.array([7, 8, 9]), "t2i": np.array([7, 8])})
+    assert [each["i2t"].tolist() for each in ranks] == [[3.0], [2.0]]
+    assert [each["t2i"].tolist() for each in ranks] == [[1.0], [5.0]]
+    assert {key: values.tolist() for key, values in groups.items()} == {"i2t": [9], "t2i": [7]}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import data_loader
 from clip_model import MultimodalTrainer
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
@@ -42,6 +43,12 @@ def signal_at(patch: pytest.MonkeyPatch, signals: dict[int, signal.Signals]) -> 
         return train_step(self, *arguments)
 
     patch.setattr(MultimodalTrainer, "train_step", step)
+
+
+def check_data(data_dir: str | Path, output_dir: Path, *flags: str) -> int:
+    """Run `--check`, without workers unless flags say so; returns the exit code."""
+    where = ["--data_dir", str(data_dir), "--output_dir", str(output_dir)]
+    return data_loader.main([*where, "--check", "--num_workers", "0", *flags])
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

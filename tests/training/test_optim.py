@@ -5,7 +5,19 @@ import logging
 import pytest
 import torch
 
-from cliptune.training.optim import build_scheduler, load_scheduler_state, schedule_points
+from clip_model import CLIPModel
+from cliptune.model.lora import add_lora
+from cliptune.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    describe_rates,
+    load_scheduler_state,
+    rates_of,
+    schedule_points,
+)
+from tests.helpers.models import small_architectures
+
+__all__ = ["small_architectures"]
 
 
 @pytest.mark.parametrize(("total_steps", "warmup_fraction"), [(12, 0.25), (5, 0.0), (1, 0.5), (3000, 0.1)])
@@ -54,3 +66,45 @@ def _optimizer_at(step: int, *, total_steps: int) -> tuple[torch.optim.Optimizer
         optimizer.step()
         scheduler.step()
     return optimizer, scheduler
+
+
+def rates_by_name(model: CLIPModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    names = {id(parameter): name.removeprefix("backbone.") for name, parameter in model.named_parameters()}
+    return {names[id(each)]: group["lr"] for group in optimizer.param_groups for each in group["params"]}
+
+
+def test_each_layer_has_a_fraction_of_the_rate_above_it() -> None:
+    model = CLIPModel("ViT-Mini")
+    optimizer = build_optimizer(model, learning_rate=1e-2, backbone_lr_scale=0.1, weight_decay=0.1, layer_decay=0.5)
+    rates = rates_by_name(model, optimizer)
+    assert rates.keys() == {name.removeprefix("backbone.") for name, _ in model.named_parameters()}
+    expected = {
+        "image_projection.weight": 1e-2, "logit_scale": 1e-2, "visual.proj": 1e-3, "ln_final.bias": 1e-3,
+        "visual.transformer.resblocks.1.ln_1.weight": 5e-4, "transformer.resblocks.1.mlp.c_fc.weight": 5e-4,
+        "visual.transformer.resblocks.0.attn.in_proj_weight": 2.5e-4, "transformer.resblocks.0.ln_2.bias": 2.5e-4,
+        "visual.conv1.weight": 1.25e-4, "token_embedding.weight": 1.25e-4,
+    }  # fmt: skip
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["name"] == "backbone"} == {0.0, 0.1}
+    assert rates_of(optimizer) == pytest.approx({"projection": 1e-2, "backbone": 1e-3})
+    said = describe_rates(optimizer)
+    assert "projection layers 0.01" in said
+    assert "towers 0.001, 0.0005, 0.00025, 0.000125 from the top layer down" in said
+
+
+def test_without_layer_decay_there_are_the_groups_of_before() -> None:
+    """So a run of before can be resumed: its optimiser's state is of the same groups in the same order."""
+    optimizer = build_optimizer(CLIPModel("ViT-Mini"), learning_rate=1e-2, backbone_lr_scale=0.1, weight_decay=0.1)
+    found = [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [
+        ("projection", 1e-2, 0.0), ("backbone", 1e-3, 0.1), ("backbone", 1e-3, 0.0), ("projection", 1e-2, 0.1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(None, 2e-4), (5.0, 5e-4)])
+def test_adapters_have_a_rate_of_their_own(scale: float | None, expected: float) -> None:
+    model = CLIPModel("ViT-Mini")
+    add_lora(model, 2)
+    optimizer = build_optimizer(model, learning_rate=1e-4, backbone_lr_scale=scale, weight_decay=0.1)
+    assert rates_of(optimizer) == pytest.approx({"projection": 1e-4, "lora": expected})
+    assert f"LoRA {expected:.3g}" in describe_rates(optimizer)
