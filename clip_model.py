@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
 from cliptune.runtime.messages import count
 from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.sigmoid_loss import INITIAL_BIAS, SigmoidLoss
 from cliptune.training.trainer import MAX_LOGIT_SCALE, MultimodalTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ class CLIPModel(nn.Module):
         image_resolution: sides of the input in pixels; None: the weights' own. Positions are interpolated.
 
     Attributes:
+        logit_bias: what `SigmoidLoss` adds to all logits, if the weights have it or `learn_bias` has made it; features
+            do not depend on it.
+        has_new_bias: `learn_bias` has made it, and no batch has told where it should begin.
         frozen_towers: which of `image` and `text` are held. Their outputs can be computed once and given to `forward`.
         lora: how its towers are adapted, see `cliptune.model.lora.add_lora`; None: not at all.
         trained_part: says what of its towers is trained, where that is not all or nothing.
@@ -88,6 +92,8 @@ class CLIPModel(nn.Module):
         self.starts_random = weights is None
         self.holds_batchnorm = weights is not None
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_bias: nn.Parameter | None = None
+        self.has_new_bias = False
         sizes = {"context_length": context_length, "image_resolution": image_resolution}
         if weights is None:
             architecture = resized(known_architecture(model_name or DEFAULT_MODEL_NAME), **sizes)
@@ -97,6 +103,7 @@ class CLIPModel(nn.Module):
             self.architecture = weights.architecture
             self.backbone = build_backbone(self.architecture, weights.tensors, source=weights.source)
             self.logit_scale.data.copy_(weights.tensors["logit_scale"])
+            self._take_bias(weights.tensors.get("logit_bias"))
             if weights.self_test is not None:  # of the model as it was saved, whatever is asked for
                 self._make_projections(None, weights)
                 check_self_test(self, weights.self_test, source=weights.source)
@@ -140,16 +147,31 @@ class CLIPModel(nn.Module):
                 f"this model is a {self.architecture.name} with {self.projection_dim}; "
                 "CLIPModel.from_checkpoint(path) builds the right one"
             )
-        before = {name: value.clone() for name, value in self.state_dict().items()}
+        before, bias = {name: value.clone() for name, value in self.state_dict().items()}, self.logit_bias
         self.load_state_dict(content["model_state_dict"])
         try:
             check_self_test(self, stored.self_test, source=stored.source)
         except ValueError:
+            self.logit_bias = bias
             self.load_state_dict(before)
             raise
         self.holds_batchnorm = True
         self.train(self.training)
         return content
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Load weights as PyTorch does; a `logit_bias` is taken if they have one, and stays if they have none."""
+        self._take_bias(state_dict.get("logit_bias"))
+        if self.logit_bias is not None and "logit_bias" not in state_dict:
+            state_dict = {**state_dict, "logit_bias": self.logit_bias}
+        return super().load_state_dict(state_dict, *arguments, **options)
+
+    def learn_bias(self) -> None:
+        """Have a `logit_bias` and train it, as `SigmoidLoss` needs; before the optimiser is made."""
+        self.has_new_bias = self.logit_bias is None
+        self._take_bias(torch.tensor(INITIAL_BIAS))
+        assert self.logit_bias is not None
+        self.logit_bias.requires_grad_()
 
     def load_adapter(self, path: str | Path) -> None:
         """Merge the `adapter.safetensors` of a run with LoRA into this model, which is as that run loaded it.
@@ -293,6 +315,11 @@ class CLIPModel(nn.Module):
             logger.warning("%s truncated to %d tokens", count(truncated, "text"), tokens.shape[1])
         return tokens
 
+    def _take_bias(self, value: Tensor | None) -> None:
+        """Make room for a bias where there is none; only `learn_bias` lets it be trained."""
+        if value is not None and self.logit_bias is None:
+            self.logit_bias = nn.Parameter(value.detach().clone().to(self.device), requires_grad=False)
+
     def _make_projections(self, projection_dim: int | None, weights: Weights | None) -> None:
         stored = weights.projections if weights else {}
         size = projection_dim or (len(stored["image_projection.weight"]) if stored else self.architecture.embed_dim)
@@ -337,4 +364,4 @@ def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str
     return (freeze_tower,)
 
 
-__all__ = ["ARCHITECTURES", "MAX_LOGIT_SCALE", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer"]
+__all__ = ["ARCHITECTURES", "MAX_LOGIT_SCALE", "CLIPModel", "ContrastiveLoss", "MultimodalTrainer", "SigmoidLoss"]

@@ -35,13 +35,13 @@ from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders, load
 from cliptune.data.row_store import ImageCache
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shards import write_shards
-from cliptune.data.splits import own_training, separate_validation, split_pairs
+from cliptune.data.splits import separate_validation, split_pairs
 from cliptune.data.table import SPLITS
 from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
-from cliptune.run_check import check, describe_data
+from cliptune.run_check import check, describe_data, split_as_a_run
 from cliptune.runtime.logs import progress_bar, setup_logging
 from cliptune.runtime.messages import count, printable
 from cliptune.runtime.rng import IntArray, draw_bits, seeded
@@ -66,7 +66,8 @@ class ImageTextDataset(Dataset[Sample]):
             `filename`; None: found by what the folder holds.
         caption_template: caption in which `{}` stands for such a name.
         captions: `random`: an item an image; `all`: an item a pair.
-        val_split: fraction of the images for validation, whole groups of them, in (0, 1).
+        val_split: fraction of the images for validation, in (0, 1): whole groups of them, with files of the same bytes.
+            A run joins copies that are not the same file as well.
         seed: of the split, the caption choice and a random transform.
         context_length: tokens of a caption, the model's: a longer one is truncated.
 
@@ -204,13 +205,12 @@ def _inspect(argv: list[str] | None) -> int:
         captions_from=settings.captions_from, caption_template=settings.caption_template,
     )  # fmt: skip
     pairs = load_pairs(source)
-    splits = split_pairs(pairs, val_split=settings.val_split, seed=settings.seed)
-    if settings.val_data is not None:
-        splits |= {"train": own_training(pairs), "val": separate_validation(source, settings.val_data)}
+    val = None if settings.val_data is None else separate_validation(source, settings.val_data)
     if settings.check:
-        found = check(pairs, splits, settings)
+        found = check(pairs, val, settings)
         print("\n".join(map(printable, found.lines)))
         return 1 if found.issues.count else 0
+    splits = split_as_a_run(pairs, val, settings)
     if settings.to_shards is None:
         print("\n".join(map(printable, describe_data(pairs, splits, settings))))
     else:

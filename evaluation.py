@@ -28,27 +28,30 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from clip_model import CLIPModel
 from cliptune import results
 from cliptune.data.issues import Issue
+from cliptune.data.loaders import caption_id
 from cliptune.data.pairs import Pairs
 from cliptune.data.repeats import perfect_recalls
 from cliptune.data.skipped import SkippedData
-from cliptune.features.encode import Encoded, Encoder, PairOutputs, encode_pairs, log_issue
+from cliptune.features.encode import Encoded, Encoder, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.features.tables import evaluation_report
+from cliptune.features.tower_outputs import PairOutputs
+from cliptune.results import of_evaluations
+from cliptune.run_classes import Classification, class_report, class_tasks, classify_set, of_classes
 from cliptune.run_evaluation import (
     Candidate,
-    Chosen,
     EvaluationRecord,
     choose_images,
     compare_all,
     find_candidates,
     record_of,
+    with_and_without,
 )
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import is_main, main_first, process_group, rank_device, world_size
@@ -78,50 +81,53 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
     # models, and images that none of them was trained on
     candidates = find_candidates(settings.checkpoint, activation=settings.activation)
     data_dirs: list[str | None] = [*dict.fromkeys(settings.data_dir)] or [None]
-    sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
+    chosen_sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
+    sets = [each for chosen in chosen_sets for each in with_and_without(chosen, settings.exclude, candidates)]
     skipped = SkippedData(
         [chosen.pairs for chosen in sets],
         num_images=sum(len(chosen.pairs) for chosen in sets),
         max_fraction=max(chosen.max_skipped_fraction for chosen in sets),
         path=Path(settings.output_dir) / "results" / "evaluation_skipped.json",
     )
+    tasks = class_tasks(settings, [chosen.pairs for chosen in sets])
     with process_group(device):
         with main_first():  # the other ranks find the weights downloaded
             for candidate in candidates:
                 candidate.fetch()
 
         # evaluations of each model on every set
-        command = results.command_line("evaluation.py", argv)
-        records = [
-            record
-            for candidate in candidates
-            for record in _evaluate_candidate(candidate, sets, settings, command=command, note=skipped.note)
-        ]
+        records: list[EvaluationRecord] = []
+        classified: list[Classification] = []
+        for candidate in candidates:
+            encoder, run = _load(candidate, settings, command=results.command_line("evaluation.py", argv))
+            for chosen, task in zip(sets, tasks, strict=True):
+                if task is not None:
+                    classified.append(classify_set(encoder, chosen, task, (candidate, run), note=skipped.note))
+                    continue
+                evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=skipped.note)
+                records.append(record_of(candidate, chosen, evaluation, run=run))
+            del encoder  # one model at a time is in memory
         skipped.agree()
 
         # tables and results
         if is_main():
+            times = {"started_at": started_at, "finished_at": now()}
             comparisons = [comparison for chosen in sets for comparison in compare_all(chosen, records)]
-            print(evaluation_report([record.values for record in records], comparisons))
-            for message in [chosen.note() for chosen in sets] + [skipped.summary() if len(skipped) else None]:
+            values = [record.values for record in records]
+            print(class_report(classified) if classified else evaluation_report(values, comparisons))
+            for message in [chosen.note() for chosen in chosen_sets] + [skipped.summary() if len(skipped) else None]:
                 if message is not None:
                     logger.warning(message)
-            path = Path(settings.output_dir) / "results" / "evaluation_results.json"
-            times = {"started_at": started_at, "finished_at": now()}
-            results.write(path, results.of_evaluations([record.values for record in records], comparisons, times=times))
+            name = "classification_results.json" if classified else "evaluation_results.json"
+            path = Path(settings.output_dir) / "results" / name
+            found = of_classes(classified, times) if classified else of_evaluations(values, comparisons, times=times)
+            results.write(path, found)
             print(f"written: {printable(str(path))}")
     return 0
 
 
-def _evaluate_candidate(
-    candidate: Candidate,
-    sets: Sequence[Chosen],
-    settings: EvaluationSettings,
-    *,
-    command: str,
-    note: Callable[[Issue], None],
-) -> list[EvaluationRecord]:
-    """Load a model and evaluate it on each of the sets; one model at a time is in memory."""
+def _load(candidate: Candidate, settings: EvaluationSettings, *, command: str) -> tuple[Encoder, results.RunInfo]:
+    """Load a model, and say what it runs on."""
     device = rank_device(settings.device)
     stored = "auto" if candidate.config is None else candidate.config.training.precision
     precision = resolve_precision(settings.precision or stored, device)
@@ -138,11 +144,7 @@ def _evaluate_candidate(
         model_name=model.architecture.name,
         model_settings=model.architecture.to_dict(),
     )
-    records = []
-    for chosen in sets:
-        evaluation = evaluate(encoder, chosen.pairs, on_unreadable_image=note)
-        records.append(record_of(candidate, chosen, evaluation.to_dict(), ranks=evaluation.ranks, run=run))
-    return records
+    return encoder, run
 
 
 class Evaluation(NamedTuple):
@@ -163,28 +165,35 @@ class Evaluation(NamedTuple):
     same place in every evaluation of a data set."""
     merged_ranks: dict[str, RankArray]
     """The same with equal texts and copies of an image merged; NaN also for all but the first of what is equal."""
+    encoded: Encoded | None = None
+    """The features, if they were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as the results file stores them: all but the ranks."""
-        return {key: value for key, value in self._asdict().items() if key not in {"ranks", "merged_ranks"}}
+        """Return plain values, as the results file stores them: neither ranks nor features."""
+        left_out = {"ranks", "merged_ranks", "encoded"}
+        return {key: value for key, value in self._asdict().items() if key not in left_out}
 
 
 def evaluate(
     encoder: Encoder,
     pairs: Pairs,
     *,
+    loss: ContrastiveLoss | None = None,
     loss_batch_size: int | None = None,
     cached: PairOutputs | None = None,
     on_unreadable_image: Callable[[Issue], None] = log_issue,
+    keep_features: bool = False,
 ) -> Evaluation:
     """Encode a data set and rank it against itself, over the full gallery.
 
     Args:
         encoder: its model comes back in the mode it came in.
         pairs: images with all their captions.
-        loss_batch_size: also give `val_loss`, the contrastive loss in batches of this size, in nats.
+        loss: that the model is trained with, on this rank's pairs alone; None: InfoNCE.
+        loss_batch_size: also give `val_loss`, the loss in batches of this size, in nats.
         cached: outputs of the model's frozen towers for `pairs`, which are then only projected.
         on_unreadable_image: called with each image that cannot be read, in the rank that met it.
+        keep_features: give them, too.
 
     Raises:
         ValueError: features that are not finite, or no image could be read.
@@ -205,10 +214,9 @@ def evaluate(
     }  # fmt: skip
     chance = {**chance_level(num_images, encoded.text_to_image), **merged.chance}
     if loss_batch_size is not None:
-        metrics["val_loss"] = validation_loss(encoded, model.logit_scale.detach(), batch_size=loss_batch_size)
-        # of n equal scores each has the probability 1/n; a set smaller than a batch is one batch
-        num_matched = len(encoded.text_to_image.unique())
-        chance["val_loss"] = math.log(min(loss_batch_size, num_matched))
+        loss = ContrastiveLoss(across_ranks=False) if loss is None else loss
+        found = validation_loss(encoded, model, loss, batch_size=loss_batch_size, captions=pairs.captions)
+        metrics["val_loss"], chance["val_loss"] = found
     histograms = similarity_histograms(*features)
     throughput = {"images_per_second": encoded.images_per_second, "texts_per_second": encoded.texts_per_second}
     skipped = {"images": len(pairs) - num_images, "records": pairs.issues.count}
@@ -216,6 +224,7 @@ def evaluate(
     return Evaluation(
         metrics, chance, histograms, num_images, num_texts, skipped, throughput,
         ranks=_ranks_of_queries(ranks, encoded, pairs), merged_ranks=_ranks_of_queries(Ranks(*firsts), encoded, pairs),
+        encoded=encoded if keep_features else None,
     )  # fmt: skip
 
 
@@ -228,27 +237,35 @@ def _ranks_of_queries(ranks: Ranks, encoded: Encoded, pairs: Pairs) -> dict[str,
 
 
 @torch.no_grad()
-def validation_loss(encoded: Encoded, logit_scale: Tensor, *, batch_size: int) -> float:
-    """Return the mean contrastive loss of each image with its first text, in nats.
+def validation_loss(
+    encoded: Encoded, model: Any, loss: ContrastiveLoss, *, batch_size: int, captions: Sequence[str]
+) -> tuple[float, float]:
+    """Return the mean loss of each image with its first text, and that of features that tell nothing, in nats.
 
     It depends on the batch size (chance is ln B), so only full batches count: 10 images in batches of 4 are two
     batches, and the last two images are not looked at. A set smaller than a batch is one batch.
 
     Args:
         encoded: features of the whole set, which every rank has.
-        logit_scale: log of the inverse temperature; the loss is computed where it is.
+        model: its `logit_scale` and `logit_bias` count; the loss is computed where they are.
+        loss: on this rank's pairs alone.
         batch_size: of the training.
+        captions: of the data set, which say what else is a positive.
     """
     owners = encoded.text_to_image
     images, image_of_text = torch.unique(owners, return_inverse=True)
     texts = torch.full((len(images),), len(owners))
     texts.scatter_reduce_(0, image_of_text, torch.arange(len(owners)), "amin")
-    loss, losses = ContrastiveLoss(across_ranks=False), []
+    ids = torch.tensor([caption_id(captions[index]) for index in encoded.text_indices[texts].tolist()])
+    losses, chances = [], []
     for start in range(0, max(len(images) - batch_size, 0) + 1, batch_size):
         rows = slice(start, start + batch_size)
-        batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]]
-        losses.append(loss(*(features.to(logit_scale.device) for features in batch), logit_scale))
-    return torch.stack(losses).mean().item()
+        batch = encoded.image_features[images[rows]], encoded.text_features[texts[rows]], ids[rows]
+        image_features, text_features, own_ids = (values.to(model.logit_scale.device) for values in batch)
+        found = loss(image_features, text_features, model.logit_scale, model.logit_bias, caption_ids=own_ids)
+        losses.append(found)
+        chances.append(loss.chance(len(own_ids), caption_ids=ids[rows]))
+    return torch.stack(losses).mean().item(), math.fsum(chances) / len(chances)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ if __name__ == "__main__":
 import logging
 import sys
 import uuid
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from cliptune.settings import Config
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
 
+import torch
 from torch import nn
 
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
 from cliptune.data.findings import data_findings
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
+from cliptune.features.retrieval import Retrieval
 from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
 from cliptune.run_data import (
@@ -44,9 +48,11 @@ from cliptune.run_data import (
     reread_data,
 )
 from cliptune.run_interpolation import look_back
+from cliptune.run_loss import make_losses, start_bias
 from cliptune.run_model import find_run_weights, make_model, place_model
 from cliptune.run_recipe import apply_recipe
 from cliptune.run_start import Resumed, open_run, set_aside_earlier_run
+from cliptune.run_verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.run_watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
@@ -59,13 +65,14 @@ from cliptune.training import optim
 from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
+from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
-from cliptune.training.run_models import evaluate_anew, settle_models, verify_best
+from cliptune.training.run_models import evaluate_both, settle_models, verify_best
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
-from evaluation import evaluate
+from evaluation import Evaluation, evaluate
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
@@ -102,59 +109,99 @@ def _train(argv: list[str] | None) -> int:
             splits, snapshots = (
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
-        if resumed is None:
-            config = apply_recipe(config, started, splits=splits, weights=weights)
+        config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=resumed is not None)
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
-        if is_main():
-            set_aside_earlier_run(files, config, resumed)
+        set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
+        began = {} if resumed is None else resumed.content
+        loss, val_loss = make_losses(config, splits["train"], began)
         data = open_data(
-            config, model, splits, ImageTextDataset, evaluate,
+            config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
             skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
         )  # fmt: skip
         data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
-            config, model, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
+            config, model, loss, data, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel
         )
-        began = {} if resumed is None else resumed.content
         about: dict[str, Any] = {
             "run_id": began.get("run_id", "") if began else uuid.uuid4().hex,
             "config": located(config).model_dump(),
             "folder": folder_of(config, began.get("folder", "")),
             "config_file": began.get("config_file", started.file_values),
+            "positives": loss.positives,
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
             "val_images": list(data.val.paths),
         }
         saver = _make_saver(config, trainer, files=files, about=about)
-        state = (
-            RunState()
+        state, anew = (
+            (RunState(), None)
             if resumed is None
             else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
         )
+        retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
         journal = _open_journal(config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv)
         if is_main():
-            journal.advise(**_odd_data(config, splits, snapshots, context_length=model.architecture.context_length))
-        code = _fit(config, data, trainer, state=state, journal=journal, saver=saver)
+            journal.advise(
+                **_odd_data(
+                    config, splits, snapshots,
+                    context_length=model.architecture.context_length, positives=loss.positives,
+                )
+            )  # fmt: skip
+        code = _fit(config, data, trainer, state=state, journal=journal, saver=saver, retrieval=retrieval)
         if is_main() and len(data.skipped):
             logger.warning(data.skipped.summary())
-        found = _look_back(config, model, data, state=state, journal=journal) if code == 0 else []
-        if is_main() and code == 0:
-            verify_best(state, files, run_id=about["run_id"])
-            for figure in draw_figures(files.results):
-                logger.info("figure: %s", figure)
-            print("\n".join([journal.summary(state), *found]))
+        if code == 0:
+            _conclude(config, model, data, state=state, journal=journal, retrieval=retrieval)
     return code
 
 
+def _conclude(
+    config: Config,
+    model: CLIPModel,
+    data: RunData,
+    *,
+    state: RunState,
+    journal: Journal,
+    retrieval: Retrieval | None,
+) -> None:
+    """Verify what the run leaves, compare its best model with the one as loaded, draw it and tell of it."""
+    files = journal.files
+    if is_main():
+        verify_best(state, files, run_id=journal.about["run_id"])
+    found = look_back(
+        config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+        complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
+    )  # fmt: skip
+    test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
+    if retrieval is None:
+        return
+    journal.about |= found.values | judge(retrieval, state, test)
+    journal.write_results(state, finished=True)
+    for figure in draw_figures(files.results):
+        logger.info("figure: %s", figure)
+    print("\n".join([journal.summary(state), *found.lines]))
+
+
+def _open_model(path: Path, *, device: torch.device) -> CLIPModel:
+    return CLIPModel.from_checkpoint(path).to(device)
+
+
 def _fit(
-    config: Config, data: RunData, trainer: MultimodalTrainer, *, state: RunState, journal: Journal, saver: Saver
+    config: Config,
+    data: RunData,
+    trainer: MultimodalTrainer,
+    *,
+    state: RunState,
+    journal: Journal,
+    saver: Saver,
+    retrieval: Retrieval | None,
 ) -> int:
-    """Evaluate the model as loaded, then train epoch by epoch until the last one, the early stop or a signal.
+    """Evaluate the model as loaded, then train until the last epoch, the early stop or a signal.
 
     SIGTERM, SIGINT and SIGHUP stop it after the step that they come in, and its state is saved.
 
@@ -166,8 +213,9 @@ def _fit(
     """
     settings, device, code = config.training, trainer.model.device, 0
     limits, stop = (settings.num_epochs, settings.early_stopping_patience), StopSignals()
-    if state.history and (ending := state.ending(*limits)):
-        logger.info("nothing is left to train: %s", ending)
+    nothing_is_left = bool(state.history) and state.ending(*limits) is not None
+    validation = Interval(every_steps=settings.validate_every_steps, every_seconds=settings.validate_every_seconds)
+    batches: Iterator[Any] | None = None
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
         try:
@@ -176,8 +224,11 @@ def _fit(
                 stop.check()
                 state.begin_epoch(device)
                 journal.begin_epoch(state)
-                batches = data.loader.epoch(state.epoch, start=state.num_batches) if state.epoch else ()
-                for step in trainer.steps(stop.interruptible_items(batches)):
+                if batches is None:  # else the epoch goes on after an evaluation within it
+                    epoch = data.loader.epoch(state.epoch, start=state.num_batches) if state.epoch else ()
+                    batches = stop.interruptible_items(epoch)
+                is_due = partial(_is_validation_due, validation, state, steps_per_epoch=len(data.loader))
+                for step in trainer.steps(items_until(is_due, batches)):
                     state.add(step)
                     journal.log_step(step)
                     data.note_issues(step.issues)
@@ -186,27 +237,49 @@ def _fit(
                     if saver.is_due(state.step) and state.num_batches < len(data.loader):
                         saver.save(state)
                     stop.check()
-                trainer.settle()
-                means = state.train_means()
-                journal.begin_validation()
-                # a signal leaves the epoch as it is before the evaluation, and a resumed run evaluates it again
-                with stop.interruptible(), trainer.averaged():
-                    evaluation, watched = data.validate(), data.watch.evaluate()
-                data.skipped.agree()
-                evaluation = broadcast(evaluation)  # so that all ranks decide the same
-                improved = state.finish_epoch(
-                    evaluation.to_dict() | data.watch.records(watched),
-                    means=means,
-                    rates=optim.rates_of(trainer.optimizer),
-                )
+                improved = _evaluate(data, trainer, stop, state=state, journal=journal, retrieval=retrieval)
+                validation.restart()
+                batches = batches if state.totals is not None else None
                 saver.save(state, best=improved)
-                journal.log_epoch(state, improved=improved)
-            if len(state.history) <= settings.num_epochs:
+                journal.log_evaluation(state, improved=improved)
+            if nothing_is_left:
+                logger.info("nothing is left to train: %s", ending)
+            elif state.epochs_done < settings.num_epochs:
                 logger.info("early stop: %s", ending)
             journal.write_results(state, finished=True)
         except (Stopped, KilledWorkerError) as end:
             code = _end_early(end, data, state=state, saver=saver)
     return code
+
+
+def _is_validation_due(interval: Interval, state: RunState, *, steps_per_epoch: int) -> bool:
+    """Tell whether to evaluate within the epoch before the next step: also in a run that was stopped in doing so."""
+    return 0 < state.num_batches < steps_per_epoch and not state.is_evaluated and interval.is_due(state.step)
+
+
+def _evaluate(
+    data: RunData,
+    trainer: MultimodalTrainer,
+    stop: StopSignals,
+    *,
+    state: RunState,
+    journal: Journal,
+    retrieval: Retrieval | None,
+) -> bool:
+    """Evaluate the model and record what comes; tell whether it is the best so far."""
+    trainer.settle()
+    means = state.train_means()
+    journal.begin_validation()
+    # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again
+    with stop.interruptible(), trainer.averaged():
+        evaluation, watched = data.validate(), data.watch.evaluate()
+    data.skipped.agree()
+    agreed = broadcast(evaluation.to_dict() | data.watch.records(watched))  # so that all ranks decide the same
+    rates = optim.rates_of(trainer.optimizer)
+    improved = state.add_evaluation(agreed, means=means, rates=rates, steps_per_epoch=len(data.loader))
+    if retrieval is not None:
+        add_evaluation(retrieval, evaluation, state, improved=improved, device=trainer.model.device)
+    return improved
 
 
 def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunState, saver: Saver) -> int:
@@ -224,21 +297,10 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     return end.exit_code
 
 
-def _look_back(config: Config, model: CLIPModel, data: RunData, *, state: RunState, journal: Journal) -> list[str]:
-    """Compare the best model with the one as loaded, and with what lies between; return what there is to say of it."""
-    found = look_back(
-        config, model, data, journal.files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
-        complete=add_self_test,
-    )  # fmt: skip
-    if found.values:
-        journal.about |= found.values
-        journal.write_results(state, finished=True)
-    return found.lines
-
-
 def _make_trainer(
     config: Config,
     model: CLIPModel,
+    loss: ContrastiveLoss,
     data: RunData,
     *,
     precision: Precision,
@@ -246,6 +308,7 @@ def _make_trainer(
     parallel: nn.Module | None,
 ) -> MultimodalTrainer:
     settings = config.training
+    start_bias(model, loss, data.loader, precision=precision, micro_batch_size=micro_batch_size, parallel=parallel)
     optimizer = optim.build_optimizer(
         model,
         learning_rate=settings.learning_rate,
@@ -256,7 +319,7 @@ def _make_trainer(
     total_steps = settings.num_epochs * len(data.loader)
     return MultimodalTrainer(
         model,
-        ContrastiveLoss(),
+        loss,
         optimizer,
         optim.build_scheduler(optimizer, total_steps=total_steps, warmup_fraction=settings.warmup_fraction),
         precision=precision,
@@ -294,8 +357,12 @@ def _restore(
     *,
     resumed: Resumed,
     snapshots: Snapshots,
-) -> RunState:
-    """Continue from a checkpoint; the model holds its weights already."""
+) -> tuple[RunState, tuple[Evaluation, Evaluation] | None]:
+    """Continue from a checkpoint; the model holds its weights already.
+
+    Returns:
+        The state, and the evaluations of the models as loaded and the best on data that is not what the run had.
+    """
     stored = stored_config(resumed.content["config"], resumed.path)
     if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
@@ -303,13 +370,17 @@ def _restore(
     state = saver.restore(*resumed)
     if is_main():
         settle_models(state, saver, state_path=resumed.path)
-    state.best, state.best_epoch = broadcast((state.best, state.best_epoch))
+    state.best, state.best_epoch, state.best_step = broadcast((state.best, state.best_epoch, state.best_step))
     if has_changed:
         if is_sharded(trainer.model):
             raise ValueError("--allow_data_change does not go with --parallel fsdp: resume once without it")
         logger.info("the models as loaded and the best are evaluated anew; the epoch under way begins again")
-        evaluate_anew(trainer.model, state, saver.files, validate=data.validate)
-    return state
+        open_model = partial(_open_model, device=trainer.model.device)
+        anew = evaluate_both(saver.files, open_model=open_model, evaluate=data.validate)
+        state.baseline, state.best = (evaluation.to_dict() for evaluation in anew)
+        state.totals = None
+        return state, anew
+    return state, None
 
 
 def _open_journal(
@@ -328,8 +399,10 @@ def _open_journal(
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
     is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
     plan = RunPlan(
-        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained
-    )
+        settings.num_epochs, steps, len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
+        is_softmax=settings.loss == "infonce", validate_every_steps=settings.validate_every_steps,
+        validate_every_seconds=settings.validate_every_seconds,
+    )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
     about = {
@@ -369,7 +442,7 @@ def _open_journal(
         long_warmup=long_warmup(
             warmup_steps=warmup_steps,
             total_steps=plan.total_steps,
-            patience_steps=settings.early_stopping_patience * steps,
+            patience_steps=settings.early_stopping_patience * min(steps, settings.validate_every_steps or steps),
         ),
         tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
         held_random_start=held_random_start(
@@ -379,7 +452,9 @@ def _open_journal(
     return journal
 
 
-def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int) -> dict[str, str | None]:
+def _odd_data(
+    config: Config, splits: Splits, snapshots: Snapshots, *, context_length: int, positives: str
+) -> dict[str, str | None]:
     """Find what is most odd about the data; `data_loader.py --check` tells all of it."""
     found = data_findings(
         splits,
@@ -389,6 +464,8 @@ def _odd_data(config: Config, splits: Splits, snapshots: Snapshots, *, context_l
         every_pair=config.data.captions == "all",
         context_length=context_length,
     )
+    if positives == "caption":
+        found.pop("repeated_captions", None)  # they do no harm
     return dict([(kind, finding) for kind, finding in found.items() if finding is not None][:MAX_FINDINGS])
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from cliptune import results as results_file
+from cliptune.recorded import SPLIT_NAMES, VERDICTS, Verdict, shown_epoch
 from cliptune.results import (
     RECALL_KEYS,
     RECALLS,
@@ -37,7 +38,9 @@ from cliptune.results import (
     Metrics,
     Results,
     SeveralEvaluations,
+    TestResults,
     TrainingResults,
+    selection_key,
 )
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.messages import count, printable, shorten, shown
@@ -53,6 +56,8 @@ LIGHT_BLUE, BLACK = "#A6CEE8", "#222222"
 DPI = 100
 MAX_MARKED = 40
 """Epochs of a curve that are marked by dots; more of them would be a thick line."""
+MAX_LN = math.log(2**63)
+"""Of what a chance level can be the logarithm of."""
 MAX_WIDTH = 40
 """Inches of a figure of many panels."""
 MAX_NAME, MAX_TITLE = 60, 200
@@ -114,20 +119,19 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
 
 
 def training_curves_figure(results: TrainingResults) -> Figure:
-    """Draw loss, accuracy and learning rates over the epochs of a run."""
-    watched = watched_curves(results)
-    figure = _figure(21 if watched else 16, 5.4)
-    loss, accuracy, rates, *others = figure.subplots(1, 4 if watched else 3)
+    """Draw loss, accuracy, learning rates and RSum over the epochs of a run."""
+    figure = _figure(16, 10.4)
+    loss, accuracy, rates, rsum = figure.subplots(2, 2).flat
     _draw_loss(loss, results)
     _draw_accuracy(accuracy, results)
     _draw_rates(rates, results)
-    for axes in others:
-        _draw_watched(axes, results, watched)
-    for axes in (loss, accuracy, rates, *others):
+    _draw_rsum(rsum, results)
+    for axes in (loss, accuracy, rates, rsum):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _finish(axes, legend_columns=1)
-    epochs = count(results.history[-1].epoch, "epoch")
+    last = results.history[-1].epoch
+    epochs = count(last, "epoch") if isinstance(last, int) else f"{shown_epoch(last)} epochs"
     _set_title(figure, f"{shown(results.model_name, MAX_NAME)}, {epochs}: {_verdict(results)}")
     return figure
 
@@ -162,11 +166,14 @@ def interpolation_figure(results: TrainingResults, interpolation: Interpolation)
 
 def model_metrics_figure(results: TrainingResults) -> Figure:
     """Draw a run's retrieval and similarities, the best epoch beside the model as loaded."""
-    title, histograms = f"{shown(results.model_name, MAX_NAME)}: {_verdict(results)}", results.histograms
+    title, of = f"{shown(results.model_name, MAX_NAME)}: {_verdict(results)}", results.test or results
+    histograms = of.histograms
     if results.best_epoch == 0:  # then the two are one and the same
-        return _metrics_figure(results, {"as loaded": results.baseline}, [histograms.best], title=title)
-    columns = {"as loaded": results.baseline, f"final (epoch {results.best_epoch})": results.metrics}
-    return _metrics_figure(results, columns, [histograms.baseline, histograms.best], title=title)
+        return _metrics_figure(of, {"as loaded": of.baseline}, [histograms.best], title=title)
+    # bars are those of the standard protocol
+    verdict = None if results.verdict is None or results.verdict.merged else results.verdict
+    columns = {"as loaded": of.baseline, f"final (epoch {shown_epoch(results.best_epoch)})": of.metrics}
+    return _metrics_figure(of, columns, [histograms.baseline, histograms.best], title=title, verdict=verdict)
 
 
 def evaluation_metrics_figure(results: EvaluationResults) -> Figure:
@@ -212,13 +219,18 @@ def _end_of(name: str) -> str:
 
 
 def _metrics_figure(
-    results: Results, columns: dict[str, Metrics], histograms: list[Histograms], *, title: str
+    results: Results | TestResults,
+    columns: dict[str, Metrics],
+    histograms: list[Histograms],
+    *,
+    title: str,
+    verdict: Verdict | None = None,
 ) -> Figure:
     """Draw retrieval beside similarities: of the last column and the last histograms, and of one as loaded before."""
     figure = _figure(16, 6)
     bars, densities = figure.subplots(1, 2, width_ratios=(3, 2))
     *before, metrics = columns.values()
-    _draw_recalls(bars, columns, results)
+    _draw_recalls(bars, columns, results, verdict)
     loaded = "".join(f", as loaded {baseline.rsum:.1f}" for baseline in before)
     bars.set_title(f"Retrieval: RSum {metrics.rsum:.1f}{loaded}")
     _draw_similarities(densities, histograms[-1], histograms[0] if before else None)
@@ -229,8 +241,12 @@ def _metrics_figure(
 
 
 def _verdict(results: TrainingResults) -> str:
-    best = results.best_epoch
-    return f"epoch {best} is the best" if best else "no epoch beat the model as loaded"
+    best, verdict = results.best_epoch, results.verdict
+    text = f"epoch {shown_epoch(best)} is the best" if best else "no epoch beat the model as loaded"
+    if verdict is None:
+        return text
+    images = count(verdict.num_images, f"{SPLIT_NAMES[verdict.split]} image")
+    return f"{text}. {VERDICTS[verdict.verdict]}: RSum {verdict.rsum} on {images}"
 
 
 def _gap(metrics: Metrics) -> str:
@@ -301,29 +317,83 @@ def _draw_loss(axes: Axes, results: TrainingResults) -> None:
     _draw_curve(axes, history, "val_loss", label="validation", color=ORANGE)
     value = next(record.val_loss for record in history if record.epoch == results.best_epoch)
     mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
-    axes.plot([results.best_epoch], [value], color=GREEN, label=f"best epoch (RSum): {results.best_epoch}", **mark)
+    axes.plot(
+        [results.best_epoch],
+        [value],
+        color=GREEN,
+        label=f"best epoch (RSum): {shown_epoch(results.best_epoch)}",
+        **mark,
+    )
     # A model that cannot tell the pairs of a batch apart has a loss of ln(its size). Validation counts full batches of
     # the training's size, but a smaller set is one batch: 6 images have ln 6 = 1.79, whatever the batch size.
     validation = results.chance.val_loss
     if validation is None:
         validation = math.log(min(batch_size, max(results.num_images, 1)))
-    levels = {"training": math.log(batch_size), "validation": validation}
-    _draw_chance(axes, {name: (level, f"ln {math.exp(level):,.0f} = {level:.2f}") for name, level in levels.items()})
-    axes.set(title="Contrastive loss", ylabel="nats")
+    if results.config.training.loss == "infonce" and validation <= MAX_LN:
+        levels = {"training": math.log(batch_size), "validation": validation}
+        texts = {name: f"ln {math.exp(level):,.0f} = {level:.2f}" for name, level in levels.items()}
+        _draw_chance(axes, {name: (level, texts[name]) for name, level in levels.items()})
+    else:  # that of a training batch depends on how often its captions repeat
+        axes.axhline(
+            validation, color=ORANGE, linewidth=1, linestyle=":", label=f"chance, validation: {validation:.2f}"
+        )
+    title = "Contrastive loss" if results.config.training.loss == "infonce" else "Sigmoid loss"
+    axes.set(title=title, ylabel="nats")
 
 
 def _draw_accuracy(axes: Axes, results: TrainingResults) -> None:
     history, chance = results.history, results.chance
     texts, images = count(results.num_texts, "text"), count(results.num_images, "image")
     batch = f"training, in batches of {results.config.training.batch_size}"
-    _draw_curve(axes, history, "i2t_r1", label=f"validation R@1 image→text, among {texts}", color=BLUE)
-    _draw_curve(axes, history, "t2i_r1", label=f"validation R@1 text→image, among {images}", color=ORANGE)
+    merged = _merged(results)  # where captions are classes, the run goes by these
+    i2t, t2i = f"{merged}i2t_r1", f"{merged}t2i_r1"
+    _draw_curve(axes, history, i2t, label=f"validation R@1 image→text, among {texts}", color=BLUE)
+    _draw_curve(axes, history, t2i, label=f"validation R@1 text→image, among {images}", color=ORANGE)
     _draw_curve(axes, history, "train_accuracy", label=batch, color=GREY, style="--")
-    recalls = {"image→text": chance.i2t_r1, "text→image": chance.t2i_r1}
+    _draw_intervals(axes, results, "i2t_r1", color=BLUE, label="95% intervals of the gains over the model as loaded")
+    _draw_intervals(axes, results, "t2i_r1", color=ORANGE)
+    recalls = {"image→text": getattr(chance, i2t), "text→image": getattr(chance, t2i)}
     _draw_chance(axes, {name: (value, f"R@1 {value:.3g}%") for name, value in recalls.items()})
-    axes.set(title="Accuracy", ylabel="percent")
+    axes.set(title="Accuracy, duplicates merged" if merged else "Accuracy", ylabel="percent")
     top = 1.05 * max(axes.dataLim.y1, 1.0)
     axes.set_ylim(-0.02 * top, top)  # room for the markers at 0 and at the highest
+
+
+def _draw_rsum(axes: Axes, results: TrainingResults) -> None:
+    """Draw what the best epoch is chosen by."""
+    key = f"{_merged(results)}rsum"
+    _draw_curve(axes, results.history, key, label="validation RSum", color=BLUE)
+    _draw_intervals(axes, results, "rsum", color=BLUE, label="95% interval of the gain over the model as loaded")
+    value = next(getattr(record, key) for record in results.history if record.epoch == results.best_epoch)
+    mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
+    label = f"best epoch: {shown_epoch(results.best_epoch)}"
+    axes.plot([results.best_epoch], [value], color=GREEN, label=label, **mark)
+    for (name, points), color in zip(watched_curves(results).items(), cycle(WATCHED_COLORS)):
+        style: dict[str, Any] = {"marker": "o" if len(points) <= MAX_MARKED else None, "markersize": 3.5}
+        label = f"watched: {shown(name, MAX_NAME)}"
+        axes.plot(*zip(*points, strict=True), "--", color=color, label=label, linewidth=1.6, **style)
+    chance = getattr(results.chance, key)
+    axes.axhline(chance, color=GREY, linewidth=1, linestyle=":", label=f"chance: {chance:.3g}")
+    axes.set(title="RSum, duplicates merged" if _merged(results) else "RSum", ylabel="sum of six recalls, at most 600")
+
+
+def _merged(results: TrainingResults) -> str:
+    """Return what keys of the recalls begin with that a run has gone by."""
+    return selection_key(results.baseline.model_dump()).removesuffix("rsum")
+
+
+def _draw_intervals(axes: Axes, results: TrainingResults, key: str, *, color: str, label: str = "") -> None:
+    """Draw where the curve of a metric may lie as well, as far as the model as loaded is where it is.
+
+    A gain of 20 from +5 to +35 over an RSum of 100 is a bar from 105 to 135.
+    """
+    start = getattr(results.baseline, f"{_merged(results)}{key}")
+    places = [gain.epoch for gain in results.gains]
+    lows, highs = ([max(start + getattr(gain, key)[end], 0) for gain in results.gains] for end in (1, 2))
+    if len(places) > MAX_MARKED:  # so many bars are an area
+        axes.fill_between(places, lows, highs, color=color, alpha=0.15, linewidth=0, label=label)
+    elif places:
+        axes.vlines(places, lows, highs, color=color, alpha=0.35, linewidth=2.5, label=label)
 
 
 def watched_curves(results: TrainingResults) -> dict[str, list[tuple[float, float]]]:
@@ -336,16 +406,6 @@ def watched_curves(results: TrainingResults) -> dict[str, list[tuple[float, floa
         ]
         for name, content in last.items()
     }
-
-
-def _draw_watched(axes: Axes, results: TrainingResults, watched: dict[str, list[tuple[float, float]]]) -> None:
-    """Draw RSum of the sets that are watched, beside that of validation, by which the best epoch is chosen."""
-    _draw_curve(axes, results.history, "rsum", label="validation", color=BLUE)
-    for (name, points), color in zip(watched.items(), cycle(WATCHED_COLORS)):
-        style: dict[str, Any] = {"marker": "o" if len(points) <= MAX_MARKED else None, "markersize": 3.5}
-        label = f"watched: {shown(name, MAX_NAME)}"
-        axes.plot(*zip(*points, strict=True), "--", color=color, label=label, linewidth=1.6, **style)
-    axes.set(title="RSum, also of what is watched", ylabel="RSum (at most 600)")
 
 
 def _draw_rates(axes: Axes, results: TrainingResults) -> None:
@@ -378,7 +438,9 @@ def _draw_rates(axes: Axes, results: TrainingResults) -> None:
     axes.set(title="Learning rate", ylabel="learning rate")
 
 
-def _draw_recalls(axes: Axes, columns: dict[str, Metrics], results: Results) -> None:
+def _draw_recalls(
+    axes: Axes, columns: dict[str, Metrics], results: Results | TestResults, verdict: Verdict | None
+) -> None:
     slots, width = np.arange(len(RECALL_KEYS)), 0.8 / len(columns)
     chance = results.chance.recalls()
     colors = (LIGHT_BLUE, BLUE)[-len(columns) :]
@@ -388,15 +450,30 @@ def _draw_recalls(axes: Axes, columns: dict[str, Metrics], results: Results) -> 
         centers = slots + (index - (len(columns) - 1) / 2) * width
         values = metrics.recalls()
         axes.bar(centers, values, width * 0.95, label=label, color=colors[index])
-        for center, value, floor in zip(centers, values, chance, strict=True):  # never across the mark of chance
+        floors = chance
+        if index and verdict is not None:
+            floors = _draw_gains(axes, centers, next(iter(columns.values())), verdict)
+        for center, value, floor in zip(centers, values, floors, strict=True):  # never across a mark
             axes.annotate(f"{value:.1f}", (center, max(value, floor)), fontsize=9, **at)
-        highest = max(highest, *values, *chance)
+        highest = max(highest, *values, *chance, *floors)
     axes.hlines(chance, slots - 0.42, slots + 0.42, color=BLACK, linewidth=1.3, label="chance")
     axes.set_xticks(slots, RECALL_LABELS)
     sizes = f"{count(results.num_images, 'image')}, {count(results.num_texts, 'text')}"
     axes.set_ylabel(f"percent of queries ({sizes})")
     axes.set_ylim(0, 1.1 * highest)
-    _finish(axes, legend_columns=3)
+    _finish(axes, legend_columns=4)
+
+
+def _draw_gains(axes: Axes, centers: Any, loaded: Metrics, verdict: Verdict) -> list[float]:
+    """Draw where bars may end on other images, as far as the model as loaded is where it is; return the upper ends."""
+    lows, highs = (
+        [min(max(getattr(loaded, key) + verdict.recalls[key][end], 0.0), 100.0) for key in RECALL_KEYS]
+        for end in (1, 2)
+    )
+    axes.vlines(centers, lows, highs, color=BLACK, linewidth=1.3, label="95% interval of the gain")
+    for ends in (lows, highs):
+        axes.hlines(ends, centers - 0.06, centers + 0.06, color=BLACK, linewidth=1.3)
+    return highs
 
 
 def _draw_similarities(axes: Axes, histograms: Histograms, baseline: Histograms | None) -> None:

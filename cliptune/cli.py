@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
-    "watch_data", "interpolate",
-    "compile", "num_epochs", "early_stopping_patience", "num_workers", "device", "precision", "output_dir", "cache_dir",
+    "watch_data", "interpolate", "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers",
+    "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
 }  # fmt: skip
@@ -50,8 +50,9 @@ HELP_GROUPS = {
         "activation", "context_length", "image_resolution",
     ),
     "training": (
-        "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay", "gradient_clip_norm",
-        "early_stopping_patience", "interpolate", "skip_nonfinite", "seed",
+        "loss", "positives", "backbone_lr_scale", "layer_decay", "ema", "warmup_fraction", "weight_decay",
+        "gradient_clip_norm", "early_stopping_patience", "validate_every", "interpolate",
+        "skip_nonfinite", "seed",
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
@@ -65,7 +66,7 @@ HELP_GROUPS = {
 METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
-    "watch_data": "PATH",
+    "validate_every": "N|TIME", "watch_data": "PATH",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 
@@ -239,6 +240,9 @@ def stored_config(stored: dict[str, Any], source: str | Path) -> Config:
     Raises:
         ValueError: they are none that a run can have; names the checkpoint and the key.
     """
+    training = stored.get("training")
+    if isinstance(training, dict):  # of a run of before there was a choice
+        stored = {**stored, "training": {"positives": "image", **training}}
     return _validate(Config, stored, {}, source=Path(source))
 
 

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cliptune.recorded import RECORDED, Bounds, Count, EvaluationGain, Number, Place, Verdict
 from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
 from cliptune.runtime.messages import printable, shorten
@@ -29,24 +30,15 @@ CEILING_OF_CLASSES = 540.0
 """RSum of a perfect model below which the standard protocol measures how captions repeat rather than the model."""
 MAX_BYTES = 2**28
 """Of a file that is read; a thousand epochs take about 1 MB."""
-MAX_SIZE = 1e100
-"""Of a number."""
 MAX_BINS = 10_000
 MIN_BIN_WIDTH = 1e-9
 _TRAINING_ONLY_KEYS = ("history", "baseline", "best_epoch")
 
-# strict: neither `true` nor `"3"` is a number
-# what is larger cannot be drawn, and no run comes near it
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
-Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Bounds = tuple[Number, Number]
-"""Low and high."""
-
 
 class Recorded(BaseModel):
-    """Base of what a results file holds: immutable, and keys of later versions are kept."""
+    """Base of what a results file holds."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    model_config = RECORDED
 
 
 class MergedRecalls(Recorded):
@@ -81,8 +73,9 @@ class Recalls(MergedRecalls):
 class Chance(Recalls):
     """What a random ranking gives, and the loss of a model for which all pairs of a batch look alike."""
 
-    val_loss: Annotated[Number, Field(ge=0, le=44)] | None = None
-    """ln(images in a validation batch): a validation set smaller than a training batch is one batch."""
+    val_loss: Annotated[Number, Field(ge=0, le=2**31)] | None = None
+    """ln(images in a validation batch): a validation set smaller than a training batch is one batch. Of a sigmoid loss
+    see `SigmoidLoss.chance`."""
 
 
 class Metrics(Recalls):
@@ -116,11 +109,12 @@ class WatchedRecord(Recalls):
 
 
 class EpochRecord(Metrics):
-    """One entry of a run's history: the state after an epoch; epoch 0 is the model as loaded."""
+    """One entry of a run's history, an evaluation: after an epoch or within one; epoch 0 is the model as loaded."""
 
-    epoch: Count
+    epoch: Place
     step: Count
     train_loss: Number | None
+    """Mean over the pairs since the evaluation before, in nats."""
     train_accuracy: Number | None
     """In-batch accuracy in percent: a training curve, not a result."""
     learning_rate: Number
@@ -194,15 +188,16 @@ class _ModelName(Recorded):
     name: str
 
 
-class _BatchSize(Recorded):
+class _Training(Recorded):
     batch_size: Annotated[int, Field(strict=True, gt=0, lt=2**63)]
+    loss: str = "infonce"
 
 
 class RecordedConfig(Recorded):
     """A run's settings; only those that figures need are looked at, since settings change their names."""
 
     model: _ModelName
-    training: _BatchSize
+    training: _Training
 
 
 class Results(Recorded):
@@ -223,7 +218,7 @@ class Results(Recorded):
     chance: Chance
 
 
-class Gain(Recorded):
+class WatchedVerdict(Recorded):
     """The gain of RSum of one evaluation over another, with its 95% interval."""
 
     gain: Number
@@ -246,8 +241,10 @@ class WatchedResult(Recorded):
     baseline: Recalls
     best: Recalls
     chance: Recalls
-    verdict: Gain | None = None
+    verdict: WatchedVerdict | None = None
     """None: all images are of one group."""
+    merged: bool = False
+    """Equal captions and images count as one, since the captions are classes."""
 
 
 class DriftResult(Recorded):
@@ -284,14 +281,28 @@ class Interpolation(Recorded):
     """Alpha of `interpolated_model.pth`."""
     max_loss: Number
     """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
-    verdict: Gain | None = None
+    merged: bool = False
+    """Equal captions and images count as one on validation, since the captions are classes."""
+    verdict: WatchedVerdict | None = None
     """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
 
 
-class TrainingResults(Results):
-    """`results/training_results.json`; `metrics` are those of the best epoch."""
+class TestResults(Recorded):
+    """The model as loaded and the best one on the test split, which they see once, after everything was chosen."""
 
-    best_epoch: Count
+    __test__ = False  # it is no test of pytest's
+    num_images: Count
+    num_texts: Count
+    baseline: Metrics
+    metrics: Metrics
+    chance: Chance
+    histograms: RunHistograms
+
+
+class TrainingResults(Results):
+    """`results/training_results.json`; `metrics` are those of the best evaluation."""
+
+    best_epoch: Place
     baseline: Metrics
     histograms: RunHistograms
     peak_memory_gb: dict[str, Number] = {}
@@ -299,6 +310,13 @@ class TrainingResults(Results):
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []
     """The planned rates of the whole run, at up to about 500 steps, the first and the last among them."""
+    verdict: Verdict | None = None
+    """None: the run has not ended, or `no_verdict` says why."""
+    no_verdict: str = ""
+    gains: list[EvaluationGain] = []
+    """Of every evaluation after the model as loaded, for the curves."""
+    test: TestResults | None = None
+    """None: the data declares no test split, or the model as loaded is the best."""
     watched: list[WatchedResult] = []
     drift: DriftResult | None = None
     interpolation: Interpolation | None = None
@@ -323,6 +341,8 @@ class EvaluationResults(Results):
     split: str | None = None
     num_trained_on: Count = 0
     """Of the images: those that the checkpoint's run was trained on."""
+    excluded: dict[str, Count] = {}
+    """What `--exclude` left out of the set: `images`, and `pairs` with these and others."""
     num_left_out: Count = 0
     """Images of the data set that are not among these, since a checkpoint's run was trained on them."""
     intervals: dict[str, Bounds] = {}
@@ -367,6 +387,8 @@ class Comparison(Recorded):
     split: str | None = None
     before: str
     after: str
+    merged: bool = False
+    """Duplicates are merged, since captions are classes."""
     gain: Number
     """Of RSum, from `before` to `after`."""
     low: Number
@@ -442,7 +464,7 @@ def read(path: Path) -> AnyResults:
         raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
 
 
-def write(path: Path, results: AnyResults | DataCheckResults) -> None:
+def write(path: Path, results: Recorded) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))

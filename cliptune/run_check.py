@@ -13,16 +13,18 @@ import numpy as np
 import torch
 
 from cliptune import results
-from cliptune.data.diagnosis import KINDS, Examined, Finding, find_all, suspects, table
+from cliptune.data.diagnosis import KINDS, LIST, Examined, Finding, find_all, leaks, suspects, table
 from cliptune.data.doctor import CaptionFacts, look_at_captions, look_at_images
 from cliptune.data.findings import data_findings
 from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.identity import file_identities
 from cliptune.data.issues import Issues
-from cliptune.data.near_duplicates import find_near_duplicates
+from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
 from cliptune.data.pairs import Pairs
+from cliptune.data.splits import split_data
 from cliptune.data.suspects import update_suspects
-from cliptune.data.table import NO_SPLIT, SPLITS
+from cliptune.data.table import NO_SPLIT, SPLITS, Strings
+from cliptune.data.units import Units
 from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
@@ -78,12 +80,37 @@ class Check(NamedTuple):
     lines: list[str]
 
 
-def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) -> Check:
+def split_as_a_run(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> dict[str, Pairs]:
+    """Split a data set as a run of these settings would; where fingerprints are cached already, they are used.
+
+    Args:
+        pairs: the data set.
+        val: a separate validation set.
+        settings: of the data stage.
+    """
+    paths = pairs.paths if val is None else Strings.concatenate([pairs.paths, val.paths])
+    cache_dir = Path(settings.output_dir) / "cache"
+    copies = look_for_near_duplicates(
+        paths, cache_dir=cache_dir if cache_dir.is_dir() else None, num_workers=settings.num_workers
+    )
+    return _split(pairs, val, copies, settings)[0]
+
+
+def _split(
+    pairs: Pairs, val: Pairs | None, copies: NearDuplicates, settings: InspectSettings
+) -> tuple[dict[str, Pairs], Units]:
+    return split_data(
+        pairs, val, copies=copies, val_split=settings.val_split, seed=settings.seed_of_split,
+        join=settings.near_duplicates == "join",
+    )  # fmt: skip
+
+
+def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     """Look at every image and caption; write `results/data_check.json` and `results/suspects.csv`.
 
     Args:
         pairs: the data set.
-        splits: by their names, of it or of a separate validation set.
+        val: a separate validation set.
         settings: of the data stage.
 
     Raises:
@@ -93,18 +120,21 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
-    examined = _examine(pairs, splits, settings)
+    examined, splits, units = _examine(pairs, val, settings)
+    is_declared = val is not None or "val" in pairs.declared()
     findings = [
         *find_all(
             examined, batch_size=settings.batch_size, context_length=context_length,
             resolution=architecture.image_resolution,
         ),
         *whole_findings(splits, settings, context_length=context_length),
+        *leaks(pairs, units, examined.sides[: len(pairs)], num_drawn=0 if is_declared else len(splits["val"])),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
+    folder = Path(settings.output_dir) / "results"
+    findings = [each._replace(advice=each.advice.replace(LIST, str(folder / "suspects.csv"))) for each in findings]
     issues = Issues(list(examined.pairs.issues.first), examined.pairs.issues.count)
     issues.extend(examined.images.issues)
-    folder = Path(settings.output_dir) / "results"
     record = results.DataCheckResults(
         started_at=started_at,
         finished_at=datetime.now().isoformat(timespec="seconds"),
@@ -141,20 +171,22 @@ def check(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) 
     return Check(issues, lines)
 
 
-def _examine(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSettings) -> Examined:
-    """Look at all images, also those that are in no split, since a separate set validates."""
-    others = splits["val"].select(np.flatnonzero(pairs.paths.find(splits["val"].paths) < 0))
-    everything = Pairs.concatenate([pairs, others]) if len(others) else pairs
-    sides = np.full(len(everything), NO_SPLIT, dtype=np.int8)
-    for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
-        sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
+def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], Units]:
+    """Look at all images, also those that are in no split, since a separate set validates; then split them."""
+    everything = pairs
+    if val is not None:
+        others = val.select(np.flatnonzero(pairs.paths.find(val.paths) < 0))
+        everything = Pairs.concatenate([pairs, others]) if len(others) else pairs
     cache_dir = Path(settings.output_dir) / "cache"
     fingerprints = Fingerprints(everything.paths, cache_dir)
     images = look_at_images(everything.paths, fingerprints=fingerprints, num_workers=settings.num_workers)
     copies = find_near_duplicates(everything.paths, cache_dir=cache_dir, num_workers=settings.num_workers)
-    near = copies.pairs[~copies.identical]
+    splits, units = _split(pairs, val, copies, settings)
+    sides = np.full(len(everything), NO_SPLIT, dtype=np.int8)
+    for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
+        sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
     captions = look_at_captions(everything.captions, num_workers=settings.num_workers)
-    return Examined(everything, sides, images, captions, near)
+    return Examined(everything, sides, images, captions, copies.pairs[~copies.identical]), splits, units
 
 
 def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, context_length: int) -> Iterator[Finding]:

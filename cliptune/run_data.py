@@ -14,7 +14,7 @@ from torch import Tensor
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
-from cliptune.data.near_duplicates import NearDuplicates, identical_files, look_for_near_duplicates, no_copies
+from cliptune.data.near_duplicates import NearDuplicates, look_for_near_duplicates, no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
@@ -72,14 +72,9 @@ def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tup
 
 
 def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
-    """Return how a run finds the images that are one image: near-duplicates as well, where that takes little time."""
-
-    def find(paths: Strings) -> NearDuplicates:
-        workers = config.data.num_workers
-        near = look_for_near_duplicates(paths, cache_dir=cache_file.parent, num_workers=workers)
-        return identical_files(paths, cache_file=cache_file) if near is None else near
-
-    return find
+    """Return how a run finds the images that are one image."""
+    workers = config.data.num_workers
+    return functools.partial(look_for_near_duplicates, cache_dir=cache_file.parent, num_workers=workers)
 
 
 def located(config: Config) -> Config:
@@ -240,6 +235,14 @@ def _without_excluded(splits: dict[str, Pairs], path: Path) -> Pairs:
     return found.pairs
 
 
+class TestSplit(NamedTuple, Generic[E]):
+    """What a run is judged by in the end."""
+
+    pairs: Pairs
+    evaluate: Callable[[Any], E]
+    """Evaluates a model."""
+
+
 class RunData(NamedTuple, Generic[E]):
     """What a run trains and validates on."""
 
@@ -248,6 +251,8 @@ class RunData(NamedTuple, Generic[E]):
     val: Pairs
     validate: Callable[..., E]
     """Evaluates the model, or another one that it is given."""
+    test: TestSplit[E] | None
+    """The test split that the data declares; None: it declares none."""
     skipped: SkippedData
     num_workers: int
     encoder: Encoder
@@ -336,9 +341,15 @@ def open_data(
         return evaluate(
             encoder if other is None else replace(encoder, model=other), val,
             loss_batch_size=training.batch_size, cached=outputs_of(val), on_unreadable_image=skipped.note,
+            keep_features=other is None,
         )  # fmt: skip
 
-    return RunData(loader, train, val, validate, skipped, workers, encoder, outputs_of)
+    def evaluate_test(other: Any) -> E:
+        return evaluate(replace(encoder, model=other), held_out, cached=outputs_of(held_out))
+
+    held_out = splits.get("test")
+    test = TestSplit(held_out, evaluate_test) if isinstance(held_out, Pairs) and len(held_out) else None
+    return RunData(loader, train, val, validate, test, skipped, workers, encoder, outputs_of)
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,16 @@ from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import declared_split, default_split
+from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import BoolArray
+from cliptune.features.tables import has_repeats
 from cliptune.features.verdict import answered, compare, num_groups, recall_intervals
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_fields import CONFIG_KEYS
 from cliptune.model.checkpoint_file import checkpoint_in, holds_checkpoint, load_checkpoint
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
-from cliptune.results import Comparison, RunInfo
+from cliptune.results import Comparison, RunInfo, selection_key
 from cliptune.run_data import found_again
 from cliptune.runtime.messages import count, first_few, nearest, printable
 from cliptune.settings import MAX_SKIPPED_FRACTION, Config, EvaluationSettings
@@ -143,6 +145,8 @@ class Chosen(NamedTuple):
     trained: dict[str, int]
     """How many of `pairs` each candidate was trained on, by its path."""
     max_skipped_fraction: float
+    excluded: Mapping[str, int] = {}
+    """How many `images`, and `pairs` of these and others, a list of suspects has left out."""
 
     def note(self) -> str | None:
         """Say which images were trained on, and what that means."""
@@ -193,6 +197,31 @@ def choose_images(settings: EvaluationSettings, data_dir: str | None, candidates
     return Chosen(chosen, data_dir, split, int(in_any.sum()), dict.fromkeys(counts, 0), fraction)
 
 
+def with_and_without(chosen: Chosen, suspects: str | None, candidates: Sequence[Candidate]) -> list[Chosen]:
+    """Return a data set, and the same without the pairs that a list leaves out, if there are any; say how many.
+
+    Raises:
+        FileNotFoundError, ValueError: the list cannot be read, or leaves nothing.
+    """
+    if suspects is None:
+        return [chosen]
+    left, num_images, num_pairs, _ = exclude(chosen.pairs, read_suspects(Path(suspects)))
+    counts = f"{num_pairs:,} of the {count(chosen.pairs.num_pairs, 'pair')}, and with them {count(num_images, 'image')}"
+    logger.info("--exclude %s leaves out %s of %s", suspects, counts, chosen.data_dir)
+    if not num_pairs:
+        return [chosen]
+    if not len(left):
+        raise ValueError(f"--exclude {suspects} leaves nothing of {chosen.data_dir} to evaluate")
+    trained = dict(chosen.trained)
+    if any(trained.values()):
+        files = file_identities(left.paths)
+        for candidate in candidates:
+            trained[candidate.path] = int(candidate.known.are_in(left, "train", chosen.data_dir, files=files).sum())
+    excluded = {"images": num_images, "pairs": num_pairs}
+    split = f"{chosen.split}, without {Path(suspects).name}"  # a set of its own, in tables and results
+    return [chosen, chosen._replace(pairs=left, split=split, trained=trained, excluded=excluded)]
+
+
 def _by_candidate(counts: dict[str, int]) -> str:
     """Say how many images each candidate was trained on: `54`, or `A 54; B 60`."""
     if len(counts) == 1:
@@ -221,7 +250,8 @@ def _of_data_set(
     """Read a data set that was named."""
     assert data_dir is not None
     source = DataSource(
-        data_dir, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
+        data_dir, settings.image_dir, settings.label_key or settings.caption_key, fraction,
+        image_key=settings.image_key,
         captions_from=settings.captions_from, caption_template=settings.caption_template,
     )  # fmt: skip
     pairs = load_pairs(source)
@@ -247,7 +277,7 @@ def _own_validation(
     assert first.config is not None
     data = first.config.data
     source = DataSource(
-        data.data_dir, settings.image_dir or data.image_dir, data.caption_key, fraction,
+        data.data_dir, settings.image_dir or data.image_dir, settings.label_key or data.caption_key, fraction,
         image_key=data.image_key, captions_from=data.captions_from, caption_template=data.caption_template,
     )  # fmt: skip
     source = source if data.val_data is None else source.at(data.val_data)
@@ -307,22 +337,25 @@ class EvaluationRecord(NamedTuple):
     """Under the keys of `results.EvaluationResults`."""
     ranks: dict[str, Any]
     """Of every query, `i2t` and `t2i`; NaN where there is none."""
+    merged_ranks: dict[str, Any]
+    """The same with duplicates merged."""
 
 
-def record_of(
-    candidate: Candidate, chosen: Chosen, evaluation: dict[str, Any], *, ranks: dict[str, Any], run: RunInfo
-) -> EvaluationRecord:
+def record_of(candidate: Candidate, chosen: Chosen, evaluation: Any, *, run: RunInfo) -> EvaluationRecord:
     """Complete an evaluation with what it is of, and with intervals.
 
     Args:
         candidate: the model.
         chosen: the images.
-        evaluation: metrics and the like, plain values.
-        ranks: of every query, in the order of the images and captions.
+        evaluation: an `evaluation.Evaluation` of them.
         run: what it ran on.
     """
-    (answers,), groups = answered([ranks], chosen.pairs.query_groups)
-    values = {
+    values = evaluation.to_dict()
+    intervals = _intervals(evaluation.ranks, chosen.pairs)
+    if has_repeats(values["metrics"]):
+        merged = _intervals(evaluation.merged_ranks, chosen.pairs)
+        intervals |= {f"merged_{key}": bounds for key, bounds in merged.items()}
+    of_what = {
         "run_id": candidate.run_id,
         "run": run,
         "checkpoint": candidate.path,
@@ -330,17 +363,30 @@ def record_of(
         "split": chosen.split,
         "num_trained_on": chosen.trained[candidate.path],
         "num_left_out": chosen.num_left_out,
-        "intervals": recall_intervals(answers, groups) if num_groups(groups) > 1 else {},
-        **evaluation,
+        "excluded": chosen.excluded,
+        "intervals": intervals,
     }
-    return EvaluationRecord(values, ranks)
+    return EvaluationRecord(of_what | values, evaluation.ranks, evaluation.merged_ranks)
+
+
+def _intervals(ranks: dict[str, Any], pairs: Pairs) -> dict[str, tuple[float, float]]:
+    """Return the intervals of the recalls; none of a single group."""
+    (answers,), groups = answered([ranks], pairs.query_groups)
+    return recall_intervals(answers, groups) if num_groups(groups) > 1 else {}
 
 
 def compare_all(chosen: Chosen, records: Sequence[EvaluationRecord]) -> list[Comparison]:
-    """Compare each two checkpoints on a set, on the images that all could be asked of; none of a single group."""
+    """Compare each two checkpoints on a set, on the images that all could be asked of; none of a single group.
+
+    Where captions are classes, duplicates are merged, as where a run chooses its best epoch.
+    """
     own = [record for record in records if (record.values["data"], record.values["split"]) == chosen[1:3]]
-    ranks, groups = answered([record.ranks for record in own], chosen.pairs.query_groups)
-    if len(own) < 2 or num_groups(groups) < 2:
+    if len(own) < 2:
+        return []
+    merged = selection_key(own[0].values["metrics"]) == "merged_rsum"
+    all_ranks = [record.merged_ranks if merged else record.ranks for record in own]
+    ranks, groups = answered(all_ranks, chosen.pairs.query_groups)
+    if num_groups(groups) < 2:
         return []
     found = []
     for (before, first), (after, second) in combinations(zip(own, ranks, strict=True), 2):
@@ -351,6 +397,7 @@ def compare_all(chosen: Chosen, records: Sequence[EvaluationRecord]) -> list[Com
                 split=chosen.split,
                 before=before.values["checkpoint"],
                 after=after.values["checkpoint"],
+                merged=merged,
                 recalls={key: tuple(interval) for key, interval in verdict.recalls.items()},
                 **{key: value for key, value in verdict._asdict().items() if key != "recalls"},
             )

@@ -19,9 +19,9 @@ from torch import Tensor
 from cliptune.features.verdict import Ranks, Verdict, answered, compare_best
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.weights import own_weights
-from cliptune.results import RECALL_KEYS
+from cliptune.results import selection_key
 from cliptune.run_data import RunData
-from cliptune.run_watch import Forgotten, Seen, drift_of, verdict_values
+from cliptune.run_watch import Forgotten, Found, Seen, drift_of, verdict_values
 from cliptune.runtime.distributed import any_rank, barrier, is_main
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import printable
@@ -88,15 +88,14 @@ class Point(NamedTuple):
     """An average of the two models."""
 
     alpha: float
-    validation: Any
-    """Its `evaluation.Evaluation`."""
+    validation: Found
     seen: Seen
 
     def loses(self, first: Point) -> float:
         """Return how many points of the mean recall are lost, at most, on a watched set; minus infinity if none is."""
         watched = self.seen.watched
         return max(
-            ((first.seen.watched[name].metrics["rsum"] - watched[name].metrics["rsum"]) / 6 for name in watched),
+            ((first.seen.watched[name].recalls["rsum"] - watched[name].recalls["rsum"]) / 6 for name in watched),
             default=-math.inf,
         )
 
@@ -105,8 +104,8 @@ class Point(NamedTuple):
         drift = drift_of(first.seen, self.seen)
         return {
             "alpha": self.alpha,
-            **{key: self.validation.metrics[key] for key in (*RECALL_KEYS, "rsum")},
-            "watched": {name: each.metrics["rsum"] for name, each in self.seen.watched.items()},
+            **self.validation.recalls,
+            "watched": {name: each.recalls["rsum"] for name, each in self.seen.watched.items()},
             **({} if drift is None else {"text_overlap": drift.text_overlap, "image_overlap": drift.image_overlap}),
         }
 
@@ -123,7 +122,7 @@ def choose(points: Sequence[Point], *, max_loss: float = MAX_LOSS) -> tuple[Poin
     allowed = [point for point in points if point.loses(points[0]) <= max_loss]
     chosen = allowed[0]
     for point in allowed:
-        if point.validation.metrics["rsum"] > chosen.validation.metrics["rsum"] * (1 + TIE):
+        if point.validation.recalls["rsum"] > chosen.validation.recalls["rsum"] * (1 + TIE):
             chosen = point
     return chosen, allowed
 
@@ -177,10 +176,12 @@ def look_back(
         return LookBack({}, [])
     if not config.training.interpolate:
         return _told(data.watch.compare(*(data.watch.look(ends.model_at(alpha)) for alpha in (0.0, 1.0))))
-    points = []
+    points: list[Point] = []
     for alpha in progress_bar(ALPHAS, desc="interpolation"):
         average = ends.model_at(alpha)
-        points.append(Point(alpha, data.validate(average), data.watch.look(average)))
+        evaluation = data.validate(average)
+        key = selection_key(points[0].validation.metrics if points else evaluation.metrics)
+        points.append(Point(alpha, Found.of(evaluation, key), data.watch.look(average)))
     data.skipped.agree()
     return _interpolated(data, ends, points, path=files.interpolated, complete=complete, evaluations=evaluations)
 
@@ -205,6 +206,7 @@ def _interpolated(
         "points": [point.values(points[0]) for point in points],
         "chosen": chosen.alpha,
         "max_loss": MAX_LOSS,
+        "merged": chosen.validation.merged,
         "verdict": verdict_values(verdict),
     }
     lines = _lines(points, chosen, verdict, path=path)
@@ -219,7 +221,7 @@ def estimated_gain(
     The averages stand in the cross-fit beside the evaluations that the best one was chosen among. Where the best epoch
     itself loses too much of what is watched, evaluations are no candidates, and only the choice of alpha is covered.
     """
-    candidates = [point.validation.ranks for point in allowed]
+    candidates: list[Ranks] = [point.validation.ranks for point in allowed]
     if evaluations and allowed[-1].alpha == 1:
         candidates += evaluations[1:]
     ranks, groups = answered([loaded.validation.ranks, *candidates], data.val.query_groups)
@@ -250,8 +252,8 @@ def _lines(points: Sequence[Point], chosen: Point, verdict: Verdict | None, *, p
     rows = []
     for point in points:
         mark = " (chosen)" if point is chosen else ""
-        watched = (f"{point.seen.watched[name].metrics['rsum']:{max(len(name), 10) + 2}.1f}" for name in names)
-        rows.append(f"{f'alpha {point.alpha:.1f}{mark}':24}{point.validation.metrics['rsum']:12.1f}" + "".join(watched))
+        watched = (f"{point.seen.watched[name].recalls['rsum']:{max(len(name), 10) + 2}.1f}" for name in names)
+        rows.append(f"{f'alpha {point.alpha:.1f}{mark}':24}{point.validation.recalls['rsum']:12.1f}" + "".join(watched))
     among = f" of those that lose at most {MAX_LOSS:g} point of mean recall on each watched set" if names else ""
     gain = (
         ""
@@ -261,7 +263,8 @@ def _lines(points: Sequence[Point], chosen: Point, verdict: Verdict | None, *, p
             f"{verdict.num_groups:,} groups of images): {verdict.verdict}"
         )
     )
-    rsum = chosen.validation.metrics["rsum"]
+    rsum, merged = chosen.validation.recalls["rsum"], chosen.validation.merged
+    gain += "; equal captions and images count as one" if merged else ""
     which = {0.0: ", the model as loaded,", 1.0: ", the best model,"}.get(chosen.alpha, "")
     summary = f"alpha {chosen.alpha:.1f}{which} is the best{among}: RSum {rsum:.1f}{gain}"
     return ["", head, *rows, summary, f"interpolated model: {printable(str(path))}"]

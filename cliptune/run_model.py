@@ -15,6 +15,7 @@ from cliptune.model.parallel import parallel_model
 from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.run_data import num_views
+from cliptune.run_loss import settle_bias
 from cliptune.run_start import Resumed
 from cliptune.runtime.device import Precision, can_compile
 from cliptune.runtime.distributed import world_size
@@ -60,6 +61,7 @@ def make_model(config: Config, weights: str | Weights, resumed: Resumed | None, 
         add_lora(model, settings.lora_rank, alpha=settings.lora_alpha, layers=settings.lora_layers)
     if settings.train_layers is not None:
         train_last_layers(model, settings.train_layers)
+    settle_bias(config, model)
     if resumed is not None:
         model.starts_random = resumed.content["starts_random"]
         model.holds_batchnorm = resumed.content["holds_batchnorm"]
@@ -74,8 +76,11 @@ def _go_on_with_weights(model: Any, resumed: Resumed) -> None:
     reason = f"no {missing[0]}" if missing else ""
     if own and not missing:
         try:
+            # the model's tensors are the checkpoint's own, and its average lies in the same memory
+            average = resumed.content.get("average_state_dict", {})
+            resumed.content["average_state_dict"] = {name: value.clone() for name, value in average.items()}
             model.load_state_dict({**resumed.content["model_state_dict"], **own})
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
             reason = one_line(error)
     if reason:
         raise ValueError(f"{resumed.path}: damaged, or written by other means than this toolkit: {reason}")

@@ -17,20 +17,23 @@ from cliptune.settings import Config
 logger = logging.getLogger("train")
 
 
-def apply_recipe(config: Config, started: Started, *, splits: Splits, weights: str | Weights) -> Config:
+def apply_recipe(
+    config: Config, started: Started, *, splits: Splits, weights: str | Weights, is_resumed: bool
+) -> Config:
     """Return the settings with what their recipe picks; flags win, and what the config file has at no default.
 
     Args:
-        config: of a run that begins; one that is resumed has the settings that were picked for it.
+        config: of the run.
         started: what it was started with.
         splits: of its data.
         weights: what `find_run_weights` returned.
+        is_resumed: the settings are a resumed run's own, for which the recipe has picked already.
 
     Raises:
         ValueError: the recipe does not go with what was chosen, or with the model.
     """
     recipe = config.training.recipe
-    if recipe is None:
+    if recipe is None or is_resumed:
         return config
     own = _chosen(config, started)
     situation = _situation(config, splits, weights)

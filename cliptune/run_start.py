@@ -90,6 +90,8 @@ def open_run(started: Started, held: ExitStack) -> tuple[Config, RunFiles, Resum
 
 def set_aside_earlier_run(files: RunFiles, config: Config, resumed: Resumed | None) -> None:
     """Move the files of an earlier or another run out of the way of this one's, and begin the log file."""
+    if not is_main():
+        return
     if resumed is None or resumed.path.resolve().parent != files.last.parent.resolve():
         files.set_aside_earlier_run()
     setup_logging(config.run.log_level, files.log)

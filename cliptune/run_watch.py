@@ -21,7 +21,7 @@ from cliptune.data.snapshot import Snapshots, take_snapshots
 from cliptune.data.splits import separate_validation
 from cliptune.features.drift import Drift, ProbeFeatures, drift_between, encode_probes
 from cliptune.features.verdict import Verdict, answered, compare
-from cliptune.results import RECALL_KEYS
+from cliptune.results import RECALL_KEYS, selection_key
 from cliptune.run_data import RunData
 from cliptune.runtime.messages import count, printable, shorten
 from cliptune.settings import Config
@@ -46,11 +46,38 @@ class WatchedSet(NamedTuple):
     """Tells its images and captions from others: a curve over two different sets would mean nothing."""
 
 
+class Found(NamedTuple):
+    """What is kept of an `evaluation.Evaluation`, whose features may be large."""
+
+    metrics: dict[str, float]
+    """All of them."""
+    recalls: dict[str, float]
+    """The six recalls and their `rsum`; with equal captions and images counted as one where captions are classes."""
+    chance: dict[str, float]
+    """Of the recalls."""
+    num_images: int
+    num_texts: int
+    ranks: dict[str, Any]
+    """That the recalls were made of."""
+    merged: bool = False
+    """Equal captions and images count as one."""
+
+    @classmethod
+    def of(cls, evaluation: Any, key: str) -> Found:
+        """Take these parts of an evaluation; `key` is `results.selection_key`'s of the first one of its data set."""
+        prefix, metrics, chance = key.removesuffix("rsum"), evaluation.metrics, evaluation.chance
+        recalls, by_chance = (
+            {name: values[prefix + name] for name in (*RECALL_KEYS, "rsum")} for values in (metrics, chance)
+        )
+        ranks = evaluation.merged_ranks if prefix else evaluation.ranks
+        return cls(metrics, recalls, by_chance, evaluation.num_images, evaluation.num_texts, ranks, bool(prefix))
+
+
 class Seen(NamedTuple):
     """What a model made of what is watched."""
 
-    watched: dict[str, Any]
-    """An `evaluation.Evaluation` for each set."""
+    watched: dict[str, Found]
+    """By the names of the sets."""
     probes: ProbeFeatures | None
     """Where no set is watched."""
 
@@ -140,8 +167,9 @@ class Watch:
             each.name: SkippedData([each.pairs], num_images=len(each.pairs), max_fraction=max_skipped_fraction)
             for each in sets
         }
+        self._keys: dict[str, str] = {}
 
-    def evaluate(self, other: Any = None) -> dict[str, Any]:
+    def evaluate(self, other: Any = None) -> dict[str, Found]:
         """Evaluate the run's model, or another one, on each set.
 
         Raises:
@@ -150,17 +178,18 @@ class Watch:
         encoder = self._encoder if other is None else replace(self._encoder, model=other)
         evaluations = {}
         for name, _, pairs, *_ in self.sets:
-            evaluations[name] = self._evaluate(
+            evaluation = self._evaluate(
                 encoder, pairs, cached=self._outputs_of(pairs), on_unreadable_image=self._skipped[name].note
             )
+            evaluations[name] = Found.of(evaluation, self._keys.setdefault(name, selection_key(evaluation.metrics)))
             self._skipped[name].agree()
         return evaluations
 
-    def records(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    def records(self, evaluations: Mapping[str, Found]) -> dict[str, Any]:
         """Return what the run's history has of them, under `watched`; nothing if nothing is watched."""
         records = {
             each.name: {
-                **_recalls(evaluations[each.name].metrics),
+                **evaluations[each.name].recalls,
                 "num_images": evaluations[each.name].num_images,
                 "content": each.content,
             }
@@ -211,11 +240,7 @@ def verdict_values(verdict: Verdict | None) -> dict[str, Any] | None:
     return None if verdict is None else {key: value for key, value in verdict._asdict().items() if key != "recalls"}
 
 
-def _recalls(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {key: metrics[key] for key in (*RECALL_KEYS, "rsum")}
-
-
-def _compared(watched: WatchedSet, loaded: Any, best: Any) -> dict[str, Any]:
+def _compared(watched: WatchedSet, loaded: Found, best: Found) -> dict[str, Any]:
     (before, after), groups = answered([loaded.ranks, best.ranks], watched.pairs.query_groups)
     try:
         verdict = compare(before, after, groups)
@@ -227,10 +252,11 @@ def _compared(watched: WatchedSet, loaded: Any, best: Any) -> dict[str, Any]:
         "num_images": best.num_images,
         "num_texts": best.num_texts,
         "num_trained_on": watched.num_trained_on,
-        "baseline": _recalls(loaded.metrics),
-        "best": _recalls(best.metrics),
-        "chance": _recalls(best.chance),
+        "baseline": loaded.recalls,
+        "best": best.recalls,
+        "chance": best.chance,
         "verdict": verdict_values(verdict),
+        **({"merged": True} if best.merged else {}),
     }
 
 
@@ -238,6 +264,8 @@ def _line(values: Mapping[str, Any]) -> str:
     """Say what became of a set: RSums, the change with its interval, and whether it can be told from chance."""
     before, after, verdict = values["baseline"]["rsum"], values["best"]["rsum"], values["verdict"]
     line = f"{values['name']:{MAX_NAME + 2}}{before:10.1f}{after:10.1f}{after - before + 0.0:+10.1f}"
+    if values.get("merged"):
+        line = f"{line}  equal captions and images as one,"
     if verdict is None:
         return f"{line}  all of one group, so nobody knows what other images would give"
     interval = f"{verdict['low']:+.1f} to {verdict['high']:+.1f}, {count(values['num_images'], 'image')}"

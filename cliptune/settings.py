@@ -237,6 +237,15 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="compute each layer again in the backward pass: less memory, more time"
     )
+    loss: Literal["infonce", "siglip"] = Field(
+        "infonce",
+        description="infonce: a softmax over the batch, as CLIP; siglip: a sigmoid a pair, with a learned bias",
+    )
+    positives: Literal["auto", "pair", "image", "caption"] = Field(
+        "auto",
+        description="other texts of a batch that belong to an image. pair: none; image: those of the same image are no "
+        "negatives; caption: those and equal ones are positives; auto: caption where captions repeat, else image",
+    )
     recipe: Literal["auto", "full", "lora", "head"] | None = Field(
         None,
         description="picks what trains, rates and length for the data at hand, and says why; none: nothing",
@@ -261,7 +270,10 @@ class TrainingSettings(Settings):
         0.1, description="fraction of the steps over which the rates rise, before the cosine"
     )
     early_stopping_patience: NonNegativeInt = Field(
-        10, description="epochs without a better validation RSum before the run ends; 0: never"
+        10, description="evaluations without a better validation RSum before the run ends; 0: never"
+    )
+    validate_every: Interval = Field(
+        None, description="steps (500) or time (90s, 10m, 2h) between evaluations within an epoch; none: each epoch's"
     )
     interpolate: bool = Field(
         False, description="after training, average the weights as loaded with the best ones and keep the best average"
@@ -269,6 +281,16 @@ class TrainingSettings(Settings):
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
     seed: Seed = 42
+
+    @property
+    def validate_every_steps(self) -> int | None:
+        """Steps between two evaluations within an epoch; None: no such limit."""
+        return self.validate_every if isinstance(self.validate_every, int) else None
+
+    @property
+    def validate_every_seconds(self) -> int | None:
+        """Seconds between two evaluations within an epoch; None: no such limit."""
+        return seconds_of(self.validate_every) if isinstance(self.validate_every, str) else None
 
 
 class RunSettings(Settings):
@@ -407,12 +429,26 @@ class EvaluationSettings(Settings):
     split: Split | None = Field(
         None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
     )
+    exclude: str | None = Field(
+        None, description="list of pairs (suspects.csv); evaluates with and without them; none: with all"
+    )
     include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
     image_dir: ImageDir = None
     image_key: ImageKey = None
     caption_key: CaptionKey = None
     captions_from: CaptionsFrom = None
     caption_template: CaptionTemplate = None
+    classes: str | None = Field(
+        None,
+        description="classify the images instead: file with a class a line, JSON {label: [names]}, or a folder whose "
+        "folders are the classes",
+    )
+    templates: str | None = Field(
+        None, description='file with a text a line in which {} stands for a class\'s name; none: "a photo of a {}"'
+    )
+    label_key: str | None = Field(
+        None, description="column that holds the images' classes; none: their folders or captions name them"
+    )
     max_skipped_fraction: Fraction | None = Field(
         None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
     )
@@ -423,8 +459,15 @@ class EvaluationSettings(Settings):
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
     device: Device = "auto"
-    output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json")
+    output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json, or those of classes")
     log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> EvaluationSettings:
+        for name in ("templates", "label_key"):
+            if self.classes is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs classes, which are to be told apart")
+        return self
 
 
 class VisualizationSettings(Settings):

@@ -3,6 +3,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,15 @@ from cliptune import results
 from cliptune.data.pairs import load_pairs
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features.encode import Encoded, Encoder
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.runtime.device import resolve_precision
+from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
 from data_loader import main as data_main
 from evaluation import evaluate, main, validation_loss
+from tests.helpers.datasets import make_images, make_index
+from tests.helpers.models import SMALL_VIT, make_model
 from tests.helpers.runs import SMALL, small_runs
 from train import main as train_main
 
@@ -101,7 +106,10 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
         expected.append(-(rows[0] + rows[1]) / 2)
     of_images, of_texts = torch.arange(7), torch.arange(14)
     encoded = Encoded(images, texts, owners, of_images, of_texts, of_images, of_texts, 1.0, 1.0)
-    got = validation_loss(encoded, torch.tensor(5.0).log(), batch_size=3)
+    model, captions = SimpleNamespace(logit_scale=torch.tensor(5.0).log(), logit_bias=None), list("abcdefghijklmn")
+    loss = ContrastiveLoss(across_ranks=False)
+    got, chance = validation_loss(encoded, model, loss, batch_size=3, captions=captions)
+    assert chance == pytest.approx(math.log(3))
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
 
@@ -392,3 +400,47 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(small_run: Path, 
     assert evaluated(tmp_path, "--data_dir", str(small_run / "data"))[1]["num_trained_on"] == 0
     save_checkpoint(checkpoint, {**content, "val_images": [*content["val_images"], "/gone.png"]})
     assert evaluated(tmp_path)[0] == 2
+
+
+def test_captions_that_are_classes_are_counted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
+    names = [f"{number}.png" for number in range(24)]
+    make_images(tmp_path / "data", *names)
+    (tmp_path / "data" / "9.png").write_bytes((tmp_path / "data" / "5.png").read_bytes())
+    captions = ["A red thing", "a blue thing", "a  red thing"]
+    make_index(tmp_path / "data", [{"image_path": name, "caption": captions[i % 3]} for i, name in enumerate(names)])
+    torch.save(make_model(SMALL_VIT.name).state_dict(), tmp_path / "weights.pt")
+    flags = ["--checkpoint", str(tmp_path / "weights.pt"), "--num_workers", "0", "--precision", "fp32"]
+    assert main([*flags, "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["metrics"]
+    for direction in ("i2t", "t2i"):
+        number = found[f"{direction}_duplicate_misses"]
+        recalls = "".join(f"{found[f'merged_{direction}_r{k}']:8.1f}" for k in (1, 5, 10))
+        assert f"  duplicates merged   {recalls}   {number} of the R@1 misses were duplicates" in printed
+    assert f"a perfect model has {found['ceiling_rsum']:.1f}, since captions repeat" in printed
+    assert found["merged_i2t_r5"] == 100  # of two texts
+    assert results.selection_key(found) == "merged_rsum"
+    assert results.selection_key({**found, "ceiling_rsum": 590.0}) == "rsum"
+    assert results.selection_key({"rsum": 300.0}) == "rsum"  # of before they were taken
+
+
+def test_merged_ranks_stand_at_the_first_of_what_is_equal(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(6)]
+    make_images(tmp_path, *names)
+    (tmp_path / "3.png").write_bytes((tmp_path / "1.png").read_bytes())
+    texts = ["x", "a cat", "A cat", "y", "z", "x"]
+    make_index(tmp_path, [{"image_path": name, "caption": text} for name, text in zip(names, texts, strict=True)])
+    encoder = Encoder(CLIPModel("ViT-Ti/32"), ImageTextDataset, precision=FP32, batch_size=64, num_workers=0)
+    found = evaluate(encoder, load_pairs(tmp_path))
+    assert np.isnan(found.merged_ranks["i2t"]).tolist() == [False, False, False, True, False, False]
+    assert np.isnan(found.merged_ranks["t2i"]).tolist() == [False, False, True, False, False, True]
+    for direction in ("i2t", "t2i"):
+        merged = found.merged_ranks[direction]
+        assert 100 * np.nanmean(merged[~np.isnan(merged)] <= 1) == pytest.approx(
+            found.metrics[f"merged_{direction}_r1"]
+        )
+        assert not np.isnan(found.ranks[direction]).any()
+    assert not {"ranks", "merged_ranks"} & found.to_dict().keys()

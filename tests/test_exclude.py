@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from cliptune import results
 from cliptune.data.pairs import load_pairs
 from cliptune.data.splits import split_pairs
 from cliptune.data.suspects import Suspect, relative_name, update_suspects
 from cliptune.model.checkpoint_file import load_checkpoint
+from evaluation import main as evaluate
 from tests.helpers.datasets import make_shards
 from tests.helpers.runs import SMALL
 from train import main
@@ -75,3 +77,28 @@ def test_a_list_that_cannot_be_meant_is_refused(
     shards = make_shards(folder / "shards", 4, 4)
     assert main(["--data_dir", shards, "--val_data", "data", *FLAGS[2:]]) == 2
     assert f"and {shards} is shards" in capsys.readouterr().err
+
+
+def test_evaluation_shows_the_numbers_with_and_without(
+    sample_dir: Path, trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = [Path(path) for path in load_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")["val_images"]]
+    captions = load_pairs(sample_dir).captions_of(int(load_pairs(sample_dir).find([str(val[1])])[0]))
+    rows = [(f"images/{val[0].name}", ""), (f"images/{val[1].name}", captions[0]), ("images/none.png", "")]
+    write_list(tmp_path / "suspects.csv", rows)
+    flags = ["--checkpoint", str(trained_dir), "--output_dir", str(tmp_path), "--num_workers", "0"]
+    assert evaluate([*flags, "--exclude", str(tmp_path / "suspects.csv")]) == 0
+    found = results.read(tmp_path / "results" / "evaluation_results.json")
+    assert isinstance(found, results.SeveralEvaluations)
+    with_all, without = found.evaluations
+    assert (with_all.num_images, with_all.num_texts, with_all.excluded) == (6, 12, {})
+    assert (without.num_images, without.num_texts, without.excluded) == (5, 9, {"images": 1, "pairs": 3})
+    captured = capsys.readouterr()
+    assert "suspects.csv leaves out 3 of the 12 pairs, and with them 1 image of" in captured.err
+    assert "5 images, 9 texts (without 3 pairs that --exclude leaves out)" in captured.out
+    assert evaluate(flags) == 0  # never unasked
+    alone = results.read(tmp_path / "results" / "evaluation_results.json")
+    assert alone.metrics == with_all.metrics  # type: ignore[union-attr]
+    write_list(tmp_path / "suspects.csv", [(f"images/{path.name}", "") for path in val])
+    assert evaluate([*flags, "--exclude", str(tmp_path / "suspects.csv")]) == 2
+    assert "leaves nothing of" in capsys.readouterr().err

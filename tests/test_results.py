@@ -65,7 +65,7 @@ def test_a_file_of_before_run_and_schedule_were_recorded_is_read(tmp_path: Path)
 
 def test_keys_of_a_later_version_are_kept(tmp_path: Path) -> None:
     values = training_values()
-    values["verdict"] = {"gain": 3.0}
+    values["opinion"] = {"gain": 3.0}
     values["history"][1]["ema"] = True
     path = write(tmp_path, values)
     results.write(path, results.read(path))

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_loader
 from cliptune import results
-from cliptune.data.diagnosis import near_copies
+from cliptune.data.diagnosis import leaks, near_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
+from cliptune.data.units import Units
 from tests.helpers.datasets import make_index
-from tests.helpers.photos import photo
+from tests.helpers.photos import make_with_copies, photo
 from tests.helpers.runs import check_data
 
 
@@ -78,7 +80,9 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     photo(1).crop((6, 4, 234, 176)).save(data / "crop.png")
     shutil.copy(data / "crop.png", data / "again.png")
     names = [*(f"{number}.png" for number in range(8)), "large.jpg", "crop.png", "again.png"]
-    rows = [{"image": name, "caption": name, "split": "val" if name in {"0.png", "7.png"} else ""} for name in names]
+    rows = [
+        {"image": name, "caption": name, "split": "val" if name in {"0.png", "7.png"} else "train"} for name in names
+    ]
     make_index(data, rows)
     found = check(tmp_path)
     assert (found["near_duplicates"].number, found["near_duplicates"].values["across_splits"]) == (4, 1)
@@ -87,6 +91,18 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     # of three files of one image the first stays; of two across the split the one that validates
     assert near == {("0.png", True), ("large.jpg", False), ("1.png", True), ("crop.png", False), ("again.png", False)}
     assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
+
+
+def test_what_is_kept_together_and_what_is_not_is_told(tmp_path: Path) -> None:
+    names = draw(tmp_path, [(8, 8)] * 6)
+    rows = [{"image": name, "caption": name, "group": group} for name, group in zip(names, "aabbcd", strict=True)]
+    pairs = load_pairs(make_index(tmp_path, rows))
+    units, sides = Units(np.array([0, 0, 0, 0, 2, 3]), [np.array([3, 4])]), np.array([0, 0, 1, 1, 1, 2], dtype=np.int8)
+    found = {each.kind: each.number for each in leaks(pairs, units, sides, num_drawn=2)}
+    assert found == {"row_split": 1, "look_alikes": 2}  # of two images 4/3 are from the first four
+    sides[0] = 1
+    found = {each.kind: each.number for each in leaks(pairs, Units(units.of), sides, num_drawn=0)}
+    assert found == {"torn_groups": 2}
 
 
 def test_no_chain_of_copies_leaves_out_what_is_near_none_that_stays() -> None:
@@ -157,3 +173,24 @@ def test_time_and_memory_are_those_of_the_chosen_model(sample_dir: Path, tmp_pat
     assert large["memory"].values["parameters"] == pytest.approx(428e6, rel=0.01)
     assert json.loads((tmp_path / "results" / "data_check.json").read_text())["num_images"] == 60
     assert check_data(tmp_path / "data", tmp_path, "--model_name", "ViT-X") == 2
+
+
+def test_the_split_is_the_run_s_and_what_others_would_leak_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_with_copies(tmp_path / "data")
+    flags = ("--val_split", "0.3", "--split_seed", "5")
+    found = check(tmp_path, *flags)
+    assert found["near_duplicates"].values["across_splits"] == found["identical_images"].values["across_splits"] == 0
+    # 3 units of 4 images: each of the 12 meets another with a probability just below 1, if it is among the 30%
+    assert found["row_split"].number == pytest.approx(0.3 * 12, abs=0.6)
+    apart = check(tmp_path, *flags, "--near_duplicates", "report")
+    assert apart["near_duplicates"].values["across_splits"] > 0
+    capsys.readouterr()
+    assert data_loader.main(["--data_dir", str(data), "--output_dir", str(tmp_path), *flags]) == 0
+    assert "split       train 27, val 12, test 0 images (by group)" in capsys.readouterr().out
+    rows = json.loads((data / "data.json").read_text())
+    for row, split in zip(rows, ("train", "val"), strict=False):
+        row |= {"group": "same", "split": split}
+    make_index(data, rows)
+    assert check(tmp_path, *flags)["torn_groups"].number == 2

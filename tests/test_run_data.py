@@ -17,6 +17,7 @@ from cliptune.settings import Config
 from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
 from tests.helpers.datasets import make_chinese_clip, make_images, make_index, make_parquet
+from tests.helpers.photos import make_with_copies
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 
@@ -305,3 +306,69 @@ def test_wrong_settings_of_names_are_told(
             except SystemExit as stopped:
                 assert stopped.code == 2
             assert message in capsys.readouterr().err
+
+
+def val_names(run: Path) -> set[str]:
+    return {Path(path).name for path in stored(run)["val_images"]}
+
+
+def images_without_their_copies(names: set[str]) -> list[int]:
+    return [
+        i for i in range(3) if len({name in names for name in (f"{i:02}.png", f"crop-{i}.png", f"jpeg-{i}.jpg")}) > 1
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_has_the_split_that_it_began_with(
+    tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_with_copies(tmp_path / "data")
+    small.chdir(tmp_path)
+    flags = ["--data_dir", "data", "--num_epochs", "1", "--val_split", "0.3", "--seed", "1", *FLAGS]
+    assert main([*flags, "--output_dir", "run"]) == 0
+    assert "near-duplicates" in capsys.readouterr().err
+    before = val_names(Path("run"))
+    assert not images_without_their_copies(before)
+    # as of an older version, which split by group alone
+    assert main([*flags, "--output_dir", "old", "--near_duplicates", "report"]) == 0
+    assert "near-duplicates of train images" in capsys.readouterr().err
+    split_by_group = val_names(Path("old"))
+    assert images_without_their_copies(split_by_group)
+    content = stored(Path("old"))
+    for name in ("near_duplicates", "split_seed"):
+        del content["config"]["data"][name]
+    save_checkpoint(Path("old/model-checkpoint/last_model.pth"), content)
+    small.setattr("cliptune.run_data.look_for_near_duplicates", lambda *_, **__: pytest.fail("nothing is to be drawn"))
+    for run, names in (("run", before), ("old", split_by_group)):
+        assert main(["--resume", "--output_dir", run, "--num_epochs", "2"]) == 0
+        assert val_names(Path(run)) == names
+        assert (
+            evaluation_main(["--checkpoint", run, "--data_dir", str(folder), "--split", "val", "--output_dir", run])
+            == 0
+        )
+        evaluated = json.loads(Path(run, "results/evaluation_results.json").read_text())
+        assert evaluated["num_images"] == len(names)
+
+
+def test_new_copies_of_what_a_run_has_join_its_sides(tmp_path: Path, small: pytest.MonkeyPatch) -> None:
+    folder = make_with_copies(tmp_path / "data")
+    small.chdir(tmp_path)
+    records = records_of(folder)
+    write_records(folder, [record for record in records if not record["image"].startswith(("crop", "jpeg", "same"))])
+    assert main(["--data_dir", "data", "--output_dir", "run", "--num_epochs", "1", "--val_split", "0.6", *FLAGS]) == 0
+    before = val_names(Path("run"))
+    assert before & {"00.png", "01.png", "02.png"}
+    write_records(folder, records)
+    assert resume("--allow_data_change") == 0
+    after = val_names(Path("run"))
+    assert before < after and not images_without_their_copies(after)
+
+
+def test_seeds_are_compared_on_one_split(run: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> None:
+    def validated(name: str, *flags: str) -> set[str]:
+        assert main(["--data_dir", "data", "--output_dir", name, "--num_epochs", "1", *FLAGS, *flags]) == 0
+        return val_names(Path(name))
+
+    first = validated("1", "--seed", "1")
+    assert validated("2", "--seed", "2", "--split_seed", "1") == first
+    assert validated("3", "--seed", "2") != first

@@ -143,6 +143,27 @@ def test_several_data_sets_have_a_table_each_and_an_overview(
     draw_figures(tmp_path / "results" / "evaluation_results.json")
 
 
+def test_where_captions_are_classes_duplicates_are_merged_in_what_is_compared(
+    best: Path, loaded: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [Path(path).name for path in load_checkpoint(best)["val_images"]]
+    rows = [
+        {"image_path": str(sample_dir / "images" / name), "caption": ("a circle", "a square")[number % 2]}
+        for number, name in enumerate(names)
+    ]
+    make_index(tmp_path, rows)
+    code, found = evaluated(tmp_path, "--checkpoint", loaded, best, "--data_dir", tmp_path / "data.json")
+    assert code == 0
+    (comparison,) = found["comparisons"]
+    assert comparison["merged"]
+    rsums = [each["metrics"]["merged_rsum"] for each in found["evaluations"]]
+    assert comparison["gain"] == pytest.approx(rsums[1] - rsums[0])
+    assert "captions are classes, so duplicates are merged" in capsys.readouterr().out
+    for each in found["evaluations"]:
+        low, high = each["intervals"]["merged_rsum"]
+        assert low <= each["metrics"]["merged_rsum"] <= high
+
+
 def write_openai_state(path: Path) -> None:
     """Write random weights as OpenAI names them."""
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from clip_model import CLIPModel
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.run_interpolation import ALPHAS, Ends, Point, choose, estimated_gain
-from cliptune.run_watch import Seen
+from cliptune.run_watch import Found, Seen
 from cliptune.training.checkpoint import RunFiles
 from evaluation import main as evaluate_main
 from tests.helpers.launch import torchrun
@@ -78,9 +78,9 @@ def test_what_was_not_trained_is_not_changed_by_averaging(ends: Ends) -> None:
 
 
 def point(alpha: float, rsum: float, **watched: float) -> Point:
-    def evaluation(value: float) -> Any:
+    def evaluation(value: float) -> Found:
         ranks = {"i2t": np.ones(4), "t2i": np.ones(4)}
-        return SimpleNamespace(metrics={"rsum": value}, ranks=ranks)
+        return Found({}, {"rsum": value}, {}, 4, 4, ranks)
 
     return Point(alpha, evaluation(rsum), Seen({name: evaluation(value) for name, value in watched.items()}, None))
 
@@ -109,7 +109,7 @@ def test_the_estimate_takes_the_luck_of_the_choice_away() -> None:
     def noise(alpha: float) -> Point:
         ranks = {"i2t": rng.integers(1, 12, 60).astype(float), "t2i": rng.integers(1, 12, 60).astype(float)}
         rsum = sum(100 * (ranks[key] <= k).mean() for key in ranks for k in (1, 5, 10))
-        return Point(alpha, SimpleNamespace(metrics={"rsum": rsum}, ranks=ranks), Seen({}, None))
+        return Point(alpha, Found({}, {"rsum": rsum}, {}, 60, 60, ranks), Seen({}, None))
 
     gains, estimates = [], []
     for _ in range(20):
@@ -119,7 +119,7 @@ def test_the_estimate_takes_the_luck_of_the_choice_away() -> None:
         data: Any = SimpleNamespace(val=SimpleNamespace(query_groups=groups))
         verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=[])
         assert verdict is not None
-        gains.append(chosen.validation.metrics["rsum"] - points[0].validation.metrics["rsum"])
+        gains.append(chosen.validation.recalls["rsum"] - points[0].validation.recalls["rsum"])
         estimates.append(verdict.gain)
     assert np.mean(gains) > 10
     assert abs(np.mean(estimates)) < np.mean(gains) / 2

@@ -70,14 +70,14 @@ def test_the_best_model_is_the_average_and_last_layers_are_said(
 def test_a_run_with_adapters_tells_them_and_leaves_them_beside_the_merged_model(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finish = RunState.finish_epoch
+    record = RunState.add_evaluation
 
     def better(self: RunState, evaluation: dict[str, Any], **options: Any) -> bool:
-        finish(self, evaluation, **options)
-        self.best, self.best_epoch, self.epochs_since_best = evaluation, self.epoch, 0
+        record(self, evaluation, **options)
+        self.best, self.best_epoch, self.best_step, self.epochs_since_best = evaluation, self.epoch, self.step, 0
         return True
 
-    small.setattr(RunState, "finish_epoch", better)
+    small.setattr(RunState, "add_evaluation", better)
     assert main(flags_for(sample_dir, tmp_path, *LORA, *EMA, "--num_epochs", "1")) == 0
     said = capsys.readouterr().err
     assert "LoRA of rank 2 beside 16 weights" in said

@@ -84,6 +84,24 @@ def test_the_numbers_are_those_of_evaluation(watching: Path, other_dir: Path, tm
     assert evaluated["metrics"]["rsum"] == pytest.approx(results["watched"][0]["best"]["rsum"])
 
 
+def test_where_captions_are_classes_equal_ones_count_as_one(
+    watching: Path, sample_dir: Path, other_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = tmp_path / "classes.json"
+    paths = load_pairs(DataSource(other_dir)).paths
+    rows = [{"image": path, "caption": ("a cat", "a dog")[number % 2]} for number, path in enumerate(paths)]
+    classes.write_text(json.dumps(rows))
+    with small_runs():
+        assert main(flags_for(sample_dir, tmp_path, "--watch_data", str(classes), "--precision", "fp32")) == 0
+    assert "equal captions and images as one" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results/training_results.json").read_text())["watched"][0]
+    flags = ["--checkpoint", str(tmp_path), "--data_dir", str(classes), "--output_dir", str(tmp_path / "evaluated")]
+    assert evaluate_main([*flags, "--num_workers", "0"]) == 0
+    evaluated = json.loads((tmp_path / "evaluated/results/evaluation_results.json").read_text())
+    assert evaluated["metrics"]["merged_rsum"] == pytest.approx(found["best"]["rsum"])
+    assert found["merged"]
+
+
 @pytest.mark.slow
 def test_watching_changes_nothing_in_the_run(watching: Path, sample_dir: Path, tmp_path: Path) -> None:
     with small_runs():

@@ -110,6 +110,7 @@ SETTINGS = {
     "text frozen": ["--freeze_tower", "text", "--augment", "crop", "--num_workers", "2"],
     "image frozen": ["--freeze_tower", "image", "--augment", "color", "--feature_views", "2"],
     "both frozen": ["--freeze_backbone", "--augment", "crop", "--feature_views", "2"],
+    "siglip": ["--loss", "siglip", "--positives", "caption"],
     "many states": ["--checkpoint_every", "4", "--keep_checkpoints", "9", "--profile", "2", "--log_interval", "3"],
 }
 
@@ -240,6 +241,7 @@ def resumed_from_a_copy(run: Broken) -> None:
         pytest.param("image frozen", stopped_by_signals, marks=pytest.mark.slow),
         ("both frozen", stopped_by_signals),
         ("augmented", stopped_in_validation),
+        ("siglip", stopped_by_signals),
         ("augmented", last_file_damaged),
         ("augmented", disk_full),
         ("many states", resumed_from_a_copy),

@@ -54,7 +54,7 @@ def write(folder: Path, results: Any) -> Path:
 
 def test_curves_are_the_recorded_numbers() -> None:
     values = training_values()
-    loss, accuracy, _ = curves(values).axes
+    loss, accuracy, *_ = curves(values).axes
     history = values["history"]
     for axes, label, key in (
         (loss, "training", "train_loss"),
@@ -131,7 +131,7 @@ def test_chance_of_a_validation_set_smaller_than_a_batch_is_its_own() -> None:
 
 
 def test_equal_chances_are_one_line() -> None:
-    loss, accuracy, _ = curves(training_values()).axes
+    loss, accuracy, *_ = curves(training_values()).axes
     assert set(line(loss, "chance: ln 32 = 3.47")[1]) == {math.log(32)}
     assert set(line(accuracy, "chance: R@1 0.5%")[1]) == {0.5}
     assert len([label for label in labels(loss) + labels(accuracy) if "chance" in label]) == 2

@@ -13,7 +13,8 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.repeats import batch_cost, perfect_recalls
 from cliptune.data.suspects import Suspect, relative_name
 from cliptune.data.table import SPLITS, BoolArray, CodeArray, IntArray
-from cliptune.runtime.messages import count, first_few
+from cliptune.data.units import Units, crossing, row_split_leaks
+from cliptune.runtime.messages import count, first_few, shown
 
 IDENTICAL, NEAR, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT = (
     "identical", "near-duplicate", "unreadable", "one colour", "tiny", "extreme shape", "other script",
@@ -177,6 +178,40 @@ def num_crossing(sides: CodeArray, pairs: IntArray) -> int:
     return len(np.unique(pairs[(ours != theirs) & (ours >= 0) & (theirs >= 0), 1]))
 
 
+def leaks(pairs: Pairs, units: Units, sides: CodeArray, *, num_drawn: int) -> Iterator[Finding]:
+    """Yield what the split keeps together, and what it does not.
+
+    Args:
+        pairs: the data set that is split.
+        units: of its images.
+        sides: index in `SPLITS` of each image's split, or -1.
+        num_drawn: validation images that were drawn; 0: they are declared.
+    """
+    leaked = row_split_leaks(units.of, num_drawn) if num_drawn else 0
+    if leaked >= 0.5:
+        yield Finding(
+            "row_split", "kept together", round(leaked),
+            f"of {num_drawn:,} validation images would have a copy, or another image of their group, in training if "
+            "rows were drawn one by one",
+            "nothing to do: groups and copies stay on one side",
+        )  # fmt: skip
+    torn = crossing(pairs.groups.first_equal(), sides)
+    if len(torn):
+        yield Finding(
+            "torn_groups", "torn groups", len(torn),
+            f"images whose group is in more than one split ({shown(pairs.groups[int(torn[0])], 60)}): what a model has "
+            "seen of a group tells nothing of new ones",
+            "declare one split for each group, or none",
+        )  # fmt: skip
+    if units.lumps:
+        yield Finding(
+            "look_alikes", "look-alikes", sum(map(len, units.lumps)),
+            f"images in {count(len(units.lumps), 'set')} of near-duplicates that are too large to be copies of one "
+            "image: they are not kept together",
+            f"look at them in {LIST}; where they are copies, give them one group in the index",
+        )  # fmt: skip
+
+
 def _captions(captions: CaptionFacts, context_length: int) -> Iterator[Finding | None]:
     per_word = captions.tokens_per_word
     if per_word > FOREIGN:
@@ -217,11 +252,12 @@ def _repeats(examined: Examined, *, batch_size: int, every_pair: bool) -> Iterat
     if len(train) > 1:
         cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size, every_pair=every_pair)
         size, floor = cost.batch_size, cost.loss_floor
-        yield Finding(
-            "false_negatives", "false negatives", round(cost.num_false, 2),
-            f"pairs of a batch of {size} meet their own caption, or a copy of their image, with another image",
-            "try a smaller --batch_size, or captions that differ",
-        )  # fmt: skip
+        if cost.num_false >= 0.005:
+            yield Finding(
+                "false_negatives", "false negatives", round(cost.num_false, 2),
+                f"pairs of a batch of {size} meet their own caption, or a copy of their image, with another image",
+                "try a smaller --batch_size, or captions that differ",
+            )  # fmt: skip
         if floor >= 0.005:
             yield Finding(
                 "loss_floor", "floor of the loss", round(floor, 3),
@@ -345,8 +381,9 @@ def near_copies(near: IntArray, preference: Callable[[int], int]) -> Iterator[tu
 def table(findings: Sequence[Finding]) -> Iterator[str]:
     """Lay findings out for reading: the number, what it is, and what to do."""
     for finding in findings:
-        number = "" if finding.number is None else f"{finding.number:,}"
-        yield f"{finding.name:18}{number:>10}  {finding.text}"
+        number = finding.number
+        text = "" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:g}"
+        yield f"{finding.name:18}{text:>10}  {finding.text}"
         if finding.advice:
             yield f"{'':30}-> {finding.advice}"
 

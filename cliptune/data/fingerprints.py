@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.random import fork_rng
 from torch.utils.data import Dataset
 
 from cliptune.data.row_store import RowStore, as_keys, digest
@@ -106,7 +107,8 @@ def take_fingerprints(paths: Strings, *, cache_dir: Path | None, num_workers: in
         workers = 0 if len(missing) < _BATCH else workers  # started, they would cost more than they gain
         images = _Images(paths.take(missing))
         loader = make_loader(images, num_workers=workers, batch_size=_BATCH, collate_fn=_collate)
-        with progress_bar(total=len(missing), desc="fingerprints", unit="image") as bar:
+        # a loader draws a seed: a run must not depend on what is cached
+        with fork_rng(devices=[]), progress_bar(total=len(missing), desc="fingerprints", unit="image") as bar:
             for readable, fingerprints in loader:
                 if len(readable):
                     found.put(missing[readable], fingerprints)

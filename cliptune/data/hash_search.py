@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -82,6 +83,7 @@ def _tables(hashes: Hashes) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDAr
     return starts, by_value, owner_of
 
 
+@lru_cache(maxsize=1)
 def _masks() -> NDArray[np.int64]:
     """Return all ways in which a band can differ in 4 bits or fewer."""
     positions = range(_BAND_BITS)

@@ -75,9 +75,9 @@ def identical_files(paths: Strings, *, cache_file: Path | None = None) -> NearDu
 
 
 def look_for_near_duplicates(
-    paths: Strings, *, cache_dir: Path, num_workers: int | None = None, max_images: int = MAX_IMAGES
-) -> NearDuplicates | None:
-    """Find near-duplicates where that takes little time; None, and a line that says so, where it would take much.
+    paths: Strings, *, cache_dir: Path | None, num_workers: int | None = None, max_images: int = MAX_IMAGES
+) -> NearDuplicates:
+    """Find near-duplicates where that takes little time; else identical files alone, and say so.
 
     Args:
         paths: of the images.
@@ -88,11 +88,10 @@ def look_for_near_duplicates(
     if len(paths) > max_images and len(Fingerprints(paths, cache_dir).missing()) > max_images:
         logger.info(
             "near-duplicate images were not looked for: that takes minutes with %s. data_loader.py --check does it, "
-            "and caches what a run needs in %s",
+            "and caches what a run of the same --output_dir needs",
             count(len(paths), "image"),
-            cache_dir,
         )
-        return None
+        return identical_files(paths, cache_file=_identities(cache_dir))
     return find_near_duplicates(paths, cache_dir=cache_dir, num_workers=num_workers)
 
 
@@ -104,7 +103,7 @@ def find_near_duplicates(paths: Strings, *, cache_dir: Path | None, num_workers:
         cache_dir: folder to cache fingerprints and identities of files in; None: nothing is cached.
         num_workers: that decode; None: one a core, at most 16.
     """
-    same = identical_files(paths, cache_file=None if cache_dir is None else cache_dir / "identities.npz")
+    same = identical_files(paths, cache_file=_identities(cache_dir))
     heads = np.setdiff1d(np.arange(len(paths)), same.pairs[:, 1])
     fingerprints = take_fingerprints(paths.take(heads), cache_dir=cache_dir, num_workers=num_workers)
     near, apart = near_pairs(fingerprints)
@@ -113,6 +112,10 @@ def find_near_duplicates(paths: Strings, *, cache_dir: Path | None, num_workers:
         identical=np.concatenate([same.identical, np.zeros(len(near), dtype=bool)]),
         distances=np.concatenate([same.distances, apart]),
     )
+
+
+def _identities(cache_dir: Path | None) -> Path | None:
+    return None if cache_dir is None else cache_dir / "identities.npz"
 
 
 def near_pairs(fingerprints: Fingerprints) -> tuple[IntArray, NDArray[np.float32]]:

@@ -97,15 +97,31 @@ def training_pairs(
         val = separate_validation(source, val_data)
         val = settle(replace(val, splits=np.full_like(val.splits, SPLITS.index("val"))), pairs.root)
     paths = pairs.paths if val is None else Strings.concatenate([pairs.paths, val.paths])
-    found = find_copies(paths)
-    units = find_units(pairs.groups, found.among(len(pairs)), join=join)
+    copies = find_copies(paths)
+    splits, units = split_data(pairs, val, copies=copies, val_split=val_split, seed=seed, join=join)
+    splits["train"] = _without_shared_images(splits["train"], splits["val"])
+    _check_enough(splits, units, source)
+    _tell_copies(splits, paths, copies, units=units if join and val is None else None)
+    return splits
+
+
+def split_data(
+    pairs: Pairs, val: Pairs | None, *, copies: NearDuplicates, val_split: float, seed: int, join: bool
+) -> tuple[dict[str, Pairs], Units]:
+    """Split a data set as a run does; returns the splits and the units of `pairs`.
+
+    Args:
+        pairs: the data set.
+        val: what validates in its place; None: what is drawn of it.
+        copies: pairs of images by their indices in `pairs`; those of other images do not count.
+        val_split, seed: as `split_pairs` has them.
+        join: near-duplicates to units.
+    """
+    units = find_units(pairs.groups, copies.among(len(pairs)), join=join)
     splits = split_pairs(pairs, val_split=val_split, seed=seed, units=units)
     if val is not None:
         splits |= {"train": own_training(pairs), "val": val}
-    splits["train"] = _without_shared_images(splits["train"], splits["val"])
-    _check_enough(splits, units, source)
-    _tell_copies(splits, paths, found, units=units if join and val is None else None)
-    return splits
+    return splits, units
 
 
 def _check_enough(splits: dict[str, Pairs], units: Units, source: DataSource) -> None:

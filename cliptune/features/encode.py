@@ -17,17 +17,14 @@ from torch import Tensor
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import Batch, SampleDataset, collate
 from cliptune.data.pairs import Pairs
-from cliptune.data.row_store import Keys, Rows, RowStore
-from cliptune.data.table import BoolArray
 from cliptune.data.workers import make_loader
 from cliptune.features.distinct import Distinct, Tokens, distinct
+from cliptune.features.tower_outputs import PairOutputs, TowerOutputs
 from cliptune.model.architectures import Architecture
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import Precision, autocast, default_num_workers
 from cliptune.runtime.distributed import gather_rows, rank, world_size
 from cliptune.runtime.logs import progress_bar
-from cliptune.runtime.messages import count
-from cliptune.runtime.rng import IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -213,116 +210,6 @@ class Encoder:
             return run(inputs)
 
 
-Compute = Callable[[IntArray], Iterator[tuple[IntArray, Tensor]]]
-"""Computes the outputs for some indices; yields those that it has, `[B]` and `[B, embed_dim]`."""
-
-
-class TowerOutputs:
-    """A frozen tower's output for the images or captions of a data set.
-
-    They lie on disk, and each is compared with its checksum whenever it is read. What is not as it was written is
-    computed anew; what the disk does not take, or does not give back, is held in memory.
-
-    Args:
-        store: where they lie.
-        rows: int64 `[N]`: row of each in the store, -1 where it has no output.
-        keys: of each in the store, `[N]`.
-        issues: why it has none, by index.
-        compute: gives outputs anew; where it cannot, it adds to `issues`.
-    """
-
-    def __init__(
-        self, store: RowStore, rows: IntArray, *, keys: Keys, issues: dict[int, Issue], compute: Compute
-    ) -> None:
-        self.store = store
-        self.rows = rows
-        self.keys = keys
-        self.issues = issues
-        self.compute = compute
-        self._held: dict[int, Rows] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices: IntArray) -> Tensor:
-        """Return the outputs of some, float32 `[len(indices), embed_dim]`.
-
-        Raises:
-            IndexError: one of them has none.
-            OSError: one was damaged, and what it was computed from can no longer be read.
-        """
-        rows = self.rows[indices]
-        if (rows < 0).any():
-            raise IndexError(f"no tower output is cached for index {int(np.asarray(indices)[rows < 0][0])}")
-        try:
-            content, whole = self.store.read(rows, self.keys[indices])
-        except OSError as error:
-            self._warn(error)
-            content = np.zeros((len(rows), self.store.row_bytes), dtype=np.uint8)
-            whole = np.zeros(len(rows), dtype=bool)
-        if not whole.all():
-            self._hold(indices[~whole])
-            content[~whole] = [self._held[row] for row in rows[~whole].tolist()]
-        return torch.from_numpy(content.view("<f4"))
-
-    def has(self, indices: IntArray) -> BoolArray:
-        """Tell which of some need not be computed, bool `[len(indices)]`; outputs that are not finite do."""
-        rows = self.rows[indices]
-        held = np.isin(rows, list(self._held))
-        try:
-            return held | self.store.holds(rows, self.keys[indices], valid=_finite)
-        except OSError as error:
-            self._warn(error)
-            return held
-
-    def put(self, indices: IntArray, outputs: Tensor) -> None:
-        """Store the outputs of some, `[len(indices), embed_dim]`."""
-        content, rows = _as_rows(outputs), self.rows[indices]
-        try:
-            self.store.write(rows, self.keys[indices], content)
-        except OSError as error:
-            self._warn(error)
-            self._held.update(zip(rows.tolist(), content, strict=True))
-
-    def _hold(self, lost: IntArray) -> None:
-        """Compute outputs that are not on the disk, unless they are in memory."""
-        _, first = np.unique(self.rows[lost], return_index=True)
-        new = np.array([index for index in lost[first].tolist() if int(self.rows[index]) not in self._held], dtype=int)
-        if not len(new):
-            return
-        logger.warning("%s.rows: %s damaged or gone, computed anew", self.store.path, count(len(new), "row"))
-        for indices, outputs in self.compute(new):
-            self.put(indices, outputs)
-            self._held.update(zip(self.rows[indices].tolist(), _as_rows(outputs), strict=True))
-        for index in new.tolist():
-            if int(self.rows[index]) not in self._held:
-                raise OSError(
-                    f"{self.store.path}: an output is damaged, and cannot be computed: {self.issues.get(index)}"
-                )
-
-    def _warn(self, error: OSError) -> None:
-        if not self.store.failed:
-            self.store.failed = True
-            logger.warning("the cache of tower outputs fails, so they are held in memory: %s", error)
-
-
-def _as_rows(outputs: Tensor) -> Rows:
-    rows: Rows = outputs.float().cpu().numpy().astype("<f4", copy=False).view(np.uint8)
-    return rows
-
-
-def _finite(rows: Rows) -> BoolArray:
-    finite: BoolArray = np.isfinite(rows.view("<f4")).all(1)
-    return finite
-
-
-class PairOutputs(NamedTuple):
-    """Frozen towers' outputs for all images and captions of a data set; None for a tower that is trained."""
-
-    images: TowerOutputs | None
-    texts: TowerOutputs | None
-
-
 class Encoded(NamedTuple):
     """A data set's features, and how fast they came."""
 
@@ -375,7 +262,9 @@ def encode_pairs(
     model.eval()
     start = time.perf_counter()
     same = distinct(pairs, model.architecture.context_length)
-    image_features, readable = _encode_images(encoder, pairs, same, outputs.images, on_unreadable_image)
+    image_features, readable = encode_images(
+        encoder, pairs, cached=outputs.images, on_unreadable_image=on_unreadable_image
+    )
     middle = time.perf_counter()
     # the images that could be read are counted anew: of 0 1 2 without 1, 0 -> 0 and 2 -> 1
     new_index = torch.full((len(pairs),), -1)
@@ -406,14 +295,25 @@ def _first_equal(codes: Tensor) -> Tensor:
     return first[row_of_kind]
 
 
-def _encode_images(
+def encode_images(
     encoder: Encoder,
     pairs: Pairs,
-    same: Distinct,
-    cached: TowerOutputs | None,
-    on_unreadable_image: Callable[[Issue], None],
+    *,
+    cached: TowerOutputs | None = None,
+    on_unreadable_image: Callable[[Issue], None] = log_issue,
 ) -> tuple[Tensor, Tensor]:
-    """Return the features `[N, D]` of the images that could be read, and their indices `[N]`."""
+    """Return the features `[N, D]` of the images that could be read, and their indices `[N]`.
+
+    Args:
+        encoder: its model is in evaluation mode.
+        pairs: the images.
+        cached: outputs of the model's frozen image tower.
+        on_unreadable_image: called with each image that cannot be read, in the rank that met it.
+
+    Raises:
+        ValueError: no image could be read.
+    """
+    same = distinct(pairs, encoder.model.architecture.context_length)
     kinds = torch.from_numpy(same.image_kinds)  # [all images]
     indices = torch.arange(len(pairs))
     if cached is not None:

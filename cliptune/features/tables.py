@@ -43,7 +43,7 @@ def _paired_table(evaluations: Sequence[Values], comparisons: Sequence[Compariso
     width = _width(names)
     lines = [_size(evaluations[0]), "", f"{'':{width}}{'image to text':>24}{'text to image':>24}"]
     cuts = "".join(f"{f'R@{k}':>8}" for k in RECALLS)
-    repeats = any(_repeats(values["metrics"]) for values in evaluations)
+    repeats = any(has_repeats(values["metrics"]) for values in evaluations)
     merged = f"{'merged':>9}" if repeats else ""  # RSum with duplicates merged
     lines.append(f"{'':{width}}{cuts}{cuts}{'RSum':>9}{merged}   95% interval")
     for values in evaluations:
@@ -55,7 +55,9 @@ def _paired_table(evaluations: Sequence[Values], comparisons: Sequence[Compariso
     lines.append(
         f"{'  chance':{width}}" + "".join(f"{chance[key]:8.2f}" for key in RECALL_KEYS) + f"{chance['rsum']:9.1f}"
     )
-    lines += ["", "gain in RSum, on the same images" if comparisons else "one group of images: nothing to compare by"]
+    how = "; captions are classes, so duplicates are merged" if any(each.merged for each in comparisons) else ""
+    compared = f"gain in RSum on the same images, with its 95% interval{how}"
+    lines += ["", compared if comparisons else "one group of images: nothing to compare by"]
     for each in comparisons:
         pair = f"{names.index(each.after) + 1} over {names.index(each.before) + 1}"
         lines.append(f"{pair:12}{each.gain:+8.1f}   ({each.low:+.1f} to {each.high:+.1f})   {each.verdict}")
@@ -91,7 +93,7 @@ def _bounds(values: Values, key: str) -> str:
     return "" if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
 
 
-def _repeats(metrics: Mapping[str, float]) -> bool:
+def has_repeats(metrics: Mapping[str, float]) -> bool:
     """Tell whether merging duplicates changes a number."""
     return metrics.get("merged_rsum", metrics["rsum"]) != metrics["rsum"]
 
@@ -103,6 +105,8 @@ def _size(values: Values) -> str:
     reasons = [f"{' and '.join(missing)} that cannot be used"] if missing else []
     if values["num_left_out"]:
         reasons.append(f"{count(values['num_left_out'], 'image')} that were trained on")
+    if values.get("excluded"):
+        reasons.append(f"{count(values['excluded']['pairs'], 'pair')} that --exclude leaves out")
     return size + (f" (without {', and '.join(reasons)})" if reasons else "")
 
 
@@ -111,7 +115,7 @@ def metrics_table(evaluation: Values) -> str:
     metrics, chance, intervals = evaluation["metrics"], evaluation["chance"], evaluation["intervals"]
     head = f"{'':22}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>9}{'median':>8}"
     lines = [_size(evaluation), "", head]
-    repeats = _repeats(metrics)
+    repeats = has_repeats(metrics)
     for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
         keys = [f"{direction}_r{k}" for k in RECALLS]
         recalls = "".join(f"{metrics[key]:8.1f}" for key in keys)
@@ -130,7 +134,8 @@ def metrics_table(evaluation: Values) -> str:
     at_most = f"a perfect model has {ceiling:.1f}, since captions repeat" if ceiling < CEILING_SHOWN else "at most 600"
     lines += ["", f"{'RSum':22}{metrics['rsum']:8.1f}   ({interval}chance {chance['rsum']:.1f}, {at_most})"]
     if repeats:
-        of_merged = f"{metrics['merged_rsum']:8.1f}   (chance {chance['merged_rsum']:.1f}, at most 600)"
+        interval = f"95% interval {_bounds(evaluation, 'merged_rsum')}, " if intervals else ""
+        of_merged = f"{metrics['merged_rsum']:8.1f}   ({interval}chance {chance['merged_rsum']:.1f}, at most 600)"
         lines.append(f"{'  duplicates merged':22}{of_merged}")
     lines += [
         f"{'matched cosine':22}{metrics['positive_similarity']:8.3f}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,6 +50,7 @@ class _Fields(BaseModel):
     config_file: dict[str, dict[str, Any]] = {}
     folder: ImagePath = ""
     data: dict[str, dict[str, Any]] = {}
+    positives: Literal["pair", "image", "caption"] = "image"
     val_images: list[ImagePath] = []
     run_state: dict[str, Any] = {}
     optimizer_state_dict: dict[str, Any] = {}

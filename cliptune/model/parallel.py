@@ -52,11 +52,14 @@ def parallel_model(model: Any, how: str, device: torch.device) -> nn.Module | No
     # BatchNorm statistics are averaged after an epoch; by default DDP would copy rank 0's before every forward pass
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     own_buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    # DDP averages the gradient of what requires one now. The temperature's comes from the loss over the batch of all
-    # ranks, and is the whole one in each of them already
-    model.logit_scale.requires_grad_(False)
+    # DDP averages the gradient of what requires one now. Those of temperature and bias come from the loss over the
+    # batch of all ranks, and are the whole ones in each of them already
+    scalars = [parameter for parameter in _scalars(model) if parameter.requires_grad]
+    for parameter in scalars:
+        parameter.requires_grad_(False)
     wrapper = DistributedDataParallel(model, gradient_as_bucket_view=True, **own_buffers)
-    model.logit_scale.requires_grad_(True)
+    for parameter in scalars:
+        parameter.requires_grad_(True)
     return wrapper
 
 
@@ -66,7 +69,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def can_shard() -> bool:
-    """Tell whether this PyTorch, 2.7 or later, can leave the temperature, a scalar, out of sharding."""
+    """Tell whether this PyTorch, 2.7 or later, can leave scalars out of sharding."""
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
     return "ignored_params" in inspect.signature(fully_shard).parameters
@@ -164,6 +167,11 @@ def _is_shard(value: Any) -> bool:
     return hasattr(value, "full_tensor")
 
 
+def _scalars(model: Any) -> list[nn.Parameter]:
+    """List the parameters of the loss, which belong to no layer."""
+    return [parameter for parameter in (model.logit_scale, model.logit_bias) if parameter is not None]
+
+
 def _shard(model: Any, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
@@ -174,8 +182,9 @@ def _shard(model: Any, device: torch.device) -> None:
     for layer in layers_of(model.backbone):
         fully_shard(layer, mesh=mesh)
     # a scalar cannot be sharded
-    fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
-    model.logit_scale.data = model.logit_scale.data.to(device)
+    fully_shard(model, mesh=mesh, ignored_params=set(_scalars(model)))
+    for parameter in _scalars(model):
+        parameter.data = parameter.data.to(device)
     for name in ENTRIES:
         _gather_around(model, name)
 

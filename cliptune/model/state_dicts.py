@@ -43,7 +43,8 @@ class StateDict(NamedTuple):
 
     tensors: dict[str, Tensor]
     own: dict[str, Tensor]
-    """What `CLIPModel.state_dict` has beside its backbone: projections, `logit_scale`, `_extra_state`; else empty."""
+    """What `CLIPModel.state_dict` has beside its backbone: projections, `logit_scale`, `logit_bias` if there is one,
+    `_extra_state`; else empty."""
 
     @property
     def is_hugging_face(self) -> bool:
@@ -97,8 +98,11 @@ def to_openai_names(state: StateDict, path: Path) -> dict[str, Tensor]:
             tensors["positional_embedding"] = torch.cat([tensors["positional_embedding"][:20], rest[20:]])
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path}: not the weights of a CLIP that OpenAI's classes can hold; no {error}") from None
-    if tensors.pop("logit_bias", None) is not None:
-        logger.info("%s: its logit_bias is not used: neither features nor the contrastive loss depend on it", path)
+    bias = tensors.pop("logit_bias", None)
+    if bias is not None and bias.numel() == 1:
+        tensors["logit_bias"] = bias.reshape(())
+    elif bias is not None:
+        logger.warning("%s: its logit_bias of %s is not used: one is supported", path, count(bias.numel(), "value"))
     tensors = {name: value for name, value in tensors.items() if name not in _NO_WEIGHTS}
     missing = sorted({"visual.conv1.weight", "text_projection", *_TEXT_PARTS} - tensors.keys())
     if missing:
@@ -152,7 +156,7 @@ _BLOCKS = (
 _OPENAI_NAMES = re.compile(
     rf"visual\.(class_embedding|positional_embedding|proj|conv1\.weight|ln_(pre|post)\.(weight|bias)|{_BLOCKS})"
     r"|visual\.(conv[23]\.weight|bn[123]\.\w+|layer[1-4]\..*|attnpool\..*)"
-    rf"|positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias)|{_BLOCKS}"
+    rf"|positional_embedding|text_projection|logit_(scale|bias)|token_embedding\.weight|ln_final\.(weight|bias)|{_BLOCKS}"
 )
 
 

@@ -22,7 +22,7 @@ CLASS_ARGUMENTS = (
 def build_backbone(
     architecture: Architecture, tensors: Mapping[str, Tensor] | None = None, *, source: str = "given tensors"
 ) -> Any:
-    """Build OpenAI's `CLIP`, float32, without its `logit_scale`, which is `CLIPModel`'s.
+    """Build OpenAI's `CLIP`, float32, without `logit_scale` and `logit_bias`, which are `CLIPModel`'s.
 
     Args:
         architecture: its sizes and activation.
@@ -43,7 +43,7 @@ def build_backbone(
     for module in backbone.modules():
         module.__class__ = OWN_CLASSES.get(type(module), type(module))
     if tensors is not None:
-        weights = {name: value for name, value in tensors.items() if name != "logit_scale"}
+        weights = {name: value for name, value in tensors.items() if name not in {"logit_scale", "logit_bias"}}
         try:
             backbone.load_state_dict(weights, assign=True)
         except RuntimeError as error:

@@ -176,7 +176,7 @@ def own_weights(content: dict[str, Any], source: str | Path) -> Weights:
         state = {name: value.detach().cpu() for name, value in content["model_state_dict"].items()}
         unseen = read_extra_state(state.pop("_extra_state"))
         tensors = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        tensors["logit_scale"] = state["logit_scale"].reshape(())
+        tensors |= _scalars(state)
         projections = {name: state[name] for name in ("image_projection.weight", "text_projection.weight")}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{source}: damaged checkpoint ({type(error).__name__}: {error})") from None
@@ -273,7 +273,7 @@ def _own_state(state: StateDict, path: Path, *, activation: str | None) -> Weigh
         raise ValueError(f"{path}: a state dict of this toolkit without its _extra_state: save model.state_dict()")
     try:
         unseen = read_extra_state(extra)
-        tensors = {**state.tensors, "logit_scale": state.own["logit_scale"].reshape(())}
+        tensors = {**state.tensors, **_scalars(state.own)}
         architecture = _architecture_of(tensors, path).with_unseen(unseen)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: a damaged state dict of this toolkit: {error}") from None
@@ -286,6 +286,12 @@ def _own_state(state: StateDict, path: Path, *, activation: str | None) -> Weigh
         _finite(projections, path),
         source=str(path),
     )
+
+
+def _scalars(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the temperature, and the bias of the logits if there is one."""
+    bias = {"logit_bias": state["logit_bias"].reshape(())} if "logit_bias" in state else {}
+    return {"logit_scale": state["logit_scale"].reshape(()), **bias}
 
 
 def _check_projections(projections: dict[str, Tensor], architecture: Architecture, source: str | Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 WIDEST_INTERVAL = 5.0
 """Half-width of R@1's 95% interval, in points, beyond which a validation set is called small."""
 STUCK_FRACTION, STUCK_EPOCHS = 0.02, 2
 COLLAPSED_COSINE, NEAR_CHANCE = 0.99, 1.2
 LOWEST_TOWER_RATE, HIGHEST_TOWER_RATE = 3e-7, 5e-5
+FAR_ABOVE_CHANCE = 1.1
+"""Of a validation loss, as a multiple of chance."""
 PERFECT_RSUM = 600.0
 SAME_COSINE = 0.9999
 """Of features that are not only alike, but of the same inputs."""
@@ -165,6 +168,29 @@ def nothing_carries_over(
     )
 
 
+def overfitted_temperature(
+    history: Sequence[Mapping[str, Any]], chance: Mapping[str, float], *, num_images: int
+) -> str | None:
+    """Find a validation loss that tells of the temperature, not of the model: it rises while retrieval does not fall.
+
+    Args:
+        history: records of the epochs, the model as loaded first.
+        chance: of the validation.
+        num_images: of the validation.
+    """
+    last, least = history[-1], min(history, key=lambda record: record["val_loss"])
+    val_chance, at = chance.get("val_loss", math.inf), f"{least['rsum']:.1f} at epoch {least['epoch']}"
+    far_above = last["val_loss"] > FAR_ABOVE_CHANCE * val_chance
+    if not far_above or last["rsum"] < least["rsum"] or is_at_chance(last["rsum"], chance, num_images=num_images):
+        return None
+    return (
+        f"the validation loss ({last['val_loss']:.3f}) is far above chance ({val_chance:.3f}), but RSum has not fallen "
+        f"({last['rsum']:.1f}; it was {at}, where the loss was least): the temperature has been fitted to the training "
+        "pairs, so wrong answers are given with too much confidence, while their order is no worse. Go by RSum, as the "
+        "choice of the best model does"
+    )
+
+
 def pretrained_at_chance(rsum: float, chance: Mapping[str, float], *, num_images: int) -> str | None:
     """Find data of which a pretrained model knows nothing before the first step."""
     if not is_at_chance(rsum, chance, num_images=num_images):
@@ -200,6 +226,6 @@ def collapse(
         )
     return (
         f"the {' and '.join(alike)} features are all alike (mean cosine of two images {image_cosine:.3f}, of two texts "
-        f"{text_cosine:.3f}) and retrieval is at chance: the model has collapsed. Start again from an earlier "
-        "checkpoint, with a lower --learning_rate, a larger --warmup_fraction or a larger --batch_size"
+        f"{text_cosine:.3f}) and retrieval is at chance: the model has collapsed. If it does not recover, start again "
+        "from an earlier checkpoint, with a lower --learning_rate, a larger --warmup_fraction or a larger --batch_size"
     )

@@ -16,10 +16,11 @@ from typing import Any
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
 from cliptune.model.lora import base_fingerprint, save_adapter
-from cliptune.runtime.distributed import any_rank, is_main
+from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import has_link, read_json_object, remove_partial_files, size_on_disk
 from cliptune.runtime.lock import exclusive
 from cliptune.runtime.messages import one_line
+from cliptune.training.intervals import Interval
 from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class RunFiles:
         self.last = output_dir / "model-checkpoint" / "last_model.pth"
         self.interpolated = output_dir / "model-checkpoint" / "interpolated_model.pth"
         self.results = output_dir / "results" / "training_results.json"
+        self.retrieval = output_dir / "results" / "retrieval.npz"
         self.skipped = output_dir / "results" / "skipped.json"
         self.log = output_dir / "logs" / "train.log"
         self.history = output_dir / "logs" / "history.jsonl"
@@ -100,7 +102,7 @@ class RunFiles:
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way
         models = [self.best, self.adapter, self.loaded, self.interpolated, *self.states()]
-        found = [*models, self.skipped, *of_logs, *of_results, self.results]
+        found = [*models, self.retrieval, self.skipped, *of_logs, *of_results, self.results]
         found = [path for path in found if path.exists()]
         if not found:
             return None
@@ -187,17 +189,11 @@ class Saver:
             files, run_id=about.get("run_id", ""), fixed=fixed, keep=keep, complete=complete, clock=clock
         )
         self._base: str | None = None
-        self.every_steps, self.every_seconds, self._clock = every_steps, every_seconds, clock
-        self._saved_at = clock()
+        self._interval = Interval(every_steps=every_steps, every_seconds=every_seconds, clock=clock)
 
     def is_due(self, step: int) -> bool:
         """Tell whether a state should be saved after this step, in all ranks or in none."""
-        if self.every_steps is not None:
-            return step % self.every_steps == 0
-        if self.every_seconds is None:
-            return False
-        # the main rank's clock decides
-        return any_rank(is_main() and self._clock() - self._saved_at >= self.every_seconds)
+        return self._interval.is_due(step)
 
     def save(self, state: RunState, *, best: bool = False) -> None:
         """Save the state to resume from, and at first the model as loaded; `best`: save the model as the best one, too.
@@ -217,7 +213,7 @@ class Saver:
             self._writer.save(states)
             if best and self.trainer.model.lora is not None:
                 self._save_adapter(states[self.files.last])
-        self._saved_at = self._clock()
+        self._interval.restart()
 
     def restore(self, path: Path, content: dict[str, Any]) -> RunState:
         """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards.

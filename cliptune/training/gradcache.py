@@ -24,6 +24,7 @@ from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.sigmoid_loss import SigmoidLoss
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +83,25 @@ class GradCache:
         parallel: nn.Module | None,
         scaler: torch.amp.GradScaler,
     ) -> None:
+        if loss.needs_bias and model.logit_bias is None:
+            raise ValueError(
+                "this loss needs a model with a logit_bias: call its learn_bias() before the optimiser is made"
+            )
         self.model, self.loss, self.precision, self.size, self.scaler = model, loss, precision, size, scaler
         self.parallel = model if parallel is None else parallel
         # the towers of a sharded model gather weights: there no rank can tell the others that its memory is full
         self.towers_are_collective = world_size() > 1 and not isinstance(self.parallel, DistributedDataParallel)
 
-    def backward(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None) -> BatchLoss | None:
+    def backward(
+        self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None = None
+    ) -> BatchLoss | None:
         """Set every parameter's gradient to that of the batch's loss, times the scaler's scale.
 
         Args:
             images: `[B, 3, R, R]`, or the image tower's output: this rank's part of the batch, which may be empty.
             tokens: int64 `[B, L]`, or the text tower's output.
             image_ids: int64 `[B]`, or None when every image of the batch is another.
+            caption_ids: int64 `[B]`, the same for equal captions, or None when every caption is another.
 
         Returns:
             None if no rank has a pair.
@@ -104,8 +112,7 @@ class GradCache:
         sizes = gather_sizes(len(tokens))
         if not sum(sizes):
             return None
-        ids = None if image_ids is None else image_ids.to(self.model.device, non_blocking=True)
-        batch = _Batch(images, tokens, ids)
+        batch = self._batch(images, tokens, image_ids, caption_ids)
         before = _Snapshot(self.model)
         while True:
             self.model.zero_grad(set_to_none=True)
@@ -123,6 +130,35 @@ class GradCache:
             before.restore()
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def start_bias(
+        self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None = None
+    ) -> bool:
+        """Set the model's bias to `SigmoidLoss.initial_bias` of a batch, given as to `backward`.
+
+        Returns:
+            False if no rank has a pair.
+        """
+        sizes = gather_sizes(len(tokens))
+        if not sum(sizes):
+            return False
+        batch, before = self._batch(images, tokens, image_ids, caption_ids), _Snapshot(self.model)
+        size = min(self.size or max(sizes), max(sizes))
+        chunks = [slice(start, min(start + size, len(tokens))) for start in range(0, max(sizes), size)]
+        features = zip(*(self._encode(batch, chunk, synchronised=False) for chunk in chunks), strict=True)
+        before.restore()  # as if nothing had run
+        image_features, text_features = (torch.cat(parts)[: len(tokens)] for parts in features)
+        assert isinstance(self.loss, SigmoidLoss)
+        bias = self.loss.initial_bias(image_features, text_features, self.model.logit_scale, **batch.ids())
+        self.model.logit_bias.fill_(bias)
+        return True
+
+    def _batch(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None) -> _Batch:
+        ids = (
+            None if each is None else each.to(self.model.device, non_blocking=True) for each in (image_ids, caption_ids)
+        )
+        return _Batch(images, tokens, *ids)
 
     def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:
         """Attempt a step in these micro-batches; returns loss and accuracy."""
@@ -189,7 +225,9 @@ class GradCache:
         for leaf in leaves:
             leaf.requires_grad_()
         images, texts = leaves
-        loss, accuracy = self.loss.with_accuracy(images, texts, self.model.logit_scale, image_ids=batch.image_ids)
+        loss, accuracy = self.loss.with_accuracy(
+            images, texts, self.model.logit_scale, self.model.logit_bias, **batch.ids()
+        )
         self.scaler.scale(loss).backward()
         # DDP and FSDP divide the sum over the ranks by their number
         return loss.detach(), accuracy, [world_size() * leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -234,6 +272,11 @@ class _Batch(NamedTuple):
     images: Tensor
     tokens: Tensor
     image_ids: Tensor | None
+    caption_ids: Tensor | None
+
+    def ids(self) -> dict[str, Tensor | None]:
+        """Return what the loss needs to know which pairs are alike."""
+        return {"image_ids": self.image_ids, "caption_ids": self.caption_ids}
 
     def inputs(self, chunk: slice, resolution: int) -> tuple[Tensor, Tensor]:
         """Return a micro-batch; where others have a pair and this rank has none, a blank one."""

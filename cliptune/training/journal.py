@@ -6,9 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -16,25 +15,18 @@ from typing import Any, NamedTuple
 import torch
 
 from cliptune import results
+from cliptune.recorded import GainInterval, Verdict, shown_epoch
 from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
 from cliptune.runtime.messages import first_few, printable, shown
-from cliptune.training.advice import (
-    SAME_COSINE,
-    chance_loss,
-    collapse,
-    is_at_chance,
-    no_better_epoch,
-    nothing_carries_over,
-    pretrained_at_chance,
-    stuck_loss,
-)
+from cliptune.training.advice import chance_loss, is_at_chance, no_better_epoch
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
+from cliptune.training.review import Review
 from cliptune.training.state import RunState, now
 
 logger = logging.getLogger("train")
@@ -51,11 +43,23 @@ class RunPlan(NamedTuple):
     warmup_steps: int
     is_pretrained: bool = False
     """The model as loaded has been trained on images and captions before."""
+    is_softmax: bool = True
+    """The training loss of features that tell nothing is ln(batch size)."""
+    validate_every_steps: int | None = None
+    """Steps between two evaluations within an epoch; None: there are none by steps."""
+    validate_every_seconds: float | None = None
 
     @property
     def total_steps(self) -> int:
         """Steps of all epochs."""
         return self.num_epochs * self.steps_per_epoch
+
+    def steps_between_evaluations(self, seconds_per_step: float) -> int:
+        """Return how many steps there are between two evaluations, at most."""
+        steps = self.validate_every_steps or self.steps_per_epoch
+        if self.validate_every_seconds is not None:
+            steps = math.ceil(self.validate_every_seconds / max(seconds_per_step, 1e-9))
+        return min(steps, self.steps_per_epoch)
 
 
 class Journal:
@@ -84,6 +88,15 @@ class Journal:
     ) -> None:
         self.files, self.plan, self.watch, self.about = files, plan, watch, about
         self.device, self.interval = device, interval
+        self.review = Review(
+            warmup_steps=plan.warmup_steps,
+            # 0: unknown, and no loss is stuck there
+            train_chance=chance_loss(plan.pairs_per_epoch, plan.batch_size) if plan.is_softmax else 0.0,
+            is_pretrained=plan.is_pretrained,
+            past=_whole_epochs(state),
+            chance=state.best.get("chance"),
+            num_images=state.best.get("num_images", 0),
+        )
         self._epoch = state.epoch
         self._advice: set[str] = set()
         self._recent: list[StepRecord] = []
@@ -119,7 +132,7 @@ class Journal:
                 logger.warning(finding)
 
     def begin_epoch(self, state: RunState) -> None:
-        """Start the clock of an epoch, or of the rest of one; and its progress bar, if it trains."""
+        """Start the clock of an epoch, or of what is left of it; and its progress bar, if it trains."""
         self._epoch = state.epoch
         self._line_at = self._epoch_at = time.monotonic()
         self._num_steps = self._num_pairs = 0
@@ -155,14 +168,14 @@ class Journal:
             self._steps.flush()  # to the system: a killed run keeps its lines
 
     def begin_validation(self) -> None:
-        """Stop the clock and the progress bar of an epoch's steps."""
+        """Stop the clock and the progress bar of the steps."""
         self.flush()
         self._bar.close()
         self._validation_at = time.monotonic()
         self._train_seconds = self._validation_at - self._epoch_at
 
-    def log_epoch(self, state: RunState, *, improved: bool) -> None:
-        """Tell of an epoch that is done, and of what its numbers say about the run."""
+    def log_evaluation(self, state: RunState, *, improved: bool) -> None:
+        """Tell of an evaluation, and of what its numbers say about the run."""
         self._validation_seconds = time.monotonic() - self._validation_at
         if is_main():
             record = state.history[-1]
@@ -172,16 +185,21 @@ class Journal:
                 if key not in {"epoch", "step", "watched"} and value is not None:
                     self._events.add_scalar(f"epoch/{key}", value, record["step"])
             self.write_results(state, finished=False)
+            if len(state.history) == 1 and state.selection != "rsum":
+                logger.info(
+                    "captions are classes here: a perfect model has an RSum of %.0f, so the best epoch goes by the "
+                    "numbers with equal captions and images merged", record["ceiling_rsum"],
+                )  # fmt: skip
             logger.info("%s", self._epoch_line(record, improved=improved))
         self._review(state)
 
     def _open_files(self, state: RunState) -> None:
-        """Write the epochs that are done, and open what the steps are written to."""
+        """Write the evaluations so far, and open what the steps are written to."""
         write_text(self.files.history, "".join(json.dumps(record) + "\n" for record in state.history))
         self._steps = self.files.steps.open("a", encoding="utf-8")
 
     def _append_history(self, state: RunState) -> None:
-        """Add the last epoch to `history.jsonl`; what somebody has removed meanwhile is begun again."""
+        """Add the last evaluation to `history.jsonl`; what somebody has removed meanwhile is begun again."""
         removed = sorted(path for path in self._written if not path.exists())
         if removed:
             self._steps.close()
@@ -218,14 +236,8 @@ class Journal:
         self._written.add(self.files.results)
 
     def summary(self, state: RunState) -> str:
-        """Lay the result beside the model as loaded."""
-        first, best, chance = state.baseline["metrics"], state.best["metrics"], state.best["chance"]
-        lines = ["", f"{'':24}{'as loaded':>12}{f'epoch {state.best_epoch}':>12}{'chance':>12}"]
-        lines += [f"{key:24}{first[key]:12.1f}{best[key]:12.1f}{chance[key]:12.1f}" for key in (*RECALL_KEYS, "rsum")]
-        lines += [
-            f"{key:24}{first[key]:12.3g}{best[key]:12.3g}"
-            for key in ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
-        ]
+        """Say whether the run has helped, and lay the best trained model beside the one as loaded."""
+        lines = ["", verdict_line(self.about), "", *self._table(state)]
         if state.best_epoch == 0:
             num_images, at_chance = state.best["num_images"], _is_at_chance(state.history, state)
             lines.append(no_better_epoch(num_images, at_chance=at_chance))
@@ -233,6 +245,25 @@ class Journal:
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
         lines.append(f"\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
         return "\n".join(lines)
+
+    def _table(self, state: RunState) -> list[str]:
+        """Lay out what the verdict is about: validation, or the test split if there is one."""
+        verdict, test = self.about.get("verdict"), self.about.get("test")
+        trained = state.best_trained() or state.history[0]
+        if verdict is not None:  # after its data has changed, a run's best evaluation may be another one
+            trained = next(record for record in state.history if record["epoch"] == verdict["epoch"])
+        first, best, chance = state.baseline["metrics"], trained, state.best["chance"]
+        if test is not None:
+            first, best, chance = test["baseline"], test["metrics"], test["chance"]
+        epoch, gain = f"epoch {shown_epoch(trained['epoch'])}", "gain (95% interval)" if verdict else ""
+        lines = [f"{'':17}{'as loaded':>10}{epoch:>13}{gain:>28}{'chance':>9}"]
+        prefix = state.selection.removesuffix("rsum")  # merged_ where captions are classes
+        for name in (*RECALL_KEYS, "rsum"):
+            gains = {} if verdict is None else {**verdict["recalls"], "rsum": verdict["rsum"]}
+            gained, key = GainInterval(*gains[name]) if gains else "", f"{prefix}{name}"
+            lines.append(f"{key:17}{first[key]:10.1f}{best[key]:13.1f}{gained!s:>28}{chance[key]:9.1f}")
+        others = ("i2t_median_rank", "t2i_median_rank", "similarity_gap", "val_loss")
+        return lines + [f"{key:17}{first[key]:10.3g}{best[key]:13.3g}" for key in others if key in first]
 
     def _log_recent(self, record: StepRecord) -> None:
         """Tell the mean loss and the speed since the last line."""
@@ -254,11 +285,11 @@ class Journal:
             self._bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *peak]))
 
     def _seconds_left(self, step: int, seconds: float) -> float:
-        """Estimate how long the rest of the run takes from the `seconds` of this epoch's steps so far."""
+        """Estimate how long the rest of the run takes from the `seconds` of the steps since the last evaluation."""
         # 5 steps of 72 s, and the validations of this epoch and the next at 6 s each: 372 s
-        steps_left = max(self.plan.total_steps - step, 0)
-        validations_left = math.ceil(steps_left / self.plan.steps_per_epoch)
-        return steps_left * seconds / max(self._num_steps, 1) + validations_left * self._validation_seconds
+        steps_left, seconds_per_step = max(self.plan.total_steps - step, 0), seconds / max(self._num_steps, 1)
+        validations_left = math.ceil(steps_left / self.plan.steps_between_evaluations(seconds_per_step))
+        return steps_left * seconds_per_step + validations_left * self._validation_seconds
 
     def _epoch_line(self, record: dict[str, Any], *, improved: bool) -> str:
         trained = pace = ""
@@ -272,44 +303,30 @@ class Journal:
             trained = f"loss {record['train_loss']:.3f}, {accuracy}, "
         watched = "".join(f", {name} {each['rsum']:.1f}" for name, each in record.get("watched", {}).items())
         return (
-            f"epoch {record['epoch']}: {trained}val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
+            f"epoch {shown_epoch(record['epoch'])}: {trained}"
+            f"val loss {record['val_loss']:.3f}, R@1 i2t {record['i2t_r1']:.1f} "
             f"t2i {record['t2i_r1']:.1f}, RSum {record['rsum']:.1f}{' (best)' if improved else ''}{watched}{pace}"
         )
 
     def _review(self, state: RunState) -> None:
-        """Warn of an epoch whose numbers say that the run goes wrong."""
-        plan, history, chance = self.plan, state.history, state.best["chance"]
-        first = history[0]
-        if len(history) == 1:
-            if plan.is_pretrained:
-                found = pretrained_at_chance(first["rsum"], chance, num_images=state.best["num_images"])
-                self.advise(pretrained_at_chance=found)
+        """Tell what an epoch's numbers say about the run; those of a part of an epoch say nothing."""
+        history = _whole_epochs(state)
+        if history[-1] is not state.history[-1]:
             return
-        # of epochs that began after the warm-up: before, a loss at chance is no news
-        warm = [record for before, record in pairwise(history) if before["step"] >= plan.warmup_steps]
-        losses = [record["train_loss"] for record in warm]
-        train_chance = chance_loss(plan.pairs_per_epoch, plan.batch_size)
-        stuck, carried = stuck_loss(losses, train_chance), None
-        if _is_at_chance(history[1:], state):
-            val_losses = [record["val_loss"] for record in warm]
-            val_chance = chance.get("val_loss", 0.0)
-            carried = nothing_carries_over(losses, val_losses, chance=train_chance, val_chance=val_chance)
-        start = first["image_cosine"], first["text_cosine"]
-        collapses = [
-            collapse(
-                image_cosine=record["image_cosine"],
-                text_cosine=record["text_cosine"],
-                rsum=record["rsum"],
-                chance=chance["rsum"],
-                start=start,
-            )
-            for record in history[1:][-2:]
-        ]
-        # a random start often goes through an epoch of features that are alike; what began alike stays so
-        lasts = len(collapses) == 2 and collapses[0] is not None
-        collapsed = collapses[-1] if lasts or max(start) > SAME_COSINE else None
-        # of features that are all alike the loss is at chance, too, and the first finding says why
-        self.advise(stuck_loss=stuck if collapsed is None else None, collapse=collapsed, nothing_carries_over=carried)
+        news = self.review.news(history, chance=state.best["chance"], num_images=state.best["num_images"])
+        for line in news if is_main() else ():
+            logger.warning(line)
+
+
+def _whole_epochs(state: RunState) -> list[dict[str, Any]]:
+    return [record for record in state.history if isinstance(record["epoch"], int)]
+
+
+def verdict_line(about: Mapping[str, Any]) -> str:
+    """Return a run's verdict in one line, or why there is none."""
+    if about.get("verdict") is None:
+        return f"No verdict: {about.get('no_verdict') or 'there is nothing to compare'}"
+    return Verdict.model_validate(about["verdict"]).sentence()
 
 
 def _is_at_chance(history: Sequence[dict[str, Any]], state: RunState) -> bool:

@@ -166,13 +166,14 @@ class EpochResult(NamedTuple):
 
 
 class EpochTotals:
-    """Sums over the batches of an epoch so far.
+    """Sums over the batches of an epoch since its last evaluation: of all, unless it is evaluated within.
 
     Args:
         device: the model's.
 
     Attributes:
-        num_batches: batches that are done, with those that held no pair.
+        num_pairs: of the whole epoch so far.
+        num_batches: batches of the epoch that are done, with those that held no pair.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -189,8 +190,12 @@ class EpochTotals:
         self.sums += torch.where(result.loss.isfinite(), added, 0.0)
         self.num_pairs += result.num_pairs
 
+    def begin_part(self) -> None:
+        """Forget the sums, not how many batches and pairs there were."""
+        self.sums.zero_()
+
     def mean(self) -> EpochResult:
-        """Return the means over all pairs, without those whose loss is not finite; waits for the device.
+        """Return the means over the pairs since the last evaluation, but for those whose loss is not finite; waits.
 
         Raises:
             ValueError: there was no pair.

@@ -47,7 +47,7 @@ def build_optimizer(
     weight_decay: float,
     layer_decay: float | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW with the towers at a rate of their own, see `peak_rates`; no decay on biases, norms, the temperature.
+    """AdamW with the towers at a rate of their own, see `peak_rates`; no decay on biases, norms, temperature.
 
     The groups are named `projection`, and `backbone` or, of adapters, `lora` (their `name` entry), each with and
     without decay. With `layer_decay` a tower's rate is that of its top; each layer has that factor of the rate of the
@@ -60,8 +60,8 @@ def build_optimizer(
         part = "projection" if not _of_tower(name) else "lora" if is_adapter(name) else "backbone"
         decay = weight_decay if parameter.ndim >= 2 else 0.0
         depth = 0 if part == "projection" or layer_decay is None else above[name.removeprefix("backbone.")]
-        # the temperature apart, since FSDP leaves it whole where the others are sharded
-        groups.setdefault((part, decay, name == "logit_scale", depth), []).append(parameter)
+        # scalars apart, since FSDP leaves them whole where the others are sharded
+        groups.setdefault((part, decay, parameter.ndim == 0, depth), []).append(parameter)
     projection, towers = peak_rates(model, learning_rate=learning_rate, backbone_lr_scale=backbone_lr_scale)
     rates = {"projection": projection, "backbone": towers, "lora": towers}
     return torch.optim.AdamW(

@@ -1,14 +1,17 @@
-"""The two models that a run reports, the best one and the one as loaded: found, brought along, verified."""
+"""The two models that a run reports, the best one and the one as loaded: found, brought along, verified, evaluated."""
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cliptune.model.checkpoint_fields import LATER_STATE_KEYS, STATE_KEYS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
+from cliptune.recorded import shown_epoch
 from cliptune.runtime.files import atomic_writer, has_link
 from cliptune.runtime.messages import count, one_line
 from cliptune.training.checkpoint import RunFiles, Saver
@@ -16,19 +19,23 @@ from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
 
+E = TypeVar("E")
+"""`evaluation.Evaluation`."""
 TRAINING_KEYS = {*STATE_KEYS, *LATER_STATE_KEYS} - {"starts_random", "holds_batchnorm"}
 """Of a checkpoint, what its model does without."""
 
 
-def why_not(path: Path, *, run_id: str, epoch: int) -> str:
-    """Say why a file is not the model that a run had after an epoch; nothing if it is."""
+def why_not(path: Path, *, run_id: str, epoch: float, step: int) -> str:
+    """Say why a file is not the model that a run had at an evaluation; nothing if it is."""
     try:
         content = load_checkpoint(path)
     except (ValueError, OSError) as error:
         return one_line(error)
     if content.get("run_id", "") != run_id:
         return f"{path} is another run's"
-    return "" if content["epoch"] == epoch else f"{path} is of epoch {content['epoch']}"
+    if content["epoch"] != math.ceil(epoch):  # an evaluation at 2.25 was within epoch 3
+        return f"{path} is of epoch {content['epoch']}"
+    return "" if content["global_step"] == step else f"{path} is of step {content['global_step']}"
 
 
 def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
@@ -44,27 +51,28 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
     """
     files, run_id = saver.files, saver.about["run_id"]
     origin = state_path.parent
-    for path, epoch in ((files.loaded, 0), (files.best, state.best_epoch)):
-        reason = why_not(path, run_id=run_id, epoch=epoch)
+    for path, epoch, step in ((files.loaded, 0.0, 0), (files.best, state.best_epoch, state.best_step)):
+        wanted: Any = {"run_id": run_id, "epoch": epoch, "step": step}
+        reason = why_not(path, **wanted)
         if reason and path.exists():
             aside = path.with_name(f"{path.stem}.aside.pth")
             while aside.exists():  # of an earlier start
                 aside = aside.with_name(f"{aside.stem}+.pth")
             path.rename(aside)
             logger.warning("%s; that file is now %s", reason, aside)
-        if reason and not why_not(origin / path.name, run_id=run_id, epoch=epoch):
+        if reason and not why_not(origin / path.name, **wanted):
             _link_or_copy(origin / path.name, path)
-    if not files.best.exists() and state.totals is None and state.epoch == state.best_epoch:
+    if not files.best.exists() and state.step == state.best_step:
         content = load_checkpoint(state_path)  # whose weights are the best ones
         save_checkpoint(files.best, {key: value for key, value in content.items() if key not in TRAINING_KEYS})
     if not files.best.exists() and files.loaded.exists():
         if state.best_epoch:
             logger.warning(
-                "the best model so far, of epoch %d, is not there any more: it is again the model as loaded, until an "
+                "the best model so far, of epoch %s, is not there any more: it is again the model as loaded, until an "
                 "epoch is better",
-                state.best_epoch,
+                shown_epoch(state.best_epoch),
             )
-        state.best, state.best_epoch = state.baseline, 0
+        state.best, state.best_epoch, state.best_step = state.baseline, 0, 0
         _link_or_copy(files.loaded, files.best)
     for path in (files.best, files.loaded):
         if not path.exists():
@@ -77,11 +85,11 @@ def verify_best(state: RunState, files: RunFiles, *, run_id: str) -> None:
     Raises:
         OSError: it is not; says why.
     """
-    reason = why_not(files.best, run_id=run_id, epoch=state.best_epoch)
+    reason = why_not(files.best, run_id=run_id, epoch=state.best_epoch, step=state.best_step)
     if reason:
         raise OSError(
-            f"the run has ended after {count(len(state.history) - 1, 'epoch')}, but its best model, of epoch "
-            f"{state.best_epoch}, is not in {files.best}: {reason}. {files.last} is the last one"
+            f"the run has ended after {count(len(state.history) - 1, 'evaluation')}, but its best model, of epoch "
+            f"{shown_epoch(state.best_epoch)}, is not in {files.best}: {reason}. {files.last} is the last one"
         )
 
 
@@ -91,21 +99,15 @@ def _link_or_copy(source: Path, path: Path) -> None:
             shutil.copyfileobj(content, file)
 
 
-def evaluate_anew(model: Any, state: RunState, files: RunFiles, *, validate: Any) -> None:
-    """Evaluate the models as loaded and the best on data that has changed, so that what comes can be compared.
+def evaluate_both(files: RunFiles, *, open_model: Callable[[Path], Any], evaluate: Callable[[Any], E]) -> tuple[E, E]:
+    """Evaluate the models as loaded and the best, one after the other.
 
     Args:
-        model: whose weights are the same afterwards.
-        state: that a run goes on from. The epoch that was under way begins anew.
         files: of the run.
-        validate: evaluates the model.
+        open_model: builds the model that a file holds.
+        evaluate: evaluates a model.
 
     Raises:
         FileNotFoundError: one of the two is not there.
     """
-    current = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    for path, name in ((files.loaded, "baseline"), (files.best, "best")):
-        model.load_state_dict(load_checkpoint(path)["model_state_dict"])
-        setattr(state, name, validate().to_dict())
-    model.load_state_dict(current)
-    state.totals = None
+    return evaluate(open_model(files.loaded)), evaluate(open_model(files.best))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cliptune import results
 from cliptune.model.checkpoint_fields import validate
+from cliptune.recorded import Count, Number, Place
 from cliptune.runtime.messages import count, printable, shorten
 from cliptune.training.meters import EpochTotals, Step
 
@@ -30,29 +31,30 @@ class _Evaluation(results.Recorded):
     metrics: results.Metrics
     chance: results.Chance
     histograms: results.Histograms
-    num_images: results.Count
-    num_texts: results.Count
+    num_images: Count
+    num_texts: Count
 
 
 class _Totals(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    sums: Annotated[list[results.Number], Field(min_length=3, max_length=3)]
-    num_pairs: results.Count
-    num_batches: results.Count
+    sums: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    num_pairs: Count
+    num_batches: Count
 
 
 class _Stored(results.Recorded):
     """A `RunState` as a checkpoint holds it."""
 
     started_at: str
-    epoch: results.Count
-    step: results.Count
+    epoch: Count
+    step: Count
     history: Annotated[list[results.EpochRecord], Field(min_length=1)]
     baseline: _Evaluation
     best: _Evaluation
-    best_epoch: results.Count
-    epochs_since_best: results.Count
+    best_epoch: Place
+    best_step: Count | None = None
+    epochs_since_best: Count
     totals: _Totals | None
 
 
@@ -63,10 +65,12 @@ class RunState:
     Attributes:
         epoch: the one that is trained, or was last; 0: the model as loaded.
         step: steps so far.
-        history: a record for each epoch that is done.
+        history: a record for each evaluation: after every epoch, and within one where that is asked for. Its `epoch` is
+            a whole number after an epoch, and 2.25 after a quarter of the third.
         baseline: the evaluation of the model as loaded.
-        best: the evaluation of the best epoch.
-        epochs_since_best: epochs done since then.
+        best: the best evaluation.
+        best_epoch, best_step: where it stands in the run, as its record says.
+        epochs_since_best: evaluations since then; without those within an epoch they are epochs.
         totals: of the batches so far, within an epoch; None: between two epochs.
     """
 
@@ -76,7 +80,8 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
-    best_epoch: int = 0
+    best_epoch: float = 0
+    best_step: int = 0
     epochs_since_best: int = 0
     totals: EpochTotals | None = None
 
@@ -85,10 +90,15 @@ class RunState:
         """Batches of the current epoch that are done; 0 between two epochs."""
         return 0 if self.totals is None else self.totals.num_batches
 
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs that are done; -1: not even the model as loaded is evaluated."""
+        return self.epoch - (self.totals is not None or not self.history)
+
     def begin_epoch(self, device: torch.device) -> None:
         """Go to the next epoch, unless one is under way. The first is epoch 0, in which nothing is trained."""
         if self.totals is None:
-            self.epoch = len(self.history)
+            self.epoch = int(self.history[-1]["epoch"]) + 1 if self.history else 0
             self.totals = EpochTotals(device)
 
     def add(self, step: Step) -> None:
@@ -99,60 +109,88 @@ class RunState:
             self.step = step.result.global_step
 
     def train_means(self) -> dict[str, float | None]:
-        """Return the means over the epoch's pairs, in nats and percent; None in epoch 0.
+        """Return the means over the pairs since the last evaluation, in nats and percent; None without a step.
 
         Raises:
-            ValueError: there was no pair.
+            ValueError: there was no pair in the epoch.
             FloatingPointError: no loss was finite.
         """
-        if self.totals is None or self.epoch == 0:
+        # an epoch may end with batches of which no image could be read, right after an evaluation within it
+        no_step = self.totals is not None and self.totals.num_pairs and self.is_evaluated
+        if self.totals is None or self.epoch == 0 or no_step:
             return {"train_loss": None, "train_accuracy": None}
         means = self.totals.mean()
         return {"train_loss": means.loss, "train_accuracy": means.accuracy}
 
-    def finish_epoch(
-        self, evaluation: dict[str, Any], *, means: dict[str, float | None], rates: dict[str, float]
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether no step has been taken since the last evaluation."""
+        return bool(self.history) and self.history[-1]["step"] == self.step
+
+    def add_evaluation(
+        self,
+        evaluation: dict[str, Any],
+        *,
+        means: dict[str, float | None],
+        rates: dict[str, float],
+        steps_per_epoch: int,
     ) -> bool:
-        """Record an epoch and its evaluation.
+        """Record an evaluation; with all batches of the epoch done, the epoch is.
 
         Args:
             evaluation: `metrics`, `chance`, `histograms` and the like, plain values.
             means: what `train_means` returned.
-            rates: of the optimiser's groups, at the epoch's end.
+            rates: of the optimiser's groups, after the last step.
+            steps_per_epoch: batches that an epoch has.
 
         Returns:
             Whether it is the best so far. Of a tie the earlier one stays.
         """
+        is_within = self.epoch > 0 and self.num_batches < steps_per_epoch
+        place = self.epoch - 1 + self.num_batches / steps_per_epoch if is_within else self.epoch
         of_groups = {
             "learning_rate": rates.get("projection", 0.0),
             "backbone_learning_rate": rates.get("backbone", rates.get("lora", 0.0)),
         }
-        record = {"epoch": self.epoch, "step": self.step, **means, **of_groups, **evaluation["metrics"]}
+        record = {"epoch": place, "step": self.step, **means, **of_groups, **evaluation["metrics"]}
         if num_skipped := evaluation.get("skipped", {}).get("images", 0):
             record["num_skipped"] = num_skipped
         if watched := evaluation.get("watched"):
             record["watched"] = watched
         self.history.append(record)
-        self.totals = None  # from here on a signal finds the epoch done
+        if is_within and self.totals is not None:
+            self.totals.begin_part()
+        else:
+            self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:
             self.baseline = evaluation
+        key = self.selection
         # 190.0 and 190.00000000000003 are the same six recalls, added up in another order
-        improved = not self.best or evaluation["metrics"]["rsum"] > self.best["metrics"]["rsum"] * (1 + TIE)
+        improved = not self.best or evaluation["metrics"][key] > self.best["metrics"][key] * (1 + TIE)
         self.epochs_since_best = 0 if improved else self.epochs_since_best + 1
         if improved:
-            self.best, self.best_epoch = evaluation, self.epoch
+            self.best, self.best_epoch, self.best_step = evaluation, place, self.step
         return improved
 
+    @property
+    def selection(self) -> str:
+        """The metric that evaluations are compared by."""
+        return results.selection_key(self.baseline["metrics"])
+
+    def best_trained(self) -> dict[str, Any] | None:
+        """Return the record of the best evaluation but that of the model as loaded; None: there is no other."""
+        return max(self.history[1:], key=lambda record: record[self.selection], default=None)
+
     def is_stale(self, patience: int) -> bool:
-        """Tell whether `patience` epochs, unless it is 0, have brought nothing better."""
-        return bool(patience) and self.totals is None and self.epochs_since_best >= patience
+        """Tell whether `patience` evaluations, unless it is 0, have brought nothing better, the last one just now."""
+        return bool(patience) and self.is_evaluated and self.epochs_since_best >= patience
 
     def ending(self, num_epochs: int, patience: int) -> str | None:
-        """Say why there is no epoch left to train; None while there is one."""
-        if len(self.history) > num_epochs:
+        """Say why there is nothing left to train; None while there is."""
+        if self.epochs_done >= num_epochs:
             return f"the run has had its {count(num_epochs, 'epoch')} (--num_epochs)"
         if self.is_stale(patience):
-            return f"no better RSum for {count(self.epochs_since_best, 'epoch')} (--early_stopping_patience)"
+            return f"no better RSum for {count(self.epochs_since_best, 'evaluation')} (--early_stopping_patience)"
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,12 +208,17 @@ class RunState:
         validate(_Stored, values, path, inside="run_state")
         unknown = sorted(map(str, values.keys() - {each.name for each in fields(cls)}))
         history = values["history"]
-        # an epoch that is under way, which has totals, has no record yet
-        epochs = list(range(values["epoch"] + (values["totals"] is None)))
+        # an epoch that is under way, which has totals, has records of evaluations within it alone
+        num_done = values["epoch"] + (values["totals"] is None)
+        places = [(record["epoch"], record["step"]) for record in history]
+        steps = [step for _, step in places]
+        best = values["best_epoch"], values.get("best_step")
         fits = (
-            [record["epoch"] for record in history] == epochs
-            and values["best_epoch"] in epochs
-            and history[-1]["step"] <= values["step"]
+            [epoch for epoch, _ in places if isinstance(epoch, int)] == list(range(num_done))
+            and all(epoch <= values["epoch"] for epoch, _ in places)
+            and steps == sorted(steps)
+            and steps[-1] <= values["step"]
+            and any(best in {(epoch, step), (epoch, None)} for epoch, step in places)
             and (content["epoch"], content["global_step"]) == (values["epoch"], values["step"])
         )
         if unknown or not fits:
@@ -185,6 +228,9 @@ class RunState:
     @classmethod
     def from_state_dict(cls, values: dict[str, Any], device: torch.device) -> RunState:
         """Build what `state_dict` described, with the sums of a broken-off epoch on the model's device."""
+        if values.get("best_step") is None:  # of before evaluations within an epoch
+            steps = {record["epoch"]: record["step"] for record in values["history"]}
+            values = {**values, "best_step": steps[values["best_epoch"]]}
         totals = None
         if values["totals"] is not None:
             totals = EpochTotals(device)

@@ -75,7 +75,9 @@ class MultimodalTrainer:
         self.average = None if ema is None else WeightAverage(model, ema)
         self.global_step = 0
 
-    def train_step(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None) -> StepResult | None:
+    def train_step(
+        self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None, caption_ids: Tensor | None = None
+    ) -> StepResult | None:
         """Take one optimiser step; with a loss or gradient that is not finite it changes nothing.
 
         Args:
@@ -83,6 +85,7 @@ class MultimodalTrainer:
                 ranks this one's part of the batch.
             tokens: int64 `[B, L]`, or the text tower's output.
             image_ids: int64 `[B]`, or None when every image of the batch is another.
+            caption_ids: int64 `[B]`, the same for equal captions, or None when every caption is another.
 
         Returns:
             The numbers of the step, whose device is not waited for; None if the batch was empty in all ranks.
@@ -91,7 +94,7 @@ class MultimodalTrainer:
             MemoryError: one pair does not fit into memory.
         """
         statistics = StatisticsSnapshot(self.model)
-        result = self.grad_cache.backward(images, tokens, image_ids)
+        result = self.grad_cache.backward(images, tokens, image_ids, caption_ids)
         if result is None:
             return None
         self.scaler.unscale_(self.optimizer)
@@ -116,8 +119,8 @@ class MultimodalTrainer:
         """Take a step for each batch, and yield it: what to do about it is the caller's business.
 
         Args:
-            batches: tuples that begin with `images`, `tokens`, `image_ids`, as `train_step` takes them; what could
-                not be loaded is in their `issues`, if they have any.
+            batches: tuples that begin with `images`, `tokens`, `image_ids`, as `train_step` takes them; their
+                `caption_ids`, and their `issues`, what could not be loaded, count if they have any.
 
         Raises:
             FloatingPointError: losses or gradients are not finite; says step, rates, scale and samples.
@@ -133,7 +136,7 @@ class MultimodalTrainer:
             images, tokens, image_ids, *_ = batch
             if self.seed is not None:
                 seed_step(self.seed, self.global_step, rank())
-            result = self.train_step(images, tokens, image_ids)
+            result = self.train_step(images, tokens, image_ids, getattr(batch, "caption_ids", None))
             issues = getattr(batch, "issues", ())
             del batch, images, tokens  # their memory is free for the next batch
             seconds = time.perf_counter() - start

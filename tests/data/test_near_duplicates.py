@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.near_duplicates import COPIES
@@ -95,12 +96,13 @@ def test_many_images_are_looked_at_only_once_their_fingerprints_are_cached(
 ) -> None:
     caplog.set_level(logging.INFO)
     paths = paths_in(planted)
-    assert look_for_near_duplicates(paths, cache_dir=tmp_path, num_workers=0, max_images=20) is None
+    found = look_for_near_duplicates(paths, cache_dir=tmp_path, num_workers=0, max_images=20)
+    assert len(found.pairs) == 2 and found.identical.all()
     assert "near-duplicate images were not looked for" in caplog.text
     take_fingerprints(paths, cache_dir=tmp_path, num_workers=0)
     assert len(Fingerprints(paths, tmp_path).missing()) == 1  # the broken one
     found = look_for_near_duplicates(paths, cache_dir=tmp_path, num_workers=0, max_images=20)
-    assert found is not None and len(found.pairs) == 10
+    assert len(found.pairs) == 10
 
 
 @pytest.mark.slow
@@ -109,6 +111,13 @@ def test_scenes_of_equal_captions_are_different_images(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     assert len(paths) == 300
     assert not len(find_near_duplicates(paths, cache_dir=None, num_workers=0).pairs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_random_numbers_do_not_depend_on_what_is_cached(planted: Path, num_workers: int) -> None:
+    before = torch.get_rng_state()
+    take_fingerprints(Strings.of(list(paths_in(planted)) * 3), cache_dir=None, num_workers=num_workers)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_images() -> None:

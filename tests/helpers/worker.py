@@ -17,10 +17,15 @@ from torch import Tensor
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.cli import run_stage
 from cliptune.data.pairs import load_pairs
+from cliptune.data.repeats import image_kinds
 from cliptune.data.sample_data import create_sample_dataset
+from cliptune.data.table import Strings
 from cliptune.features.cache import FeatureCache, View
 from cliptune.features.encode import Encoder
+from cliptune.features.metrics import merged_ranks
+from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.lora import add_lora
 from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import (
@@ -37,13 +42,17 @@ from cliptune.runtime.distributed import (
     rank_slice,
     world_size,
 )
-from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.gradcache import GradCache
+from cliptune.training.loss import POSITIVES, ContrastiveLoss
 from cliptune.training.optim import build_optimizer
+from cliptune.training.sigmoid_loss import SigmoidLoss
 from data_loader import ImageTextDataset
-from tests.helpers.models import SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
+from tests.helpers.losses import reference_loss
+from tests.helpers.models import FP32, SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
 STEPS = 20
+LOSSES = list(product(("infonce", "siglip"), POSITIVES))
 SIZES = (21, 21, 2)
 """Pairs of the batches, in turn: none of them divides among 2 and 3, and the last leaves some with nothing."""
 
@@ -112,6 +121,32 @@ def train_every_way(folder: Path) -> None:
                 torch.save(result, folder / f"{world_size()}-{name}-{how}-{size}.pt")
 
 
+def train_adapted(name: str, how: str, micro_batch_size: int | None) -> dict[str, Tensor]:
+    """Train adapters with rates by layer and, but for shards, an average; returns the model that comes of it."""
+    model = make_model(name)
+    torch.manual_seed(rank())  # the adapters' start, which differs until the ranks take over that of the first
+    add_lora(model, 2)
+    parallel = parallel_model(model, how, CPU)
+    rates = {"learning_rate": 1e-2, "backbone_lr_scale": 1.0, "layer_decay": 0.7}
+    optimizer = build_optimizer(model, weight_decay=0.1, **rates)
+    trainer = MultimodalTrainer(
+        model, ContrastiveLoss(), optimizer, precision=resolve_precision("fp32", CPU),
+        micro_batch_size=micro_batch_size, parallel=parallel, ema=None if how == "fsdp" else 0.5,
+    )  # fmt: skip
+    for step in range(STEPS):
+        train_step(trainer, SIZES[step % len(SIZES)])
+    saved = trainer.state_dict()["weights_state_dict"]
+    assert "backbone.transformer.resblocks.0.mlp.c_fc.lora_A" in saved
+    return {key: value.clone() for key, value in trainer.model_state().items()}
+
+
+def train_adapted_every_way(folder: Path) -> None:
+    for how in ("ddp", "fsdp") if can_shard() else ("ddp",):
+        state = train_adapted("ViT-Mini", how, 3)
+        if is_main():
+            torch.save(state, folder / f"{how}.pt")
+
+
 def fill_the_memory_of_one(folder: Path) -> None:
     """All processes go on with the smaller micro-batch, as if they had from that step on."""
     weights = []
@@ -127,6 +162,42 @@ def fill_the_memory_of_one(folder: Path) -> None:
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
+
+
+def compute_losses(folder: Path) -> None:
+    """Values, gradients and the start of the bias, of a batch that the ranks share and one that leaves some without."""
+    for how, (kind, positives), size in product(("ddp", "fsdp") if can_shard() else ("ddp",), LOSSES, (21, 2)):
+        plain, model = make_model("ViT-Mini"), make_model("ViT-Mini")
+        loss = {"infonce": ContrastiveLoss, "siglip": SigmoidLoss}[kind](positives=positives)
+        if loss.needs_bias:
+            plain.learn_bias()
+            model.learn_bias()
+        images, tokens, image_ids = make_batch(plain, size)
+        caption_ids = torch.arange(size) % 6  # equal ones lie in other ranks
+        features: tuple[Tensor, Tensor] = plain(images, tokens)
+        alike = {"image_ids": image_ids, "caption_ids": caption_ids}
+        parallel = parallel_model(model, how, CPU)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        steps = GradCache(model, loss, precision=FP32, size=3, parallel=parallel, scaler=scaler)
+        own = rank_slice(size)
+        batch = [rows[own] for rows in (images, tokens, image_ids, caption_ids)]
+        if isinstance(loss, SigmoidLoss):
+            assert steps.start_bias(*batch)
+            alone = SigmoidLoss(positives=positives, across_ranks=False)
+            bias = alone.initial_bias(*features, plain.logit_scale, **alike)
+            plain.logit_bias.data.fill_(bias)  # type: ignore[union-attr]
+            assert abs(model.logit_bias.item() - bias) < 1e-3  # type: ignore[union-attr]
+        expected = reference_loss(kind, positives, *features, plain.logit_scale, plain.logit_bias, **alike)
+        expected.backward()
+        result = steps.backward(*batch)
+        assert result is not None
+        assert abs(result.loss.item() - expected.item()) < 1e-5 * abs(expected.item()) + 1e-3 * (kind == "siglip")
+        found = whole({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        assert ("logit_bias" in found) == (kind == "siglip")
+        assert abs(found.pop("logit_bias", 0.0) - wanted.pop("logit_bias", 0.0)) < 1e-4  # it begins where that is 0
+        for name, want in wanted.items():
+            assert (found[name] - want).norm() <= 1e-4 * want.norm() + 1e-6, (how, kind, positives, size, name)
 
 
 def exchange(folder: Path) -> None:
@@ -181,6 +252,31 @@ def cache_features(folder: Path) -> None:
     assert torch.allclose(apart[np.delete(np.arange(30), broken)], outputs[0], atol=1e-5)
 
 
+def merge_duplicates(folder: Path) -> None:
+    """All ranks rank a part each, of 1,500 images whose texts repeat, and see which files are the same."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(-2, 3, (1500, 6), generator=generator).float()  # small integers: exact products, many ties
+    kinds = torch.cat([torch.arange(1200), torch.randint(0, 1200, (1800,), generator=generator)])
+    owners, texts = torch.arange(3000) % 1500, torch.randint(-2, 3, (1200, 6), generator=generator).float()
+    standard = retrieval_ranks(images, texts[kinds], owners)
+    rows = torch.arange(1500)
+    merged = merged_ranks(standard, images, texts[kinds], owners, image_kinds=rows, text_kinds=kinds)
+    is_match = torch.zeros(1500, 1200, dtype=torch.bool)
+    is_match[owners, kinds] = True
+    for scores, matches, ranks in (
+        (images @ texts.T, is_match, merged.ranks.i2t),
+        ((images @ texts.T).T, is_match.T, merged.ranks.t2i[:1200]),  # the first 1,200 texts are all there are
+    ):
+        lowest = torch.tensor(-99.0)
+        best, others = scores.where(matches, lowest).amax(1, keepdim=True), scores.where(~matches, lowest)
+        assert torch.equal(ranks, 1 + (others > best).sum(1) + (others == best).sum(1) / 2)
+    with main_first():
+        if is_main():
+            for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1"), ("d", b"2"), ("e", b"3")):
+                (folder / name).write_bytes(content)
+    assert image_kinds(Strings.of(str(folder / name) for name in "abcde")).tolist() == [0, 1, 0, 1, 4]
+
+
 def fail(folder: Path) -> None:
     if rank() == 1:
         raise ValueError("process one has no data")
@@ -188,10 +284,13 @@ def fail(folder: Path) -> None:
 
 
 TASKS = {
+    "losses": compute_losses,
     "train": train_every_way,
+    "adapted": train_adapted_every_way,
     "memory": fill_the_memory_of_one,
     "exchange": exchange,
     "features": cache_features,
+    "merge": merge_duplicates,
     "fail": fail,
 }
 

@@ -15,8 +15,8 @@ from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import can_shard, clip_gradient, parallel_model
 from cliptune.preprocess.tokens import tokenize
 from tests.helpers.launch import torchrun
-from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients, small_architectures
-from tests.helpers.worker import train
+from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients, make_model, small_architectures
+from tests.helpers.worker import train, train_adapted
 
 __all__ = ["small_architectures"]
 
@@ -52,6 +52,33 @@ def test_processes_train_as_one_does(world_size: int, one_process: dict[str, Any
         ]
         for ours, theirs in zip(got["features"], expected["features"], strict=True):
             assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_processes_train_adapters_as_one_does(tmp_path: Path) -> None:
+    """With rates by layer; with DDP an average as well, which shards go without."""
+    done = torchrun(2, "tests/helpers/worker.py", "adapted", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted(tmp_path.glob("*.pt"))
+    assert len(files) == (2 if can_shard() else 1)
+    for file in files:
+        got, expected = torch.load(file), train_adapted("ViT-Mini", file.stem, None)
+        assert got.keys() == expected.keys()
+        moved = make_model("ViT-Mini").state_dict()
+        for name, want in expected.items():
+            if want.is_floating_point():
+                assert (got[name] - want).norm() <= 2e-4 * want.norm(), (file.name, name)
+        assert not torch.equal(
+            expected["backbone.visual.transformer.resblocks.0.mlp.c_fc.weight"],
+            moved["backbone.visual.transformer.resblocks.0.mlp.c_fc.weight"],
+        )
+
+
+@pytest.mark.slow
+def test_losses_over_processes_are_those_of_their_definition(tmp_path: Path) -> None:
+    """With every kind of positives, some of them in other ranks; under DDP and FSDP2."""
+    done = torchrun(3, "tests/helpers/worker.py", "losses", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def is_key_bias(name: str) -> bool:

@@ -146,7 +146,30 @@ def test_one_tower_of_transformers_is_told(kind: str, tmp_path: Path) -> None:
 def test_a_bias_of_the_logits_changes_no_feature(tmp_path: Path) -> None:
     peer = OpenClip(init_logit_scale=2.3, init_logit_bias=-10.0)
     assert "logit_bias" in peer.state
-    assert_same_features(CLIPModel(pretrained=peer.save(tmp_path)), peer)
+    model = CLIPModel(pretrained=peer.save(tmp_path))
+    assert_same_features(model, peer)
+    assert model.logit_bias is not None
+    assert (model.logit_bias.item(), model.logit_bias.requires_grad) == (-10, False)
+
+
+def test_a_bias_of_the_logits_travels_in_the_toolkits_own_state_dict(tmp_path: Path) -> None:
+    model = own_model()
+    model.learn_bias()
+    model.logit_bias.data.fill_(-7.5)  # type: ignore[union-attr]
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    again = CLIPModel(pretrained=tmp_path / "own.pt")
+    assert again.logit_bias is not None
+    assert again.logit_bias.item() == -7.5
+    other = CLIPModel(SMALL_VIT.name, projection_dim=32, activation=GELU_TANH)
+    other.load_state_dict(model.state_dict())
+    assert other.logit_bias is not None
+    assert other.logit_bias.item() == -7.5
+
+
+def test_a_bias_that_is_none_is_not_taken(peer: OpenClip, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({**peer.state, "logit_bias": torch.zeros(3)}, tmp_path / "x.pt")
+    assert CLIPModel(pretrained=tmp_path / "x.pt", activation="quick_gelu").logit_bias is None
+    assert "its logit_bias of 3 values is not used" in caplog.text
 
 
 def test_positions_of_long_clip_are_put_together(peer: OpenClip, tmp_path: Path) -> None:

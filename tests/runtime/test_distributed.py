@@ -58,6 +58,12 @@ def test_processes_exchange_what_they_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_merged_ranks_of_several_processes_are_those_of_the_definition(tmp_path: Path) -> None:
+    done = torchrun(3, "tests/helpers/worker.py", "merge", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_full_memory_in_one_process_is_so_in_all(tmp_path: Path) -> None:
     done = torchrun(2, "tests/helpers/worker.py", "memory", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

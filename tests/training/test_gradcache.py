@@ -13,6 +13,8 @@ from cliptune.runtime.rng import RandomState
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
+from cliptune.training.sigmoid_loss import SigmoidLoss
+from tests.helpers.losses import reference_loss
 from tests.helpers.models import (
     FP32,
     FullMemory,
@@ -27,16 +29,15 @@ from tests.helpers.models import (
 __all__ = ["small_architectures"]
 
 
-def micro_batched(model: CLIPModel, batch: tuple[Tensor, ...], size: int | None) -> dict[str, Tensor]:
-    steps = GradCache(
-        model,
-        ContrastiveLoss(),
-        precision=FP32,
-        size=size,
-        parallel=None,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
-    assert steps.backward(*batch) is not None
+def grad_cache(model: CLIPModel, loss: ContrastiveLoss, size: int | None) -> GradCache:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return GradCache(model, loss, precision=FP32, size=size, parallel=None, scaler=scaler)
+
+
+def micro_batched(
+    model: CLIPModel, batch: tuple[Tensor, ...], size: int | None, loss: ContrastiveLoss | None = None
+) -> dict[str, Tensor]:
+    assert grad_cache(model, loss or ContrastiveLoss(), size).backward(*batch) is not None
     return gradients_of(model)
 
 
@@ -142,6 +143,49 @@ def test_batch_statistics_are_counted_once_a_micro_batch() -> None:
     assert model.backbone.visual.bn1.num_batches_tracked == 3
     for (name, buffer), expected in zip(model.named_buffers(), other.buffers(), strict=True):
         assert torch.allclose(buffer, expected, rtol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["infonce", "siglip"])
+@pytest.mark.parametrize("positives", ["pair", "image", "caption"])
+def test_micro_batches_know_all_positives_of_the_batch(kind: str, positives: str) -> None:
+    model = make_model("ViT-Mini")
+    if kind == "siglip":
+        model.learn_bias()
+    images, tokens, image_ids = make_batch(model, 21)
+    ids = {"image_ids": image_ids, "caption_ids": torch.arange(21) % 6}
+    image_features, text_features = model(images, tokens)
+    reference_loss(
+        kind, positives, image_features, text_features, model.logit_scale, model.logit_bias, **ids
+    ).backward()
+    wanted = gradients_of(model)
+    assert ("logit_bias" in wanted) == (kind == "siglip")
+    loss = {"infonce": ContrastiveLoss, "siglip": SigmoidLoss}[kind](positives=positives)
+    for size in (21, 8, 3):
+        assert_same_gradients(micro_batched(model, (images, tokens, *ids.values()), size, loss), wanted, 1e-4)
+
+
+def test_a_loss_with_a_bias_needs_a_model_with_one() -> None:
+    model = make_model("ViT-Mini")
+    with pytest.raises(ValueError, match=r"needs a model with a logit_bias: call its learn_bias\(\)"):
+        micro_batched(model, make_batch(model, 4), 4, SigmoidLoss())
+
+
+@pytest.mark.parametrize("size", [21, 8])
+def test_the_bias_begins_by_a_batch_and_nothing_else_moves(size: int) -> None:
+    model = make_model("RN-Ti", holds_batchnorm=False)
+    model.learn_bias()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    steps = grad_cache(model, SigmoidLoss(), size)
+    images, tokens, ids = make_batch(model, 21)
+    assert steps.start_bias(images, tokens, ids)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [n for n, value in model.state_dict().items() if not torch.equal(value, before[n])] == ["logit_bias"]
+    assert not steps.start_bias(images[:0], tokens[:0], ids[:0])
+    result = steps.backward(images, tokens, ids)
+    assert result is not None
+    if size == 21:  # a BatchNorm that trains normalises a micro-batch the same way in both
+        assert gradients_of(model)["logit_bias"].abs() < 1e-3
 
 
 def trainer_of(model: CLIPModel, size: int | None) -> MultimodalTrainer:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.loss import POSITIVES, ContrastiveLoss
+from tests.helpers.losses import reference_loss, some_ids
 
 
 def features(batch: int, size: int, seed: int) -> Tensor:
@@ -126,3 +127,59 @@ def test_in_batch_accuracy(slice_logits: int) -> None:
     scores = rows @ noisy.T
     hits = [(scores.argmax(side) == torch.arange(40)).float().mean().item() for side in (0, 1)]
     assert accuracy(rows, noisy) == pytest.approx(sum(hits) / 2)
+
+
+@pytest.mark.parametrize("slice_logits", [1, 37 * 17, 2**22])
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_what_is_a_positive_gives_the_loss_and_gradient_of_its_definition(positives: str, slice_logits: int) -> None:
+    images, texts = features(37, 24, 1), features(37, 24, 2)
+    texts = F.normalize(images + texts, dim=-1)
+    image_ids, caption_ids = some_ids(37)
+    loss = ContrastiveLoss(positives=positives, slice_logits=slice_logits)
+    for ids in ({"image_ids": image_ids, "caption_ids": caption_ids}, {"caption_ids": caption_ids}, {}):
+        for value in (0.0, 2.66, math.log(100)):
+            inputs = [each.clone().requires_grad_() for each in (images, texts, torch.tensor(value))]
+            expected = reference_loss("infonce", positives, *inputs, **ids)
+            wanted = torch.autograd.grad(expected, inputs)
+            got = loss(*inputs, **ids)
+            assert got.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+            for have, want in zip(torch.autograd.grad(got, inputs), wanted, strict=True):
+                # a logit of 100 is rounded to 8e-6, and so is what a probability near 1 lacks
+                assert (have - want).norm() <= 1e-4 * want.norm() + 1e-5
+
+
+def test_where_nothing_repeats_all_positives_are_the_same_loss() -> None:
+    images, texts = features(40, 16, 1), features(40, 16, 2)
+    ids = {"image_ids": torch.randperm(40), "caption_ids": 2**62 - torch.randperm(40)}
+    found = []
+    for positives in POSITIVES:
+        inputs = [each.clone().requires_grad_() for each in (images, texts, torch.tensor(math.log(100)))]
+        loss, accuracy = ContrastiveLoss(positives=positives).with_accuracy(*inputs, **ids)
+        found.append((loss, accuracy, *torch.autograd.grad(loss, inputs)))
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert torch.allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_least_loss_of_repeated_captions_and_its_accuracy() -> None:
+    classes = torch.arange(32) % 4  # eight pairs of each class: a perfect model has ln 8, and every pair is a hit
+    perfect = torch.eye(4)[classes]
+    loss = ContrastiveLoss(temperature=0.01, positives="caption")
+    found, accuracy = loss.with_accuracy(perfect, perfect, caption_ids=classes)
+    assert found.item() == pytest.approx(math.log(8), rel=1e-5)
+    assert accuracy.item() == 1
+    assert ContrastiveLoss(0.01, positives="pair").with_accuracy(perfect, perfect)[1].item() == pytest.approx(4 / 32)
+
+
+def test_a_positive_that_scores_highest_is_a_hit() -> None:
+    rows = features(40, 16, 0)
+    texts, ids = rows.roll(1, 0), torch.arange(40) // 2  # 0 0 1 1 ...: of two neighbours the second finds the first's
+    for slice_logits in (1, 2**22):
+        loss = ContrastiveLoss(positives="caption", slice_logits=slice_logits)
+        assert loss.with_accuracy(rows, texts, caption_ids=ids)[1].item() == 0.5
+    assert ContrastiveLoss(positives="image").with_accuracy(rows, texts, image_ids=ids)[1].item() < 0.5
+
+
+def test_unknown_positives_are_refused() -> None:
+    with pytest.raises(ValueError, match="positives must be one of pair, image, caption, got 'text'"):
+        ContrastiveLoss(positives="text")

@@ -22,8 +22,12 @@ def after(*rsums: float) -> RunState:
     state = RunState()
     for rsum in rsums:
         state.begin_epoch(CPU)
-        state.finish_epoch(evaluation(rsum), means=MEANS, rates={"projection": 1e-3})
+        state.add_evaluation(evaluation(rsum), means=MEANS, rates={"projection": 1e-3}, steps_per_epoch=0)
     return state
+
+
+def step_of(number: int, num_pairs: int = 10, loss: float = 1.5) -> Step:
+    return Step(StepResult(number, num_pairs, {}, torch.tensor([loss, 0.25, 2.0, 14.0])), (), 0.1, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,8 @@ def test_a_run_is_stale_after_as_many_epochs_without_a_better_one() -> None:
     assert [after(*[190.0] * num).is_stale(2) for num in (1, 2, 3, 4)] == [False, False, True, True]
     assert not after(*[190.0] * 9).is_stale(0)
     state = after(190.0, 190.0, 190.0)
-    state.begin_epoch(CPU)  # an epoch that was broken off is finished first
+    state.begin_epoch(CPU)
+    state.add(step_of(1))  # steps that were taken are evaluated first
     assert not state.is_stale(2)
 
 
@@ -66,3 +71,47 @@ def test_a_state_within_an_epoch_comes_back_from_plain_values() -> None:
     assert restored.train_means() == {"train_loss": 1.5, "train_accuracy": 25.0}
     state.begin_epoch(CPU)  # nothing: one is under way
     assert state.epoch == 1
+
+
+def test_an_evaluation_within_an_epoch_has_its_place_and_the_means_since_the_one_before() -> None:
+    state = after(190.0)
+    state.begin_epoch(CPU)
+    records = []
+    for step, rsum in ((1, 200.0), (2, 195.0), (4, 210.0)):
+        while state.step < step:
+            state.add(step_of(state.step + 1, loss=float(state.step + 1)))
+        means = state.train_means()
+        improved = state.add_evaluation(evaluation(rsum), means=means, rates={}, steps_per_epoch=4)
+        records.append((state.history[-1]["epoch"], state.history[-1]["train_loss"], improved, state.totals is None))
+    assert records == [(0.25, 1.0, True, False), (0.5, 2.0, False, False), (1, 3.5, True, True)]
+    assert (state.best_epoch, state.best_step, state.epochs_since_best, state.epochs_done) == (1, 4, 0, 1)
+    state.begin_epoch(CPU)
+    assert (state.epoch, state.epochs_done) == (2, 1)
+
+
+def test_batches_without_a_pair_after_an_evaluation_have_no_mean() -> None:
+    state = after(190.0)
+    state.begin_epoch(CPU)
+    state.add(step_of(1))
+    state.add_evaluation(evaluation(200.0), means=MEANS, rates={}, steps_per_epoch=2)
+    state.add(Step(None, (), 0.1, 0.0))
+    assert state.train_means() == {"train_loss": None, "train_accuracy": None}
+
+
+def test_a_run_may_be_stale_within_an_epoch() -> None:
+    state = after(190.0)
+    state.begin_epoch(CPU)
+    for step in (1, 2):
+        state.add(step_of(step))
+        assert state.ending(9, 2) is None
+        state.add_evaluation(evaluation(180.0), means=MEANS, rates={}, steps_per_epoch=4)
+    assert state.ending(9, 2) == "no better RSum for 2 evaluations (--early_stopping_patience)"
+    assert state.ending(9, 3) is None
+
+
+def test_a_state_of_before_evaluations_within_an_epoch_is_read() -> None:
+    state = after(190.0, 200.0, 195.0)
+    values = state.state_dict()
+    values["history"] = [{**record, "step": 3 * record["epoch"]} for record in values["history"]]
+    del values["best_step"]
+    assert RunState.from_state_dict(values, CPU).best_step == 3

@@ -1,0 +1,98 @@
+"""What results are made of: numbers, the place of an evaluation, and what is said of a run in the end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+
+from cliptune.runtime.messages import count
+
+MAX_SIZE = 1e100
+"""Of a number."""
+
+# strict: neither `true` nor `"3"` is a number
+# what is larger cannot be drawn, and no run comes near it
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+# whole numbers stay whole ones, so that a file says "epoch": 3
+Place = Annotated[
+    Number,
+    Field(ge=0),
+    AfterValidator(lambda place: int(place) if place.is_integer() else place),
+    PlainSerializer(lambda place: place),
+]
+"""Epochs that are done, a fraction within one."""
+Bounds = tuple[Number, Number]
+"""Low and high."""
+
+
+RECORDED = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+"""Of what a results file holds: immutable, and keys of later versions are kept."""
+
+
+def shown_epoch(epoch: float) -> str:
+    """Return the place of an evaluation as people read it: `3`, or `2.25` within epoch 3."""
+    return f"{epoch:,}" if isinstance(epoch, int) else f"{epoch:,.2f}"
+
+
+class GainInterval(NamedTuple):
+    """A gain over the model as loaded in points, and the 95% interval that it may lie in as well."""
+
+    gain: Number
+    low: Number
+    high: Number
+
+    def __str__(self) -> str:
+        return f"{self.gain:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+class Verdict(BaseModel):
+    """Whether the best trained model is better than the one as loaded."""
+
+    model_config = RECORDED
+
+    verdict: Literal["better", "not distinguishable", "worse"]
+    rsum: GainInterval
+    recalls: dict[str, GainInterval]
+    """Under `i2t_r1` to `t2i_r10`."""
+    split: Literal["val", "test"]
+    epoch: Place
+    """Of the evaluation that is judged."""
+    num_evaluations: Count
+    """Of these it is the best one. On `val` its luck in that is taken off the gain; on `test` it had none."""
+    num_images: Count
+    num_groups: Count
+    merged: bool = False
+    """Equal captions and images counted as one."""
+
+    def sentence(self) -> str:
+        """Say it in one line."""
+        images = count(self.num_images, f"{SPLIT_NAMES[self.split]} image")
+        how = f", epoch {shown_epoch(self.epoch)} against the model as loaded"
+        if self.split == "test":
+            how += "; nothing was chosen by these images"
+        elif self.num_evaluations > 1:
+            how += f"; the luck of being the best of {self.num_evaluations:,} evaluations is taken off"
+        how += "; equal captions and images count as one" if self.merged else ""
+        gain = f"{self.rsum.gain:+.1f} (95% interval {self.rsum.low:+.1f} to {self.rsum.high:+.1f})"
+        return f"{VERDICTS[self.verdict]}: RSum {gain} on {images}{how}"
+
+
+VERDICTS = {
+    "better": "Better than before",
+    "not distinguishable": "Not distinguishable from before",
+    "worse": "Worse than before",
+}
+SPLIT_NAMES = {"val": "validation", "test": "test"}
+
+
+class EvaluationGain(BaseModel):
+    """The gain of one evaluation over the model as loaded, on the same images; its luck in being chosen is in it."""
+
+    model_config = RECORDED
+
+    epoch: Place
+    i2t_r1: GainInterval
+    t2i_r1: GainInterval
+    rsum: GainInterval
