@@ -51,7 +51,13 @@ METHODS = {
     "full at 1e-5": "--learning_rate 1e-5 --backbone_lr_scale 1",
     "full at 1e-4": FULL,
     "full at 1e-3": "--learning_rate 1e-3 --backbone_lr_scale 1",
-    "projection layers only": "--freeze_backbone --learning_rate 1e-3",
+    "projection layers": "--freeze_backbone --learning_rate 1e-3",
+    "last 2 layers": f"{FULL} --train_layers 2",
+    "layer decay 0.7": f"{FULL} --layer_decay 0.7",
+    "average (EMA)": f"{FULL} --ema 0.999",
+    "LoRA of rank 8": "--lora_rank 8 --learning_rate 1e-3 --backbone_lr_scale 1",
+    "interpolated": f"{FULL} --interpolate",
+    "recipe auto": "--recipe auto",
 }
 """Flags of `train.py`; the first model was trained at a rate of 1e-3."""
 EPOCHS = {50: 30, 200: 20, 1000: 10}
@@ -149,14 +155,17 @@ def _row(worlds: Worlds, *, size: int, method: str, seed: int) -> dict[str, Any]
         return dict(json.loads(path.read_text()))
     epochs = EPOCHS[min(EPOCHS, key=lambda known: abs(known - size))]
     run = worlds.folder / "runs" / name
-    start = time.perf_counter()
+    start, length = time.perf_counter(), "" if "--recipe" in METHODS[method] else f"--num_epochs {epochs}"
+    watched = {"watch_data": worlds.folder / "first" / "test"} if "--interpolate" in METHODS[method] else {}
     _train(
-        f"--num_epochs {epochs} --early_stopping_patience 0 --seed {seed} {METHODS[method]}",
-        data_dir=worlds.index_of(size, seed), output_dir=run, pretrained=worlds.model,
+        f"--early_stopping_patience 0 --seed {seed} {length} {METHODS[method]}",
+        data_dir=worlds.index_of(size, seed), output_dir=run, pretrained=worlds.model, **watched,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     results = json.loads((run / "results" / "training_results.json").read_text())
-    after = worlds.judge(run / "model-checkpoint" / "best_model.pth")
+    models = run / "model-checkpoint"
+    interpolated = models / "interpolated_model.pth"
+    after = worlds.judge(interpolated if interpolated.exists() else models / "best_model.pth")
     row: dict[str, Any] = {"size": size, "method": method, "seed": seed, "seconds": seconds}
     row["best_epoch"] = results["best_epoch"]
     for world, pairs in worlds.tests.items():
