@@ -84,9 +84,9 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
     chosen_sets = [choose_images(settings, data_dir, candidates) for data_dir in data_dirs]
     sets = [each for chosen in chosen_sets for each in with_and_without(chosen, settings.exclude, candidates)]
     skipped = SkippedData(
-        [chosen.pairs for chosen in sets],
-        num_images=sum(len(chosen.pairs) for chosen in sets),
-        max_fraction=max(chosen.max_skipped_fraction for chosen in sets),
+        [chosen.pairs for chosen in chosen_sets],  # what is left of a set is no more data
+        num_images=sum(len(chosen.pairs) for chosen in chosen_sets),
+        max_fraction=max(chosen.max_skipped_fraction for chosen in chosen_sets),
         path=Path(settings.output_dir) / "results" / "evaluation_skipped.json",
     )
     tasks = class_tasks(settings, [chosen.pairs for chosen in sets])

@@ -40,6 +40,7 @@ from cliptune.results import command_line, run_info
 from cliptune.run_data import (
     RunData,
     Splits,
+    earlier_data,
     folder_of,
     is_other_data,
     located,
@@ -97,7 +98,6 @@ def _train(argv: list[str] | None) -> int:
         config, files, resumed = open_run(started, held)
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
-        seed_everything(config.training.seed)
         keep_freed_memory()
 
         # data and model
@@ -110,6 +110,7 @@ def _train(argv: list[str] | None) -> int:
                 read_data(config, **reading) if resumed is None else reread_data(config, resumed.content, **reading)
             )
         config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=resumed is not None)
+        seed_everything(config.training.seed)  # here: what reads the data may draw, or find it cached and not draw
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
         del weights  # the model's own now, or copied to it
@@ -135,6 +136,7 @@ def _train(argv: list[str] | None) -> int:
             "config_file": began.get("config_file", started.file_values),
             "positives": loss.positives,
             "data": {split: snapshot.to_dict() for split, snapshot in snapshots.items()},
+            "earlier_data": earlier_data(config, began, snapshots),
             "val_images": list(data.val.paths),
         }
         saver = _make_saver(config, trainer, files=files, about=about)

@@ -315,15 +315,6 @@ def _draw_loss(axes: Axes, results: TrainingResults) -> None:
     history, batch_size = results.history, results.config.training.batch_size
     _draw_curve(axes, history, "train_loss", label="training", color=BLUE)
     _draw_curve(axes, history, "val_loss", label="validation", color=ORANGE)
-    value = next(record.val_loss for record in history if record.epoch == results.best_epoch)
-    mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
-    axes.plot(
-        [results.best_epoch],
-        [value],
-        color=GREEN,
-        label=f"best epoch (RSum): {shown_epoch(results.best_epoch)}",
-        **mark,
-    )
     # A model that cannot tell the pairs of a batch apart has a loss of ln(its size). Validation counts full batches of
     # the training's size, but a smaller set is one batch: 6 images have ln 6 = 1.79, whatever the batch size.
     validation = results.chance.val_loss
@@ -368,7 +359,7 @@ def _draw_rsum(axes: Axes, results: TrainingResults) -> None:
     mark: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "markeredgecolor": "white"}
     label = f"best epoch: {shown_epoch(results.best_epoch)}"
     axes.plot([results.best_epoch], [value], color=GREEN, label=label, **mark)
-    for (name, points), color in zip(watched_curves(results).items(), cycle(WATCHED_COLORS)):
+    for (name, points), color in zip(results.watched_curves().items(), cycle(WATCHED_COLORS)):
         style: dict[str, Any] = {"marker": "o" if len(points) <= MAX_MARKED else None, "markersize": 3.5}
         label = f"watched: {shown(name, MAX_NAME)}"
         axes.plot(*zip(*points, strict=True), "--", color=color, label=label, linewidth=1.6, **style)
@@ -394,18 +385,6 @@ def _draw_intervals(axes: Axes, results: TrainingResults, key: str, *, color: st
         axes.fill_between(places, lows, highs, color=color, alpha=0.15, linewidth=0, label=label)
     elif places:
         axes.vlines(places, lows, highs, color=color, alpha=0.35, linewidth=2.5, label=label)
-
-
-def watched_curves(results: TrainingResults) -> dict[str, list[tuple[float, float]]]:
-    """Return epoch and RSum of each watched set, without what was evaluated on another set of its name."""
-    records = [(record.epoch, record.watched) for record in results.history]
-    last = {name: each.content for _, watched in records for name, each in watched.items()}
-    return {
-        name: [
-            (epoch, found[name].rsum) for epoch, found in records if name in found and found[name].content == content
-        ]
-        for name, content in last.items()
-    }
 
 
 def _draw_rates(axes: Axes, results: TrainingResults) -> None:

@@ -102,7 +102,7 @@ def _run(argv: list[str] | None) -> int:
 def _row(paths: list[str], fraction: float, folder: Path, rng: Random) -> str:
     """Plant copies of a fraction of the images, look for them, and say what was found."""
     folder.mkdir()
-    originals = rng.permutation(len(paths))[: round(fraction * len(paths))]
+    originals = rng.permutation(len(paths))[: max(round(fraction * len(paths)), len(COPIES))]
     kinds = [list(COPIES)[i % len(COPIES)] for i in range(len(originals))]
     planted = []
     for copy, (original, kind) in enumerate(zip(originals.tolist(), kinds, strict=True)):
@@ -115,16 +115,18 @@ def _row(paths: list[str], fraction: float, folder: Path, rng: Random) -> str:
 
 
 def _describe(found: NearDuplicates, num_images: int, originals: list[int], kinds: list[str], seconds: float) -> str:
-    pairs = found.pairs
-    with_copy = pairs[(pairs >= num_images).any(axis=1)]
-    first = dict(pairs[found.identical][:, ::-1].tolist())  # of equal files the first stands for all
+    source = np.arange(num_images + len(originals))
+    source[found.pairs[found.identical, 1]] = found.pairs[found.identical, 0]  # of equal files the first stands for all
+    source[num_images:] = source[originals]
+    with_copy = found.pairs[(found.pairs >= num_images).any(axis=1)]
+    right = source[with_copy[:, 0]] == source[with_copy[:, 1]]
     known = set(map(tuple, with_copy.tolist()))
-    hits = [(first.get(original, original), num_images + copy) in known for copy, original in enumerate(originals)]
+    hits = [(int(source[num_images + copy]), num_images + copy) in known for copy in range(len(originals))]
     by_kind = [[hit for hit, kind in zip(hits, kinds, strict=True) if kind == name] for name in COPIES]
-    own = len(pairs) - len(with_copy)
+    own = len(found.pairs) - len(with_copy)
     cells = [
         f"{len(originals):,}", f"{num_images:,}", f"{np.mean(hits):.1%}", *(f"{np.mean(kind):.1%}" for kind in by_kind),
-        f"{sum(hits) / max(len(with_copy), 1):.1%}", f"{own:,}",
+        f"{right.sum() / max(len(right), 1):.1%}", f"{own:,}",
         f"{1000 * seconds / (num_images + len(originals)):.1f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -44,6 +44,7 @@ HELP_GROUPS = {
         "watch_data", "val_data", "split", "val_split", "split_seed", "near_duplicates", "image_dir", "image_key",
         "caption_key", "captions_from", "caption_template", "captions", "exclude", "augment",
         "on_unreadable_image", "max_skipped_fraction", "allow_data_change", "include_trained",
+        "classes", "templates", "label_key",
     ),
     "model": (
         "pretrained", "projection_dim", "freeze_tower", "lora_rank", "lora_alpha", "lora_layers", "train_layers",
@@ -67,6 +68,7 @@ METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
     "validate_every": "N|TIME", "watch_data": "PATH",
+    "classes": "PATH", "templates": "FILE",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 

@@ -133,9 +133,11 @@ def _what_trains(meant: str, *, rank: int) -> list[Choice]:
     if meant == "head":
         return [Choice("freeze_backbone", True, "only the projection layers train; ITRA: 62 to 67 against 75 for all")]
     if meant == "lora":
-        reason = "CLIP-LoRA: rank 2, alpha 1, attention in all layers of both towers, one setting for all its sets"
-        values = {"lora_rank": LORA_RANK, "lora_alpha": rank / 2, "lora_layers": "attention"}
-        return [Choice(name, value, reason) for name, value in values.items()]
+        return [
+            Choice("lora_rank", LORA_RANK, "CLIP-LoRA: one setting for all its few-shot sets"),
+            Choice("lora_alpha", rank / 2, "CLIP-LoRA: alpha 1 beside rank 2"),
+            Choice("lora_layers", "attention", "CLIP-LoRA: query, key and value of all layers; here their output, too"),
+        ]
     return []
 
 

@@ -96,3 +96,94 @@ class EvaluationGain(BaseModel):
     i2t_r1: GainInterval
     t2i_r1: GainInterval
     rsum: GainInterval
+
+
+class WatchedRecord(BaseModel):
+    """An evaluation of a data set that is watched."""
+
+    model_config = RECORDED
+
+    rsum: Number
+    """The six recalls stand beside it."""
+    num_images: Count
+    content: str = ""
+    """Tells its images and captions from others; records of another content are of another curve."""
+
+
+class WatchedVerdict(BaseModel):
+    """Whether one evaluation is better than another, by RSum."""
+
+    model_config = RECORDED
+
+    verdict: Literal["better", "not distinguishable", "worse"]
+    rsum: GainInterval
+    num_groups: Count
+
+
+class WatchedResult(BaseModel):
+    """What became of a data set that the run watched, between the model as loaded and the best one."""
+
+    model_config = RECORDED
+
+    name: str
+    data: str
+    num_images: Count
+    num_texts: Count
+    num_trained_on: Count
+    """Images of the set that the run trained on, and that are left out."""
+    baseline: dict[str, Number]
+    """The six recalls and `rsum` of the model as loaded."""
+    best: dict[str, Number]
+    chance: dict[str, Number]
+    verdict: WatchedVerdict | None = None
+    """None: all images are of one group."""
+    merged: bool = False
+    """Equal captions and images count as one, since the captions are classes."""
+
+
+class DriftResult(BaseModel):
+    """How far the best model's features are from those of the model as loaded."""
+
+    model_config = RECORDED
+
+    text_overlap: Number
+    """Percent of the nearest neighbours, among generic texts, that are still the same."""
+    image_overlap: Number
+    """The same among drawn scenes."""
+    text_cosine: Number
+    """Mean cosine of a feature with the one of the model as loaded."""
+    image_cosine: Number
+    num_texts: Count
+    num_images: Count
+    num_neighbours: Count
+
+
+class InterpolationPoint(BaseModel):
+    """An average of the weights as loaded (alpha 0) and the best ones (alpha 1): its retrieval on validation."""
+
+    model_config = RECORDED
+
+    rsum: Number
+    """The six recalls stand beside it."""
+    alpha: Annotated[Number, Field(ge=0, le=1)]
+    watched: dict[str, Number] = {}
+    """RSum of each watched set."""
+    text_overlap: Number | None = None
+    """As `DriftResult` has it, where nothing is watched."""
+    image_overlap: Number | None = None
+
+
+class Interpolation(BaseModel):
+    """What lies between the model as loaded and the best one."""
+
+    model_config = RECORDED
+
+    points: Annotated[list[InterpolationPoint], Field(min_length=1)]
+    chosen: Number
+    """Alpha of `interpolated_model.pth`."""
+    max_loss: Number
+    """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
+    merged: bool = False
+    """Equal captions and images count as one on validation, since the captions are classes."""
+    verdict: WatchedVerdict | None = None
+    """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""

@@ -16,10 +16,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from cliptune.recorded import RECORDED, Bounds, Count, EvaluationGain, Number, Place, Verdict
+from cliptune.recorded import (
+    RECORDED,
+    Bounds,
+    Count,
+    DriftResult,
+    EvaluationGain,
+    Interpolation,
+    Number,
+    Place,
+    Verdict,
+    WatchedRecord,
+    WatchedResult,
+)
 from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
-from cliptune.runtime.messages import printable, shorten
+from cliptune.runtime.messages import shorten
+from cliptune.schema_issues import describe_issue
 
 if TYPE_CHECKING:
     import torch
@@ -98,14 +111,6 @@ class Metrics(Recalls):
     """The same of texts."""
     val_loss: Number | None = None
     """Contrastive loss in nats, in batches of the training's size; not measured by `evaluation.py`."""
-
-
-class WatchedRecord(Recalls):
-    """An evaluation of a data set that is watched."""
-
-    num_images: Count
-    content: str = ""
-    """Tells its images and captions from others; records of another content are of another curve."""
 
 
 class EpochRecord(Metrics):
@@ -218,75 +223,6 @@ class Results(Recorded):
     chance: Chance
 
 
-class WatchedVerdict(Recorded):
-    """The gain of RSum of one evaluation over another, with its 95% interval."""
-
-    gain: Number
-    low: Number
-    high: Number
-    verdict: str
-    """`better`, `worse` or `not distinguishable`."""
-    num_groups: Count
-
-
-class WatchedResult(Recorded):
-    """What became of a data set that the run watched, between the model as loaded and the best one."""
-
-    name: str
-    data: str
-    num_images: Count
-    num_texts: Count
-    num_trained_on: Count
-    """Images of the set that the run trained on, and that are left out."""
-    baseline: Recalls
-    best: Recalls
-    chance: Recalls
-    verdict: WatchedVerdict | None = None
-    """None: all images are of one group."""
-    merged: bool = False
-    """Equal captions and images count as one, since the captions are classes."""
-
-
-class DriftResult(Recorded):
-    """How far the best model's features are from those of the model as loaded."""
-
-    text_overlap: Number
-    """Percent of the nearest neighbours, among generic texts, that are still the same."""
-    image_overlap: Number
-    """The same among drawn scenes."""
-    text_cosine: Number
-    """Mean cosine of a feature with the one of the model as loaded."""
-    image_cosine: Number
-    num_texts: Count
-    num_images: Count
-    num_neighbours: Count
-
-
-class InterpolationPoint(Recalls):
-    """An average of the weights as loaded (alpha 0) and the best ones (alpha 1): its retrieval on validation."""
-
-    alpha: Annotated[Number, Field(ge=0, le=1)]
-    watched: dict[str, Number] = {}
-    """RSum of each watched set."""
-    text_overlap: Number | None = None
-    """As `DriftResult` has it, where nothing is watched."""
-    image_overlap: Number | None = None
-
-
-class Interpolation(Recorded):
-    """What lies between the model as loaded and the best one."""
-
-    points: Annotated[list[InterpolationPoint], Field(min_length=1)]
-    chosen: Number
-    """Alpha of `interpolated_model.pth`."""
-    max_loss: Number
-    """Points of the mean recall, RSum / 6, that may be lost on each watched set."""
-    merged: bool = False
-    """Equal captions and images count as one on validation, since the captions are classes."""
-    verdict: WatchedVerdict | None = None
-    """Of the chosen one over the model as loaded, on validation, without the luck of the choice."""
-
-
 class TestResults(Recorded):
     """The model as loaded and the best one on the test split, which they see once, after everything was chosen."""
 
@@ -326,6 +262,15 @@ class TrainingResults(Results):
         if all(record.epoch != self.best_epoch for record in self.history):
             raise ValueError(f"history: has no record of best_epoch, {self.best_epoch}")
         return self
+
+    def watched_curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Return epoch and RSum of each watched set, without what was evaluated on another set of its name."""
+        records = [(record.epoch, record.watched) for record in self.history]
+        last = {name: each.content for _, watched in records for name, each in watched.items()}
+        return {
+            name: [(place, now[name].rsum) for place, now in records if name in now and now[name].content == content]
+            for name, content in last.items()
+        }
 
     @property
     def model_name(self) -> str:
@@ -461,7 +406,7 @@ def read(path: Path) -> AnyResults:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_describe(error.errors(include_url=False)[0])}") from None
+        raise ValueError(f"{path}: {describe_issue(error.errors(include_url=False)[0])}") from None
 
 
 def write(path: Path, results: Recorded) -> None:
@@ -509,38 +454,3 @@ def run_info(
             key: shorten(value) if isinstance(value, str) else value for key, value in model_settings.items()
         },
     )
-
-
-_EXPECTED = {
-    "model_type": "an object",
-    "dict_type": "an object",
-    "list_type": "a list",
-    "named_tuple_type": "a list",
-    "too_long": "3 values",  # a point of the schedule
-    "string_type": "a text",
-    "greater_than": "a number over {gt:g}",
-    "greater_than_equal": "a number of {ge:g} or more",
-    "less_than_equal": "a number of {le:g} or less",
-}
-
-
-def _describe(issue: Any) -> str:
-    """Say what is wrong with one key, as it stands in the file: `history[3].val_loss`."""
-    key = ""
-    for part in issue["loc"]:
-        key += f"[{part}]" if isinstance(part, int) else f".{printable(shorten(part))}"
-    key = key.removeprefix(".")
-    if issue["type"] == "missing":
-        return f"no key {key}, which train.py and evaluation.py write"
-    if issue["type"] == "value_error":  # of a check across keys, which names the key within
-        return f"{key}.{issue['ctx']['error']}".removeprefix(".")
-    expected = _EXPECTED.get(issue["type"], "a number").format(**issue.get("ctx", {}))
-    return f"{key}: expected {expected}, found {_kind(issue['input'])}"
-
-
-def _kind(value: Any) -> str:
-    """Name a JSON value in a few words; a number by its first digits."""
-    if type(value) in (int, float):
-        return str(value)[:12]
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), type(value).__name__)

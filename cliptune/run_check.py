@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -22,15 +23,17 @@ from cliptune.data.issues import Issues
 from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
 from cliptune.data.pairs import Pairs
 from cliptune.data.splits import split_data
-from cliptune.data.suspects import update_suspects
-from cliptune.data.table import NO_SPLIT, SPLITS, Strings
-from cliptune.data.units import Units
+from cliptune.data.suspects import find_images, read_suspects, update_suspects
+from cliptune.data.table import NO_SPLIT, SPLITS, IntArray, Strings
+from cliptune.data.units import Units, find_units
 from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
 from cliptune.runtime.messages import count, printable
 from cliptune.settings import InspectSettings, TrainingSettings
 from cliptune.training.memory import FREE_MEMORY_FRACTION
+
+logger = logging.getLogger(__name__)
 
 MAX_ISSUES = 1000
 """In the results file."""
@@ -120,6 +123,11 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     started_at = datetime.now().isoformat(timespec="seconds")
     architecture = known_architecture(settings.model_name)
     context_length = _context_length(settings)
+    folder = Path(settings.output_dir) / "results"
+    # what would fail at the end fails before the work
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "suspects.csv").exists():
+        read_suspects(folder / "suspects.csv")
     examined, splits, units = _examine(pairs, val, settings)
     is_declared = val is not None or "val" in pairs.declared()
     findings = [
@@ -131,7 +139,6 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
         *leaks(pairs, units, examined.sides[: len(pairs)], num_drawn=0 if is_declared else len(splits["val"])),
         *_cost(examined, architecture, settings.batch_size),
     ]  # fmt: skip
-    folder = Path(settings.output_dir) / "results"
     findings = [each._replace(advice=each.advice.replace(LIST, str(folder / "suspects.csv"))) for each in findings]
     issues = Issues(list(examined.pairs.issues.first), examined.pairs.issues.count)
     issues.extend(examined.images.issues)
@@ -153,6 +160,7 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
         ],
     )
     results.write(folder / "data_check.json", record)
+    _set_other_list_aside(folder / "suspects.csv", examined.pairs)
     rows = update_suspects(folder / "suspects.csv", suspects(examined), kinds=KINDS)
     lists = (
         f"written: {folder / 'data_check.json'}, and {folder / 'suspects.csv'}: {count(len(rows), 'row')}, "
@@ -171,7 +179,16 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     return Check(issues, lines)
 
 
-def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], Units]:
+def _set_other_list_aside(path: Path, pairs: Pairs) -> None:
+    """Rename a list of which no row is about this data: it is another data set's, and what was written there counts."""
+    rows = read_suspects(path) if path.exists() else []
+    if rows and (find_images(pairs, [row.image for row in rows]) < 0).all():
+        aside = path.with_name("suspects-of-other-data.csv")
+        path.replace(aside)
+        logger.warning("%s is about other data, and is now %s", path, aside)
+
+
+def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], IntArray]:
     """Look at all images, also those that are in no split, since a separate set validates; then split them."""
     everything = pairs
     if val is not None:
@@ -186,7 +203,11 @@ def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tupl
     for split in ("train", "test", "val"):  # of what is in a validation set, too, nothing is trained on
         sides[everything.paths.find(splits[split].paths)] = SPLITS.index(split)
     captions = look_at_captions(everything.captions, num_workers=settings.num_workers)
-    return Examined(everything, sides, images, captions, copies.pairs[~copies.identical]), splits, units
+    near = copies.pairs[~copies.identical]
+    look_alikes = find_units(everything.groups, copies).lumps
+    if look_alikes:
+        near = near[~np.isin(near[:, 0], np.concatenate(look_alikes))]
+    return Examined(everything, sides, images, captions, near, look_alikes), splits, units.of
 
 
 def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, context_length: int) -> Iterator[Finding]:

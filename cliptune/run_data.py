@@ -37,6 +37,7 @@ from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
 from cliptune.features.encode import Encoder, PairOutputs
+from cliptune.model.checkpoint_file import holds_checkpoint, read_value
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision, default_num_workers
@@ -171,6 +172,32 @@ def is_other_data(content: dict[str, Any], now: Snapshots) -> bool:
     """Tell whether the run of a checkpoint of this `content` had other data."""
     before = _stored(content)
     return bool(before) and bool(describe_change(before, now))
+
+
+def earlier_data(config: Config, began: dict[str, Any], now: Snapshots) -> list[dict[str, Any]]:
+    """Return what a run's weights had been trained on before, as snapshots, so that no evaluation takes it for new.
+
+    That is what the run of a checkpoint named by `pretrained` had, and what a resumed run had before its data changed.
+
+    Args:
+        config: of the run.
+        began: content of the checkpoint that the run goes on from; empty in a new run.
+        now: its data.
+    """
+    if began:
+        changed = [began["data"]["train"]] if is_other_data(began, now) else []
+        return [*began.get("earlier_data", []), *changed]
+    path = Path(config.model.pretrained)
+    if not path.is_file() or not holds_checkpoint(path):
+        return []
+    data, earlier, step = (
+        read_value(path, key, default) for key, default in (("data", {}), ("earlier_data", []), ("global_step", 0))
+    )
+    try:
+        own = [data["train"]] if step and "train" in data else []
+        return [Snapshot.from_dict(values).copy().to_dict() for values in (*earlier, *own)]
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged: its record of its data is none") from None
 
 
 def _stored(content: dict[str, Any]) -> Snapshots:

@@ -62,7 +62,11 @@ class Candidate:
         weights = None if self.is_own or self.is_name else self._read_weights()
         self._content, self._weights = (content, weights) if keep else ({}, None)
         self.config = self._settings(content) if self.is_own else None
-        self.known = KnownImages(content.get("data", {}))
+        self.known = KnownImages(
+            content.get("data", {}),
+            earlier=content.get("earlier_data", []),
+            was_trained=content.get("global_step", 0) > 0,
+        )
         self.val_images: list[str] = content.get("val_images", [])
         self.run_id: str = content.get("run_id", "")
 
@@ -182,7 +186,7 @@ def choose_images(settings: EvaluationSettings, data_dir: str | None, candidates
     pairs, split, source = find(settings, data_dir, candidates, fraction)
     data_dir = str(source.data_dir)
     files = file_identities(pairs.paths)
-    trained = [candidate.known.are_in(pairs, "train", data_dir, files=files) for candidate in candidates]
+    trained = [candidate.known.trained_on(pairs, data_dir, files=files) for candidate in candidates]
     counts = {candidate.path: int(found.sum()) for candidate, found in zip(candidates, trained, strict=True)}
     in_any = np.logical_or.reduce(trained)
     if settings.include_trained or not in_any.any():
@@ -295,7 +299,8 @@ def _shared(pairs: Pairs, split: str, runs: Sequence[Candidate]) -> Pairs:
     if not len(shared):
         raise ValueError(
             f"no image is in the {split} of all runs (of those of the first: {_by_candidate(counts)}): name a data set "
-            "with --data_dir, from which what they were trained on is left out"
+            "with --data_dir, from which what they were trained on is left out (runs of one --split_seed have the same "
+            "split)"
         )
     if len(shared) < len(pairs):
         logger.warning(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cliptune.features.verdict import Ranks, Verdict, answered, compare_best
+from cliptune.features.verdict import DIRECTIONS, Ranks, Verdict, answered, compare_best
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.weights import own_weights
 from cliptune.results import selection_key
@@ -157,8 +157,8 @@ def look_back(
         is_best_trained: the best model is not the one as loaded.
         model_class: `clip_model.CLIPModel`.
         complete: completes a checkpoint's content, `clip_model.add_self_test`.
-        evaluations: ranks on validation of the run's evaluations, the model as loaded first, so that the estimate
-            covers the choice of the best one; none: they are not known any more.
+        evaluations: ranks on validation of the run's evaluations, the model as loaded first, as `retrieval.npz` has
+            them, so that the estimate covers the choice of the best one; none: they are not known any more.
     """
     is_asked_for = bool(config.data.watch_data) or config.training.interpolate
     if not is_best_trained:
@@ -170,7 +170,7 @@ def look_back(
     ends: Ends | None = None
     try:
         ends = Ends(files, model_class=model_class, device=model.device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # what the run is for is saved already
         logger.warning("the best model is not compared with the one as loaded: %s", error)
     if any_rank(ends is None) or ends is None:
         return LookBack({}, [])
@@ -222,8 +222,9 @@ def estimated_gain(
     itself loses too much of what is watched, evaluations are no candidates, and only the choice of alpha is covered.
     """
     candidates: list[Ranks] = [point.validation.ranks for point in allowed]
-    if evaluations and allowed[-1].alpha == 1:
-        candidates += evaluations[1:]
+    prefix = "merged_" if loaded.validation.merged else ""
+    if allowed[-1].alpha == 1:
+        candidates += [{key: each[prefix + key] for key in DIRECTIONS} for each in evaluations[1:]]
     ranks, groups = answered([loaded.validation.ranks, *candidates], data.val.query_groups)
     try:
         return compare_best(ranks, groups)

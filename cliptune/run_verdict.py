@@ -17,7 +17,7 @@ from cliptune.features.verdict import DIRECTIONS, Verdict, answered, compare, co
 from cliptune.model.parallel import is_sharded
 from cliptune.run_data import RunData
 from cliptune.run_start import Resumed
-from cliptune.runtime.distributed import is_main
+from cliptune.runtime.distributed import is_main, world_size
 from cliptune.runtime.messages import count
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.run_models import evaluate_both
@@ -105,7 +105,13 @@ def run_test(
     if is_sharded(model):
         logger.info("the test split is not looked at with --parallel fsdp: evaluation.py --split test does")
         return None
-    loaded, best = evaluate_both(files, open_model=open_model, evaluate=data.test.evaluate)
+    try:
+        loaded, best = evaluate_both(files, open_model=open_model, evaluate=data.test.evaluate)
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # what the run is for is saved already
+        if world_size() > 1:  # the other ranks may be in the middle of it
+            raise
+        logger.warning("the test split is not looked at: %s", error)
+        return None
     return Test(loaded, best, data.test.pairs.query_groups)
 
 

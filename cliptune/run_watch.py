@@ -101,7 +101,12 @@ def read_watched(config: Config, snapshots: Snapshots) -> list[WatchedSet]:
     known = KnownImages({"train": snapshots["train"].to_dict()})
     found: list[WatchedSet] = []
     for address in config.data.watch_data:
-        pairs = _read(config, address)
+        try:
+            pairs = _read(config, address)
+        except (FileNotFoundError, ValueError) as error:
+            reason = str(error).partition("; `python")[0]  # sample data would be of no use here
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"--watch_data: {reason}; --watch_data names where it lies now, none goes on without") from None
         trained_on = known.are_in(pairs, "train", address)
         own, num_trained_on = pairs.select(np.flatnonzero(~trained_on)), int(trained_on.sum())
         if len(own) < 2:
@@ -237,7 +242,9 @@ def drift_of(before: Seen, after: Seen) -> Drift | None:
 
 def verdict_values(verdict: Verdict | None) -> dict[str, Any] | None:
     """Return a verdict as the results file has it."""
-    return None if verdict is None else {key: value for key, value in verdict._asdict().items() if key != "recalls"}
+    if verdict is None:
+        return None
+    return {"verdict": verdict.verdict, "rsum": [*verdict[:3]], "num_groups": verdict.num_groups}
 
 
 def _compared(watched: WatchedSet, loaded: Found, best: Found) -> dict[str, Any]:
@@ -268,5 +275,6 @@ def _line(values: Mapping[str, Any]) -> str:
         line = f"{line}  equal captions and images as one,"
     if verdict is None:
         return f"{line}  all of one group, so nobody knows what other images would give"
-    interval = f"{verdict['low']:+.1f} to {verdict['high']:+.1f}, {count(values['num_images'], 'image')}"
+    _, low, high = verdict["rsum"]
+    interval = f"{low:+.1f} to {high:+.1f}, {count(values['num_images'], 'image')}"
     return f"{line}  ({interval}): {verdict['verdict']}"

@@ -189,8 +189,9 @@ class DataSettings(Settings):
     val_data: str | None = Field(
         None, description="separate validation set, which shards need; none: split off from the data"
     )
-    watch_data: list[str] = Field(
-        [], description="other data sets evaluated beside validation, never chosen by: what the model forgets"
+    watch_data: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [],
+        description="other data sets evaluated beside validation: what the model forgets; no epoch is chosen by them",
     )
     image_dir: ImageDir = None
     image_key: ImageKey = None
@@ -454,7 +455,7 @@ class EvaluationSettings(Settings):
     )
     activation: Activation = None
     encode_batch_size: PositiveInt = Field(
-        64, description="images or texts encoded at once; in fp32 always 16, so that no number depends on it"
+        64, description="images or texts encoded at once; in fp32 always 16 or 64, so that no number depends on it"
     )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")

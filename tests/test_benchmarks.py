@@ -12,6 +12,7 @@ from benchmarks import (
     frozen_training,
     index_memory,
     large_batch,
+    near_duplicates,
     retrieval,
     startup,
     train_losses,
@@ -22,6 +23,7 @@ from benchmarks.timing import Timing, print_table, ratio, take_turns
 from cliptune.features.metrics import rank_metrics
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
+from tests.helpers.photos import photo
 
 
 @pytest.mark.slow
@@ -204,3 +206,13 @@ def test_the_model_of_a_steps_cost(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verdict_coverage(capsys: pytest.CaptureFixture[str]) -> None:
     assert verdict_coverage.main(["--repeats", "1", "--many", "500"]) == 0
     assert "| rises, then falls |" in capsys.readouterr().out
+
+
+def test_near_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(12):
+        photo(seed).save(tmp_path / f"{seed}.png")
+    (tmp_path / "again.png").write_bytes((tmp_path / "3.png").read_bytes())
+    assert near_duplicates.main(["--folder", str(tmp_path), "--names"]) == 0
+    head, _, *rows, pair = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[:-1] for row in rows] == [["| 4", "13", *["100.0%"] * 6, "1"]] * 2
+    assert pair.startswith("  0.0  ") and "again.png" in pair and head.count("|") == rows[0].count("|")

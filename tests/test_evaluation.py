@@ -175,8 +175,9 @@ def moved(small_run: Path, tmp_path: Path) -> Path:
 def evaluated(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     """Evaluate the run's best model; return the exit code and what the results file holds, if there is one."""
     output = folder / "evaluated"
-    checkpoint = str(folder / "run" / "model-checkpoint" / "best_model.pth")
-    code = main(["--checkpoint", checkpoint, "--output_dir", str(output), "--num_workers", "0", *flags])
+    best = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "best_model.pth")]
+    named = [] if "--checkpoint" in flags else best
+    code = main([*named, "--output_dir", str(output), "--num_workers", "0", *flags])
     path = output / "results" / "evaluation_results.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
 
@@ -218,6 +219,24 @@ def test_an_evaluation_of_nothing_but_what_was_trained_on_is_refused_with_the_wa
     assert "--split val" in error
     code, found = evaluated(tmp_path, *data, "--include_trained")
     assert (code, found["num_trained_on"]) == (0, 54)
+
+
+def test_what_the_weights_were_trained_on_before_counts_and_the_model_as_loaded_was_trained_on_nothing(
+    small_run: Path, tmp_path: Path
+) -> None:
+    create_sample_dataset(tmp_path / "other", 20, seed=3)
+    best = small_run / "run" / "model-checkpoint" / "best_model.pth"
+    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(best)]
+    with small_runs():
+        assert train_main([*flags, *SMALL, "--num_epochs", "1"]) == 0
+    for data, left_out in ((small_run / "data", 54), (tmp_path / "other", 18)):
+        found = evaluated(
+            tmp_path, "--data_dir", str(data), "--checkpoint", str(tmp_path / "run/model-checkpoint/last_model.pth")
+        )[1]
+        assert found["num_left_out"] == left_out
+    loaded = str(small_run / "run" / "model-checkpoint" / "loaded_model.pth")
+    found = evaluated(tmp_path, "--data_dir", str(small_run / "data"), "--checkpoint", loaded)[1]
+    assert (found["num_images"], found["num_left_out"]) == (60, 0)
 
 
 def test_intervals_stand_beside_the_recalls(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def num_trained(folder: Path) -> int:
 
 
 def test_rows_are_left_out_of_training_alone(
-    project: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], small: pytest.MonkeyPatch
+    project: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, train = project
     val = next(path for path in sorted((folder / "data" / "images").iterdir()) if f"images/{path.name}" not in train)
@@ -54,6 +54,15 @@ def test_rows_are_left_out_of_training_alone(
     assert f"{GONE}1 row names pairs of val, which is not changed" in said
     assert f"{GONE}1 row names no pair of this data: images/none.png: 'a cat'" in said
     assert num_trained(folder) == len(train) - 2
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_out_the_same(
+    project: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], small: pytest.MonkeyPatch
+) -> None:
+    folder, train = project
+    write_list(folder / "lists" / "suspects.csv", [(train[0], ""), (train[3], "")])
+    assert main([*FLAGS, "--num_epochs", "1"]) == 0
     # the project moves as a whole, and the list with it
     moved = folder.rename(folder.with_name("moved"))
     small.chdir(moved)
@@ -62,8 +71,10 @@ def test_rows_are_left_out_of_training_alone(
     write_list(moved / "lists" / "suspects.csv", [(train[0], "")])
     assert main(["--resume", "--output_dir", "run", "--num_epochs", "3"]) == 2
     assert "is not the data of the run that is resumed: 1 image new" in capsys.readouterr().err
+    assert main(["--resume", "--output_dir", "run", "--num_epochs", "3", "--allow_data_change"]) == 0
+    assert num_trained(moved) == len(train) - 1
     (moved / "lists" / "suspects.csv").unlink()
-    assert main(["--resume", "--output_dir", "run", "--num_epochs", "3"]) == 2
+    assert main(["--resume", "--output_dir", "run", "--num_epochs", "4"]) == 2
     assert "suspects.csv: no such file" in capsys.readouterr().err
 
 

@@ -15,7 +15,6 @@ from cliptune import results
 from cliptune.data.diagnosis import leaks, near_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
-from cliptune.data.units import Units
 from tests.helpers.datasets import make_index
 from tests.helpers.photos import make_with_copies, photo
 from tests.helpers.runs import check_data
@@ -97,12 +96,27 @@ def test_what_is_kept_together_and_what_is_not_is_told(tmp_path: Path) -> None:
     names = draw(tmp_path, [(8, 8)] * 6)
     rows = [{"image": name, "caption": name, "group": group} for name, group in zip(names, "aabbcd", strict=True)]
     pairs = load_pairs(make_index(tmp_path, rows))
-    units, sides = Units(np.array([0, 0, 0, 0, 2, 3]), [np.array([3, 4])]), np.array([0, 0, 1, 1, 1, 2], dtype=np.int8)
+    units, sides = np.array([0, 0, 0, 0, 2, 3]), np.array([0, 0, 1, 1, 1, 2], dtype=np.int8)
     found = {each.kind: each.number for each in leaks(pairs, units, sides, num_drawn=2)}
-    assert found == {"row_split": 1, "look_alikes": 2}  # of two images 4/3 are from the first four
+    assert found == {"row_split": 1}  # of two images 4/3 are from the first four
     sides[0] = 1
-    found = {each.kind: each.number for each in leaks(pairs, Units(units.of), sides, num_drawn=0)}
+    found = {each.kind: each.number for each in leaks(pairs, units, sides, num_drawn=0)}
     assert found == {"torn_groups": 2}
+
+
+def test_look_alikes_are_listed_and_stay(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    image = np.asarray(photo(0)).astype(int)
+    for number in range(12):
+        Image.fromarray((image * (1 - 0.01 * number)).astype(np.uint8)).save(data / f"{number}.png")
+    photo(1).save(data / "12.png")
+    make_index(data, [{"image": f"{number}.png", "caption": f"number {number}"} for number in range(13)])
+    found = check(tmp_path)
+    assert found["look_alikes"].number == 12
+    assert "near_duplicates" not in found
+    rows = read_suspects(tmp_path / "results" / "suspects.csv")
+    assert {(row.reason, row.keep) for row in rows} == {("near-duplicate: one of 12 look-alikes", True)}
 
 
 def test_no_chain_of_copies_leaves_out_what_is_near_none_that_stays() -> None:
@@ -126,6 +140,13 @@ def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:
     kept = {(row.image, row.kind): row.keep for row in read_suspects(path)}
     assert kept[("0.png", "by hand")] is False
     assert [keep for (_, kind), keep in kept.items() if kind == "identical"].count(True) >= 1
+    text = path.read_text()
+    shutil.rmtree(tmp_path / "data")
+    draw(tmp_path / "data" / "others", [(240, 240)] * 2)
+    make_index(tmp_path / "data", [{"image": f"others/{number}.png", "caption": "x"} for number in range(2)])
+    check(tmp_path)  # another data set
+    assert path.with_name("suspects-of-other-data.csv").read_text() == text
+    assert not read_suspects(path)
     path.write_text("image;keep\n0.png;perhaps\n")
     assert check_data(tmp_path / "data", tmp_path) == 2
 
@@ -152,17 +173,18 @@ def test_captions_of_few_classes_have_a_ceiling_and_a_floor(tmp_path: Path) -> N
         (["风筝在天空中飞翔"] * 30, "other_language", None),
         (["a kite in the sky"] * 29 + ["воздушный змей"], "other_script", 1),
         (["a kite in the sky"] * 29 + ["sky " * 90], "truncated", 1),
+        (["a kite in the sky"] * 30, "truncated", 30),
     ],
 )
 def test_what_the_tokenizer_was_not_made_for_is_told(
     captions: list[str], kind: str, number: int | None, tmp_path: Path
 ) -> None:
+    flags = ["--context_length", "5"] if number == 30 else []
     names = draw(tmp_path / "data", [(16, 16)] * len(captions))
     make_index(tmp_path / "data", [{"image": n, "caption": c} for n, c in zip(names, captions, strict=True)])
-    found = check(tmp_path, "--batch_size", "2")
+    found = check(tmp_path, *flags)
     assert {"other_language", "other_script", "truncated"} & found.keys() == {kind}
     assert number is None or found[kind].number == number
-    assert "truncated" in check(tmp_path, "--context_length", "5")
 
 
 def test_time_and_memory_are_those_of_the_chosen_model(sample_dir: Path, tmp_path: Path) -> None:

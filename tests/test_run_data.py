@@ -3,16 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cliptune.data.pairs import load_pairs
+from cliptune.data.snapshot import Snapshot
 from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.preprocess.decode import read_bytes
-from cliptune.run_data import found_again, located
+from cliptune.run_data import earlier_data, found_again, located
 from cliptune.settings import Config
 from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
@@ -362,6 +364,17 @@ def test_new_copies_of_what_a_run_has_join_its_sides(tmp_path: Path, small: pyte
     assert resume("--allow_data_change") == 0
     after = val_names(Path("run"))
     assert before < after and not images_without_their_copies(after)
+
+
+def test_what_a_run_trained_on_before_its_data_changed_is_remembered(run: Path) -> None:
+    content = stored(run)
+    now = {split: Snapshot.from_dict(values) for split, values in content["data"].items()}
+    assert earlier_data(Config(), content, now) == []
+    train = now["train"]
+    changed = {**now, "train": replace(train, paths=train.paths[1:], files=train.files[1:])}
+    assert earlier_data(Config(), content, changed) == [content["data"]["train"]]
+    again = {**content, "earlier_data": [content["data"]["val"]]}
+    assert earlier_data(Config(), again, changed) == [content["data"]["val"], content["data"]["train"]]
 
 
 def test_seeds_are_compared_on_one_split(run: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ def evaluated(output: Path, *flags: object) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def best(trained_dir: Path) -> Path:
-    return trained_dir / "model-checkpoint" / "best_model.pth"
+def trained(trained_dir: Path) -> Path:
+    return trained_dir / "model-checkpoint" / "last_model.pth"  # the best one may be the model as loaded
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def with_validation(checkpoint: Path, path: Path, sample_dir: Path, images: rang
 
 
 def test_several_checkpoints_are_compared_on_the_same_images(
-    best: Path, loaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, loaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found = evaluated(tmp_path, "--checkpoint", loaded, best)
+    code, found = evaluated(tmp_path, "--checkpoint", loaded, trained)
     assert code == 0
     out = capsys.readouterr().out
-    single = [evaluated(tmp_path, "--checkpoint", path)[1] for path in (loaded, best)]
+    single = [evaluated(tmp_path, "--checkpoint", path)[1] for path in (loaded, trained)]
     for both, alone in zip(found["evaluations"], single, strict=True):
         assert both["metrics"] == pytest.approx(alone["metrics"])
         assert both["intervals"] == {key: pytest.approx(value) for key, value in alone["intervals"].items()}
@@ -63,7 +63,7 @@ def test_several_checkpoints_are_compared_on_the_same_images(
     rsums = [alone["metrics"]["rsum"] for alone in single]
     assert comparison["gain"] == pytest.approx(rsums[1] - rsums[0])
     assert comparison["low"] < comparison["gain"] < comparison["high"]
-    assert (comparison["before"], comparison["after"]) == (str(loaded), str(best))
+    assert (comparison["before"], comparison["after"]) == (str(loaded), str(trained))
     line = next(line for line in out.splitlines() if line.startswith("2 over 1"))
     assert f"{comparison['gain']:+.1f}" in line
     assert line.endswith(comparison["verdict"])
@@ -73,45 +73,46 @@ def test_several_checkpoints_are_compared_on_the_same_images(
     assert [figure.name for figure in draw_figures(path)] == ["evaluation_comparison.png"]
 
 
-def test_the_same_checkpoint_twice_is_one(best: Path, tmp_path: Path) -> None:
-    code, found = evaluated(tmp_path, "--checkpoint", best, best.parent, best.parent.parent)
+def test_the_same_checkpoint_twice_is_one(trained_dir: Path, tmp_path: Path) -> None:
+    folder = trained_dir / "model-checkpoint"
+    code, found = evaluated(tmp_path, "--checkpoint", folder / "best_model.pth", folder, trained_dir)
     assert (code, found["num_images"]) == (0, 6)
 
 
 def test_of_runs_with_other_splits_the_images_that_all_validated_on_are_taken(
-    best: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = with_validation(best, tmp_path / "other.pth", sample_dir, range(3, 30))
-    code, found = evaluated(tmp_path, "--checkpoint", best, other)
+    other = with_validation(trained, tmp_path / "other.pth", sample_dir, range(3, 30))
+    code, found = evaluated(tmp_path, "--checkpoint", trained, other)
     assert code == 0
     assert [each["num_images"] for each in found["evaluations"]] == [3, 3]
     error = capsys.readouterr().err
     assert "taken are the 3 that all of them had" in error
     # with a data set that is named, it is what neither was trained on
-    code, found = evaluated(tmp_path, "--checkpoint", best, other, "--data_dir", sample_dir)
+    code, found = evaluated(tmp_path, "--checkpoint", trained, other, "--data_dir", sample_dir)
     assert [(each["num_images"], each["num_left_out"]) for each in found["evaluations"]] == [(3, 57), (3, 57)]
-    code, found = evaluated(tmp_path, "--checkpoint", best, other, "--data_dir", sample_dir, "--include_trained")
+    code, found = evaluated(tmp_path, "--checkpoint", trained, other, "--data_dir", sample_dir, "--include_trained")
     assert [(each["num_images"], each["num_trained_on"]) for each in found["evaluations"]] == [(60, 54), (60, 33)]
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_where_nothing_is_left_that_none_was_trained_on_it_is_refused_with_counts(
-    named: bool, best: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    named: bool, trained: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = with_validation(best, tmp_path / "other.pth", sample_dir, range(6, 60))
+    other = with_validation(trained, tmp_path / "other.pth", sample_dir, range(6, 60))
     data = ["--data_dir", sample_dir] if named else []
-    assert evaluated(tmp_path, "--checkpoint", best, other, *data) == (2, {})
+    assert evaluated(tmp_path, "--checkpoint", trained, other, *data) == (2, {})
     error = capsys.readouterr().err.splitlines()[-1]
     if named:
-        assert f"all images were trained on ({best} 54; {other} 6 of 60)" in error
+        assert f"all images were trained on ({trained} 54; {other} 6 of 60)" in error
         assert "--include_trained" in error
     else:
-        assert f"no image is in the val of all runs (of those of the first: {best} 6; {other} 0)" in error
+        assert f"no image is in the val of all runs (of those of the first: {trained} 6; {other} 0)" in error
         assert "--data_dir" in error
 
 
-def test_copies_of_what_was_trained_on_count(best: Path, sample_dir: Path, tmp_path: Path) -> None:
-    trained = load_checkpoint(best)["val_images"]
+def test_copies_of_what_was_trained_on_count(trained: Path, sample_dir: Path, tmp_path: Path) -> None:
+    validated = load_checkpoint(trained)["val_images"]
     images = sorted((sample_dir / "images").iterdir())
     (tmp_path / "data").mkdir()
     rows = []
@@ -119,40 +120,40 @@ def test_copies_of_what_was_trained_on_count(best: Path, sample_dir: Path, tmp_p
         (tmp_path / "data" / f"copy {number}.png").write_bytes(image.read_bytes())
         rows.append({"image_path": f"copy {number}.png", "caption": f"number {number}"})
     make_index(tmp_path / "data", rows)
-    code, found = evaluated(tmp_path, "--checkpoint", best, "--data_dir", tmp_path / "data")
-    assert (code, found["num_images"], found["num_left_out"]) == (0, len(trained), 54)
+    code, found = evaluated(tmp_path, "--checkpoint", trained, "--data_dir", tmp_path / "data")
+    assert (code, found["num_images"], found["num_left_out"]) == (0, len(validated), 54)
 
 
 def test_several_data_sets_have_a_table_each_and_an_overview(
-    best: Path, loaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, loaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, number in (("a", 8), ("b", 12)):
         create_sample_dataset(tmp_path / name, number, seed=number)
     sets = ["--data_dir", tmp_path / "a", tmp_path / "b"]
-    code, found = evaluated(tmp_path, "--checkpoint", best, *sets)
+    code, found = evaluated(tmp_path, "--checkpoint", trained, *sets)
     assert code == 0
     assert [each["num_images"] for each in found["evaluations"]] == [8, 12]
     assert found["comparisons"] == []
     out = capsys.readouterr().out
     assert out.count("matched cosine") == 4  # matched and unmatched, twice
     assert "RSum, with its 95% interval" in out
-    code, found = evaluated(tmp_path, "--checkpoint", loaded, best, *sets)
+    code, found = evaluated(tmp_path, "--checkpoint", loaded, trained, *sets)
     keys = [(each["checkpoint"], each["num_images"]) for each in found["evaluations"]]
-    assert keys == [(str(path), number) for path in (loaded, best) for number in (8, 12)]
+    assert keys == [(str(path), number) for path in (loaded, trained) for number in (8, 12)]
     assert [Path(each["data"]).name for each in found["comparisons"]] == ["a", "b"]
     draw_figures(tmp_path / "results" / "evaluation_results.json")
 
 
 def test_where_captions_are_classes_duplicates_are_merged_in_what_is_compared(
-    best: Path, loaded: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, loaded: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [Path(path).name for path in load_checkpoint(best)["val_images"]]
+    names = [Path(path).name for path in load_checkpoint(trained)["val_images"]]
     rows = [
         {"image_path": str(sample_dir / "images" / name), "caption": ("a circle", "a square")[number % 2]}
         for number, name in enumerate(names)
     ]
     make_index(tmp_path, rows)
-    code, found = evaluated(tmp_path, "--checkpoint", loaded, best, "--data_dir", tmp_path / "data.json")
+    code, found = evaluated(tmp_path, "--checkpoint", loaded, trained, "--data_dir", tmp_path / "data.json")
     assert code == 0
     (comparison,) = found["comparisons"]
     assert comparison["merged"]
@@ -172,7 +173,7 @@ def write_openai_state(path: Path) -> None:
 
 
 def test_weights_of_others_are_evaluated_beside_checkpoints(
-    best: Path, sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path, sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.pt"
     write_openai_state(weights)
@@ -184,7 +185,7 @@ def test_weights_of_others_are_evaluated_beside_checkpoints(
     code, alone = evaluated(tmp_path, "--checkpoint", weights, "--data_dir", sample_dir, *given)
     assert (code, alone["num_images"], alone["num_left_out"]) == (0, 60, 0)
     # beside a run's checkpoint its validation images are taken
-    code, found = evaluated(tmp_path, "--checkpoint", "ViT-B/32", weights, best, *given, "--precision", "fp32")
+    code, found = evaluated(tmp_path, "--checkpoint", "ViT-B/32", weights, trained, *given, "--precision", "fp32")
     assert code == 0
     assert [each["num_images"] for each in found["evaluations"]] == [6, 6, 6]
     assert len(found["comparisons"]) == len(list(combinations(range(3), 2)))

@@ -102,27 +102,43 @@ def test_without_a_watched_set_the_best_is_chosen_and_of_a_tie_the_nearest_to_th
     assert choose(points)[0].alpha == 0.4
 
 
-def test_the_estimate_takes_the_luck_of_the_choice_away() -> None:
-    """Ranks that are all noise: the best of eleven looks better than the model as loaded, and is not."""
+GROUPS: Any = SimpleNamespace(val=SimpleNamespace(query_groups={"i2t": np.arange(60), "t2i": np.arange(60)}))
+
+
+def noise(rng: np.random.Generator) -> dict[str, Any]:
+    return {key: rng.integers(1, 12, 60).astype(float) for key in ("i2t", "t2i")}
+
+
+def rsum_of(ranks: dict[str, Any]) -> float:
+    return float(sum(100 * (ranks[key] <= k).mean() for key in ranks for k in (1, 5, 10)))
+
+
+def point_of(alpha: float, ranks: dict[str, Any]) -> Point:
+    return Point(alpha, Found({}, {"rsum": rsum_of(ranks)}, {}, 60, 60, ranks), Seen({}, None))
+
+
+def test_the_estimate_takes_the_luck_of_both_choices_away() -> None:
+    """Ranks that are all noise: the best of 20 epochs, and of eleven averages, looks better, and is not."""
     rng = np.random.default_rng(0)
-
-    def noise(alpha: float) -> Point:
-        ranks = {"i2t": rng.integers(1, 12, 60).astype(float), "t2i": rng.integers(1, 12, 60).astype(float)}
-        rsum = sum(100 * (ranks[key] <= k).mean() for key in ranks for k in (1, 5, 10))
-        return Point(alpha, Found({}, {"rsum": rsum}, {}, 60, 60, ranks), Seen({}, None))
-
-    gains, estimates = [], []
+    gains: list[float] = []
+    estimates: list[float] = []
+    of_alpha_alone: list[float] = []
     for _ in range(20):
-        points = [noise(alpha) for alpha in ALPHAS]
+        evaluations = [noise(rng) for _ in range(21)]
+        loaded, best = evaluations[0], max(evaluations[1:], key=rsum_of)
+        mixed = [
+            {key: np.where(rng.random(60) < alpha, best[key], loaded[key]) for key in loaded} for alpha in ALPHAS[1:-1]
+        ]
+        points = [point_of(alpha, ranks) for alpha, ranks in zip(ALPHAS, [loaded, *mixed, best], strict=True)]
         chosen, allowed = choose(points)
-        groups = {"i2t": np.arange(60), "t2i": np.arange(60)}
-        data: Any = SimpleNamespace(val=SimpleNamespace(query_groups=groups))
-        verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=[])
-        assert verdict is not None
-        gains.append(chosen.validation.recalls["rsum"] - points[0].validation.recalls["rsum"])
-        estimates.append(verdict.gain)
-    assert np.mean(gains) > 10
-    assert abs(np.mean(estimates)) < np.mean(gains) / 2
+        gains.append(chosen.validation.recalls["rsum"] - rsum_of(loaded))
+        for found, known in ((estimates, evaluations), (of_alpha_alone, [])):
+            verdict = estimated_gain(GROUPS, allowed, loaded=points[0], evaluations=known)
+            assert verdict is not None
+            found.append(verdict.gain)
+    assert np.mean(gains) > 20
+    assert abs(np.mean(estimates)) < 0.4 * np.mean(gains)
+    assert np.mean(estimates) < np.mean(of_alpha_alone) < np.mean(gains)
 
 
 def test_the_chosen_one_is_a_checkpoint_like_the_best(files: RunFiles, tmp_path: Path) -> None:
@@ -169,6 +185,17 @@ def test_a_run_that_was_killed_in_the_middle_of_it_does_it_again(
     out = capsys.readouterr().out
     assert "(chosen)" in out
     assert "over the model as loaded" in out
+
+
+def test_where_no_epoch_is_better_nothing_lies_between(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_runs():
+        still = ["--learning_rate", "1e-12", "--num_epochs", "1", "--output_dir", str(tmp_path)]
+        assert main([*flags, *still]) == 0
+    assert "the best model is the one as loaded: nothing is forgotten, and nothing lies" in capsys.readouterr().out
+    assert "interpolation" not in results_of(RunFiles(tmp_path))
+    assert not RunFiles(tmp_path).interpolated.exists()
 
 
 def test_models_of_different_runs_are_not_averaged(files: RunFiles, tmp_path: Path, trained_dir: Path) -> None:

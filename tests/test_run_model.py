@@ -94,6 +94,8 @@ def test_a_run_with_adapters_tells_them_and_leaves_them_beside_the_merged_model(
     model.load_adapter(files.adapter)
     assert all(value.equal(best.state_dict()[name]) for name, value in model.state_dict().items())
     assert files.adapter.stat().st_size < files.best.stat().st_size / 10
+    assert main(["--resume", str(files.last), "--output_dir", str(tmp_path / "elsewhere")]) == 0
+    assert RunFiles(tmp_path / "elsewhere").adapter.read_bytes() == files.adapter.read_bytes()
 
 
 @pytest.mark.parametrize(

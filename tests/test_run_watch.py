@@ -84,6 +84,7 @@ def test_the_numbers_are_those_of_evaluation(watching: Path, other_dir: Path, tm
     assert evaluated["metrics"]["rsum"] == pytest.approx(results["watched"][0]["best"]["rsum"])
 
 
+@pytest.mark.slow
 def test_where_captions_are_classes_equal_ones_count_as_one(
     watching: Path, sample_dir: Path, other_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,37 @@ def test_other_sets_may_be_watched_when_a_run_goes_on(
     contents = [record["watched"]["others"]["content"] for record in results["history"]]
     assert contents[0] == contents[2] != contents[3]  # so no curve is drawn over both
     assert "watched, RSum" in capsys.readouterr().out
+
+
+def test_a_set_that_is_gone_is_named_with_the_way_out(
+    watching: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(watching, folder)
+    flags = ["--output_dir", str(folder), "--resume"]
+    with small_runs():
+        assert main([*flags, "--watch_data", str(tmp_path / "gone")]) == 2
+        assert "--watch_data: " in (told := capsys.readouterr().err)
+        assert "gone does not exist; --watch_data names where it lies now, none goes on without" in told
+        assert main([*flags, "--watch_data", "none"]) == 0
+    assert "watched" not in json.loads((folder / "results/training_results.json").read_text())
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_read_is_missing_in_every_evaluation(
+    sample_dir: Path, other_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(other_dir, damaged)
+    Path(load_pairs(DataSource(damaged)).paths[3]).write_bytes(b"no image")
+    flags = flags_for(sample_dir, tmp_path / "run", "--watch_data", str(damaged))
+    with small_runs():
+        assert main([*flags, "--max_skipped_fraction", "0.2"]) == 0
+        results = json.loads((tmp_path / "run/results/training_results.json").read_text())
+        assert main(flags) == 2  # one of 16 is more than a hundredth
+    assert results["watched"][0]["num_images"] == 15
+    assert {record["watched"]["damaged"]["num_images"] for record in results["history"]} == {15}
+    assert "1 of 16 images and records cannot be used" in capsys.readouterr().err
 
 
 def test_a_pretrained_model_that_watches_nothing_is_told_its_drift(

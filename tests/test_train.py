@@ -210,7 +210,8 @@ def last_file_damaged(run: Broken) -> None:
 
 
 def disk_full(run: Broken) -> None:
-    room = iter([2**40] * 4)  # the model as loaded, the last of epoch 0, steps 2 and 4; the last of epoch 1 finds none
+    # fingerprints of images, the model as loaded, the last of epoch 0, steps 2 and 4; the last of epoch 1 finds none
+    room = iter([2**40] * 5)
     with run.patch.context() as patch:
         patch.setattr("cliptune.runtime.files.shutil.disk_usage", lambda _: SimpleNamespace(free=next(room, 1000)))
         assert run.start() == 2

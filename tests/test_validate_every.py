@@ -87,6 +87,7 @@ def test_a_run_that_is_stopped_between_evaluations_goes_on_to_the_same_end(
     assert_same_runs(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_an_evaluation_within_an_epoch_does_it_again(
     whole: Path, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def write(folder: Path, results: Any) -> Path:
 
 def test_curves_are_the_recorded_numbers() -> None:
     values = training_values()
-    loss, accuracy, *_ = curves(values).axes
+    loss, accuracy, _, rsum = curves(values).axes
     history = values["history"]
     for axes, label, key in (
         (loss, "training", "train_loss"),
@@ -62,10 +62,65 @@ def test_curves_are_the_recorded_numbers() -> None:
         (accuracy, "validation R@1 image→text, among 5,000 texts", "i2t_r1"),
         (accuracy, "validation R@1 text→image, among 1,000 images", "t2i_r1"),
         (accuracy, "training, in batches of 32", "train_accuracy"),
+        (rsum, "validation RSum", "rsum"),
     ):
         known = [record for record in history if record[key] is not None]
         assert line(axes, label) == ([record["epoch"] for record in known], [record[key] for record in known])
-    assert line(loss, "best epoch") == ([2], [history[2]["val_loss"]])
+    assert line(rsum, "best epoch") == ([2], [history[2]["rsum"]])
+
+
+def with_verdict(values: dict[str, Any]) -> dict[str, Any]:
+    """Gains of 10 points, 4 to 15, of every recall and evaluation; RSum gains 60, 30 to 90."""
+    verdict = {
+        "verdict": "better", "rsum": [60.0, 30.0, 90.0], "recalls": {key: [10.0, 4.0, 15.0] for key in RECALL_KEYS},
+        "split": "val", "epoch": 2, "num_evaluations": 3, "num_images": 1000, "num_groups": 900,
+    }  # fmt: skip
+    gains = [
+        {"epoch": epoch, "i2t_r1": [10.0, -4.0, 15.0], "t2i_r1": [10.0, 4.0, 15.0], "rsum": [60.0, 30.0, 90.0]}
+        for epoch in range(1, len(values["history"]))
+    ]
+    return {**values, "verdict": verdict, "gains": gains}
+
+
+def bars_of(axes: Axes, label: str) -> list[tuple[float, float, float]]:
+    """Where vertical bars stand, begin and end."""
+    (found,) = [each for each in axes.collections if str(each.get_label()).startswith(label)]
+    return [(low[0], low[1], high[1]) for low, high in found.get_segments()]  # type: ignore[attr-defined]
+
+
+def test_intervals_are_bars_from_the_model_as_loaded() -> None:
+    values = with_verdict(training_values())
+    loaded = values["baseline"]
+    _, accuracy, _, rsum = curves(values).axes
+    low, high = loaded["rsum"] + 30, loaded["rsum"] + 90
+    assert bars_of(rsum, "95% interval") == [(epoch, low, high) for epoch in (1, 2, 3)]
+    ends = max(loaded["i2t_r1"] - 4, 0), loaded["i2t_r1"] + 15
+    assert bars_of(accuracy, "95% interval") == [(epoch, *ends) for epoch in (1, 2, 3)]
+    bars, _ = bars_and_densities(values).axes
+    found = bars_of(bars, "95% interval of the gain")
+    assert [each[1:] for each in found] == [(loaded[key] + 4, loaded[key] + 15) for key in RECALL_KEYS]
+    of_last: list[Any] = bars.patches[len(RECALL_KEYS) :]
+    for patch, (place, _, _) in zip(of_last, found, strict=True):
+        assert patch.get_x() < place < patch.get_x() + patch.get_width()
+    for draw in (curves, bars_and_densities):
+        assert "Better than before: RSum +60.0 (+30.0 to +90.0) on 1,000 validation images" in title(draw(values))
+
+
+def test_many_intervals_are_an_area() -> None:
+    rsum = curves(with_verdict(training_values(60, 2))).axes[3]
+    assert not [each for each in rsum.collections if hasattr(each, "get_segments")]
+    assert len(rsum.collections) == 1
+
+
+def test_a_test_split_is_what_bars_show() -> None:
+    values = with_verdict(training_values())
+    of_test = {key: values[key] for key in ("num_texts", "chance", "histograms", "baseline")}
+    values["test"] = {**of_test, "num_images": 77, "metrics": values["history"][3]}
+    values["verdict"] |= {"split": "test", "num_images": 77}
+    bars, _ = bars_and_densities(values).axes
+    assert "77 images" in bars.get_ylabel()
+    heights = [patch.get_height() for patch in bars.patches]  # type: ignore[attr-defined]
+    assert heights[len(RECALL_KEYS) :] == [values["history"][3][key] for key in RECALL_KEYS]
 
 
 def test_rates_are_drawn_by_step() -> None:

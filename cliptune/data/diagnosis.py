@@ -13,7 +13,7 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.repeats import batch_cost, perfect_recalls
 from cliptune.data.suspects import Suspect, relative_name
 from cliptune.data.table import SPLITS, BoolArray, CodeArray, IntArray
-from cliptune.data.units import Units, crossing, row_split_leaks
+from cliptune.data.units import crossing, row_split_leaks
 from cliptune.runtime.messages import count, first_few, shown
 
 IDENTICAL, NEAR, UNREADABLE, ONE_COLOR, TINY, EXTREME_SHAPE, OTHER_SCRIPT = (
@@ -66,6 +66,8 @@ class Examined(NamedTuple):
     captions: CaptionFacts
     near: IntArray
     """Pairs of images that are near-duplicates, int64 `[P, 2]`; of identical files each stands for all of them."""
+    look_alikes: Sequence[IntArray] = ()
+    """Images of each set of near-duplicates that is too large to be copies of one image; none of them is in `near`."""
 
     def rows_of(self, split: str) -> IntArray:
         """Return the images of a split."""
@@ -83,9 +85,7 @@ class Examined(NamedTuple):
         return self.pairs.select(rows), self.captions.take(captions), self.images.files[rows]
 
 
-def find_all(
-    examined: Examined, *, batch_size: int, context_length: int, resolution: int, every_pair: bool = False
-) -> list[Finding]:
+def find_all(examined: Examined, *, batch_size: int, context_length: int, resolution: int) -> list[Finding]:
     """Find what is odd about a data set.
 
     Args:
@@ -93,12 +93,11 @@ def find_all(
         batch_size: pairs a step.
         context_length: tokens that the model reads.
         resolution: pixels of the model's sides.
-        every_pair: an epoch has every pair, not one of each image.
     """
     found = [
         *_images(examined, resolution),
         *_captions(examined.captions, context_length),
-        *_repeats(examined, batch_size=batch_size, every_pair=every_pair),
+        *_repeats(examined, batch_size=batch_size),
         *_validation(examined),
     ]
     return [finding for finding in found if finding is not None]
@@ -108,6 +107,7 @@ def _images(examined: Examined, resolution: int) -> Iterator[Finding | None]:
     images, exclude = examined.images, f"train.py --exclude {LIST} leaves them out, unless you write yes there"
     yield _identical(examined)
     yield _near_duplicates(examined)
+    yield _look_alikes(examined)
     yield _some(examined, "one_color", "nearly one colour", images.is_one_color, "of nearly one colour", exclude)
     look = f"look at them: {LIST} names them, and what you write there counts for train.py --exclude"
     yield _some(examined, "tiny", "tiny", _is_tiny(images), f"with a side of less than {TINY_SIDE} pixels", look)
@@ -172,22 +172,34 @@ def _near_duplicates(examined: Examined) -> Finding | None:
     return Finding("near_duplicates", "near-duplicates", number, text, advice, {"across_splits": crossing})
 
 
+def _look_alikes(examined: Examined) -> Finding | None:
+    sets = examined.look_alikes
+    if not sets:
+        return None
+    return Finding(
+        "look_alikes", "look-alikes", sum(map(len, sets)),
+        f"images in {count(len(sets), 'set')} of near-duplicates that are too large to be copies of one image "
+        f"({examined.names(sets[0])}): they are not kept on one side of the split",
+        f"look at them in {LIST}; where they are copies, give them one group in the index",
+    )  # fmt: skip
+
+
 def num_crossing(sides: CodeArray, pairs: IntArray) -> int:
     """Count the images that have a copy on another side of the split, of each pair the second one, `[P, 2]`."""
     ours, theirs = sides[pairs].T
     return len(np.unique(pairs[(ours != theirs) & (ours >= 0) & (theirs >= 0), 1]))
 
 
-def leaks(pairs: Pairs, units: Units, sides: CodeArray, *, num_drawn: int) -> Iterator[Finding]:
+def leaks(pairs: Pairs, units: IntArray, sides: CodeArray, *, num_drawn: int) -> Iterator[Finding]:
     """Yield what the split keeps together, and what it does not.
 
     Args:
         pairs: the data set that is split.
-        units: of its images.
+        units: of its images, int64 `[N]`.
         sides: index in `SPLITS` of each image's split, or -1.
         num_drawn: validation images that were drawn; 0: they are declared.
     """
-    leaked = row_split_leaks(units.of, num_drawn) if num_drawn else 0
+    leaked = row_split_leaks(units, num_drawn) if num_drawn else 0
     if leaked >= 0.5:
         yield Finding(
             "row_split", "kept together", round(leaked),
@@ -202,13 +214,6 @@ def leaks(pairs: Pairs, units: Units, sides: CodeArray, *, num_drawn: int) -> It
             f"images whose group is in more than one split ({shown(pairs.groups[int(torn[0])], 60)}): what a model has "
             "seen of a group tells nothing of new ones",
             "declare one split for each group, or none",
-        )  # fmt: skip
-    if units.lumps:
-        yield Finding(
-            "look_alikes", "look-alikes", sum(map(len, units.lumps)),
-            f"images in {count(len(units.lumps), 'set')} of near-duplicates that are too large to be copies of one "
-            "image: they are not kept together",
-            f"look at them in {LIST}; where they are copies, give them one group in the index",
         )  # fmt: skip
 
 
@@ -236,7 +241,7 @@ def _captions(captions: CaptionFacts, context_length: int) -> Iterator[Finding |
         )  # fmt: skip
 
 
-def _repeats(examined: Examined, *, batch_size: int, every_pair: bool) -> Iterator[Finding | None]:
+def _repeats(examined: Examined, *, batch_size: int) -> Iterator[Finding | None]:
     owners, captions = examined.pairs.text_to_image.numpy(), examined.captions
     shared = _is_shared(captions.wordings, owners)
     num_shared = int(shared.sum())
@@ -250,13 +255,13 @@ def _repeats(examined: Examined, *, batch_size: int, every_pair: bool) -> Iterat
     )  # fmt: skip
     train, of_train, files = examined.part("train")
     if len(train) > 1:
-        cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size, every_pair=every_pair)
+        cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size)
         size, floor = cost.batch_size, cost.loss_floor
         if cost.num_false >= 0.005:
             yield Finding(
                 "false_negatives", "false negatives", round(cost.num_false, 2),
                 f"pairs of a batch of {size} meet their own caption, or a copy of their image, with another image",
-                "try a smaller --batch_size, or captions that differ",
+                "--positives auto, the default, takes equal captions as right; copies are left out by --exclude",
             )  # fmt: skip
         if floor >= 0.005:
             yield Finding(
@@ -285,7 +290,7 @@ def _validation(examined: Examined) -> Iterator[Finding | None]:
             "recall_ceiling", "highest RSum", round(recalls["rsum"], 1),
             f"of 600: on these validation images no model can have more than R@1 {recalls['i2t_r1']:.1f} (image to "
             f"text) and {recalls['t2i_r1']:.1f} (text to image), since captions or images repeat",
-            "compare with this, not with 600, or go by the numbers with repeats merged", recalls,
+            "compare with this, not with 600, or go by the numbers with repeats merged, which every table has", recalls,
         )  # fmt: skip
     num_groups = len(np.unique(val.groups.first_equal()))
     half_width = 100 * 1.96 * math.sqrt(0.25 / num_groups)
@@ -307,6 +312,10 @@ def suspects(examined: Examined) -> list[Suspect]:
     images, captions = examined.images, examined.captions
     width, height = images.sizes.T
     found = list(_copies(examined))
+    for members in examined.look_alikes:
+        for row in members.tolist():
+            reason = f"{NEAR}: one of {len(members):,} look-alikes"
+            found += _of_image(examined.pairs, row, reason, keep=True)
     for row in np.flatnonzero(~images.is_readable).tolist():
         found += _of_image(examined.pairs, row, f"{UNREADABLE}: not an image that can be read", keep=False)
     for row in np.flatnonzero(images.is_one_color).tolist():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,16 @@ class KnownImages:
 
     Args:
         data: the checkpoint's `data`; empty in one of before it was stored.
+        earlier: the checkpoint's `earlier_data`: what its weights had been trained on before, by other runs.
+        was_trained: the checkpoint's weights were trained in the run; False: they are those as loaded.
     """
 
-    def __init__(self, data: dict[str, Any]) -> None:
+    def __init__(
+        self, data: dict[str, Any], *, earlier: Sequence[dict[str, Any]] = (), was_trained: bool = True
+    ) -> None:
         self.splits = {split: Snapshot.from_dict(values) for split, values in data.items()}
+        self.trained = [Snapshot.from_dict(values) for values in earlier]
+        self.trained += [self.splits["train"]] if was_trained and "train" in self.splits else []
 
     def holds(self, split: str) -> bool:
         """Tell whether the run had images, and no shards, in a split."""
@@ -42,13 +49,14 @@ class KnownImages:
             data_dir: where they were read from.
             files: `file_identities` of the images, where they are known already.
         """
-        snapshot = self.splits.get(split)
-        if snapshot is None:
-            return np.zeros(len(pairs), dtype=bool)
-        if snapshot.what == "shard":
-            return _in_shards(pairs, snapshot, data_dir)
         files = file_identities(pairs.paths) if files is None else files
-        found: BoolArray = np.isin(files, snapshot.files) & (files != 0)
+        return _are_of(pairs, self.splits.get(split, EMPTY), data_dir, files)
+
+    def trained_on(self, pairs: Pairs, data_dir: str, *, files: Hashes) -> BoolArray:
+        """Tell which images the weights were trained on, in this run or before, bool `[N]`; arguments of `are_in`."""
+        found = np.zeros(len(pairs), dtype=bool)
+        for snapshot in self.trained:
+            found |= _are_of(pairs, snapshot, data_dir, files)
         return found
 
     def select(self, pairs: Pairs, split: str, source: DataSource) -> Pairs:
@@ -81,6 +89,13 @@ class KnownImages:
         if num_missing:
             logger.warning("%s: %s cannot be found, or were changed since", source.data_dir, of_all)
         return pairs.select(np.flatnonzero(found))
+
+
+def _are_of(pairs: Pairs, snapshot: Snapshot, data_dir: str, files: Hashes) -> BoolArray:
+    if snapshot.what == "shard":
+        return _in_shards(pairs, snapshot, data_dir)
+    found: BoolArray = np.isin(files, snapshot.files) & (files != 0)
+    return found
 
 
 def _in_shards(pairs: Pairs, snapshot: Snapshot, data_dir: str) -> BoolArray:

@@ -27,10 +27,10 @@ MAX_IMAGES = 20_000
 """Of a data set whose fingerprints are taken without being asked for: about a minute."""
 MAX_DISTANCE = 16.0
 """Levels of 255 between copies, at most: other photos begin at about 40, other icons at about 7."""
-OF_CONTRAST = 0.5
-"""Nor may copies differ by more than this fraction of the deviation of their pixels: fog resembles fog."""
-MIN_CONTRAST = 5.0
-"""Deviation of an image's pixels, in levels, below which it is nearly one colour and resembles all such."""
+OF_CONTRAST = 0.2
+"""Nor may copies differ by more than this fraction of their contrast: fog resembles fog."""
+MIN_CONTRAST = 10.0
+"""Levels by which the part of an image that differs most must differ from its mean; else it resembles all such."""
 _COARSE = 8
 _BLOCK = 1024
 
@@ -136,7 +136,7 @@ def near_pairs(fingerprints: Fingerprints) -> tuple[IntArray, NDArray[np.float32
 
 
 def _summaries(fingerprints: Fingerprints) -> tuple[NDArray[np.uint64], NDArray[np.uint8], NDArray[np.float32]]:
-    """Return hashes `[N, 6]`, 8 x 8 pixels `[N, 192]` and the deviation of grey pixels in levels `[N]`, 0 of none."""
+    """Return hashes `[N, 6]`, 8 x 8 pixels `[N, 192]` and the contrast in levels `[N]`, which is 0 of no image."""
     size = len(fingerprints)
     hashes = np.zeros((size, NUM_HASHES), dtype=np.uint64)
     coarse = np.zeros((size, 3 * _COARSE**2), dtype=np.uint8)
@@ -148,5 +148,5 @@ def _summaries(fingerprints: Fingerprints) -> tuple[NDArray[np.uint64], NDArray[
         pixels = rows["pixels"].astype(np.float32)  # [n, 32, 32, 3]
         blocks = pixels.reshape(len(block), _COARSE, part, _COARSE, part, 3).mean(axis=(2, 4))
         hashes[block], coarse[block] = rows["hashes"], blocks.round().reshape(len(block), -1)
-        contrast[block] = pixels.mean(axis=3).std(axis=(1, 2)) * taken
+        contrast[block] = np.abs(blocks - blocks.mean(axis=(1, 2), keepdims=True)).max(axis=(1, 2, 3)) * taken
     return hashes, coarse, contrast

@@ -40,6 +40,10 @@ class Snapshot:
         hashes = {name: torch.from_numpy(getattr(self, name).view(np.int64)) for name in ("paths", "files")}
         return {**hashes, "captions": self.captions, "what": self.what}
 
+    def copy(self) -> Snapshot:
+        """Return one in memory of its own: what is read may be mapped from a file."""
+        return replace(self, paths=self.paths.copy(), files=self.files.copy())
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Snapshot:
         """Build what `to_dict` described.

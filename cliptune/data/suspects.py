@@ -214,7 +214,7 @@ def exclude(pairs: Pairs, suspects: Iterable[Suspect]) -> Excluded:
         suspects: rows; those to be kept change nothing. Of two rows of one pair the one that leaves it out counts.
     """
     rows = [row for row in suspects if not row.keep]
-    images = _find(pairs, [row.image for row in rows])
+    images = find_images(pairs, [row.image for row in rows])
     is_out = np.zeros(pairs.num_pairs, dtype=bool)
     unmatched = []
     for row, image in zip(rows, images.tolist(), strict=True):
@@ -230,7 +230,7 @@ def exclude(pairs: Pairs, suspects: Iterable[Suspect]) -> Excluded:
     return Excluded(left, len(pairs) - len(left), int(is_out.sum()), unmatched)
 
 
-def _find(pairs: Pairs, names: Sequence[str]) -> IntArray:
+def find_images(pairs: Pairs, names: Sequence[str]) -> IntArray:
     """Return the index of each image, -1 for one that is not here."""
     found = pairs.find([os.path.join(pairs.root, name) for name in names])  # noqa: PTH118  (a million of them)
     rest = np.flatnonzero(found < 0)  # typed by a person, perhaps

@@ -111,7 +111,7 @@ def classify(
 
 
 def summary(found: Classified, labels: IntArray, names: Sequence[str], groups: IntArray) -> dict[str, Any]:
-    """Return accuracies with their 95% intervals, in percent, and the confusions; keys of `run_classes.Classification`.
+    """Return accuracies with their 95% intervals, in percent, and the confusions; keys of its results.
 
     Of the whole set the interval is that of `recall_intervals`, by groups; of a class, whose images are few, Wilson's
     for independent ones.

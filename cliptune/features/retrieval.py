@@ -231,20 +231,27 @@ def _highest(
     ids = torch.full((len(queries), NUM_ANSWERS), -1)
     scores = torch.full((len(queries), NUM_ANSWERS), math.nan)
     own_scores = torch.full((len(queries),), -math.inf)
-    low_bits = len(gallery) - 1 - torch.arange(len(gallery), device=device)
     with exact_products():
         for rows in slices(len(queries), max(SCORES_AT_ONCE // len(gallery), 1)):
-            block = queries[rows].to(device, torch.float32) @ others.T + 0.0  # [rows, G]; + 0.0: no -0.0
-            # one whole number for score and row, so that equal scores have an order: the bits of floats are ordered as
-            # they are, those of negative ones the other way round
-            bits = block.view(torch.int32).long()
-            keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32 | low_bits
-            best = (len(gallery) - 1 - (keys.topk(num_answers).values & 0xFFFFFFFF)).long()  # [rows, 10]
+            block = queries[rows].to(device, torch.float32) @ others.T  # [rows, G]
+            best = _highest_columns(block, num_answers)  # [rows, 10]
             ids[rows, :num_answers], scores[rows, :num_answers] = best.cpu(), block.gather(1, best).cpu()
             mine = ((own[0] >= rows.start) & (own[0] < rows.stop)).nonzero().squeeze(1)
             pair = block[(own[0][mine] - rows.start).to(device), own[1][mine].to(device)].cpu()
             own_scores.scatter_reduce_(0, own[0][mine], pair, "amax")
     return ids, scores, torch.where(own_scores.isfinite(), own_scores, math.nan)
+
+
+def _highest_columns(scores: Tensor, number: int) -> Tensor:
+    """Return the columns of the highest scores `[Q, number]` of each row; of equal ones the lower column is first."""
+    values, columns = scores.topk(number)
+    columns = columns.sort(1).values
+    columns = columns.gather(1, torch.sort(scores.gather(1, columns), dim=1, descending=True, stable=True).indices)
+    # where more columns score as the last of these than there is room for, topk has taken any of them
+    tied = (scores >= values[:, -1:]).sum(1) > number
+    if tied.any():
+        columns[tied] = torch.sort(scores[tied], dim=1, descending=True, stable=True).indices[:, :number]
+    return columns
 
 
 def _placed(values: Tensor, rows: Tensor, size: int, blank: float) -> Array:

@@ -50,6 +50,7 @@ class _Fields(BaseModel):
     config_file: dict[str, dict[str, Any]] = {}
     folder: ImagePath = ""
     data: dict[str, dict[str, Any]] = {}
+    earlier_data: list[dict[str, Any]] = []
     positives: Literal["pair", "image", "caption"] = "image"
     val_images: list[ImagePath] = []
     run_state: dict[str, Any] = {}

@@ -31,8 +31,6 @@ from cliptune.runtime.messages import count, one_line
 
 LAYERS = {"all": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 PEFT_PREFIX = "base_model.model."
-LEARNED_BESIDE = ("image_projection.weight", "text_projection.weight", "logit_scale")
-"""What trains in every run, and is therefore part of an adapter's file."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,10 @@ def load_adapter(model: Any, path: str | Path) -> None:
             "loaded it: best_model.pth beside it holds the whole model"
         )
     names = {_own_name(name): value.to(model.device) for name, value in found.items()}
-    model.load_state_dict(merged({**state, **names}, lora))
+    try:
+        model.load_state_dict(merged({**state, **names}, lora))
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: does not fit this model: {one_line(error)}") from None
 
 
 def _peft_name(name: str) -> str:

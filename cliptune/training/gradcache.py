@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cliptune.model.batchnorm import StatisticsSnapshot, held_statistics
+from cliptune.model.parallel import is_sharded
 from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
@@ -148,6 +149,8 @@ class GradCache:
         chunks = [slice(start, min(start + size, len(tokens))) for start in range(0, max(sizes), size)]
         features = zip(*(self._encode(batch, chunk, synchronised=False) for chunk in chunks), strict=True)
         before.restore()  # as if nothing had run
+        if is_sharded(self.model):  # an optimiser that is made now wants its shards, which only a backward pass brings
+            self.model.reshard()
         image_features, text_features = (torch.cat(parts)[: len(tokens)] for parts in features)
         assert isinstance(self.loss, SigmoidLoss)
         bias = self.loss.initial_bias(image_features, text_features, self.model.logit_scale, **batch.ids())

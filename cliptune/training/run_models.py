@@ -62,6 +62,8 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
             logger.warning("%s; that file is now %s", reason, aside)
         if reason and not why_not(origin / path.name, **wanted):
             _link_or_copy(origin / path.name, path)
+            if path == files.best and (origin / files.adapter.name).exists():
+                _link_or_copy(origin / files.adapter.name, files.adapter)
     if not files.best.exists() and state.step == state.best_step:
         content = load_checkpoint(state_path)  # whose weights are the best ones
         save_checkpoint(files.best, {key: value for key, value in content.items() if key not in TRAINING_KEYS})
@@ -73,6 +75,7 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
                 shown_epoch(state.best_epoch),
             )
         state.best, state.best_epoch, state.best_step = state.baseline, 0, 0
+        files.adapter.unlink(missing_ok=True)  # what it holds is not in the best model any more
         _link_or_copy(files.loaded, files.best)
     for path in (files.best, files.loaded):
         if not path.exists():

@@ -177,17 +177,15 @@ def test_good_data_has_no_findings(sample_dir: Path) -> None:
 
 @pytest.fixture
 def odd_data(tmp_path: Path) -> Path:
-    """Copies on both sides of a split that is far off, and captions that are the same to the model."""
+    """A split that is far off, and captions that are the same to the model."""
     names = [f"{number}.png" for number in range(30)]
     make_images(tmp_path, *names)
-    shutil.copy(tmp_path / "1.png", tmp_path / "29.png")
     rows = [{"image": n, "caption": LONG + n, "group": "a" if k < 16 else "b"} for k, n in enumerate(names)]
     make_index(tmp_path, rows)
     return tmp_path
 
 
 TOLD = (
-    "1 of the 14 validation images is byte-identical to training images",
     "30 different captions are the same to the model",
     "14 images validate where 3 were asked for",
 )

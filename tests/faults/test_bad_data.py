@@ -22,6 +22,7 @@ from cliptune.data.skipped import SkippedData
 from cliptune.preprocess.decode import decode_image, load_image, size_of
 from data_loader import ImageTextDataset
 from tests.helpers.launch import ROOT, environment, torchrun
+from tests.helpers.photos import photo
 from tests.helpers.runs import check_data
 from tests.helpers.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
 
@@ -196,7 +197,7 @@ def test_names_of_any_bytes_and_clashing_stems(tmp_path: Path, capsys: pytest.Ca
     for folder in ("images", "captions"):
         (data / folder).mkdir(parents=True)
     for stem in ("a b", "tab\there", "emoji 🦊", "Clash", "clash", os.fsdecode(b"latin-\xe9")):
-        corners().save(data / "images" / f"{stem}.png")
+        photo(len(stem)).save(data / "images" / f"{stem}.png")
         (data / "captions" / f"{stem}.txt").write_text(f"a picture of {len(stem)}")
     flags = ["--data_dir", str(data), "--num_workers", "0"]
     assert data_loader.main([*flags, "--max_skipped_fraction", "0.9"]) == 0

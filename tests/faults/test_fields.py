@@ -100,6 +100,7 @@ EDITS: dict[str, Edit] = {
     "config file is a list": put([1], "config_file"),
     "config file of numbers": put({"training": 1}, "config_file"),
     "data is a list": put([1], "data"),
+    "earlier data of a number": put([1], "earlier_data"),
     "data of a number": put({"train": 1}, "data"),
     "data of nothing": put({"train": {}}, "data"),
     "data of texts": put({"train": {"paths": "x", "files": "x", "captions": 1}}, "data"),

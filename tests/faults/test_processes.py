@@ -59,7 +59,7 @@ def test_an_evaluation_that_is_stopped_leaves_no_results(
     assert evaluation.main(evaluation_flags(output, tmp_path, *more)) == 128 + number
     written = capsys.readouterr()
     assert written.err == f"evaluation.py: stopped by {number.name}\n"
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "cache"]
 
 
 def test_figures_that_are_stopped_are_whole_or_not_there(
@@ -96,14 +96,16 @@ def test_a_killed_worker_is_one_line(
         monkeypatch.setattr(place, die_in_a_worker)
     more = ["--data_dir", str(sample_dir), "--num_workers", "2"]
     if stage == "evaluation":
-        code = evaluation.main(evaluation_flags(output, tmp_path, *more, "--encode_batch_size", "16"))
+        code = evaluation.main(
+            evaluation_flags(output, tmp_path, *more, "--include_trained", "--encode_batch_size", "16")
+        )
     else:
         code = data_loader.main([*more, "--check", "--output_dir", str(tmp_path)])
     error = capsys.readouterr().err
     assert code == 1
     assert ".py: error: a loader worker was killed" in error.splitlines()[-1]
     assert "Traceback" not in error
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "cache"]
 
 
 @pytest.mark.parametrize("num_workers", ["0", "2"])

@@ -117,6 +117,19 @@ def test_a_run_goes_on_with_the_evaluations_that_it_has_had(had: int, tmp_path: 
     assert again.places == PLACES[:had]
 
 
+def test_a_record_that_was_begun_again_goes_on(tmp_path: Path) -> None:
+    """On other data the model as loaded and the best are evaluated anew: what the run has had since then counts."""
+    pairs, path = pairs_of([2, 1, 3]), tmp_path / "r.npz"
+    begun = filled(path, pairs, [(0, 0), (0.5, 4)])
+    begun.begun_at = 3
+    begun.add(ranks_of(pairs, 12), epoch=2, step=12)
+    begun.write()
+    for had in (3, 4):
+        after = Retrieval(path, pairs, run_id="a")
+        after.resume(path, [*PLACES, (2, 12)][:had], best_step=4)
+        assert (after.places, after.lacks) == ([(0, 0), (0.5, 4), (2, 12)][: had - 1], "")
+
+
 def test_a_moved_data_set_is_the_same(tmp_path: Path) -> None:
     pairs = pairs_of([2, 1, 3])
     filled(tmp_path / "r.npz", pairs)

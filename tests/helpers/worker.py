@@ -182,7 +182,10 @@ def compute_losses(folder: Path) -> None:
         own = rank_slice(size)
         batch = [rows[own] for rows in (images, tokens, image_ids, caption_ids)]
         if isinstance(loss, SigmoidLoss):
+            parameters = list(model.parameters())
             assert steps.start_bias(*batch)
+            now = list(model.parameters())  # of a sharded model the shards, which an optimiser is made of
+            assert all(one is other for one, other in zip(parameters, now, strict=True))
             alone = SigmoidLoss(positives=positives, across_ranks=False)
             bias = alone.initial_bias(*features, plain.logit_scale, **alike)
             plain.logit_bias.data.fill_(bias)  # type: ignore[union-attr]

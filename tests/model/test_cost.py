@@ -8,7 +8,9 @@ from cliptune.model.towers import CLASS_ARGUMENTS
 from cliptune.runtime.openai_clip import import_clip
 
 
-@pytest.mark.parametrize("name", ["RN50", "ViT-Ti/32", pytest.param("ViT-L/14", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ViT-Ti/32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RN50", "ViT-L/14"))]
+)
 def test_parameters_and_operations_are_those_of_openais_model(name: str) -> None:
     architecture = ARCHITECTURES[name]
     side, length = architecture.image_resolution, architecture.context_length

@@ -235,7 +235,7 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_does(tmp_path: Pat
 
 def earlier_run(files: RunFiles, started_at: object = "2026-01-31T12:00:00") -> list[Path]:
     """Leave a file of each folder, with its path as content; the results file says when the run began."""
-    paths = [files.best, files.last, files.history, files.events / "events.1", files.results]
+    paths = [files.best, files.last, files.interpolated, files.history, files.events / "events.1", files.results]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(path.relative_to(files.root)))

@@ -164,6 +164,20 @@ def test_micro_batches_know_all_positives_of_the_batch(kind: str, positives: str
         assert_same_gradients(micro_batched(model, (images, tokens, *ids.values()), size, loss), wanted, 1e-4)
 
 
+def test_of_texts_of_the_same_tokens_any_is_as_good_a_target_as_all() -> None:
+    """What docs/TRAINING.md says of InfoNCE: they have one feature, so only the sum of their targets counts."""
+    model = make_model("ViT-Mini")
+    images, tokens, _ = make_batch(model, 21)
+    classes = torch.arange(21) % 4
+    batch = images, tokens[classes], torch.arange(21), classes
+    wanted = micro_batched(model, batch, 21, ContrastiveLoss(positives="pair"))
+    assert_same_gradients(micro_batched(model, batch, 21, ContrastiveLoss(positives="caption")), wanted, 1e-3)
+    model.learn_bias()
+    wanted = micro_batched(model, batch, 21, SigmoidLoss(positives="pair"))
+    with pytest.raises(AssertionError):
+        assert_same_gradients(micro_batched(model, batch, 21, SigmoidLoss(positives="caption")), wanted, 1e-1)
+
+
 def test_a_loss_with_a_bias_needs_a_model_with_one() -> None:
     model = make_model("ViT-Mini")
     with pytest.raises(ValueError, match=r"needs a model with a logit_bias: call its learn_bias\(\)"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from clip_model import CLIPModel
+from cliptune.model.depth import train_last_layers
+from cliptune.model.lora import add_lora
 from cliptune.training.memory import FREE_MEMORY_FRACTION, LiveTensors, fitting_size, peak_bytes
 from tests.helpers.launch import ROOT
 from tests.helpers.models import FP32, make_model, small_architectures
@@ -47,6 +49,19 @@ def test_as_many_pairs_fit_as_memory_allows() -> None:
     plain = peak_bytes(deep, FP32, 4)
     deep.checkpoint_gradients()
     assert peak_bytes(deep, FP32, 4) < 0.5 * plain
+
+
+def test_what_is_held_below_adapters_and_last_layers_is_counted_as_it_runs() -> None:
+    """Adapters stand in every layer, so the backward pass goes through all; above held layers it ends."""
+    sizes = []
+    for change in (lambda model: None, lambda model: add_lora(model, 2), lambda model: train_last_layers(model, 1)):
+        model = CLIPModel("ViT-Ti/32")
+        change(model)
+        sizes.append((peak_bytes(model, FP32, 8) - peak_bytes(model, FP32, 4)) / 4)
+        assert all(parameter.grad is None for parameter in model.parameters())
+    whole, with_lora, last = sizes
+    assert 0.5 * whole < with_lora < 1.3 * whole
+    assert last < 0.7 * whole
 
 
 @pytest.mark.slow
