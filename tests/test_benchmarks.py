@@ -9,6 +9,8 @@ import torch
 
 from benchmarks import (
     data_pipeline,
+    drawn_worlds,
+    fine_tuning,
     folds,
     frozen_training,
     index_memory,
@@ -225,3 +227,28 @@ def test_folds(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 folds: estimate - truth" in lines[0]
     assert len(lines) == 11
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_second_world_has_other_words_for_the_same_things() -> None:
+    said = drawn_worlds.in_other_words("an orange star and two large boxes with three hexagons, on a green background")
+    assert said == "an amber spark and two huge boxes with three nuts, on an emerald paper"
+
+
+@pytest.mark.slow
+def test_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fine_tuning, "EPOCHS", {20: 1})
+    work, small = str(tmp_path / "work"), ["--first_images", "40", "--first_epochs", "1", "--test_images", "12"]
+    flags = ["--work_dir", work, *small, "--sizes", "20", "--methods", "full at 1e-3,interpolated", "--seeds", "2"]
+    assert fine_tuning.main([*flags, "--json", str(tmp_path / "rows.json")]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 20 ")]
+    assert [line.split("|")[2].strip() for line in table] == ["full at 1e-3", "interpolated"]
+    figures = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["method"], row["seed"]) for row in figures["rows"]] == [
+        ("full at 1e-3", 0),
+        ("full at 1e-3", 1),
+        ("interpolated", 0),
+        ("interpolated", 1),
+    ]
+    # what has been measured is not measured again
+    monkeypatch.setattr(fine_tuning, "_train", lambda *_, **__: pytest.fail("trained anew"))
+    assert fine_tuning.main(flags) == 0
