@@ -2,7 +2,7 @@
 
 The first is `cliptune.data.sample_data`'s: flat shapes on a plain background, and its words. It stands for the web that
 a published model has seen. The second stands for somebody's own images: the same kinds of scenes in another style
-(tilted outlines on ruled, grainy paper), and described in other words (a huge crimson disc, not a large red circle).
+(tilted outlines on ruled, grainy paper), and described in other words (a huge amber spark, not a large orange star).
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from cliptune.data.sample_data import COLOURS, IMAGE_SIZE, OUTLINES, Group, Scen
 from cliptune.runtime.files import write_json
 
 OTHER_WORDS = {
-    "red": "crimson", "orange": "amber", "yellow": "golden", "green": "emerald", "blue": "navy", "purple": "violet",
-    "pink": "rosy", "brown": "chestnut", "black": "inky", "white": "snowy", "circle": "disc", "square": "box",
-    "triangle": "wedge", "star": "spark", "ring": "hoop", "cross": "plus", "heart": "valentine", "hexagon": "nut",
-    "crescent": "moon", "diamond": "kite", "large": "huge", "small": "tiny", "picture": "drawing",
-    "background": "paper",
+    "orange": "amber", "green": "emerald", "purple": "violet", "brown": "chestnut", "white": "snowy", "square": "box",
+    "star": "spark", "cross": "plus", "hexagon": "nut", "diamond": "kite", "large": "huge", "small": "tiny",
+    "picture": "drawing", "background": "paper",
 }  # fmt: skip
-"""A word of the first world, and what the second one says for it; positions and numbers have the same words."""
+"""A word of the first world, and what the second one says for it; other words are the same, as is their order."""
 DESK = (150, 140, 128)
-SHEET_SIDES = (156, 206)
+SHEET_SIDES = (190, 224)
 """Pixels: the sheet that a scene is drawn on lies somewhere on a desk."""
 MAX_TILT = math.pi / 5
 GRAIN = 24
