@@ -41,7 +41,7 @@ from cliptune.data.workers import shared_number
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
-from cliptune.run_check import check, describe_data, split_as_a_run
+from cliptune.runs.check import check, describe_data, split_as_a_run
 from cliptune.runtime.logs import progress_bar, setup_logging
 from cliptune.runtime.messages import count, printable
 from cliptune.runtime.rng import IntArray, draw_bits, seeded

@@ -43,8 +43,8 @@ from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.features.tables import evaluation_report
 from cliptune.features.tower_outputs import PairOutputs
 from cliptune.results import of_evaluations
-from cliptune.run_classes import Classification, class_report, class_tasks, classify_set, of_classes
-from cliptune.run_evaluation import (
+from cliptune.runs.classes import Classification, class_report, class_tasks, classify_set, of_classes
+from cliptune.runs.evaluation import (
     Candidate,
     EvaluationRecord,
     choose_images,

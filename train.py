@@ -35,7 +35,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
 from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
-from cliptune.run_data import (
+from cliptune.runs.data import (
     RunData,
     Splits,
     is_other_data,
@@ -44,14 +44,14 @@ from cliptune.run_data import (
     read_data,
     reread_data,
 )
-from cliptune.run_folds import Part, begin_log, folds_started, run_folds
-from cliptune.run_interpolation import look_back
-from cliptune.run_loss import make_losses, start_bias
-from cliptune.run_model import find_run_weights, make_model, place_model
-from cliptune.run_recipe import apply_recipe
-from cliptune.run_start import Resumed, about_run, open_run, set_aside_earlier_run
-from cliptune.run_verdict import add_evaluation, judge, open_retrieval, run_test
-from cliptune.run_watch import watching
+from cliptune.runs.folds import Part, begin_log, folds_started, run_folds
+from cliptune.runs.interpolation import look_back
+from cliptune.runs.loss import make_losses, start_bias
+from cliptune.runs.model import find_run_weights, make_model, place_model
+from cliptune.runs.recipe import apply_recipe
+from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
+from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
+from cliptune.runs.watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging

@@ -230,8 +230,8 @@ def test_folds(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_second_world_has_other_words_for_the_same_things() -> None:
-    said = drawn_worlds.in_other_words("an orange star and two large squares with three red rings, on a green background")
-    assert said == "an amber spark and two huge boxes with three red rings, on an emerald paper"
+    said = drawn_worlds.in_other_words("an orange star, two large squares and three red rings, on a green background")
+    assert said == "an amber spark, two huge boxes and three red rings, on an emerald paper"
 
 
 @pytest.mark.slow

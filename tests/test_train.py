@@ -533,7 +533,7 @@ def test_sample_data_is_made_only_where_no_folder_was_named(
     (tmp_path / "data" / ".gitkeep").touch()
     assert main(["--data_dir", "./data", *SMALL]) == 2
     assert "holds no data" in capsys.readouterr().err
-    small.setattr("cliptune.run_data.SAMPLE_SIZE", 40)
+    small.setattr("cliptune.runs.data.SAMPLE_SIZE", 40)
     assert main([*SMALL, "--num_epochs", "1"]) == 0
     assert "made 40 sample images" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "data" / "data.json").read_text())) == 40

@@ -14,9 +14,9 @@ from cliptune.model.lora import add_lora, is_adapter
 from cliptune.model.parallel import parallel_model
 from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
-from cliptune.run_data import num_views
-from cliptune.run_loss import settle_bias
-from cliptune.run_start import Resumed
+from cliptune.runs.data import num_views
+from cliptune.runs.loss import settle_bias
+from cliptune.runs.start import Resumed
 from cliptune.runtime.device import Precision, can_compile
 from cliptune.runtime.distributed import world_size
 from cliptune.runtime.messages import one_line

@@ -22,7 +22,7 @@ from cliptune.data.splits import separate_validation
 from cliptune.features.drift import Drift, ProbeFeatures, drift_between, encode_probes
 from cliptune.features.verdict import Verdict, answered, compare
 from cliptune.results import RECALL_KEYS, selection_key
-from cliptune.run_data import RunData
+from cliptune.runs.data import RunData
 from cliptune.runtime.messages import count, printable, shorten
 from cliptune.settings import Config
 

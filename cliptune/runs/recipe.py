@@ -11,7 +11,7 @@ from cliptune.model.architectures import known_architecture
 from cliptune.model.published import ARCHIVES
 from cliptune.model.weights import Weights
 from cliptune.recipes import Situation, choose, settle_recipe
-from cliptune.run_data import Splits
+from cliptune.runs.data import Splits
 from cliptune.settings import Config
 
 logger = logging.getLogger("train")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
-from cliptune.run_classes import Classes, find_labels, read_classes
+from cliptune.runs.classes import Classes, find_labels, read_classes
 from evaluation import main
 from tests.helpers.datasets import make_images, make_index
 from tests.helpers.models import SMALL_VIT, make_model, small_architectures

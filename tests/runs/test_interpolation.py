@@ -14,8 +14,8 @@ import torch
 from clip_model import CLIPModel
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.run_interpolation import ALPHAS, Ends, Point, choose, estimated_gain
-from cliptune.run_watch import Found, Seen
+from cliptune.runs.interpolation import ALPHAS, Ends, Point, choose, estimated_gain
+from cliptune.runs.watch import Found, Seen
 from cliptune.training.checkpoint import RunFiles
 from evaluation import main as evaluate_main
 from tests.helpers.launch import torchrun

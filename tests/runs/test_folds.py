@@ -244,7 +244,7 @@ def test_a_fold_is_not_resumed_alone(run: Path, small: pytest.MonkeyPatch, capsy
 def test_several_processes_are_refused(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small.setattr("cliptune.run_folds.world_size", lambda: 2)
+    small.setattr("cliptune.runs.folds.world_size", lambda: 2)
     assert train(sample_dir, tmp_path, "--folds", "2") == 2
     assert "--folds trains one fold after another in one process" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from cliptune.data.snapshot import Snapshot
 from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.preprocess.decode import read_bytes
-from cliptune.run_data import earlier_data, found_again, located
+from cliptune.runs.data import earlier_data, found_again, located
 from cliptune.settings import Config
 from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
@@ -340,7 +340,7 @@ def test_a_run_has_the_split_that_it_began_with(
     for name in ("near_duplicates", "split_seed"):
         del content["config"]["data"][name]
     save_checkpoint(Path("old/model-checkpoint/last_model.pth"), content)
-    small.setattr("cliptune.run_data.look_for_near_duplicates", lambda *_, **__: pytest.fail("nothing is to be drawn"))
+    small.setattr("cliptune.runs.data.look_for_near_duplicates", lambda *_, **__: pytest.fail("nothing is to be drawn"))
     for run, names in (("run", before), ("old", split_by_group)):
         assert main(["--resume", "--output_dir", run, "--num_epochs", "2"]) == 0
         assert val_names(Path(run)) == names

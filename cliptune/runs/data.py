@@ -336,7 +336,7 @@ class RunData(NamedTuple, Generic[E]):
     outputs_of: Callable[[Pairs], PairOutputs | None]
     """Frozen towers' outputs for a data set, cached; None: they are not."""
     watch: Any = None
-    """A `run_watch.Watch` over the sets that are evaluated beside."""
+    """A `watch.Watch` over the sets that are evaluated beside."""
 
     def note_issues(self, issues: Sequence[Issue]) -> None:
         """Take in samples that are missing from a batch."""

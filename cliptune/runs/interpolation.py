@@ -20,8 +20,8 @@ from cliptune.features.verdict import DIRECTIONS, Ranks, Verdict, answered, comp
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.weights import own_weights
 from cliptune.results import selection_key
-from cliptune.run_data import RunData
-from cliptune.run_watch import Forgotten, Found, Seen, drift_of, verdict_values
+from cliptune.runs.data import RunData
+from cliptune.runs.watch import Forgotten, Found, Seen, drift_of, verdict_values
 from cliptune.runtime.distributed import any_rank, barrier, is_main
 from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import printable

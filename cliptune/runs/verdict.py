@@ -15,8 +15,8 @@ from cliptune.data.pairs import Pairs
 from cliptune.features.retrieval import Retrieval
 from cliptune.features.verdict import DIRECTIONS, Verdict, answered, compare, compare_best
 from cliptune.model.parallel import is_sharded
-from cliptune.run_data import RunData
-from cliptune.run_start import Resumed
+from cliptune.runs.data import RunData
+from cliptune.runs.start import Resumed
 from cliptune.runtime.distributed import is_main, world_size
 from cliptune.runtime.messages import count
 from cliptune.training.checkpoint import RunFiles

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from cliptune.cli import Started, resumed_config
 from cliptune.data.snapshot import Snapshots
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.run_data import earlier_data, folder_of, found_again, located
+from cliptune.runs.data import earlier_data, folder_of, found_again, located
 from cliptune.runtime.distributed import barrier, is_main
 from cliptune.runtime.logs import setup_logging
 from cliptune.settings import Config

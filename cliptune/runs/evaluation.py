@@ -25,7 +25,7 @@ from cliptune.model.checkpoint_file import checkpoint_in, holds_checkpoint, load
 from cliptune.model.published import ARCHIVES, published_weights
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
 from cliptune.results import Comparison, RunInfo, selection_key
-from cliptune.run_data import found_again
+from cliptune.runs.data import found_again
 from cliptune.runtime.messages import count, first_few, nearest, printable
 from cliptune.settings import MAX_SKIPPED_FRACTION, Config, EvaluationSettings
 

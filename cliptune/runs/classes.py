@@ -18,7 +18,7 @@ from cliptune.data.table import IntArray
 from cliptune.features.classify import class_features, classify, summary
 from cliptune.features.encode import Encoder
 from cliptune.results import Count, Number, Recorded, RunInfo
-from cliptune.run_evaluation import Candidate, Chosen
+from cliptune.runs.evaluation import Candidate, Chosen
 from cliptune.runtime.messages import count, first_few, printable
 from cliptune.settings import EvaluationSettings
 

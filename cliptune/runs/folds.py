@@ -25,10 +25,10 @@ from cliptune.features.verdict import Verdict
 from cliptune.folds_verdict import Fold, FoldsEvaluation, judge_folds, mean_evaluations
 from cliptune.recorded import GainInterval, shown_epoch
 from cliptune.results import FoldResult, FoldsResults
-from cliptune.run_data import RunData, Splits, folder_of, found_again, located, read_folded, without_excluded
-from cliptune.run_model import find_run_weights
-from cliptune.run_recipe import apply_recipe
-from cliptune.run_start import Resumed
+from cliptune.runs.data import RunData, Splits, folder_of, found_again, located, read_folded, without_excluded
+from cliptune.runs.model import find_run_weights
+from cliptune.runs.recipe import apply_recipe
+from cliptune.runs.start import Resumed
 from cliptune.runtime.distributed import world_size
 from cliptune.runtime.files import read_json_object
 from cliptune.runtime.logs import setup_logging

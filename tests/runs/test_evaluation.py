@@ -177,7 +177,7 @@ def test_weights_of_others_are_evaluated_beside_checkpoints(
 ) -> None:
     weights = tmp_path / "weights.pt"
     write_openai_state(weights)
-    for module in ("run_evaluation", "model.weights"):
+    for module in ("runs.evaluation", "model.weights"):
         monkeypatch.setattr(f"cliptune.{module}.published_weights", lambda name: weights)
     assert evaluated(tmp_path, "--checkpoint", weights, "--data_dir", sample_dir) == (2, {})
     assert "does not tell its activation" in capsys.readouterr().err
@@ -223,6 +223,6 @@ def test_a_name_that_cannot_be_downloaded_is_told_with_what_evaluation_takes(
     def fail(name: str) -> Path:
         raise OSError(f"no weights for {name}: x. Name a mirror, or a local file with --pretrained FILE, or start anew")
 
-    monkeypatch.setattr("cliptune.run_evaluation.published_weights", fail)
+    monkeypatch.setattr("cliptune.runs.evaluation.published_weights", fail)
     assert main(["--checkpoint", "ViT-B/32", "--data_dir", str(sample_dir)]) == 2
     assert "Name a mirror, or a local file with --checkpoint\n" in capsys.readouterr().err
