@@ -80,7 +80,7 @@ CaptionTemplate = Annotated[
 ValSplit = Annotated[
     float,
     Field(
-        gt=0, lt=1, allow_inf_nan=False, description="fraction of the groups used for validation, 5,000 images at most"
+        gt=0, lt=1, allow_inf_nan=False, description="fraction of the images used for validation, 5,000 images at most"
     ),
 ]
 SplitSeed = Annotated[int | None, Field(ge=0, lt=2**64, description="of the split alone; none: as seed")]

@@ -142,7 +142,7 @@ def _tell_copies(splits: dict[str, Pairs], paths: Strings, copies: NearDuplicate
     if not len(near):
         return
     joined = ": what is drawn to validate brings its copies along" if units is not None else ""
-    logger.info("%s near-duplicates (%s)%s", count(len(near), "pair is", "pairs are"), _example(paths, near), joined)
+    logger.info("%s of near-duplicates (%s)%s", count(len(near), "pair"), _example(paths, near), joined)
     for lump in [] if units is None else units.lumps:
         logger.warning(
             "%s look alike (%s; ...), too many to be copies of one: they are split one by one, and the validation "
@@ -152,9 +152,9 @@ def _tell_copies(splits: dict[str, Pairs], paths: Strings, copies: NearDuplicate
         )
     for ours, theirs, pairs in shared_copies(splits, paths, copies):
         logger.warning(
-            "%s of %s near-duplicates of %s images (%s): what a model has seen tells nothing of new images",
-            count(len(np.unique(pairs[:, 1])), "image"),
-            f"{theirs} {'is' if len(pairs) == 1 else 'are'}",
+            "%s of %s of %s images (%s): what a model has seen tells nothing of new images",
+            count(num_theirs := len(np.unique(pairs[:, 1])), "image"),
+            f"{theirs} {'is a near-duplicate' if num_theirs == 1 else 'are near-duplicates'}",
             ours,
             _example(paths, pairs),
         )
