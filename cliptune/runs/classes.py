@@ -167,11 +167,13 @@ def find_labels(
         ValueError: labels that are no class, or an image of two.
     """
     of_label = {_normal(label): index for index, label in enumerate(classes.names)}
-    of_text = dict(of_label)
     templates = {"{}", TEMPLATES["folder"], *classes.templates} | ({template} if template else set())
+    named: dict[str, set[int]] = {}
     for index, (label, names) in enumerate(classes.names.items()):
-        for name in (label, *names):
-            of_text |= {_normal(text.replace("{}", name)): index for text in templates}
+        for text in (frame.replace("{}", name) for name in (label, *names) for frame in templates):
+            named.setdefault(_normal(text), set()).add(index)
+    # a name of two classes tells neither (a crane lifts, or flies), unless it is the label of one
+    of_text = {text: found.pop() for text, found in named.items() if len(found) == 1} | of_label
     captions = [pairs.captions_of(image) for image in range(len(pairs))]
     by_caption = [{of_text[text] for text in map(_normal, own) if text in of_text} for own in captions]
     for own, found in zip(captions, by_caption, strict=True):

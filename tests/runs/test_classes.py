@@ -97,6 +97,21 @@ def test_labels_are_folders_or_a_column_or_captions_that_name_a_class(data: Path
         labels_of(load_pairs(flat), classes)
 
 
+def test_a_label_is_not_taken_for_a_name_of_another_class(tmp_path: Path) -> None:
+    content = {"bank": ["river side"], "institution": ["bank", "money house"], "shore": ["river side"]}
+    classes = classes_of(tmp_path, content, "classes.json")
+    flat = tmp_path / "flat"
+    make_images(flat, "0.png", "1.png", "2.png")
+    labels = ["bank", "institution", "money house"]
+    make_index(flat, [{"image_path": f"{i}.png", "kind": label, "caption": "x"} for i, label in enumerate(labels)])
+    pairs = load_pairs(DataSource(flat, caption_key="kind"))
+    assert labels_of(pairs, classes, label_key="kind")[0] == ["bank", "institution", "institution"]
+    # "river side" may be two classes
+    make_index(flat, [{"image_path": "0.png", "kind": "river side"}, {"image_path": "1.png", "kind": "bank"}])
+    with pytest.raises(ValueError, match="1 of the 2 images have a label that is no class"):
+        labels_of(load_pairs(DataSource(flat, caption_key="kind")), classes, label_key="kind")
+
+
 def test_labels_that_are_no_class_are_named_with_their_counts(data: Path, tmp_path: Path) -> None:
     classes = classes_of(tmp_path, "cat\nhorse\n")
     with pytest.raises(ValueError, match=r"8 of the 12 images have a label .*'dog' \(4\); 'polar_bear' \(4\)"):
