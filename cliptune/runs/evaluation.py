@@ -220,7 +220,7 @@ def with_and_without(chosen: Chosen, suspects: str | None, candidates: Sequence[
     if any(trained.values()):
         files = file_identities(left.paths)
         for candidate in candidates:
-            trained[candidate.path] = int(candidate.known.are_in(left, "train", chosen.data_dir, files=files).sum())
+            trained[candidate.path] = int(candidate.known.trained_on(left, chosen.data_dir, files=files).sum())
     excluded = {"images": num_images, "pairs": num_pairs}
     split = f"{chosen.split}, without {Path(suspects).name}"  # a set of its own, in tables and results
     return [chosen, chosen._replace(pairs=left, split=split, trained=trained, excluded=excluded)]

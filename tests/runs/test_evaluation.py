@@ -95,6 +95,19 @@ def test_of_runs_with_other_splits_the_images_that_all_validated_on_are_taken(
     assert [(each["num_images"], each["num_trained_on"]) for each in found["evaluations"]] == [(60, 54), (60, 33)]
 
 
+def test_a_model_as_loaded_was_trained_on_nothing_also_without_what_is_excluded(
+    trained: Path, loaded: Path, sample_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "s.csv").write_text("image,caption,reason,keep\nimages/scene_00003.png,,odd,no\n")
+    flags = ["--data_dir", sample_dir, "--split", "all", "--include_trained", "--exclude", tmp_path / "s.csv"]
+    code, found = evaluated(tmp_path, "--checkpoint", loaded, trained, *flags)
+    assert code == 0
+    counts = {(each["checkpoint"], each["num_images"]): each["num_trained_on"] for each in found["evaluations"]}
+    assert counts[str(loaded), 60] == counts[str(loaded), 59] == 0
+    assert counts[str(trained), 60] == 54
+    assert counts[str(trained), 59] in {53, 54}
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_where_nothing_is_left_that_none_was_trained_on_it_is_refused_with_counts(
     named: bool, trained: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
