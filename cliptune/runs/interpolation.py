@@ -220,7 +220,10 @@ def estimated_gain(
 
     The averages stand in the cross-fit beside the evaluations that the best one was chosen among. Where the best epoch
     itself loses too much of what is watched, evaluations are no candidates, and only the choice of alpha is covered.
+    None where they would be and are lost: the luck of the chosen epoch could not be taken off.
     """
+    if allowed[-1].alpha == 1 and not evaluations:
+        return None
     candidates: list[Ranks] = [point.validation.ranks for point in allowed]
     prefix = "merged_" if loaded.validation.merged else ""
     if allowed[-1].alpha == 1:
@@ -257,7 +260,7 @@ def _lines(points: Sequence[Point], chosen: Point, verdict: Verdict | None, *, p
         rows.append(f"{f'alpha {point.alpha:.1f}{mark}':24}{point.validation.recalls['rsum']:12.1f}" + "".join(watched))
     among = f" of those that lose at most {MAX_LOSS:g} point of mean recall on each watched set" if names else ""
     gain = (
-        ""
+        "; what it gains on new images cannot be told: too few of them, or the run's own evaluations are lost"
         if verdict is None
         else (
             f"; over the model as loaded {verdict.gain:+.1f} (95%: {verdict.low:+.1f} to {verdict.high:+.1f}, "
