@@ -238,7 +238,8 @@ def repeated_captions(pairs: Pairs, *, batch_size: int, every_pair: bool) -> str
         return None
     return (
         f"{batch * meets:.1f} of the {batch:.0f} pairs of a batch can be expected to meet their own caption with "
-        "another image, which counts as wrong: captions that tell their images apart, or --positives caption, avoid it"
+        "another image, which counts as wrong with --positives pair or image: captions that tell their images apart "
+        "avoid it"
     )
 
 

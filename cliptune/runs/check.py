@@ -183,8 +183,11 @@ def _set_other_list_aside(path: Path, pairs: Pairs) -> None:
     """Rename a list of which no row is about this data: it is another data set's, and what was written there counts."""
     rows = read_suspects(path) if path.exists() else []
     if rows and (find_images(pairs, [row.image for row in rows]) < 0).all():
-        aside = path.with_name("suspects-of-other-data.csv")
-        path.replace(aside)
+        aside, number = path.with_name("suspects-of-other-data.csv"), 1
+        while aside.exists():  # an earlier one, which may hold what somebody wrote, too
+            number += 1
+            aside = path.with_name(f"suspects-of-other-data-{number}.csv")
+        path.rename(aside)
         logger.warning("%s is about other data, and is now %s", path, aside)
 
 

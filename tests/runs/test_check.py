@@ -147,6 +147,10 @@ def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:
     check(tmp_path)  # another data set
     assert path.with_name("suspects-of-other-data.csv").read_text() == text
     assert not read_suspects(path)
+    path.write_text("image,caption,reason,keep\nanother.png,,by hand: odd,no\n")
+    check(tmp_path)  # what was set aside before stays
+    assert path.with_name("suspects-of-other-data.csv").read_text() == text
+    assert "another.png" in path.with_name("suspects-of-other-data-2.csv").read_text()
     path.write_text("image;keep\n0.png;perhaps\n")
     assert check_data(tmp_path / "data", tmp_path) == 2
 
