@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cliptune.cli import Started, check_command_line, load_config, run_stage, stored_config
-from cliptune.settings import Config
+from cliptune.settings import Config, seconds_of, steps_of
 
 if __name__ == "__main__":
     check_command_line(Config, str(__doc__))
@@ -239,7 +239,8 @@ def _fit(
     limits, stop = (settings.num_epochs, settings.early_stopping_patience), StopSignals()
     limits = limits if length is None else (length, 0)
     nothing_is_left = bool(state.history) and state.ending(*limits) is not None
-    validation = Interval(every_steps=settings.validate_every_steps, every_seconds=settings.validate_every_seconds)
+    every = settings.validate_every
+    validation = Interval(every_steps=steps_of(every), every_seconds=seconds_of(every))
     batches: Iterator[Any] | None = None
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     with stop, journal, closing(saver), profiler:
@@ -370,8 +371,8 @@ def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, 
         about=about,
         keep=config.run.keep_checkpoints,
         complete=add_self_test,
-        every_steps=config.run.checkpoint_every_steps,
-        every_seconds=config.run.checkpoint_every_seconds,
+        every_steps=steps_of(config.run.checkpoint_every),
+        every_seconds=seconds_of(config.run.checkpoint_every),
     )
 
 
@@ -429,8 +430,8 @@ def _open_journal(
     plan = RunPlan(
         settings.num_epochs if whole is None else whole.length, steps,
         len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
-        is_softmax=settings.loss == "infonce", validate_every_steps=settings.validate_every_steps,
-        validate_every_seconds=settings.validate_every_seconds,
+        is_softmax=settings.loss == "infonce", validate_every_steps=steps_of(settings.validate_every),
+        validate_every_seconds=seconds_of(settings.validate_every),
     )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
     precision = trainer.grad_cache.precision.name
@@ -471,7 +472,7 @@ def _open_journal(
         long_warmup=long_warmup(
             warmup_steps=warmup_steps,
             total_steps=settings.num_epochs * steps,
-            patience_steps=settings.early_stopping_patience * min(steps, settings.validate_every_steps or steps),
+            patience_steps=settings.early_stopping_patience * min(steps, steps_of(settings.validate_every) or steps),
         ),
         tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
         held_random_start=held_random_start(

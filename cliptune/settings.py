@@ -288,16 +288,6 @@ class TrainingSettings(Settings):
     compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
     seed: Seed = 42
 
-    @property
-    def validate_every_steps(self) -> int | None:
-        """Steps between two evaluations within an epoch; None: no such limit."""
-        return self.validate_every if isinstance(self.validate_every, int) else None
-
-    @property
-    def validate_every_seconds(self) -> int | None:
-        """Seconds between two evaluations within an epoch; None: no such limit."""
-        return seconds_of(self.validate_every) if isinstance(self.validate_every, str) else None
-
 
 class RunSettings(Settings):
     """Where the run happens and what it leaves."""
@@ -327,16 +317,6 @@ class RunSettings(Settings):
     allow_data_change: bool = Field(
         False, description="resume although the data is not what the run was trained and validated on"
     )
-
-    @property
-    def checkpoint_every_steps(self) -> int | None:
-        """Steps between two checkpoints within an epoch; None: no such limit."""
-        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else None
-
-    @property
-    def checkpoint_every_seconds(self) -> int | None:
-        """Seconds between two checkpoints within an epoch; None: no such limit."""
-        return seconds_of(self.checkpoint_every) if isinstance(self.checkpoint_every, str) else None
 
 
 class Config(Settings):
@@ -500,6 +480,11 @@ class VisualizationSettings(Settings):
     output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
 
 
-def seconds_of(interval: str) -> int:
-    """Return how many seconds a time such as `90s`, `10m` or `2h` has."""
-    return int(interval[:-1]) * SECONDS_OF_UNIT[interval[-1]]
+def steps_of(interval: int | str | None) -> int | None:
+    """Return the steps of an interval that is given in steps; None of a time, or of none."""
+    return interval if isinstance(interval, int) else None
+
+
+def seconds_of(interval: int | str | None) -> int | None:
+    """Return the seconds of an interval that is a time such as `90s`, `10m` or `2h`; None of steps, or of none."""
+    return int(interval[:-1]) * SECONDS_OF_UNIT[interval[-1]] if isinstance(interval, str) else None

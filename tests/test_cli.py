@@ -11,6 +11,7 @@ from cliptune.settings import (
     Settings,
     VisualizationSettings,
     seconds_of,
+    steps_of,
 )
 
 STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings)
@@ -184,9 +185,8 @@ def test_a_wrong_file_is_named_with_its_place(text: str, message: str) -> None:
     ],
 )
 def test_an_interval_is_steps_or_a_time(text: str, value: object, steps: int | None, seconds: int | None) -> None:
-    run = load("--checkpoint_every", text).run
-    assert (run.checkpoint_every, run.checkpoint_every_steps, run.checkpoint_every_seconds) == (value, steps, seconds)
-    assert seconds is None or seconds_of(text) == seconds
+    interval = load("--checkpoint_every", text).run.checkpoint_every
+    assert (interval, steps_of(interval), seconds_of(interval)) == (value, steps, seconds)
 
 
 @pytest.mark.parametrize("settings", STAGES)
