@@ -10,14 +10,14 @@ PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 INK, GREY, GRID = "#222222", "#6B6B6B", "#DDDDDD"
 """Text and marks; chance and what stays in the background; lines of the grid."""
 
-BEST, LOADED = BLUE, "#A6CEE8"
+BEST, LOADED = BLUE, "#8DBFE3"
 """The best model, and beside it the one as loaded."""
-IMAGE_TO_TEXT, TEXT_TO_IMAGE = BLUE, VERMILLION
-TRAINING, VALIDATION = GREY, BLUE
-MATCHED, UNMATCHED = BLUE, VERMILLION
+VALIDATION, TRAINING, CHOSEN = BLUE, GREY, GREEN
+IMAGE_TO_TEXT, TEXT_TO_IMAGE = PURPLE, VERMILLION
+MATCHED, UNMATCHED = GREEN, GREY
 PHASES = {
     "start": PURPLE, "data": VERMILLION, "step": BLUE, "validation": GREEN, "saving": ORANGE, "rest": GREY,
 }  # fmt: skip
 """Where a run's time went."""
-SERIES = (VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-"""Of curves whose number is not known beforehand, beside one in `BLUE`."""
+SERIES = (ORANGE, SKY, GREEN, PURPLE, VERMILLION)
+"""Of curves whose number is not known beforehand, all dashed."""
