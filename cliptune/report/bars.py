@@ -168,8 +168,9 @@ def _draw_recalls(
         color = LOADED if label == AS_LOADED else BEST
         axes.bar(centers, heights, width * 0.96, label=label, color=color)
         has_bar = bool(ends) and is_last  # a bar of an interval stands right of the number
-        for center, height in zip(centers, heights, strict=True):
-            _write_value(axes, center - (0.13 * width if has_bar else 0), height, on_dark=color == BEST)
+        for center, height, level in zip(centers, heights, chance, strict=True):
+            place = center - (0.13 * width if has_bar else 0)
+            _write_value(axes, (place, height), chance=level, on_dark=color == BEST)
     if len(ends) == len(SLOTS):
         lows, highs = zip(*ends, strict=True)
         label = "95% interval" if len(columns) == 1 else "95% interval of the gain"
@@ -185,13 +186,18 @@ def _draw_recalls(
     finish(axes)
 
 
-def _write_value(axes: Axes, center: float, height: float, *, on_dark: bool) -> None:
-    """Write a bar's number inside its end, or above a bar that is too low for it."""
-    is_inside = height > 0.07 * axes.get_ylim()[1]
+def _write_value(axes: Axes, end: tuple[float, float], *, chance: float, on_dark: bool) -> None:
+    """Write a bar's number inside its end, or above a bar that is too low for it; and not across the chance level."""
+    center, height = end
+    room = 0.07 * axes.get_ylim()[1]
+    place = chance if height - room < chance < height else height
+    is_inside = place > room
+    if not is_inside:
+        place = chance if height < chance < height + room else height
     where: dict[str, Any] = {"xytext": (0, -4 if is_inside else 3), "textcoords": "offset points", "ha": "center"}
     color = "white" if is_inside and on_dark else INK
     va = "top" if is_inside else "bottom"
-    axes.annotate(f"{height:.1f}", (center, height), **where, va=va, color=color, fontsize=9.5, zorder=5)
+    axes.annotate(f"{height:.1f}", (center, place), **where, va=va, color=color, fontsize=9.5, zorder=5)
 
 
 def _draw_similarities(axes: Axes, histograms: Histograms, baseline: Histograms | None) -> None:

@@ -178,14 +178,16 @@ def _draw_recall(axes: Axes, results: TrainingResults) -> None:
         _draw_curve(axes, results, f"{merged}{key}", label=f"{direction}, among {among}", color=color, zorder=3)
         _draw_intervals(axes, results, key, color=color, side=side)
     levels = [getattr(results.chance, f"{merged}{key}") for key, *_ in sides]
-    if math.isclose(*levels):
+    shown_levels = [f"{level:.3g}%" for level in levels]
+    if len(set(shown_levels)) == 1:
         axes.axhline(levels[0], color=GREY, linewidth=1.2, linestyle=":", label="chance")
-        chance = f"chance {levels[0]:.3g}%"
+        chance = f"chance {shown_levels[0]}"
     else:
         for level, (_, color, direction, *_) in zip(levels, sides, strict=True):
             axes.axhline(level, color=color, linewidth=1.2, linestyle=":", label=f"chance, {direction}")
-        chance = f"chance {levels[0]:.3g}% image→text, {levels[1]:.3g}% text→image"
-    set_head(axes, f"R@1{', duplicates merged' if merged else ''}", "validation", "percent of queries", chance)
+        chance = "chance {} image→text, {} text→image".format(*shown_levels)
+    title = f"R@1 on validation{', duplicates merged' if merged else ''}"
+    set_head(axes, title, "percent of queries", chance)
     _begin_at_zero(axes)
 
 
@@ -243,7 +245,8 @@ def _draw_intervals(
 
     start = getattr(results.baseline, f"{merged_prefix(results)}{key}")
     places = [gain.epoch for gain in results.gains]
-    lows, highs = ([max(start + getattr(gain, key)[end], 0) for gain in results.gains] for end in (1, 2))
+    most = 600.0 if key == "rsum" else 100.0
+    lows, highs = ([min(max(start + getattr(gain, key)[end], 0.0), most) for gain in results.gains] for end in (1, 2))
     if len(places) > MAX_MARKED:  # so many bars are an area
         axes.fill_between(places, lows, highs, color=color, alpha=0.15, linewidth=0, label=label)
     elif places:
@@ -269,11 +272,13 @@ def _draw_rates(axes: Axes, results: TrainingResults) -> None:
     every_step = bool(points) and points[-1].step + 1 == len(points)
     style: dict[str, Any] = {"linewidth": 1.6, "drawstyle": "steps-post" if every_step else "default"}
     style["marker"] = "o" if len(epochs) == 1 else None
-    axes.plot(epochs, projection, color=INK, label="projection layers", **style)
-    if backbone.any():
+    differ = bool(backbone.any() and (backbone != projection).any())
+    label = "projection layers and backbone" if backbone.any() and not differ else "projection layers"
+    axes.plot(epochs, projection, color=INK, label=label, **style)
+    if differ:
         axes.plot(epochs, backbone, color=INK, linestyle="-.", label="backbone", **style)
     highest = max(projection.max(), backbone.max())
-    if backbone.any() and (backbone != projection).any():
+    if differ:
         lowest = 10.0 ** math.floor(math.log10(max(min(backbone.max(), projection.max()) / 100, 1e-100)))
         axes.set_yscale("symlog", linthresh=lowest, linscale=0.5)  # logarithmic, but linear from there to 0
         axes.set_ylim(0, 2 * highest)

@@ -14,10 +14,10 @@ BEST, LOADED = BLUE, "#8DBFE3"
 """The best model, and beside it the one as loaded."""
 VALIDATION, TRAINING, CHOSEN = BLUE, GREY, GREEN
 IMAGE_TO_TEXT, TEXT_TO_IMAGE = PURPLE, VERMILLION
-MATCHED, UNMATCHED = GREEN, GREY
+MATCHED, UNMATCHED = GREEN, ORANGE
 PHASES = {
-    "start": PURPLE, "data": VERMILLION, "step": BLUE, "validation": GREEN, "saving": ORANGE, "rest": GREY,
+    "start": GREEN, "data": VERMILLION, "step": BLUE, "validation": ORANGE, "saving": SKY, "rest": GREY,
 }  # fmt: skip
-"""Where a run's time went."""
-SERIES = (ORANGE, SKY, GREEN, PURPLE, VERMILLION)
+"""Where a run's time went; neighbours differ."""
+SERIES = (ORANGE, SKY, VERMILLION, GREEN, PURPLE)
 """Of curves whose number is not known beforehand, all dashed."""

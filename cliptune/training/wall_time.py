@@ -52,4 +52,4 @@ class WallClock:
         """Return the seconds of each phase so far."""
         self.enter(self._phase)
         # steps are timed by another clock than this one: of no step at all a rounding may be left
-        return {phase: max(seconds, 0.0) for phase, seconds in self._seconds.items()}
+        return {phase: round(max(seconds, 0.0), 3) for phase, seconds in self._seconds.items()}

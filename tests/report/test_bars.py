@@ -106,6 +106,16 @@ def test_baseline_is_drawn_on_its_own_bins() -> None:
     assert list(data.values) == [0.25, 0.75]
 
 
+@pytest.mark.parametrize(
+    ("height", "chance", "place"), [(100, 98.5, 98.5), (100, 50, 100), (3, 4, 4), (3, 2, 3), (3, 50, 3), (9, 3, 9)]
+)
+def test_a_number_is_not_written_across_the_chance_level(height: float, chance: float, place: float) -> None:
+    values = training_values(3, 0)
+    values["baseline"] |= {"i2t_r1": float(height), "t2i_r10": 100.0}
+    values["chance"]["i2t_r1"] = float(chance)
+    assert bars_and_densities(values).axes[0].texts[0].xy == (0, place)  # type: ignore[attr-defined]
+
+
 def test_a_gap_of_nothing_has_no_sign() -> None:
     values = training_values()
     values["metrics"]["similarity_gap"] = -1e-5

@@ -122,7 +122,9 @@ def test_rates_of_one_kind_are_on_a_linear_scale() -> None:
         point[2] = point[1]
     for point in frozen["schedule"]:
         point[2] = 0.0
-    assert curves(equal).axes[4].get_yscale() == "linear"
+    axes = curves(equal).axes[4]
+    assert axes.get_yscale() == "linear"
+    assert line(axes, "projection layers and backbone")[1] == [point[1] for point in equal["schedule"]]
     axes = curves(frozen).axes[4]
     assert (axes.get_yscale(), len(axes.get_lines())) == ("linear", 2)  # and the best epoch
     assert curves(training_values()).axes[4].get_yscale() == "symlog"
@@ -155,7 +157,7 @@ def test_equal_chances_are_one_line() -> None:
     assert set(line(loss, "chance")[1]) == {math.log(32)}
     assert set(line(recall, "chance")[1]) == {0.5}
     assert heads(loss) == "Contrastive loss: nats · chance ln 32 = 3.47"
-    assert heads(recall) == "R@1: validation · percent of queries · chance 0.5%"
+    assert heads(recall) == "R@1 on validation: percent of queries · chance 0.5%"
     assert legend(figure).count("chance") == 1
 
 
@@ -170,6 +172,23 @@ def test_chance_far_from_the_curves_does_not_flatten_them() -> None:
     assert "chance ln 32 = 3.47 ↑" in heads(loss)
     values["chance"]["rsum"] = 500.5
     assert set(line(curves(values).axes[0], "chance")[1]) == {500.5}
+
+
+def test_an_interval_ends_where_the_metric_does() -> None:
+    values = with_verdict(training_values())
+    for gain in values["gains"]:
+        gain |= {key: [0.0, -900.0, 900.0] for key in ("i2t_r1", "t2i_r1", "rsum")}
+    rsum, recall, *_ = curves(values).axes
+    assert vertical_bars(rsum, "95%")[0][1:] == (0, 600)
+    assert {tuple(segment[:, 1]) for bars in recall.collections for segment in bars.get_segments()} == {(0, 100)}  # type: ignore[attr-defined]
+
+
+def test_chance_levels_that_read_alike_are_one() -> None:
+    values = training_values()
+    values["chance"] |= {"i2t_r1": 16.66, "t2i_r1": 16.67}
+    recall = curves(values).axes[1]
+    assert "chance 16.7%" in heads(recall)
+    assert set(line(recall, "chance")[1]) == {16.66}
 
 
 def test_chance_of_both_directions_is_shown() -> None:
