@@ -165,7 +165,7 @@ def _near_duplicates(examined: Examined) -> Finding | None:
     number = len(np.unique(near))
     crossing = num_crossing(examined.sides, near)
     text = (
-        f"{_noun(number, 'image')} that are copies of one another: resized, re-encoded, slightly cropped or "
+        f"{_noun(number, 'image')} that look like copies of one another: resized, re-encoded, slightly cropped or "
         f"brightened ({examined.names(near[0, 1:])} is a copy of {examined.names(near[0, :1])})"
     )
     text += f"; {crossing:,} of them with a copy in another split" if crossing else ""
@@ -250,14 +250,14 @@ def _repeats(examined: Examined, *, batch_size: int) -> Iterator[Finding | None]
         num_texts = len(np.unique(captions.wordings[shared]))
         yield Finding(
             "repeated_captions", "repeated captions", num_shared,
-            f"captions ({100 * num_shared / len(owners):.1f}%) that another image has, too: {count(num_texts, 'text')}",
-            "write captions that tell their images apart, where you can",
+            f"captions ({100 * num_shared / len(owners):.1f}%) that another image has, too: {count(num_texts, 'different text')}",
+            "write captions that tell their images apart; where they are class names, go by evaluation.py --classes",
         )  # fmt: skip
     train, of_train, files = examined.part("train")
     if len(train) > 1:
         cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size)
         size, floor = cost.batch_size, cost.loss_floor
-        if cost.num_false >= 0.005:
+        if cost.num_false >= 0.05:
             yield Finding(
                 "false_negatives", "false negatives", round(cost.num_false, 2),
                 f"of the {size} pairs of a batch, on average, have the caption of another one, or a copy of its image",
@@ -311,7 +311,7 @@ def _validation(examined: Examined) -> Iterator[Finding | None]:
     yield Finding(
         "half_width", "95% half-width", round(half_width, 1),
         f"points to either side of an R@1 of 50%, on {count(num_groups, what, plural)}",
-        "epochs that differ by less are alike: validate on more (--val_split, --val_data)"
+        "smaller differences may be chance: validate on more (--val_split, --val_data)"
         if half_width > WIDE_INTERVAL
         else "",
     )  # fmt: skip
