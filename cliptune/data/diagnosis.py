@@ -250,7 +250,8 @@ def _repeats(examined: Examined, *, batch_size: int) -> Iterator[Finding | None]
         num_texts = len(np.unique(captions.wordings[shared]))
         yield Finding(
             "repeated_captions", "repeated captions", num_shared,
-            f"captions ({100 * num_shared / len(owners):.1f}%) that another image has, too: {count(num_texts, 'different text')}",
+            f"captions ({100 * num_shared / len(owners):.1f}%) that another image has, too: "
+            f"{count(num_texts, 'different text')}",
             "write captions that tell their images apart; where they are class names, go by evaluation.py --classes",
         )  # fmt: skip
     train, of_train, files = examined.part("train")
