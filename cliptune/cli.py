@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -330,26 +330,49 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(settings: type[Settings], argv: list[str] | None, *, description: str) -> dict[str, Any]:
+    unnamed_values = [name for name, _, field in flags_of(settings) if _is_positional(field)]
     parser = _Parser(
         description=description.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--flag value ...]",
+        usage=" ".join(["%(prog)s [--flag value ...]", *(f"[{name} ...]" for name in unnamed_values)]),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
+    for name in unnamed_values:
+        parser.add_argument(name, nargs="*", help=arguments.pop(name)["help"])
     unnamed = "./config.json if there" if settings is Config else "none"
     arguments["config"] = {"metavar": METAVARS["config"], "help": f"JSON file with settings (default: {unnamed})"}
     for title, names in _help_groups(arguments):
         group = parser.add_argument_group(title)
         for name in names:
             group.add_argument(f"--{name}", dest=name, **arguments[name])
-    found, unknown = parser.parse_known_args(argv)
+    if unnamed_values:
+        switches = {f"--{name}" for name, _, field in flags_of(settings) if field.annotation is bool}
+        words = _with_values(sys.argv[1:] if argv is None else argv, switches)
+        found, unknown = parser.parse_known_intermixed_args(words)
+    else:
+        found, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
         hint = _hint(word.lstrip("-"), {name: f"--{name}" for name in arguments}) or "; --help lists the flags"
         raise ValueError(f"unknown flag {shorten(word)}{hint if word.startswith('-') else '; flags start with --'}")
     return vars(found)
+
+
+def _is_positional(field: FieldInfo) -> bool:
+    """Tell whether a setting is given by words without a flag, such as the queries of a search."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
+
+
+def _with_values(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Give switches their value where a word without a flag follows: `--json heart` is `--json=true heart`."""
+    end = words.index("--") if "--" in words else len(words)
+    following = [*words[1:], ""]
+    return [
+        f"{word}=true" if at < end and word in switches and after not in {"true", "false"} else word
+        for at, (word, after) in enumerate(zip(words, following, strict=True))
+    ]
 
 
 def _help_groups(known: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -370,7 +393,8 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     if field.annotation is bool or "bare" in extra:
         argument |= {"nargs": "?", "const": extra.get("bare", "true")}
     if get_origin(field.annotation) is list:  # --flag A B, and --flag A --flag B
-        argument |= {"nargs": "+", "action": "extend"}
+        # where words without a flag may follow, a flag takes one value: --flag A word
+        argument |= {"nargs": 1 if "single" in extra else "+", "action": "extend"}
     text, default = str(field.description), "none" if field.default in (None, []) else str(field.default)
     default = " ".join(field.default) if isinstance(field.default, list) and field.default else default
     if field.default in (None, []) and "none: " in text:
@@ -425,6 +449,9 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{source}: {group}: expected an object, got {shorten(repr(target))}")
+        if _is_positional(field):
+            target[last] = value  # a person may look for "none"
+            continue
         # `--val_data none` undoes what config.json says; but `--augment none` is one of its choices
         optional = NoneType in get_args(field.annotation)
         is_none = optional and str(value).lower() in {"none", "null"}
