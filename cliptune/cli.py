@@ -38,7 +38,8 @@ MAX_ISSUES = 10
 HELP_GROUPS = {
     "everyday": (
         "config", "checkpoint", "results", "data_dir", "model_name", "freeze_backbone", "batch_size", "num_epochs",
-        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples",
+        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples", "images", "query_image",
+        "top", "json", "serve", "port",
     ),
     "data": (
         "watch_data", "val_data", "split", "val_split", "folds", "split_seed", "near_duplicates", "image_dir",
@@ -68,7 +69,7 @@ METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
     "validate_every": "N|TIME", "watch_data": "PATH",
-    "classes": "PATH", "templates": "FILE",
+    "classes": "PATH", "templates": "FILE", "queries": "QUERY", "query_image": "FILE", "images": "DIR",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 
@@ -87,7 +88,7 @@ MEANT = {
     "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
     "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
     "max_length": "context_length", "llrd": "layer_decay", "lora_r": "lora_rank", "lora": "lora_rank",
-    "ema_decay": "ema",
+    "ema_decay": "ema", "k": "top", "topk": "top", "top_k": "top", "num_results": "top", "image": "query_image",
 }  # fmt: skip
 """What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 
@@ -334,13 +335,13 @@ def _parse_flags(settings: type[Settings], argv: list[str] | None, *, descriptio
     parser = _Parser(
         description=description.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=" ".join(["%(prog)s [--flag value ...]", *(f"[{name} ...]" for name in unnamed_values)]),
+        usage=" ".join(["%(prog)s [--flag value ...]", *(f"[{METAVARS[name]} ...]" for name in unnamed_values)]),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
     for name in unnamed_values:
-        parser.add_argument(name, nargs="*", help=arguments.pop(name)["help"])
+        parser.add_argument(name, nargs="*", metavar=METAVARS[name], help=arguments.pop(name)["help"])
     unnamed = "./config.json if there" if settings is Config else "none"
     arguments["config"] = {"metavar": METAVARS["config"], "help": f"JSON file with settings (default: {unnamed})"}
     for title, names in _help_groups(arguments):
