@@ -46,7 +46,7 @@ class ExactLookup:
         features: unit-norm float32 `[N, D]`, in main memory.
     """
 
-    note = "exact"
+    note = "exact: every image is compared"
 
     def __init__(self, features: Tensor) -> None:
         self.features = features

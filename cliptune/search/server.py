@@ -49,7 +49,7 @@ NUM_REMEMBERED = 2000
 
 _CONTENT_TYPES = {"page.js": "text/javascript", "style.css": "text/css", "page.css": "text/css"}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' blob:; style-src 'self'; script-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

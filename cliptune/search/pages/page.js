@@ -51,7 +51,9 @@ function toCard(found) {
   image.alt = found.path;
   image.onerror = () => link.classList.add("gone");
   item.querySelector(".score").textContent = found.score.toFixed(3);
-  name.textContent = name.title = found.path;
+  name.title = found.path;
+  // a long path breaks behind its folders
+  name.append(...found.path.split(/(?<=\/)/).flatMap((part) => [part, document.createElement("wbr")]));
   const like = item.querySelector(".like");
   like.setAttribute("aria-label", `More like this: ${found.path}`);
   like.onclick = () => askLike(found);
