@@ -188,7 +188,10 @@ class _Guard:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none
+            return
         if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
 
         async def send_guarded(message: Message) -> None:
