@@ -26,8 +26,8 @@ SLICE = 1 << 25
 LEAST_RECALL = 0.95
 RECALL_AT = 10
 NUM_SAMPLES = 200
-TRAINING_PER_LIST = 64
-"""Features for each list's centre; faiss asks for 39 at least."""
+LEAST_TRAINING, TRAINING_PER_LIST = 39, 64
+"""Features for each list's centre: what faiss asks for, and what it gets of a large gallery."""
 
 
 class Nearest(NamedTuple):
@@ -181,7 +181,7 @@ def _load_or_build(features: Any, cache_prefix: Path | None) -> Any:
 def _build(features: Any) -> Any:
     faiss = _faiss()
     num_features, size = features.shape
-    num_lists = max(1, round(2 * num_features**0.5))
+    num_lists = max(1, min(round(2 * num_features**0.5), num_features // LEAST_TRAINING))
     logger.info("sorting %s into %s; this is done once", count(num_features, "image"), count(num_lists, "list"))
     centres = faiss.IndexFlatIP(size)
     index = faiss.IndexIVFScalarQuantizer(

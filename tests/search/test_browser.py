@@ -75,14 +75,21 @@ def best(index: ImageIndex, encoder: Encoder, text: str) -> str:
     return matches[0].path
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=["light", "dark and narrow"])
-def test_a_person_searches(
-    browser: Any, look: dict[str, Any], address: str, index: ImageIndex, encoder: Encoder, tmp_path: Path
-) -> None:
-    watched = Watched(browser, **look)
-    page, status, cards = watched.page, watched.page.get_by_role("status"), watched.page.locator(".card")
-    page.goto(address)
+@pytest.fixture(params=LOOKS, ids=["light", "dark and narrow"])
+def watched(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Watched]:
+    """The page as it opens; at the end nothing may have gone wrong, stood out, or been asked of another place."""
+    watched = Watched(browser, **request.param)
+    watched.page.goto(address)
+    yield watched
+    assert watched.violations() == []
+    assert watched.width() == request.param["viewport"]["width"]
+    assert [message for message in watched.messages if "400 (Bad Request)" not in message] == []  # what was no image
+    assert all(url.startswith((address, "blob:", "data:")) for url in watched.requests)
+    watched.context.close()
 
+
+def test_a_text_finds_images_and_these_find_more(watched: Watched, index: ImageIndex, encoder: Encoder) -> None:
+    page, status, cards = watched.page, watched.page.get_by_role("status"), watched.page.locator(".card")
     # results come as one types, of what stands there at the end
     page.keyboard.type("a red heart", delay=20)
     status.filter(has_text="10 images for “a red heart”").wait_for()
@@ -92,7 +99,6 @@ def test_a_person_searches(
         "() => [...document.querySelectorAll('.card img')].slice(0, 2).every((image) => image.naturalWidth)"
     )
     assert watched.violations() == []
-    assert watched.width() == look["viewport"]["width"]
 
     # more of them, up to all
     page.get_by_role("button", name="Show more").click()
@@ -100,7 +106,8 @@ def test_a_person_searches(
     page.get_by_role("button", name="Show more").click()
     status.filter(has_text="30 images").wait_for()
     assert not page.get_by_role("button", name="Show more").is_visible()
-    assert watched.width() == look["viewport"]["width"]  # a very long name is among them
+    width: int = page.viewport_size["width"]
+    assert watched.width() == width  # a very long name is among them
 
     # more like one
     name = cards.nth(1).locator(".name").text_content()
@@ -109,6 +116,9 @@ def test_a_person_searches(
     assert name not in cards.locator(".name").all_text_contents()
     assert watched.violations() == []
 
+
+def test_an_image_that_is_chosen_or_dropped_finds_images(watched: Watched, address: str, index: ImageIndex) -> None:
+    page, status, cards = watched.page, watched.page.get_by_role("status"), watched.page.locator(".card")
     # by an image of one's own, which is chosen or dropped
     page.locator("#file").set_input_files(index.paths[7])
     status.filter(has_text=f"10 images like {Path(index.paths[7]).name}").wait_for()
@@ -124,7 +134,10 @@ def test_a_person_searches(
     page.evaluate(drop, f"{address}images/3/large")
     status.filter(has_text="10 images like dropped.jpg").wait_for()
 
-    # without a mouse
+
+def test_the_keyboard_is_enough(watched: Watched) -> None:
+    page, status, cards = watched.page, watched.page.get_by_role("status"), watched.page.locator(".card")
+    page.keyboard.press("Tab")  # away from where one types
     page.keyboard.press("/")
     page.keyboard.type("a blue circle")
     page.keyboard.press("Enter")
@@ -137,11 +150,6 @@ def test_a_person_searches(
     page.keyboard.press("Escape")
     assert cards.count() == 0
     assert page.evaluate("() => document.activeElement.id") == "query"
-
-    refused = [message for message in watched.messages if "400 (Bad Request)" not in message]  # what was no image
-    assert refused == []
-    assert all(url.startswith((address, "blob:", "data:")) for url in watched.requests)
-    watched.context.close()
 
 
 def test_an_answer_that_comes_late_is_dropped(browser: Any, address: str) -> None:

@@ -29,7 +29,12 @@ def num_encoded(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
     """How many images go through the tower, batch by batch."""
     sizes: list[int] = []
     run = encoder.model.run_image_tower
-    monkeypatch.setattr(encoder.model, "run_image_tower", lambda images: sizes.append(len(images)) or run(images))
+
+    def count_and_run(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return run(images)
+
+    monkeypatch.setattr(encoder.model, "run_image_tower", count_and_run)
     yield sizes
 
 

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,12 @@ def test_an_approximate_look_up_says_its_recall_and_gives_exact_scores() -> None
 def test_lists_are_cached_for_the_very_same_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
     built, build = [], lookup._build
-    monkeypatch.setattr(lookup, "_build", lambda features: built.append(len(features)) or build(features))
+
+    def count_and_build(features: Any) -> Any:
+        built.append(len(features))
+        return build(features)
+
+    monkeypatch.setattr(lookup, "_build", count_and_build)
     first = ApproximateLookup(FEATURES, QUERIES, cache_prefix=tmp_path / "folder")
     again = ApproximateLookup(FEATURES, QUERIES, cache_prefix=tmp_path / "folder")
     assert torch.equal(first.nearest(QUERIES, 10).indices, again.nearest(QUERIES, 10).indices)

@@ -225,7 +225,9 @@ def test_an_upload_that_is_too_large_is_refused(client: TestClient, is_told: boo
 
 def test_fifty_requests_at_once(app: Starlette, index: ImageIndex, caplog: pytest.LogCaptureFixture) -> None:
     """Each gets the answer that it gets alone, though many are hostile."""
-    requests = [("GET", f"/search?query=number+{number}", None) for number in range(20)]
+    requests: list[tuple[str, str, bytes | None]] = [
+        ("GET", f"/search?query=number+{number}", None) for number in range(20)
+    ]
     requests += [("POST", f"/search?top={1 + number}", png_bytes(number)) for number in range(10)]
     requests += [(method, path, content) for method, path, content, _ in HOSTILE[:20]]
 
