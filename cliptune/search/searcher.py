@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ def encode_texts(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, int]:
     if not texts:
         return torch.empty(0, model.projection_dim), 0
     tokens, num_truncated = tokenize(texts, model.architecture.context_length)
-    with torch.no_grad(), autocast(model.device, encoder.precision):
+    with torch.no_grad(), autocast(model.device, encoder.precision), _one_thread(only_if=len(texts) == 1):
         features = [model.encode_text(part).float().cpu() for part in tokens.split(BATCH)]
     return torch.cat(features), num_truncated
 
@@ -53,6 +54,22 @@ def encode_image(encoder: Encoder, image: str | Path | bytes, *, max_pixels: int
     pixels = clip_transform(model.image_resolution)(decode_image(image, max_pixels=max_pixels))[None]  # [1, 3, R, R]
     with torch.no_grad(), autocast(model.device, encoder.precision):
         return model.encode_image(pixels).float().cpu()
+
+
+@contextmanager
+def _one_thread(*, only_if: bool) -> Iterator[None]:
+    """Compute in this thread alone: one text is too little work to be divided.
+
+    Where other programs keep the cores busy, as a training does, threads that wait for each other at every layer took
+    ten times as long as one.
+    """
+    before = torch.get_num_threads()
+    if only_if:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Searcher:
