@@ -128,6 +128,11 @@ def flags_of(settings: type[Settings], parents: tuple[str, ...] = ()) -> Iterato
             yield Flag(str(extra.get("flag", name)), (*parents, name), field)
 
 
+def is_positional(field: FieldInfo) -> bool:
+    """Tell whether a setting is given by words without a flag, such as the queries of a search."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
+
+
 def parse_settings(settings: type[S], argv: list[str] | None, *, description: str) -> tuple[S, dict[str, Any]]:
     """Read a stage's settings: defaults, then the file named by `--config`, then flags.
 
@@ -331,7 +336,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(settings: type[Settings], argv: list[str] | None, *, description: str) -> dict[str, Any]:
-    unnamed_values = [name for name, _, field in flags_of(settings) if _is_positional(field)]
+    unnamed_values = [name for name, _, field in flags_of(settings) if is_positional(field)]
     parser = _Parser(
         description=description.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -348,12 +353,7 @@ def _parse_flags(settings: type[Settings], argv: list[str] | None, *, descriptio
         group = parser.add_argument_group(title)
         for name in names:
             group.add_argument(f"--{name}", dest=name, **arguments[name])
-    if unnamed_values:
-        switches = {f"--{name}" for name, _, field in flags_of(settings) if field.annotation is bool}
-        words = _with_values(sys.argv[1:] if argv is None else argv, switches)
-        found, unknown = parser.parse_known_intermixed_args(words)
-    else:
-        found, unknown = parser.parse_known_args(argv)
+    found, unknown = _read_words(parser, settings, argv, unnamed_values)
     if unknown:
         word = unknown[0].partition("=")[0]
         hint = _hint(word.lstrip("-"), {name: f"--{name}" for name in arguments}) or "; --help lists the flags"
@@ -361,18 +361,26 @@ def _parse_flags(settings: type[Settings], argv: list[str] | None, *, descriptio
     return vars(found)
 
 
-def _is_positional(field: FieldInfo) -> bool:
-    """Tell whether a setting is given by words without a flag, such as the queries of a search."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
+def _read_words(
+    parser: argparse.ArgumentParser, settings: type[Settings], argv: list[str] | None, unnamed_values: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return what the words of a command line say, and those that nobody knows."""
+    if not unnamed_values:
+        return parser.parse_known_args(argv)
+    switches = {f"--{name}" for name, _, field in flags_of(settings) if field.annotation is bool}
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    found, unknown = parser.parse_known_intermixed_args(_with_values(words[:end], switches))
+    if behind := words[end + 1 :]:  # which are no flags, whatever they look like
+        setattr(found, unnamed_values[-1], [*getattr(found, unnamed_values[-1], []), *behind])
+    return found, unknown
 
 
 def _with_values(words: Sequence[str], switches: Collection[str]) -> list[str]:
     """Give switches their value where a word without a flag follows: `--json heart` is `--json=true heart`."""
-    end = words.index("--") if "--" in words else len(words)
-    following = [*words[1:], ""]
     return [
-        f"{word}=true" if at < end and word in switches and after not in {"true", "false"} else word
-        for at, (word, after) in enumerate(zip(words, following, strict=True))
+        f"{word}=true" if word in switches and after not in {"true", "false"} else word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
     ]
 
 
@@ -450,7 +458,7 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{source}: {group}: expected an object, got {shorten(repr(target))}")
-        if _is_positional(field):
+        if is_positional(field):
             target[last] = value  # a person may look for "none"
             continue
         # `--val_data none` undoes what config.json says; but `--augment none` is one of its choices

@@ -14,7 +14,7 @@ import evaluation
 import search
 import train
 import visualization
-from cliptune.cli import flags_of, load_config, parse_settings
+from cliptune.cli import flags_of, is_positional, load_config, parse_settings
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.settings import (
     Config,
@@ -93,8 +93,7 @@ def commands(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def rows_of(settings: type[Settings]) -> list[tuple[str, str]]:
-    extras = {flag.name: flag.field.json_schema_extra or {} for flag in flags_of(settings)}
-    named = (flag for flag in flags_of(settings) if "positional" not in extras[flag.name])
+    named = (flag for flag in flags_of(settings) if not is_positional(flag.field))
     return sorted((flag.name, json.dumps(flag.field.default)) for flag in named)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,6 +142,13 @@ def test_ctrl_c_ends_the_page_at_once(page: tuple[subprocess.Popen[str], str]) -
         with pytest.raises(httpx.HTTPError):
             client.post(f"{address}search", content=(bytes(10**6) for _ in range(400))).raise_for_status()
         assert client.get(f"{address}search?query=b").status_code == 200
+        port = int(address.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as upload:  # which breaks off
+            upload.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n123")
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            other.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+            assert b"400" in other.recv(100)
+        assert client.get(f"{address}search?query=c").status_code == 200
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)

@@ -19,7 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -217,6 +217,9 @@ def make_app(encoder: Encoder, searcher: Searcher, *, title: str, top: int) -> S
         assert isinstance(error, _Refused)
         return _json({"error": error.reason}, error.status)
 
+    async def is_gone(_: Request, __: Exception) -> Response:
+        return _json({"error": "the upload was broken off"}, 400)
+
     async def refuse_plainly(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _json({"error": error.detail}, error.status_code, error.headers)
@@ -230,7 +233,7 @@ def make_app(encoder: Encoder, searcher: Searcher, *, title: str, top: int) -> S
         Route("/like/{image}", page.like),
         Route("/images/{image}/{size}", page.image),
     ]
-    handlers = {_Refused: refuse, HTTPException: refuse_plainly}
+    handlers = {_Refused: refuse, HTTPException: refuse_plainly, ClientDisconnect: is_gone}
     app = Starlette(routes=routes, middleware=[Middleware(_Guard)], exception_handlers=handlers)
     app.state.close = page.close
     return app
