@@ -137,10 +137,12 @@ def test_dependencies_are_the_same_in_pyproject_and_requirements() -> None:
     def array(name: str) -> list[str]:
         match = re.search(rf"^{name} = \[(.*?)\]( #.*)?$", text, re.MULTILINE | re.DOTALL)
         assert match, name
-        return re.findall(r'"([^"]+)"', re.sub(r"#.*", "", match[1].replace("[bench]", "")))
+        return re.findall(r'"([^"]+)"', re.sub(r"#.*", "", match[1].replace("[bench,export,search]", "")))
 
     dependencies = array("dependencies")
     assert listed(ROOT / "requirements.txt") == [line for line in dependencies if not line.startswith("clip-anytorch")]
-    extras = {*array("bench"), *array("dev")} - {"clip-finetuning-toolkit"}
+    extras = {line for name in ("bench", "dev", "export", "search") for line in array(name)} - {
+        "clip-finetuning-toolkit"
+    }
     assert listed(ROOT / "requirements-dev.txt") == sorted(extras, key=str.lower)
     assert all(">=" in line for line in [*dependencies, *extras])
