@@ -6,6 +6,7 @@ picture of nothing in particular that is returned whatever one asks for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ MAX_EXPECTED = 0.01
 """Points of a gallery that chance alone may flag."""
 
 
-class Hub(NamedTuple):
+@dataclass(frozen=True)
+class Hub:
     """What is returned for too many queries."""
 
     row: int

@@ -73,8 +73,8 @@ def mislabelled(
         text_to_image: `[M]`: image of each text.
         max_reference: images, and captions, that neighbours are looked for among; of more, evenly spaced ones.
     """
-    usable = np.isfinite(text_features).all(1) & np.isfinite(image_features).all(1)[text_to_image]
-    rows = np.flatnonzero(usable)
+    readable: Array = np.isfinite(image_features).all(1)
+    rows = np.flatnonzero(np.isfinite(text_features).all(1) & readable[text_to_image])
     images, owners = np.unique(text_to_image[rows], return_inverse=True)
     scores = np.full(len(text_to_image), math.nan)
     if len(rows) < MIN_PAIRS or len(images) <= NUM_NEIGHBOURS:

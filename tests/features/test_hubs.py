@@ -13,11 +13,13 @@ Array = np.ndarray[Any, Any]
 
 
 def answers_of(queries: Array, gallery: Array) -> Array:
-    return np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, :10]
+    answers: Array = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")[:, :10]
+    return answers
 
 
 def unit(values: Array) -> Array:
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    scaled: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return scaled
 
 
 def scene(num: int, *, planted: int, seed: int, kinds: int = 0) -> tuple[Array, Array]:

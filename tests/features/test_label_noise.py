@@ -14,7 +14,8 @@ Array = np.ndarray[Any, Any]
 
 
 def unit(values: Array) -> Array:
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    scaled: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return scaled
 
 
 def world(
