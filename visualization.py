@@ -43,13 +43,13 @@ def _draw(argv: list[str] | None) -> int:
     return 0
 
 
-def _list_suspects(results_path: Path) -> Any:
+def _list_suspects(results_path: Path) -> str:
     # the only part that needs a model, and PyTorch
     from clip_model import CLIPModel  # noqa: PLC0415
     from cliptune.runs.suspects import find_suspects  # noqa: PLC0415
     from data_loader import ImageTextDataset  # noqa: PLC0415
 
-    return find_suspects(results_path, build=CLIPModel, open_dataset=ImageTextDataset)
+    return str(find_suspects(results_path, build=CLIPModel, open_dataset=ImageTextDataset))
 
 
 def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Path]:

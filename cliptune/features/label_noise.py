@@ -73,7 +73,7 @@ def mislabelled(
         text_to_image: `[M]`: image of each text.
         max_reference: images, and captions, that neighbours are looked for among; of more, evenly spaced ones.
     """
-    readable: Array = np.isfinite(image_features).all(1)
+    readable = np.asarray(np.isfinite(image_features).all(1))
     rows = np.flatnonzero(np.isfinite(text_features).all(1) & readable[text_to_image])
     images, owners = np.unique(text_to_image[rows], return_inverse=True)
     scores = np.full(len(text_to_image), math.nan)
