@@ -84,8 +84,7 @@ def find_suspects(results_path: Path, *, build: Callable[..., Any], open_dataset
     ]
     # what an earlier list has kept out of this training is not judged here, and stays out
     others = exclude(pairs, [row._replace(keep=False) for row in earlier]).unmatched
-    kept = {row[:3]: row for row in earlier}
-    update_suspects(path, [*rows, *(kept[row[:3]] for row in others)], kinds=[KIND])
+    update_suspects(path, [*rows, *(row._replace(more=()) for row in others)], kinds=[KIND])
     return Found(path, rows, len(noise.scores), noise)
 
 

@@ -67,9 +67,9 @@ def test_other_rows_and_what_a_person_wrote_stay(results: Path) -> None:
     path = results.with_name("suspects.csv")
     other = Suspect("images/0.png", "", "tiny: 3 by 3 pixels", keep=True)
     update_suspects(path, [other], kinds=["tiny"])
-    path.write_text(path.read_text(encoding="utf-8-sig").replace(",no", ",yes"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8-sig").replace(",no,no", ",yes,no"), encoding="utf-8")
     after = list_suspects(results)
-    assert other in after
+    assert other[:4] in [row[:4] for row in after]
     assert [row.keep for row in after] == [True] * 3
     assert len(rows) == 2
 
