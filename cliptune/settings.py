@@ -478,6 +478,9 @@ class VisualizationSettings(Settings):
         "results/training_results.json", description="training_results.json or evaluation_results.json"
     )
     output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
+    suspects: Literal["train"] | None = Field(
+        None, description="train: list training pairs that look mislabelled to the best model, in results/suspects.csv"
+    )
 
 
 class SearchSettings(Settings):
