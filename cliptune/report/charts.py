@@ -15,8 +15,8 @@ from cliptune.results import Histograms, TrainingResults, selection_key
 WIDTH, HEIGHT = 400.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 392.0, 12.0, 204.0
 """Of the plotted area, in units of the SVG."""
-MAX_BARS = 60
-"""Of a density; the file may have hundreds of bins."""
+MIN_BARS, MAX_BARS = 14, 60
+"""Of a density, by the number of matched pairs; the file may have hundreds of bins."""
 MAX_MARKED = 40
 
 
@@ -150,8 +150,10 @@ def densities(before: Histograms | None, after: Histograms, *, name: str) -> Cha
     both = [*([] if before is None else [("as loaded", "before", before)]), (name, "after", after)]
     edges = [_occupied(each) for _, _, each in both]
     low, high = min(each[0] for each in edges), max(each[1] for each in edges)
+    num_bars = int(np.clip(3 * sum(after.positive) ** (1 / 3), MIN_BARS, MAX_BARS))
+    bars = np.linspace(low, high, num_bars + 1)
     series = [
-        Series(f"{kind}, {model}", f"{kind}-{role}", _density(each, counts, low, high))
+        Series(f"{kind}, {model}", f"{kind}-{role}", _density(each, counts, bars))
         for model, role, each in both
         for kind, counts in (("unmatched", each.negative), ("matched", each.positive))
     ]
@@ -166,9 +168,8 @@ def _occupied(histograms: Histograms) -> tuple[float, float]:
     return histograms.bin_edges[filled.index(True)], histograms.bin_edges[len(filled) - filled[::-1].index(True)]
 
 
-def _density(histograms: Histograms, counts: Sequence[int], low: float, high: float) -> list[tuple[float, float]]:
+def _density(histograms: Histograms, counts: Sequence[int], edges: np.ndarray) -> list[tuple[float, float]]:
     """Join bins, so that a curve has few points: the cumulative counts are read at new edges."""
-    edges = np.linspace(low, high, MAX_BARS + 1)
     cumulative = np.interp(edges, histograms.bin_edges, np.concatenate([[0], np.cumsum(counts)]))
     values = np.diff(cumulative) / max(sum(counts), 1) / np.diff(edges)
     middles = (edges[:-1] + edges[1:]) / 2

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from cliptune.recorded import SPLIT_NAMES, GainInterval, Verdict, WallTime, shown_epoch
 from cliptune.report import charts
+from cliptune.report.analysis import analyse, listed_suspects
 from cliptune.report.galleries import WAYS, galleries
 from cliptune.report.recorded_queries import Missing, Queries, lacking, read_queries
 from cliptune.report.thumbnails import Thumbnails
@@ -97,6 +98,7 @@ def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails) -> d
         "density": charts.densities(
             histograms.baseline if results.best_epoch else None, histograms.best, name=best_name
         ),
+        "listed": listed_suspects(folder / "suspects.csv"),
         "check": _check(folder / "data_check.json"),
         "settings": [(_text(name), _text(value)) for name, value in _flat(results.config.model_dump(mode="json"))],
         "run": results.run,
@@ -106,10 +108,16 @@ def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails) -> d
 
 def _queries_said(queries: Queries | Missing, thumbnails: Thumbnails, best_name: str) -> dict[str, Any]:
     if isinstance(queries, Missing):
-        return {"no_queries": queries.reason, "galleries": [], "ways": WAYS, "has_captions": True}
+        return {"no_queries": queries.reason, "galleries": [], "ways": WAYS, "has_captions": True, "analysis": None}
     reason = lacking(queries)
     found = [] if reason else galleries(queries, thumbnails, best_name=best_name)
-    return {"no_queries": reason, "galleries": found, "ways": WAYS, "has_captions": queries.has_captions}
+    return {
+        "no_queries": reason,
+        "galleries": found,
+        "ways": WAYS,
+        "has_captions": queries.has_captions,
+        "analysis": None if reason else analyse(queries, thumbnails),
+    }
 
 
 def _verdict(results: TrainingResults) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_every_gallery_opens_with_the_keyboard(browser: Any, address: str) -> No
     watched = Watched(browser)
     watched.page.goto(address)
     galleries = watched.page.locator("details.gallery")
-    assert galleries.count() == 8
+    assert galleries.count() == 11
     for index in range(galleries.count()):
         gallery = galleries.nth(index)
         if not gallery.evaluate("each => each.open"):

@@ -17,7 +17,7 @@ from cliptune.runs.report import leave_report
 from tests.helpers.recorded import evaluation_values, training_values
 from tests.helpers.reports import HOSTILE, make_run
 
-SECTIONS = ["numbers", "curves", "time", "queries", "similarity", "data", "run"]
+SECTIONS = ["numbers", "curves", "time", "queries", "suspects", "similarity", "map", "data", "run"]
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         self._hidden += tag in {"script", "style", "title"}
+        self.text += "\n" if tag in {"p", "li", "td", "th", "dt", "dd", "h4"} else ""
 
     def handle_endtag(self, tag: str) -> None:
         self._hidden -= tag in {"script", "style", "title"}
