@@ -37,6 +37,8 @@ def _draw(argv: list[str] | None) -> int:
     settings, _ = parse_settings(VisualizationSettings, argv, description=str(__doc__))
     output_dir = None if settings.output_dir is None else Path(settings.output_dir)
     results_path = Path(settings.results)
+    if settings.suspects is not None:
+        print(_list_suspects(results_path))
     drawn = draw_figures(results_path, output_dir)
     if settings.report != "none":
         from cliptune.report.page import NAME, write_report  # noqa: PLC0415  (--help needs none of it)
@@ -46,6 +48,15 @@ def _draw(argv: list[str] | None) -> int:
     for path in drawn:
         print(printable(str(path)))
     return 0
+
+
+def _list_suspects(results_path: Path) -> str:
+    # the only part that needs a model, and PyTorch
+    from clip_model import CLIPModel  # noqa: PLC0415
+    from cliptune.runs.suspects import find_suspects  # noqa: PLC0415
+    from data_loader import ImageTextDataset  # noqa: PLC0415
+
+    return str(find_suspects(results_path, build=CLIPModel, open_dataset=ImageTextDataset))
 
 
 def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Path]:

@@ -487,6 +487,9 @@ class VisualizationSettings(Settings):
         description="write report.html as well, of a training run; no-images: with captions and names alone",
         json_schema_extra={"bare": "full"},
     )
+    suspects: Literal["train"] | None = Field(
+        None, description="train: list training pairs that look mislabelled to the best model, in results/suspects.csv"
+    )
 
 
 def steps_of(interval: int | str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Images that are one image: the same file, or a copy resized, encoded anew, slightly cropped or brightened.
+"""Images that are one image: the same file, or a copy resized, re-encoded, slightly cropped or brightened.
 
 Hashes say which images may be copies; alone they would put half of a set of icons into one lump. So each candidate is
 compared in earnest, on small pixels: see `cliptune.preprocess.alignment`.

@@ -120,6 +120,7 @@ def split_data(
     units = find_units(pairs.groups, copies.among(len(pairs)), join=join)
     splits = split_pairs(pairs, val_split=val_split, seed=seed, units=units)
     if val is not None:
+        val = replace(val, splits=np.full_like(val.splits, SPLITS.index("val")))  # as if its index declared it
         splits |= {"train": own_training(pairs), "val": val}
     return splits, units
 
@@ -161,7 +162,7 @@ def _tell_copies(splits: dict[str, Pairs], paths: Strings, copies: NearDuplicate
 
 
 def _example(paths: Strings, pairs: IntArray) -> str:
-    return " ~ ".join(printable(paths[row]) for row in pairs[0].tolist())
+    return " and ".join(printable(paths[row]) for row in pairs[0].tolist())
 
 
 def own_training(pairs: Pairs) -> Pairs:

@@ -196,6 +196,16 @@ class Retrieval:
         return self._images if name.endswith("i2t") else self._texts
 
 
+def duplicate_errors(ranks: Array, merged_ranks: Array) -> Array:
+    """Return the queries `[n]` that missed the first rank for nothing but an equal caption or a copy of the image.
+
+    Args:
+        ranks: `[Q]`, of one evaluation and direction.
+        merged_ranks: `[Q]`, with duplicates merged; NaN for all but the first of equal queries.
+    """
+    return np.flatnonzero((ranks > 1) & (merged_ranks == 1))
+
+
 def _joined(texts: Iterable[str]) -> tuple[Array, Array]:
     """Return texts in UTF-8, one after another, and where each ends."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]

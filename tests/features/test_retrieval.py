@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import Strings
 from cliptune.features.encode import Encoded
-from cliptune.features.retrieval import NUM_ANSWERS, Retrieval, best_answers
+from cliptune.features.retrieval import NUM_ANSWERS, Retrieval, best_answers, duplicate_errors
 
 CPU = torch.device("cpu")
 PLACES = [(0, 0), (0.5, 4), (1, 8)]
@@ -76,6 +76,11 @@ def test_answers_are_those_of_a_sort_of_all_scores(levels: int | None) -> None:
     assert (found["i2t_ids"][4] == -1).all()
     assert np.isnan(found["image_features"][4]).all()
     assert found["text_features"].dtype == np.float16
+
+
+def test_queries_that_a_duplicate_alone_has_beaten() -> None:
+    ranks, merged = np.array([1, 1.5, 3, 2, 2, np.nan]), np.array([1, 1, 1, 2, np.nan, np.nan])
+    assert duplicate_errors(ranks, merged).tolist() == [1, 2]
 
 
 def test_a_small_gallery_has_fewer_answers() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from itertools import combinations
 from typing import Any
 
@@ -75,7 +74,7 @@ def with_merged(values: dict[str, Any]) -> dict[str, Any]:
 
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
     """Return which texts lie on each other, or beyond the edge, as the figure is drawn."""
-    figure.savefig(io.BytesIO(), format="png")
+    figure.draw_without_rendering()
     boxes = [(text.get_text(), text.get_window_extent()) for text in _texts(figure) if text.get_text().strip()]
     inside = figure.bbox.padded(1)
     ends = [(text, end) for text, box in boxes for end in (box.min, box.max)]

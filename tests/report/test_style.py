@@ -68,7 +68,7 @@ def test_names_of_a_file_are_short_printable_and_one_line(name: str) -> None:
     assert len(drawn) < 1500
 
 
-@pytest.mark.parametrize("name", ["M" * 200, "ViT-B/32", "il" * 100])
+@pytest.mark.parametrize("name", ["M" * 200, "ViT-B/32"])
 def test_a_long_title_is_smaller_and_stays_in_the_figure(name: str) -> None:
     values = training_values()
     values["run"]["model_name"] = name

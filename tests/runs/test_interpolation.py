@@ -50,6 +50,7 @@ def results_of(files: RunFiles) -> Any:
     return json.loads(files.results.read_text())
 
 
+@pytest.mark.slow
 def test_the_ends_are_the_two_models_bit_for_bit(files: RunFiles, ends: Ends) -> None:
     for alpha, path in ((0.0, files.loaded), (1.0, files.best), (0.0, files.loaded)):
         ends.model_at(0.5)  # what was looked at before leaves nothing
@@ -138,6 +139,19 @@ def test_the_estimate_takes_the_luck_of_both_choices_away() -> None:
         assert estimated_gain(GROUPS, allowed, loaded=points[0], evaluations=[]) is None
     assert np.mean(gains) > 20
     assert abs(np.mean(estimates)) < 0.4 * np.mean(gains)
+
+
+@pytest.mark.slow
+def test_where_the_model_as_loaded_is_chosen_no_gain_is_told(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_runs() as patch:
+        patch.setattr("cliptune.runs.interpolation.choose", lambda points: (points[0], list(points)))
+        assert main([*flags, "--output_dir", str(tmp_path)]) == 0
+    found = results_of(RunFiles(tmp_path))["interpolation"]
+    assert (found["chosen"], found["verdict"]) == (0, None)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha 0.0, the model"))
+    assert "95%" not in line and "nothing is gained" in line
 
 
 def test_the_chosen_one_is_a_checkpoint_like_the_best(files: RunFiles, tmp_path: Path) -> None:
