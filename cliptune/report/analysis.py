@@ -49,7 +49,7 @@ class HubCard(NamedTuple):
     """What is returned too often, and for what."""
 
     item: Item
-    count: int
+    num_queries: int
     expected: float
     queries: list[Item]
 
