@@ -36,6 +36,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
 from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
+from cliptune.runs.copies import copy_finder, main_finds_copies
 from cliptune.runs.data import (
     RunData,
     Splits,
@@ -113,7 +114,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         weights = find_run_weights(config, started.given, resumed)
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
-        with main_first():
+        with main_finds_copies(copy_finder(config, reading["cache_file"])) as reading["find_copies"]:
             splits, snapshots = _read(config, resumed, part, **reading)
         config = apply_recipe(
             config, started, splits=splits, weights=weights, is_resumed=resumed is not None or part is not None
@@ -167,14 +168,12 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
     return code
 
 
-def _read(
-    config: Config, resumed: Resumed | None, part: Part | None, *, given: dict[str, Any], cache_file: Path
-) -> tuple[Splits, Snapshots]:
+def _read(config: Config, resumed: Resumed | None, part: Part | None, **reading: Any) -> tuple[Splits, Snapshots]:
     if part is not None:
-        return part.splits, part.snapshots(resumed, cache_file=cache_file)
+        return part.splits, part.snapshots(resumed, cache_file=reading["cache_file"])
     if resumed is None:
-        return read_data(config, given=given, cache_file=cache_file)
-    return reread_data(config, resumed.content, given=given, cache_file=cache_file)
+        return read_data(config, **reading)
+    return reread_data(config, resumed.content, **reading)
 
 
 def _conclude(
