@@ -51,6 +51,7 @@ from cliptune.runs.interpolation import look_back
 from cliptune.runs.loss import make_losses, start_bias
 from cliptune.runs.model import find_run_weights, make_model, place_model
 from cliptune.runs.recipe import apply_recipe
+from cliptune.runs.report import leave_report
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runs.watch import watching
@@ -58,7 +59,7 @@ from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precis
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.environment import process_start
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count
+from cliptune.runtime.messages import count, printable
 from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
@@ -208,7 +209,9 @@ def _conclude(
     journal.write_results(state, finished=True)
     for figure in draw_figures(files.results):
         logger.info("figure: %s", figure)
-    print("\n".join([journal.summary(state), *(() if whole is None else whole.lines), *found.lines]))
+    page = leave_report(files.results, config.run.report)
+    report = () if page is None else (f"report: {printable(str(page))}",)
+    print("\n".join([journal.summary(state), *report, *(() if whole is None else whole.lines), *found.lines]))
 
 
 def _open_model(path: Path, *, device: torch.device) -> CLIPModel:

@@ -30,7 +30,7 @@ MAY_CHANGE_ON_RESUME = {
     "watch_data", "interpolate", "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers",
     "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
+    "keep_checkpoints", "profile", "report", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
 }  # fmt: skip
 """Flags that change how a run is computed or what it writes, but not what it is."""
 MAX_ISSUES = 10
@@ -61,7 +61,7 @@ HELP_GROUPS = {
         "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
     ),
     "shards": ("to_shards", "shard_size"),
-    "output": ("checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
+    "output": ("report", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 

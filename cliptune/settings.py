@@ -101,6 +101,7 @@ Activation = Annotated[
     Field(description="activation of a weights file that does not tell it; none: found from the file"),
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
+Report = Literal["full", "no-images", "none"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
 Seed = Annotated[
     int, Field(ge=0, lt=2**64, description="of the split, the order, captions, augmentation and sample data")
@@ -311,6 +312,9 @@ class RunSettings(Settings):
         2, description="newest checkpoints to keep: last_model.pth, and earlier ones in case it is damaged"
     )
     profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
+    report: Report = Field(
+        "full", description="write results/report.html at the end; no-images: with captions and names alone"
+    )
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
 
@@ -477,7 +481,12 @@ class VisualizationSettings(Settings):
     results: str = Field(
         "results/training_results.json", description="training_results.json or evaluation_results.json"
     )
-    output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
+    output_dir: str | None = Field(None, description="folder for what is drawn; none: beside the results file")
+    report: Report = Field(
+        "none",
+        description="write report.html as well, of a training run; no-images: with captions and names alone",
+        json_schema_extra={"bare": "full"},
+    )
     suspects: Literal["train"] | None = Field(
         None, description="train: list training pairs that look mislabelled to the best model, in results/suspects.csv"
     )
