@@ -7,6 +7,7 @@ from cliptune.cli import HELP_GROUPS, MEANT, RENAMED, flags_of, load_config, ove
 from cliptune.settings import (
     Config,
     EvaluationSettings,
+    ExportSettings,
     InspectSettings,
     Settings,
     VisualizationSettings,
@@ -14,7 +15,7 @@ from cliptune.settings import (
     steps_of,
 )
 
-STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings)
+STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings, ExportSettings)
 
 
 def load(*argv: str) -> Config:
@@ -218,7 +219,7 @@ def test_help_shows_every_flag_once_and_in_a_group(
 def test_help_shows_the_daily_flags_first_then_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(Config, capsys)
     titles = [line.removesuffix(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["options", *(title for title in HELP_GROUPS if title != "shards")]
+    assert titles == ["options", *(title for title in HELP_GROUPS if title not in {"shards", "export"})]
     assert text.index("--data_dir") < text.index("--batch_size") < text.index("--resume") < text.index("--val_split")
 
 

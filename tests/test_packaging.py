@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train": "train", "evaluate": "evaluation", "visualize": "visualization", "data": "data_loader"}
+COMMANDS = {
+    "train": "train",
+    "evaluate": "evaluation",
+    "visualize": "visualization",
+    "data": "data_loader",
+    "export": "export",
+}
 USER_FILES = ("config", "rows", "memory", "runtime", "parallel", "train", "evaluation")
 
 
@@ -141,6 +147,8 @@ def test_dependencies_are_the_same_in_pyproject_and_requirements() -> None:
 
     dependencies = array("dependencies")
     assert listed(ROOT / "requirements.txt") == [line for line in dependencies if not line.startswith("clip-anytorch")]
-    extras = {line for name in ("bench", "dev", "export", "search") for line in array(name)} - {"clip-finetuning-toolkit"}
+    extras = {line for name in ("bench", "dev", "export", "search") for line in array(name)} - {
+        "clip-finetuning-toolkit"
+    }
     assert listed(ROOT / "requirements-dev.txt") == sorted(extras, key=str.lower)
     assert all(">=" in line for line in [*dependencies, *extras])
