@@ -13,6 +13,7 @@ from cliptune.runtime.messages import shown
 class About(NamedTuple):
     """What is known of a model beside its weights."""
 
+    title: str
     source: str
     """Name of the checkpoint's file or folder, without the path to it."""
     verdict: str
@@ -48,13 +49,13 @@ def model_card(
     head = ["---", f"library_name: {library}", "pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---"]
     parts = [
         "\n".join(head),
-        f"# {shown(about.source)}",
-        f"A CLIP, {shape.name}, fine-tuned and exported for {form}. {_sizes(shape)}",
+        f"# {shown(about.title)}",
+        f"A CLIP ({shape.name}, from {shown(about.source)}), exported for {form}. {_sizes(shape)}",
         "## How it did\n\n" + (about.verdict or "Nothing is recorded of it beside its weights."),
         _table(about.recalls),
         "## Data\n\n" + ("\n".join(f"- {line}" for line in about.data) or "Not recorded."),
         "## Use\n\n```python\n" + USE[form] + "```",
-        "## Preprocessing\n\n" + _preprocessing(shape, differences),
+        "## Preprocessing\n\n" + _preprocessing(form, shape, differences),
         "## How it was verified\n\n" + _verified(form, differences, versions),
         "\n".join(f"- {note}" for note in notes),
         "## Settings\n\n" + (_settings(about.settings) or "Not recorded."),
@@ -127,6 +128,12 @@ with torch.no_grad():
 """How each library loads its export; docs/EXPORT.md shows the same."""
 
 
+_NOT_MENDED = (
+    " Before that training set photos upright by their EXIF orientation (`PIL.ImageOps.exif_transpose`) and laid "
+    "transparent images on white; the library does neither."
+)
+
+
 def _sizes(shape: Architecture) -> str:
     side = shape.image_resolution
     return (
@@ -144,12 +151,12 @@ def _table(recalls: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(["| | " + " | ".join([*names, "RSum"]) + " |", "|---" * (len(keys) + 1) + "|", *rows])
 
 
-def _preprocessing(shape: Architecture, differences: Differences) -> str:
+def _preprocessing(form: str, shape: Architecture, differences: Differences) -> str:
     mean, std = (", ".join(f"{value:.8g}" for value in values) for values in (shape.mean, shape.std))
+    mended = "" if form == "onnx" else _NOT_MENDED
     text = (
         f"RGB; the short side resized to {shape.image_resolution} pixels (bicubic, with antialiasing), the centre cut "
-        f"out, then (value / 255 - mean) / std with mean {mean} and std {std}. Turn photos upright by their EXIF "
-        "orientation before (`PIL.ImageOps.exif_transpose`), as was done in training: the library does not."
+        f"out, then (value / 255 - mean) / std with mean {mean} and std {std}.{mended}"
     )
     if differences.is_shifted:
         text += (

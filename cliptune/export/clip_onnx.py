@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 
@@ -40,16 +40,16 @@ class CLIP:
         self.scale = float(json.loads((folder / "logits.json").read_text(encoding="utf-8"))["scale"])
 
     def preprocess(self, images: Iterable[Image.Image]) -> NDArray[np.float32]:
-        """Resize the short side, cut the centre out, normalise: `[B, 3, R, R]`."""
+        """Set upright, lay on white, resize the short side, cut the centre out, normalise: `[B, 3, R, R]`."""
         side = self.settings["size"]["shortest_edge"]
         mean, std = (np.array(self.settings[key], dtype=np.float32) for key in ("image_mean", "image_std"))
         rows = []
-        for image in images:
+        for image in map(_to_rgb, images):
             width, height = image.size
             short = min(width, height)
             size = int(side * width / short), int(side * height / short)
             left, top = (round((length - side) / 2) for length in size)
-            resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+            resized = image.resize(size, Image.Resampling.BICUBIC)
             pixels = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32)
             rows.append(((pixels / 255 - mean) / std).transpose(2, 0, 1))
         return np.stack(rows)
@@ -78,3 +78,11 @@ class CLIP:
             inputs.setdefault(one.name, np.zeros((1, *one.shape[1:]), dtype=kind))
         output = "image_features" if name == "pixel_values" else "text_features"
         return np.asarray(session.run([output], inputs)[0], dtype=np.float32)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return upright.convert("RGB")

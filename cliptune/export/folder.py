@@ -22,7 +22,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (folder / MARKER).is_file():
+    if not (folder / MARKER).is_file():  # of a file, too, which has nothing below it
         raise ValueError(f"{folder} is there and is no export of this toolkit: name another folder")
     if not overwrite:
         raise ValueError(f"{folder} holds an export: --overwrite replaces it, with what was written into its README.md")

@@ -21,6 +21,8 @@ from cliptune.runtime.files import write_json
 GRAPHS = {"two": ("image", "text"), "one": ("model",)}
 """Files of the graphs, without their suffix."""
 OPSET = 18
+MAX_FILE_BYTES = 1_900_000_000
+"""Of weights in a graph's own file, whose format ends at 2 GB; more lie in a file beside it, `.onnx.data`."""
 RUNNER = Path(__file__).with_name("clip_onnx.py")
 """Loads the graphs with Pillow, numpy, tokenizers and onnxruntime alone; it travels with them."""
 
@@ -58,6 +60,7 @@ def quantize(folder: Path, *, files: str = "two") -> None:
             quantize_dynamic(
                 folder / f"{name}.onnx", folder / f"{name}_int8.onnx", per_channel=True,
                 weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"],
+                use_external_data_format=(folder / f"{name}.onnx.data").exists(),
             )  # fmt: skip
 
 
@@ -142,11 +145,12 @@ class _Towers(nn.Module):
 
 def _write_graph(towers: nn.Module, example: list[Tensor], path: Path, inputs: list[str], outputs: list[str]) -> None:
     # each input has a batch size of its own, also in a graph of both towers
+    is_large = sum(parameter.nbytes for parameter in towers.parameters()) > MAX_FILE_BYTES
     sizes = tuple({0: torch.export.Dim(f"num_{name}", max=2**20)} for name in inputs)
     with _quiet(), torch.no_grad():
         torch.onnx.export(
             towers.eval(), tuple(example), path, input_names=inputs, output_names=outputs, dynamo=True,
-            dynamic_shapes=(sizes,), opset_version=OPSET, external_data=False, verbose=False,
+            dynamic_shapes=(sizes,), opset_version=OPSET, external_data=is_large, verbose=False,
         )  # fmt: skip
 
 

@@ -21,20 +21,22 @@ _OF_MACHINES = {"run.", "data.data_dir", "data.val_data", "data.watch_data", "da
 
 def about_model(candidate: Candidate) -> About:
     """Collect what a checkpoint and the results file beside it say."""
+    source = Path(candidate.path).name
     if candidate.config is None:
-        return About(Path(candidate.path).name, "", {}, [], {})
+        return About(source, source, "", {}, [], {})
     found = _results_of(candidate)
-    verdict = ""
-    recalls = {}
+    verdict, recalls = "The results of its run are not beside its checkpoint, or are of another model.", {}
     if found is not None:
-        verdict = found.verdict.sentence() if found.verdict is not None else found.no_verdict
+        no_verdict = found.no_verdict or "Its run recorded no verdict."
+        verdict = found.verdict.sentence() if found.verdict is not None else no_verdict
         rows = {"as loaded": found.baseline, "this model": found.metrics}
         recalls = {
             name: {key: getattr(row, key) for key in (*results.RECALL_KEYS, "rsum")} for name, row in rows.items()
         }
     return About(
-        Path(candidate.path).stem,
-        verdict or "The results of its run are not beside its checkpoint, or are of another model.",
+        f"{candidate.config.model.name}, fine-tuned on {_data_name(candidate.config)}",
+        source,
+        verdict,
         recalls,
         _data_of(candidate),
         _settings_of(candidate.config),
@@ -56,11 +58,15 @@ def _results_of(candidate: Candidate) -> results.TrainingResults | None:
 
 def _data_of(candidate: Candidate) -> list[str]:
     assert candidate.config is not None
-    lines = [f"data set: {Path(candidate.config.data.data_dir).absolute().name}"]
+    lines = [f"data set: {_data_name(candidate.config)}"]
     for split, snapshot in candidate.known.splits.items():
         if len(snapshot.files):
             lines.append(f"{split}: {count(len(snapshot.files), snapshot.what)}")
     return lines
+
+
+def _data_name(config: Config) -> str:
+    return Path(config.data.data_dir).absolute().name
 
 
 def _settings_of(config: Config) -> dict[str, object]:
