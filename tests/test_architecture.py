@@ -121,6 +121,7 @@ def test_right_settings_go_on_to_the_slow_imports(tmp_path: Path) -> None:
         assert "was imported" in done.stderr, stage
 
 
+@pytest.mark.slow
 def test_importing_everything_prints_and_writes_nothing(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(MODULES)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

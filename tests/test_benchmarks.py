@@ -109,6 +109,7 @@ def test_the_usual_ways_agree_with_ours() -> None:
     assert retrieval.recalls_by_topk(images, texts, owners) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 def test_the_whole_matrix_is_seen_in_the_peak() -> None:
     sizes = Namespace(images=3000, texts=6000, size=8, device="cpu")  # 69 MiB of scores

@@ -223,6 +223,7 @@ def test_ranks_split_every_batch_in_its_order(sample_dir: Path, world_size: int)
     assert world_size < 7 or 0 in [len(batches[-1].tokens) for batches in ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 3, 4])
 def test_an_epoch_goes_on_from_a_batch_without_loading_those_before(

@@ -124,6 +124,7 @@ def test_every_command_is_accepted() -> None:
             parse_settings(SETTINGS[stage], list(arguments), description="")
 
 
+@pytest.mark.slow
 def test_the_code_and_the_light_stages_run(
     trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ from train import main as train_main
 FP32 = resolve_precision("fp32", torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_stage_repeats_the_runs_own_numbers(
     trained_dir: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,7 @@ def test_every_choice_has_a_reason() -> None:
     assert choose("full", Situation(300, 32, is_pretrained=False), {}) == []
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_a_recipe_picks_and_what_was_chosen_wins(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

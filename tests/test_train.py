@@ -293,6 +293,7 @@ def test_nothing_to_resume_is_a_run_from_the_beginning(
     assert "starting from the beginning" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_its_own_settings_and_says_which_changed(
     whole: Callable[[str], Path], tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ def test_blocks_of_lines_are_joined(tmp_path: Path) -> None:
     assert read(tmp_path, table("\t", odd, 100)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caption", ['"tis a kite', 'a "kite" ""', '""' + "tis", '"""tis""'])
 def test_many_lone_quotes_cost_no_more_than_a_moment_and_a_little_memory(caption: str, tmp_path: Path) -> None:
     lines = [f"{number}\t{caption}" for number in range(60_000)]
@@ -119,6 +120,7 @@ def test_many_lone_quotes_cost_no_more_than_a_moment_and_a_little_memory(caption
     assert peak < 20e6
 
 
+@pytest.mark.slow
 def test_a_lone_quote_at_the_top_does_not_read_all(tmp_path: Path) -> None:
     words = ["".join(chr(97 + number // 26**place % 26) for place in range(5)) for number in range(100_000)]
     lines = [f"{word}\tkite {word}" for word in words]

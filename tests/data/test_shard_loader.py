@@ -61,6 +61,7 @@ def test_captions_are_cut_to_the_models_context(tmp_path: Path) -> None:
         assert (batch.tokens.max(dim=1).values == 49407).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("counts", "world_size", "num_workers"),
     [

@@ -192,6 +192,7 @@ def test_hidden_samples_count_one_by_one(hidden: Callable[[int], str], tmp_path:
     assert len({issue.image for batch in batches for issue in batch.issues}) == 100
 
 
+@pytest.mark.slow
 def test_counting_agrees_with_reading_whatever_the_names(tmp_path: Path) -> None:
     """Also where the text is far behind, and where more wait for it than may."""
     chance = random.Random(0)

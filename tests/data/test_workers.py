@@ -55,6 +55,7 @@ ROOM: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [clip_transform(96), in_half_precision])
 @pytest.mark.parametrize("room", ROOM)
 def test_batches_are_the_same_however_they_are_handed_over(

@@ -130,6 +130,7 @@ EDITS: dict[str, Edit] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_a_wrong_value_ends_a_resume_in_one_line(
     name: str, content: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]

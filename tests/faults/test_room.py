@@ -65,6 +65,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_on_a_cache_that_is_no_longer_right_is_that_without(change: str, data: Path, tmp_path: Path) -> None:
     for number, color in ((1, "red"), (2, "blue")):  # of the same size

@@ -400,6 +400,7 @@ def fail(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RowStore, "read", read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [noise, nan, remove, empty, fill_disk, fail])
 def test_what_becomes_of_the_cache_in_a_run_changes_no_batch(
     pairs: Pairs, tmp_path: Path, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch

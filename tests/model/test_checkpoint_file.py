@@ -124,6 +124,7 @@ def test_one_in_pytorchs_older_form_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "x.pth")
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_seen_or_changes_nothing(path: Path) -> None:
     """Harmless are flips in padding and in fields that no reader uses, such as the time of day."""
     data, harmless = bytearray(path.read_bytes()), 0

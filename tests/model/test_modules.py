@@ -212,6 +212,7 @@ def test_one_touched_tower_leaves_the_other_packed() -> None:
     assert not is_plain(pickle.loads(pickle.dumps(model)), "text")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_row_wise_layers_leave_a_tower_packed() -> None:
     model = make()

@@ -62,6 +62,7 @@ def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B/16", "ViT-L/14", "RN101")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*sorted(FAST), *LARGE])
 def test_images_equal_the_module(name: str) -> None:
     backbone = build(shallow(name))

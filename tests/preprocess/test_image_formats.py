@@ -64,6 +64,7 @@ def test_of_two_files_of_one_name_the_common_image_is_meant(tmp_path: Path) -> N
 BOX = b"\0\0\0\x18ftyp"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

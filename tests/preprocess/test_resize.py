@@ -49,6 +49,7 @@ def test_where_pillow_takes_the_columns_first_pixels_differ_little() -> None:
     assert np.abs(difference).mean() < 0.5  # noise is the worst case: it is cut off at 0 and 255 between the passes
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_written_the_machine_code_is_not_cached() -> None:
     """The code's folder is read-only, and there is no home: as for a user of a container."""
     code = (

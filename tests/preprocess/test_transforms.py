@@ -48,6 +48,7 @@ SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     "form", [{"quality": 90}, {"quality": 75, "subsampling": 0}, {"progressive": True}, {"gray": 1}]

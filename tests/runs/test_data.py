@@ -157,6 +157,7 @@ def hostile(run: Path, command: str, key: str) -> None:
     save_checkpoint(run / "model-checkpoint" / "last_model.pth", state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["data_dir", "val_data"])
 @pytest.mark.parametrize("form", ["pipe:{}", "{{data/x.tar,pipe:{}}}", "PIPE:{}"])
 def test_no_file_runs_a_command(run: Path, tmp_path: Path, key: str, form: str) -> None:
@@ -239,6 +240,7 @@ def test_a_folder_without_a_run_is_no_run_to_resume(tmp_path: Path, capsys: pyte
     assert f"--resume: {tmp_path} holds no run's model-checkpoint/last_model.pth" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parquet", "chinese-clip"])
 def test_images_inside_other_files_train_as_files_do_and_may_move(
     form: str, tmp_path: Path, small: pytest.MonkeyPatch
@@ -268,6 +270,7 @@ def test_images_inside_other_files_train_as_files_do_and_may_move(
     assert evaluation_main(["--checkpoint", "run/model-checkpoint/last_model.pth", "--output_dir", "run"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_on_names_of_folders_is_evaluated_and_resumed(
     tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +380,7 @@ def test_what_a_run_trained_on_before_its_data_changed_is_remembered(run: Path) 
     assert earlier_data(Config(), again, changed) == [content["data"]["val"], content["data"]["train"]]
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_on_one_split(run: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> None:
     def validated(name: str, *flags: str) -> set[str]:
         assert main(["--data_dir", "data", "--output_dir", name, "--num_epochs", "1", *FLAGS, *flags]) == 0

@@ -79,6 +79,7 @@ def test_the_same_checkpoint_twice_is_one(trained_dir: Path, tmp_path: Path) -> 
     assert (code, found["num_images"]) == (0, 6)
 
 
+@pytest.mark.slow
 def test_of_runs_with_other_splits_the_images_that_all_validated_on_are_taken(
     trained: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_every_image_is_held_out_once_and_in_no_training_of_its_judge(run: Path) -> None:
     held, everything = [], set()
     for fold in ("1", "2", "3"):
@@ -130,6 +131,7 @@ def test_what_the_last_run_tells_is_the_folds(run: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_screen_has_a_line_a_fold_the_table_and_the_verdict(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert (ours.verdict, ours.length) == (theirs.verdict, theirs.length)
 
 
+@pytest.mark.slow
 def test_frozen_towers_run_once_for_all_folds(sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
     tower = CLIPModel.run_image_tower

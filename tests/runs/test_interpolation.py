@@ -50,6 +50,7 @@ def results_of(files: RunFiles) -> Any:
     return json.loads(files.results.read_text())
 
 
+@pytest.mark.slow
 def test_the_ends_are_the_two_models_bit_for_bit(files: RunFiles, ends: Ends) -> None:
     for alpha, path in ((0.0, files.loaded), (1.0, files.best), (0.0, files.loaded)):
         ends.model_at(0.5)  # what was looked at before leaves nothing

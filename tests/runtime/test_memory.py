@@ -68,6 +68,7 @@ def test_a_stage_that_may_take_little_memory(stage: str, kilobytes: int, tmp_pat
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "", "9" * 5000])
 def test_a_variable_of_torchrun_that_is_no_number_is_named(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained_dir: Path

@@ -61,6 +61,7 @@ def assert_whole(folder: Path) -> None:
     assert model(folder, "best")["metrics"]["rsum"] == reported["metrics"]["rsum"]
 
 
+@pytest.mark.slow
 def test_the_model_as_loaded_stays(run: Path) -> None:
     assert_whole(run)
     states = [model(run, name)["model_state_dict"] for name in ("loaded", "last")]
@@ -77,6 +78,7 @@ def test_the_best_model_is_a_link_while_it_is_the_one_as_loaded(
     assert loaded.samefile(best)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_brings_its_models_along(run: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (run / "model-checkpoint").iterdir()}
     last = str(run / "model-checkpoint" / "last_model.pth")
@@ -117,6 +119,7 @@ def test_where_a_run_goes_on_is_told_by_where_its_file_lies(
     assert "lies in no run's model-checkpoint folder: name the folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["deleted", "cut", "later epoch", "another run"])
 @pytest.mark.parametrize("num_epochs", ["2", "3"])
 def test_a_best_model_that_is_not_there_is_told_and_repaired(
