@@ -37,6 +37,8 @@ SHAPES: dict[str, tuple[Architecture, int]] = {
     "a ResNet": (SMALL_RESNET, 64),
     "a ResNet with a projection": (SMALL_RESNET, 48),
 }  # fmt: skip
+LIBRARIES = [pytest.param("transformers", marks=pytest.mark.slow), "open_clip", "openai"]
+"""Those whose import takes seconds are slow."""
 TEXTS = ["a photo of a dog", "Two  small red boats, 3 people & a café", "very long " * 60]
 
 
@@ -71,7 +73,7 @@ def assert_same_features(form: str, model: CLIPModel, folder: Path) -> None:
         assert np.linalg.norm(unit - wanted, axis=1).max() <= FORMS[form].tolerance
 
 
-@pytest.mark.parametrize("form", ["transformers", "open_clip", "openai"])
+@pytest.mark.parametrize("form", LIBRARIES)
 def test_the_library_and_our_loader_give_the_same_features(form: str, model: CLIPModel, tmp_path: Path) -> None:
     pytest.importorskip("open_clip" if form == "open_clip" else "transformers")
     if not holds(form, model):
@@ -87,7 +89,7 @@ def test_the_library_and_our_loader_give_the_same_features(form: str, model: CLI
     assert torch.equal(again.logit_scale, model.logit_scale)
 
 
-@pytest.mark.parametrize("form", ["transformers", "open_clip", "openai"])
+@pytest.mark.parametrize("form", LIBRARIES)
 def test_the_library_preprocesses_as_training_did(form: str, tmp_path: Path) -> None:
     pytest.importorskip("open_clip" if form == "open_clip" else "transformers")
     with pytest.MonkeyPatch.context() as patch:
