@@ -72,7 +72,8 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 folder = "exported/transformers"
-model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+model = CLIPModel.from_pretrained(folder).eval()
+processor = CLIPProcessor.from_pretrained(folder, backend="pil")  # resizes as in training; without it, within 2/255
 texts = ["a photo of a cat", "a photo of a dog"]
 inputs = processor(text=texts, images=Image.open("photo.jpg"), padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():

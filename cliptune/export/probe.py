@@ -34,7 +34,8 @@ def load_transformers(folder: Path) -> Loaded:
     import torch  # noqa: PLC0415
     from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415
 
-    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = CLIPProcessor.from_pretrained(folder, backend="pil")
 
     def encode_texts(texts: list[str]) -> Array:
         inputs = processor(text=texts, padding=True, truncation=True, return_tensors="pt")

@@ -22,6 +22,8 @@ def write(weights: Weights, folder: Path) -> None:
     """Write weights without projection layers, and the list of what a text or an image goes through."""
     (folder / INNER).mkdir()
     transformers.write(weights, folder / INNER)
+    # Pillow's resize, as in training: the other one differs by up to 2/255
+    write_json(folder / INNER / "sentence_bert_config.json", {"processor_kwargs": {"backend": "pil"}})
     (folder / "1_Normalize").mkdir()
     write_json(folder / "1_Normalize" / "config.json", {})
     kinds = (INNER, "CLIPModel"), ("1_Normalize", "Normalize")
