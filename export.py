@@ -26,7 +26,7 @@ import torch
 
 from clip_model import CLIPModel
 from cliptune.export import onnx
-from cliptune.export.card import model_card
+from cliptune.export.card import About, model_card
 from cliptune.export.fold import fold_projections
 from cliptune.export.folder import MARKER, check_free, new_export
 from cliptune.export.forms import FORMS, Form, check_can_hold, check_installed
@@ -78,15 +78,7 @@ def _export(argv: list[str] | None) -> int:
         notes = _quantize(candidate, model, temporary, settings) if settings.quantize else []
         if model.logit_bias is not None:
             notes.append(f"Logits are scale * cosine + {model.logit_bias.item():.4f}, a sigmoid loss's bias.")
-        versions = {name: metadata.version(name) for name in ("torch", *form.packages.values())}
-        about = about_model(candidate)
-        card = model_card(form.name, weights.architecture, about, differences, versions=versions, notes=notes)
-        write_text(temporary / "README.md", card)
-        write_json(temporary / MARKER, {
-            "form": form.name, "source": about.source, "verdict": about.verdict,
-            "architecture": model.architecture.to_dict(), "differences": differences._asdict(),
-            "versions": versions, "notes": notes,
-        })  # fmt: skip
+        _describe(form, about_model(candidate), weights, temporary, differences=differences, notes=notes)
     _announce(form, folder, differences, notes)
     return 0
 
@@ -122,6 +114,20 @@ def _quantize(candidate: Candidate, model: CLIPModel, folder: Path, settings: Ex
         f"Quantised graphs (`*_int8.onnx`): RSum {rsum[1]:.1f} instead of {rsum[0]:.1f} ({rsum[1] - rsum[0]:+.1f}) on "
         f"{count(len(chosen.pairs), 'validation image')}."
     ]
+
+
+def _describe(
+    form: Form, about: About, weights: Weights, folder: Path, *, differences: Differences, notes: list[str]
+) -> None:
+    """Write the model card, and the same for programs."""
+    versions = {name: metadata.version(name) for name in ("torch", *form.packages.values())}
+    card = model_card(form.name, weights.architecture, about, differences, versions=versions, notes=notes)
+    write_text(folder / "README.md", card)
+    write_json(folder / MARKER, {
+        "form": form.name, "source": about.source, "verdict": about.verdict,
+        "architecture": weights.architecture.to_dict(), "differences": differences._asdict(),
+        "versions": versions, "notes": notes,
+    })  # fmt: skip
 
 
 def _rsum(model: Any, pairs: Any, num_workers: int | None) -> float:

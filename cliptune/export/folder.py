@@ -34,7 +34,7 @@ def new_export(folder: Path) -> Iterator[Path]:
 
     If the block raises, it is removed, and what was there stays.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # behind a link, whose name stays
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     temporary.mkdir()

@@ -37,6 +37,15 @@ def test_a_new_one_replaces_all_of_an_earlier_one(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["a"]
 
 
+def test_behind_a_link_the_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_export(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert (tmp_path / "real" / "a").is_file()
+
+
 def test_only_an_export_is_replaced_and_only_when_asked(tmp_path: Path) -> None:
     check_free(tmp_path / "nothing", overwrite=False)
     check_free(tmp_path, overwrite=False)  # an empty folder
