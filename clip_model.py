@@ -235,9 +235,10 @@ class CLIPModel(nn.Module):
         tokens = to_tokens(
             texts, self._tokenize, context_length=shape.context_length, vocab_size=shape.vocab_size
         )  # [B, L]
-        # a tensor is a batch already: under FSDP every rank must run it as often as the others
-        size = len(tokens) if isinstance(texts, Tensor) else self._at_once or len(tokens)
-        return _joined([self.project_text(self.run_text_tower(batch)) for batch in tokens.split(max(size, 1))])
+        # a tensor is a batch already: a trace keeps it, and under FSDP every rank must run it as often as the others
+        is_batch = isinstance(texts, Tensor) or self._at_once is None
+        batches = [tokens] if is_batch else tokens.split(AT_ONCE)
+        return _joined([self.project_text(self.run_text_tower(batch)) for batch in batches])
 
     @torch.no_grad()
     def similarity(self, images: ImageInput, texts: TextInput) -> Tensor:

@@ -73,6 +73,7 @@ def _export(argv: list[str] | None) -> int:
     with new_export(folder) as temporary:
         _check_room(weights, temporary, is_graph=form.write is None)
         _write(form, weights, model, temporary, settings)
+        logger.info("written; %s loads it in a process of its own", form.name)
         batches = BATCHES if form.write is None else ()
         differences = verify(form.name, temporary, model, self_test, tolerance=form.tolerance, batches=batches)
         notes = _quantize(candidate, model, temporary, settings) if settings.quantize else []
