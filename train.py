@@ -14,8 +14,9 @@ if __name__ == "__main__":
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
 from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
+from cliptune.runs.copies import copy_finder, main_finds_copies
 from cliptune.runs.data import (
     RunData,
     Splits,
@@ -54,6 +56,7 @@ from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_tes
 from cliptune.runs.watch import watching
 from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
+from cliptune.runtime.environment import process_start
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count
 from cliptune.runtime.rng import seed_everything
@@ -95,6 +98,8 @@ def _train(argv: list[str] | None) -> int:
 
 def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) -> int:
     """Train one run; `part`: it is one of several."""
+    # of a call, or of one run of several, the process may be older than what it is about
+    began = process_start() if argv is None and part is None else time.monotonic()
     whole = None if part is None else part.whole
     with ExitStack() as held:
         # settings: a resumed run has its own
@@ -108,10 +113,11 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         weights = find_run_weights(config, started.given, resumed)
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
-        with main_first():
+        with main_finds_copies(copy_finder(config, reading["cache_file"])) as reading["find_copies"]:
             splits, snapshots = _read(config, resumed, part, **reading)
-        is_settled = resumed is not None or part is not None
-        config = apply_recipe(config, started, splits=splits, weights=weights, is_resumed=is_settled)
+        config = apply_recipe(
+            config, started, splits=splits, weights=weights, is_resumed=resumed is not None or part is not None
+        )
         seed_everything(config.training.seed)  # here: what reads the data may draw, or find it cached and not draw
         with main_first():  # the other ranks find the weights downloaded
             model = make_model(config, weights, resumed, model_class=CLIPModel)
@@ -135,11 +141,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
             config, started, resumed, snapshots=snapshots, positives=loss.positives, val_images=data.val.paths
         )
         saver = _make_saver(config, trainer, files=files, about=about)
-        state, anew = (
-            (RunState(), None)
-            if resumed is None
-            else _restore(config, trainer, saver, data, resumed=resumed, snapshots=snapshots)
-        )
+        state, anew = _begin(config, trainer, saver, data, resumed=resumed, snapshots=snapshots, began=began)
         if whole is None:
             retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
         else:  # no image is left to evaluate on: the folds have told
@@ -165,14 +167,12 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
     return code
 
 
-def _read(
-    config: Config, resumed: Resumed | None, part: Part | None, *, given: dict[str, Any], cache_file: Path
-) -> tuple[Splits, Snapshots]:
+def _read(config: Config, resumed: Resumed | None, part: Part | None, **reading: Any) -> tuple[Splits, Snapshots]:
     if part is not None:
-        return part.splits, part.snapshots(resumed, cache_file=cache_file)
+        return part.splits, part.snapshots(resumed, cache_file=reading["cache_file"])
     if resumed is None:
-        return read_data(config, given=given, cache_file=cache_file)
-    return reread_data(config, resumed.content, given=given, cache_file=cache_file)
+        return read_data(config, **reading)
+    return reread_data(config, resumed.content, **reading)
 
 
 def _conclude(
@@ -186,6 +186,7 @@ def _conclude(
     part: Part | None,
 ) -> None:
     """Verify what the run leaves, compare its best model with the one as loaded, draw it and tell of it."""
+    state.wall_time.enter("rest")
     files = journal.files
     if is_main():
         verify_best(state, files, run_id=journal.about["run_id"])
@@ -193,11 +194,12 @@ def _conclude(
         journal.about |= judge(retrieval, state, None)
         journal.write_results(state, finished=True)
         return
-    found = look_back(
-        config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
-        complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
-    )  # fmt: skip
-    test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
+    with state.wall_time.inside("validation"):
+        found = look_back(
+            config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+            complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
+        )  # fmt: skip
+        test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
     whole = None if part is None else part.whole
     if whole is None and retrieval is None:
         return
@@ -243,7 +245,7 @@ def _fit(
     validation = Interval(every_steps=steps_of(every), every_seconds=seconds_of(every))
     batches: Iterator[Any] | None = None
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
-    with stop, journal, closing(saver), profiler:
+    with stop, journal, saver.of_run(state), profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
             while (ending := state.ending(*limits)) is None:
@@ -297,6 +299,7 @@ def _evaluate(
     trainer.settle()
     means = state.train_means()
     journal.begin_validation()
+    state.wall_time.enter("validation")
     # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again
     with stop.interruptible(), trainer.averaged():
         evaluation, watched = data.validate(), data.watch.evaluate()
@@ -376,25 +379,31 @@ def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, 
     )
 
 
-def _restore(
+def _begin(
     config: Config,
     trainer: MultimodalTrainer,
     saver: Saver,
     data: RunData[Any],
     *,
-    resumed: Resumed,
+    resumed: Resumed | None,
     snapshots: Snapshots,
+    began: float,
 ) -> tuple[RunState, tuple[Evaluation, Evaluation] | None]:
-    """Continue from a checkpoint; the model holds its weights already.
+    """Begin at the model as loaded, or continue from a checkpoint, whose weights the model holds already.
 
     Returns:
         The state, and the evaluations of the models as loaded and the best on data that is not what the run had.
     """
+    state = RunState()
+    state.wall_time.begin(began)
+    if resumed is None:
+        return state, None
     stored = stored_config(resumed.content["config"], resumed.path)
     if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
     has_changed = is_other_data(resumed.content, snapshots)
     state = saver.restore(*resumed)
+    state.wall_time.begin(began)
     if is_main():
         settle_models(state, saver, state_path=resumed.path)
     state.best, state.best_epoch, state.best_step = broadcast((state.best, state.best_epoch, state.best_step))

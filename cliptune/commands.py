@@ -25,6 +25,11 @@ def data() -> None:
     _run("data_loader")
 
 
+def search() -> None:
+    """Run `search.py`."""
+    _run("search")
+
+
 def export() -> None:
     """Run `export.py`."""
     _run("export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
@@ -14,6 +15,7 @@ MAX_SIZE = 1e100
 # strict: neither `true` nor `"3"` is a number
 # what is larger cannot be drawn, and no run comes near it
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_SIZE, le=MAX_SIZE)]
+Seconds = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 # whole numbers stay whole ones, so that a file says "epoch": 3
 Place = Annotated[
@@ -98,6 +100,40 @@ class EvaluationGain(BaseModel):
     i2t_r1: GainInterval
     t2i_r1: GainInterval
     rsum: GainInterval
+
+
+class WallTime(BaseModel):
+    """Where a run's time went, in seconds on the main rank; with that of all its parts, if it was resumed."""
+
+    model_config = RECORDED
+
+    start: Seconds = 0.0
+    """From the start of the process on: imports, weights, reading the data."""
+    data: Seconds = 0.0
+    """Waiting for batches."""
+    step: Seconds = 0.0
+    """Forward, loss, backward, update."""
+    validation: Seconds = 0.0
+    """Evaluations, also on watched data, of the test split and of averages of the weights."""
+    saving: Seconds = 0.0
+    """Writing checkpoints."""
+    rest: Seconds = 0.0
+    """All else until the results are written; the figures come after that."""
+
+    def phases(self) -> dict[str, float]:
+        """Return the seconds of each."""
+        return {phase: getattr(self, phase) for phase in type(self).model_fields}
+
+    @property
+    def total(self) -> float:
+        """Their sum, in seconds: the phases have no moment in common, and leave none out."""
+        return sum(self.phases().values())
+
+    def sentence(self) -> str:
+        """Say it in one line."""
+        total = max(self.total, 1e-9)
+        parts = ", ".join(f"{phase} {100 * seconds / total:.0f}%" for phase, seconds in self.phases().items())
+        return f"wall time: {timedelta(seconds=round(self.total))} ({parts})"
 
 
 class WatchedRecord(BaseModel):

@@ -26,6 +26,7 @@ from cliptune.recorded import (
     Number,
     Place,
     Verdict,
+    WallTime,
     WatchedRecord,
     WatchedResult,
     WatchedVerdict,
@@ -243,6 +244,7 @@ class TrainingResults(Results):
     baseline: Metrics
     histograms: RunHistograms
     peak_memory_gb: dict[str, Number] = {}
+    wall_time: WallTime | None = None
     config: RecordedConfig
     history: list[EpochRecord]
     schedule: list[SchedulePoint] = []

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from clip_model import CLIPModel, MultimodalTrainer
-from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.self_test import TEXTS
 from cliptune.results import RECALL_KEYS
+from cliptune.runs.model import make_model
 from cliptune.training import memory
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
@@ -585,7 +586,9 @@ def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(
     assert cached_files(tmp_path / "plain") == ["identities.npz"]
 
 
-def test_how_much_of_an_epoch_was_waited_for(sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> None:
+def test_how_much_of_an_epoch_was_waited_for(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = [0.0]
 
     def clock() -> float:
@@ -603,14 +606,24 @@ def test_how_much_of_an_epoch_was_waited_for(sample_dir: Path, tmp_path: Path, s
     small.setattr("time.monotonic", clock)
     small.setattr(ImageTextDataset, "__getitem__", takes(1, ImageTextDataset.__getitem__))
     small.setattr(MultimodalTrainer, "train_step", takes(54, MultimodalTrainer.train_step))
+    small.setattr("train.make_model", takes(3, make_model))
+    small.setattr("cliptune.training.checkpoint.save_checkpoint", takes(4, save_checkpoint))
     assert main(small_flags(sample_dir, tmp_path, "--batch_size", "18", "--log_interval", "1")) == 0
     log = (tmp_path / "logs" / "train.log").read_text()
     first, second = re.findall("epoch [12]: .*", log)
-    assert first.endswith(", 216 s, 0.2 pairs/s, waited 25% for data, 0:03:42 left")  # 54 images; 6 validate
+    assert first.endswith(", 216 s, 0.2 pairs/s, waited 25% for data, 0:03:50 left")  # 54 images; 6 validate
     assert second.endswith(", 216 s, 0.2 pairs/s, waited 25% for data")
     assert "step 1/6: " in log
-    assert re.search(r"step 1/6: .*, 0 pairs/s, 0:06:12 left", log)  # 5 steps of 72 s, 2 validations of 6 s
+    assert re.search(r"step 1/6: .*, 0 pairs/s, 0:06:28 left", log)  # 5 steps of 72 s, 2 validations of 6 s and 8
     assert [round(line["seconds"]) for line in lines_of(tmp_path / "logs" / "steps.jsonl")] == [72] * 6
+    results = json.loads((tmp_path / "results" / "training_results.json").read_text())
+    spent = {phase: round(seconds) for phase, seconds in results["wall_time"].items()}
+    assert spent == {"start": 3, "data": 108, "step": 324, "validation": 18, "saving": 20, "rest": 0}
+    assert re.search(
+        r"^wall time: 0:07:53 \(start 1%, data 23%, step 68%, validation 4%, saving 4%, rest 0%\)$",
+        capsys.readouterr().out,
+        re.M,
+    )
 
 
 def test_a_profile_and_the_peak_memory(whole: Callable[[str], Path]) -> None:

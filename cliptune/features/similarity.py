@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cliptune.features.ranks import check_features, slices
 
-NUM_BINS = 100
+NUM_BINS = 400
 MAX_HISTOGRAM_IMAGES, MAX_HISTOGRAM_PAIRS = 4096, 2**24
 SMALL_BLOCK = 1024  # rows that are copied at once
 
@@ -77,7 +77,7 @@ def similarity_histograms(
     max_images: int = MAX_HISTOGRAM_IMAGES,
     max_pairs: int = MAX_HISTOGRAM_PAIRS,
 ) -> dict[str, list[Any]]:
-    """Count the cosines of matched and unmatched pairs in 100 equal bins from -1 to 1.
+    """Count the cosines of matched and unmatched pairs in 400 equal bins from -1 to 1.
 
     All matched pairs are counted. Of the unmatched ones too, up to 2^24 pairs; in a larger gallery those of at most
     4,096 images with 4,096 texts (more texts, if there are fewer images), both taken at even distances.
@@ -90,7 +90,7 @@ def similarity_histograms(
         max_pairs: pairs of these images with texts that are looked at.
 
     Returns:
-        `bin_edges` (101 numbers), `positive` and `negative` (100 counts each).
+        `bin_edges` (401 numbers), `positive` and `negative` (400 counts each).
     """
     owners, _ = check_features(image_features, text_features, text_to_image)
     rows = _evenly_spaced(len(image_features), max_images)

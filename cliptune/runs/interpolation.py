@@ -197,7 +197,8 @@ def _interpolated(
 ) -> LookBack:
     """Choose one of the averages, estimate its gain and save it."""
     chosen, allowed = choose(points)
-    verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=evaluations)
+    # alpha 0 is the model as loaded: whatever the folds chose, what is saved gains nothing over it
+    verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=evaluations) if chosen.alpha else None
     if is_main():
         _save(ends, chosen, path, complete=complete)
     barrier()
@@ -268,6 +269,8 @@ def _lines(points: Sequence[Point], chosen: Point, verdict: Verdict | None, *, p
         )
     )
     rsum, merged = chosen.validation.recalls["rsum"], chosen.validation.merged
+    if chosen.alpha == 0:
+        gain = "; so nothing is gained over it"
     gain += "; equal captions and images count as one" if merged else ""
     which = {0.0: ", the model as loaded,", 1.0: ", the best model,"}.get(chosen.alpha, "")
     summary = f"alpha {chosen.alpha:.1f}{which} is the best{among}: RSum {rsum:.1f}{gain}"

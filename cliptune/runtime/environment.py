@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 TOOLKIT = "clip-finetuning-toolkit"
 PACKAGES = ("torch", "torchvision", "clip", "clip-anytorch", "numpy", "numba", "pillow", "simplejpeg", "pyarrow")
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def process_start() -> float:
+    """Return when this process began, as a time of `time.monotonic`; exact to a hundredth of a second."""
+    import psutil  # noqa: PLC0415  (reads /proc when it is imported)
+
+    # the time of the day may have been set since: then the process began now
+    age = time.time() - float(psutil.Process().create_time())
+    return time.monotonic() - max(age, 0.0)
 
 
 def package_versions() -> dict[str, str]:

@@ -205,6 +205,11 @@ class Saver:
             OSError: a file cannot be written.
         """
         self.trainer.settle()
+        with state.wall_time.inside("saving"):
+            self._save(state, best=best)
+        self._interval.restart()
+
+    def _save(self, state: RunState, *, best: bool) -> None:
         content = self._model(state)
         # the model as loaded stays for the run's life; it is the best one, too, until an epoch is better
         states = {self.files.loaded: content} if state.epoch == 0 else {}
@@ -215,7 +220,6 @@ class Saver:
             self._writer.save(states)
             if best and self.trainer.model.lora is not None:
                 self._save_adapter(states[self.files.last])
-        self._interval.restart()
 
     def restore(self, path: Path, content: dict[str, Any]) -> RunState:
         """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards.
@@ -234,9 +238,14 @@ class Saver:
         content.clear()  # the optimiser has its own copies
         return state
 
-    def close(self) -> None:
-        """Write what waits."""
-        self._writer.flush()
+    @contextmanager
+    def of_run(self, state: RunState) -> Iterator[None]:
+        """Write what waits when the run ends, however it does."""
+        try:
+            yield
+        finally:
+            with state.wall_time.inside("saving"):
+                self._writer.flush()
 
     def _save_adapter(self, state: dict[str, Any]) -> None:
         """Write what of the best model was learned, small, beside it."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cliptune import results
-from cliptune.recorded import GainInterval, Verdict, shown_epoch
+from cliptune.recorded import GainInterval, Verdict, WallTime, shown_epoch
 from cliptune.results import RECALL_KEYS
 from cliptune.runtime.device import peak_memory
 from cliptune.runtime.distributed import is_main
@@ -105,6 +105,8 @@ class Journal:
         self._num_steps = self._num_pairs = 0
         self._waited = self._train_seconds = self._validation_seconds = 0.0
         self._bar = progress_bar(disable=True)
+        self._wall_time: dict[str, float] = {}
+        """As the results file has it."""
         self._steps: Any = None
         self._events: Any = None
         self._written: set[Path] = set()
@@ -137,6 +139,7 @@ class Journal:
         self._line_at = self._epoch_at = time.monotonic()
         self._num_steps = self._num_pairs = 0
         self._waited = 0.0
+        state.wall_time.enter("step")
         self._recent.clear()
         if state.epoch:
             self._bar = progress_bar(
@@ -216,7 +219,7 @@ class Journal:
         """Write the results file: all that the figures are drawn from."""
         if not is_main():
             return
-        best, baseline = state.best, state.baseline
+        best, baseline, self._wall_time = state.best, state.baseline, state.wall_time.state_dict()
         values = {
             "started_at": state.started_at,
             "finished_at": now() if finished else None,
@@ -229,6 +232,7 @@ class Journal:
             "skipped": best.get("skipped", {}),  # a run of before it was counted may be resumed
             "histograms": {"baseline": baseline["histograms"], "best": best["histograms"]},
             "peak_memory_gb": peak_memory(self.device),
+            "wall_time": self._wall_time,
             **self.about,
             "history": state.history,
         }
@@ -243,7 +247,8 @@ class Journal:
             lines.append(no_better_epoch(num_images, at_chance=at_chance))
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
-        lines.append(f"\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
+        spent = WallTime.model_validate(self._wall_time).sentence()
+        lines.append(f"\n{spent}\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
         return "\n".join(lines)
 
     def _table(self, state: RunState) -> list[str]:

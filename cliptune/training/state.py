@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cliptune import results
 from cliptune.model.checkpoint_fields import validate
-from cliptune.recorded import Count, Number, Place
+from cliptune.recorded import Count, Number, Place, WallTime
 from cliptune.runtime.messages import count, printable, shorten
 from cliptune.training.meters import EpochTotals, Step
+from cliptune.training.wall_time import WallClock
 
 TIE = 1e-9
 """Relative difference below which two RSums are the same: sums of the same recalls in another order differ by 1e-16."""
@@ -56,6 +57,7 @@ class _Stored(results.Recorded):
     best_step: Count | None = None
     epochs_since_best: Count
     totals: _Totals | None
+    wall_time: WallTime = WallTime()
 
 
 @dataclass
@@ -72,6 +74,7 @@ class RunState:
         best_epoch, best_step: where it stands in the run, as its record says.
         epochs_since_best: evaluations since then; without those within an epoch they are epochs.
         totals: of the batches so far, within an epoch; None: between two epochs.
+        wall_time: where the time went so far.
     """
 
     started_at: str = field(default_factory=now)
@@ -84,6 +87,7 @@ class RunState:
     best_step: int = 0
     epochs_since_best: int = 0
     totals: EpochTotals | None = None
+    wall_time: WallClock = field(default_factory=WallClock)
 
     @property
     def num_batches(self) -> int:
@@ -105,6 +109,7 @@ class RunState:
         """Take in a step of the epoch; waits for no device."""
         assert self.totals is not None
         self.totals.add(step.result)
+        self.wall_time.add_waited(step.waited)
         if step.result is not None:
             self.step = step.result.global_step
 
@@ -195,7 +200,10 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values; waits for the device within an epoch."""
-        return {**vars(self), "history": list(self.history), "totals": self.totals and self.totals.state_dict()}
+        totals = self.totals and self.totals.state_dict()
+        return {
+            **vars(self), "history": list(self.history), "totals": totals, "wall_time": self.wall_time.state_dict(),
+        }  # fmt: skip
 
     @classmethod
     def check(cls, content: dict[str, Any], path: str | Path) -> None:
@@ -235,4 +243,5 @@ class RunState:
         if values["totals"] is not None:
             totals = EpochTotals(device)
             totals.load_state_dict(values["totals"])
-        return cls(**{**values, "totals": totals})
+        wall_time = WallClock(values.get("wall_time"))  # a run of before it was recorded begins at 0
+        return cls(**{**values, "totals": totals, "wall_time": wall_time})

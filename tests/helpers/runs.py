@@ -20,7 +20,7 @@ from cliptune.model.checkpoint_file import load_checkpoint
 from tests.helpers.models import SMALL_VIT
 
 SMALL = ["--model_name", SMALL_VIT.name, "--batch_size", "10", "--num_workers", "0", "--learning_rate", "1e-3"]
-DIFFER = {"run_id", "config_file", "folder", "started_at", "output_dir", "resume", "throughput"}
+DIFFER = {"run_id", "config_file", "folder", "started_at", "output_dir", "resume", "throughput", "wall_time"}
 """Between two runs of the same settings."""
 
 

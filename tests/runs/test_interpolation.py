@@ -141,6 +141,19 @@ def test_the_estimate_takes_the_luck_of_both_choices_away() -> None:
     assert abs(np.mean(estimates)) < 0.4 * np.mean(gains)
 
 
+@pytest.mark.slow
+def test_where_the_model_as_loaded_is_chosen_no_gain_is_told(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_runs() as patch:
+        patch.setattr("cliptune.runs.interpolation.choose", lambda points: (points[0], list(points)))
+        assert main([*flags, "--output_dir", str(tmp_path)]) == 0
+    found = results_of(RunFiles(tmp_path))["interpolation"]
+    assert (found["chosen"], found["verdict"]) == (0, None)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("alpha 0.0, the model"))
+    assert "95%" not in line and "nothing is gained" in line
+
+
 def test_the_chosen_one_is_a_checkpoint_like_the_best(files: RunFiles, tmp_path: Path) -> None:
     found = results_of(files)["interpolation"]
     assert [each["alpha"] for each in found["points"]] == list(ALPHAS)

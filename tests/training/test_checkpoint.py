@@ -146,7 +146,8 @@ def test_a_state_is_due_by_steps_or_by_time(tmp_path: Path) -> None:
     assert not never.is_due(500)
 
 
-def test_a_run_goes_on_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_run_goes_on_as_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
     files, trainer = RunFiles(tmp_path), trainer_of()
     batch = make_batch(trainer.model, 8)
     state = RunState(history=[{"epoch": 0}])
