@@ -61,6 +61,7 @@ HELP_GROUPS = {
         "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
     ),
     "shards": ("to_shards", "shard_size"),
+    "export": ("to", "overwrite", "onnx_files", "quantize"),
     "output": ("report", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
@@ -68,7 +69,7 @@ HELP_GROUPS = {
 METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
-    "validate_every": "N|TIME", "watch_data": "PATH",
+    "to": "FORM DIR", "validate_every": "N|TIME", "watch_data": "PATH",
     "classes": "PATH", "templates": "FILE", "queries": "QUERY", "query_image": "FILE", "images": "DIR",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
@@ -404,6 +405,8 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     if get_origin(field.annotation) is list:  # --flag A B, and --flag A --flag B
         # where words without a flag may follow, a flag takes one value: --flag A word
         argument |= {"nargs": 1 if "single" in extra else "+", "action": "extend"}
+        if " " in argument["metavar"]:  # values of several kinds: FORM [DIR ...]
+            argument["metavar"] = tuple(argument["metavar"].split())
     text, default = str(field.description), "none" if field.default in (None, []) else str(field.default)
     default = " ".join(field.default) if isinstance(field.default, list) and field.default else default
     if field.default in (None, []) and "none: " in text:

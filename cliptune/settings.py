@@ -8,6 +8,7 @@ here is slow to import: a stage answers `--help` and a wrong setting before it l
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,6 +17,7 @@ DEFAULT_MODEL_NAME = "ViT-B/32"
 DEFAULT_DATA_DIR = "./data"
 SAMPLE_SIZE = 1000
 MAX_SKIPPED_FRACTION = 0.01
+EXPORT_FORMS = ("transformers", "open_clip", "sentence-transformers", "onnx", "openai")
 SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600}
 
 # the limits are far beyond any use; products of larger numbers would be too large for libraries and results files
@@ -536,6 +538,54 @@ class SearchSettings(Settings):
             raise ValueError('nothing to look for: give a text ("a red heart"), query_image FILE, or serve')
         if not all(query.strip() for query in self.queries):
             raise ValueError("an empty text finds nothing: leave it away")
+        return self
+
+
+def _as_export(value: list[str]) -> list[str]:
+    if len(value) not in {1, 2} or value[0] not in EXPORT_FORMS:
+        raise ValueError(f"expected one of {', '.join(EXPORT_FORMS)}, and a folder behind it, got {' '.join(value)!r}")
+    return value
+
+
+class ExportSettings(Settings):
+    """Settings of the export stage."""
+
+    from_config = frozenset(("num_workers", "log_level"))
+    below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
+
+    checkpoint: str = Field(
+        "model-checkpoint/best_model.pth",
+        description="model: a checkpoint, folder of a run, weights file, hub folder, or a name (ViT-B/32)",
+    )
+    to: Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_as_export)] = Field(
+        ["transformers"],
+        description="transformers, open_clip, sentence-transformers, onnx or openai, and the folder to write; without "
+        "a folder exported/ and that name",
+    )
+    overwrite: bool = Field(False, description="replace an export that lies in the folder; nothing else is replaced")
+    onnx_files: Literal["two", "one"] = Field("two", description="of onnx: two graphs, image and text, or one of both")
+    quantize: Literal["int8"] | None = Field(
+        None, description="of onnx, for processors: graphs of 8-bit integers as well; none: as trained alone"
+    )
+    activation: Activation = None
+    num_workers: NumWorkers = None
+    log_level: LogLevel = "info"
+
+    @property
+    def form(self) -> str:
+        """What it is exported to, one of `EXPORT_FORMS`."""
+        return self.to[0]
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the export."""
+        return Path(self.to[1] if len(self.to) > 1 else f"exported/{self.form}")
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> ExportSettings:
+        for name in ("onnx_files", "quantize"):
+            if self.form != "onnx" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is about graphs: it needs --to onnx")
         return self
 
 

@@ -12,7 +12,7 @@ from cliptune import settings
 from cliptune.model import architectures
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("train", "evaluation", "data_loader", "visualization", "search")
+STAGES = ("train", "evaluation", "data_loader", "visualization", "search", "export")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("cliptune/**/*.py")])

@@ -17,6 +17,7 @@ from cliptune.cli import (
 from cliptune.settings import (
     Config,
     EvaluationSettings,
+    ExportSettings,
     InspectSettings,
     SearchSettings,
     Settings,
@@ -25,7 +26,7 @@ from cliptune.settings import (
     steps_of,
 )
 
-STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings, SearchSettings)
+STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings, SearchSettings, ExportSettings)
 
 
 def load(*argv: str) -> Config:
@@ -230,7 +231,7 @@ def test_help_shows_every_flag_once_and_in_a_group(
 def test_help_shows_the_daily_flags_first_then_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(Config, capsys)
     titles = [line.removesuffix(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["options", *(title for title in HELP_GROUPS if title != "shards")]
+    assert titles == ["options", *(title for title in HELP_GROUPS if title not in {"shards", "export"})]
     assert text.index("--data_dir") < text.index("--batch_size") < text.index("--resume") < text.index("--val_split")
 
 

@@ -11,14 +11,17 @@ import pytest
 
 import data_loader
 import evaluation
+import export
 import search
 import train
 import visualization
 from cliptune.cli import flags_of, is_positional, load_config, parse_settings
 from cliptune.data.sample_data import create_sample_dataset
+from cliptune.export.card import USE
 from cliptune.settings import (
     Config,
     EvaluationSettings,
+    ExportSettings,
     InspectSettings,
     SearchSettings,
     Settings,
@@ -33,6 +36,7 @@ STAGES = {
     "data_loader": data_loader,
     "evaluation": evaluation,
     "visualization": visualization,
+    "export": export,
     "search": search,
 }
 SETTINGS: dict[str, type[Settings]] = {
@@ -40,6 +44,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "data_loader": InspectSettings,
     "evaluation": EvaluationSettings,
     "visualization": VisualizationSettings,
+    "export": ExportSettings,
     "search": SearchSettings,
 }
 COMMANDS = {
@@ -47,6 +52,7 @@ COMMANDS = {
     "cliptune-data": "data_loader",
     "cliptune-evaluate": "evaluation",
     "cliptune-visualize": "visualization",
+    "cliptune-export": "export",
     "cliptune-search": "search",
 }
 """The installed commands, and the stages that they run."""
@@ -127,6 +133,7 @@ def test_the_daily_flags_are_the_parsers(path: Path) -> None:
         ("TRAINING.md", ["train"]),
         ("DATA.md", ["data_loader"]),
         ("EVALUATION.md", ["evaluation", "visualization"]),
+        ("EXPORT.md", ["export"]),
         ("SEARCH.md", ["search"]),
     ],
 )
@@ -150,17 +157,21 @@ def test_every_command_is_accepted() -> None:
 def test_the_code_and_the_light_stages_run(
     trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every Python snippet and every command but training, in a folder with data and a trained model."""
+    """Every Python snippet and command but training, in a folder with data and a trained model.
+
+    Exports, and the code that loads them, have a test of their own: each takes its library a process and some seconds.
+    """
     monkeypatch.chdir(tmp_path)
     create_sample_dataset("data", 30)
     (tmp_path / "model-checkpoint").symlink_to(trained_dir / "model-checkpoint")
     shutil.copytree(trained_dir / "results", "results")
     snippets = [block for path in DOCS for block in blocks(read(path)) if block[0] == "python"]
+    snippets = [block for block in snippets if block[1] not in USE.values()]
     for code in dict.fromkeys(without_comments(*snippet) for snippet in snippets):  # both READMEs have the same ones
         exec(code, {})
     assert "tensor" in capsys.readouterr().out
     for stage, arguments in dict.fromkeys(command for path in DOCS for command in commands(path)):
-        if stage != "train" and "--serve" not in arguments:
+        if stage not in {"train", "export"} and "--serve" not in arguments:
             assert STAGES[stage].main(list(arguments)) == 0, (stage, arguments)
 
 
