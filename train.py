@@ -298,7 +298,7 @@ def _evaluate(
 ) -> bool:
     """Evaluate the model and record what comes; tell whether it is the best so far."""
     trainer.settle()
-    means = state.train_means()
+    means = state.train_means(steps_per_epoch=len(data.loader))
     journal.begin_validation()
     state.wall_time.enter("validation")
     # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again

@@ -121,7 +121,7 @@ class EpochRecord(Metrics):
     epoch: Place
     step: Count
     train_loss: Number | None
-    """Mean over the pairs since the evaluation before, in nats."""
+    """In nats: after an epoch the mean over its pairs, within one over those since the evaluation before."""
     train_accuracy: Number | None
     """In-batch accuracy in percent: a training curve, not a result."""
     learning_rate: Number

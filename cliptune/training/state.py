@@ -36,10 +36,14 @@ class _Evaluation(results.Recorded):
     num_texts: Count
 
 
+_Sums = Annotated[list[Number], Field(min_length=3, max_length=3)]
+
+
 class _Totals(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    sums: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    sums: _Sums
+    earlier: _Sums = [0.0] * 3
     num_pairs: Count
     num_batches: Count
 
@@ -113,18 +117,21 @@ class RunState:
         if step.result is not None:
             self.step = step.result.global_step
 
-    def train_means(self) -> dict[str, float | None]:
-        """Return the means over the pairs since the last evaluation, in nats and percent; None without a step.
+    def train_means(self, *, steps_per_epoch: int) -> dict[str, float | None]:
+        """Return the means of the training, in nats and percent; None without a step.
+
+        Over the pairs of the whole epoch once it is done, and within it over those since the last evaluation.
+
+        Args:
+            steps_per_epoch: batches that an epoch has.
 
         Raises:
             ValueError: there was no pair in the epoch.
             FloatingPointError: no loss was finite.
         """
-        # an epoch may end with batches of which no image could be read, right after an evaluation within it
-        no_step = self.totals is not None and self.totals.num_pairs and self.is_evaluated
-        if self.totals is None or self.epoch == 0 or no_step:
+        if self.totals is None or self.epoch == 0:
             return {"train_loss": None, "train_accuracy": None}
-        means = self.totals.mean()
+        means = self.totals.mean(since_evaluation=self.num_batches < steps_per_epoch)
         return {"train_loss": means.loss, "train_accuracy": means.accuracy}
 
     @property
