@@ -67,6 +67,8 @@ class Verdict(BaseModel):
     num_groups: Count
     merged: bool = False
     """Equal captions and images counted as one."""
+    num_earlier: Count = 0
+    """Of these evaluations one was the best of so many on validation data that the run had before: that luck stays."""
 
     def sentence(self) -> str:
         """Say it in one line."""
@@ -78,6 +80,9 @@ class Verdict(BaseModel):
             how += "; nothing was chosen by these images"
         elif self.num_evaluations > 1:
             how += f"; the luck of being the best of {self.num_evaluations:,} evaluations is taken off"
+        if self.num_earlier:
+            how += "; the best model of before the validation data changed is among them: its luck on images that both "
+            how += "have is not taken off"
         how += "; equal captions and images count as one" if self.merged else ""
         gain = f"{self.rsum.gain:+.1f} (95% interval {self.rsum.low:+.1f} to {self.rsum.high:+.1f})"
         return f"{VERDICTS[self.verdict]}: RSum {gain} on {images}{how}"

@@ -130,3 +130,41 @@ def test_a_state_of_before_evaluations_within_an_epoch_is_read() -> None:
     values["history"] = [{**record, "step": 3 * record["epoch"]} for record in values["history"]]
     del values["best_step"]
     assert RunState.from_state_dict(values, CPU).best_step == 3
+
+
+@pytest.mark.parametrize(("on_new", "stays"), [((90.0, 95.0), True), ((90.0, 90.0), False), ((90.0, 80.0), False)])
+def test_on_other_data_two_records_are_renewed_and_the_others_are_not_compared(
+    on_new: tuple[float, float], stays: bool
+) -> None:
+    state = after(190.0, 200.0, 250.0, 240.0)
+    state.begin_epoch(CPU)
+    state.add(step_of(1))
+    state.leave_epoch()
+    assert (state.epoch, state.totals, state.epochs_done) == (3, None, 3)
+    for record in state.history:
+        record["step"] = 3 * record["epoch"]
+    state.best_step = 6
+    assert state.begin_again(*map(evaluation, on_new)) == stays
+    assert [record["rsum"] for record in state.comparable] == list(on_new)
+    assert [record["train_loss"] for record in state.history] == [1.0] * 4
+    assert [(record["rsum"], record["earlier_data"]) for record in state.history[1::2]] == [(200, True), (240, True)]
+    assert (state.best_epoch, state.best_step) == ((2, 6) if stays else (0, 0))
+    assert state.best["metrics"]["rsum"] == max(on_new)
+    assert not state.is_stale(1)
+    best = state.best_trained()
+    assert best is not None
+    assert best["rsum"] == on_new[1]
+    state.begin_epoch(CPU)
+    assert state.epoch == 4
+    assert state.add_evaluation(evaluation(99.0), means=MEANS, rates={}, steps_per_epoch=0)
+
+
+def test_an_epoch_that_is_left_is_not_done() -> None:
+    state = after(190.0)
+    state.begin_epoch(CPU)
+    state.add(step_of(1))
+    state.add_evaluation(evaluation(200.0), means=MEANS, rates={}, steps_per_epoch=2)
+    state.leave_epoch()
+    assert state.ending(1, 0) is None
+    state.begin_epoch(CPU)
+    assert (state.epoch, state.num_batches) == (1, 0)
