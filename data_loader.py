@@ -210,11 +210,10 @@ def _inspect(argv: list[str] | None) -> int:
         found = check(pairs, val, settings)
         print("\n".join(map(printable, found.lines)))
         return 1 if found.issues.count else 0
-    splits = split_as_a_run(pairs, val, settings)
     if settings.to_shards is None:
-        print("\n".join(map(printable, describe_data(pairs, splits, settings))))
+        print("\n".join(map(printable, describe_data(pairs, split_as_a_run(pairs, val, settings), settings))))
     else:
-        chosen = {**splits, "all": pairs}[settings.split]
+        chosen = pairs if settings.split == "all" else split_as_a_run(pairs, val, settings)[settings.split]
         _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
     return 0
 

@@ -101,6 +101,7 @@ Activation = Annotated[
     Field(description="activation of a weights file that does not tell it; none: found from the file"),
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
+Report = Literal["full", "no-images", "none"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
 Seed = Annotated[
     int, Field(ge=0, lt=2**64, description="of the split, the order, captions, augmentation and sample data")
@@ -311,6 +312,9 @@ class RunSettings(Settings):
         2, description="newest checkpoints to keep: last_model.pth, and earlier ones in case it is damaged"
     )
     profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
+    report: Report = Field(
+        "full", description="write results/report.html at the end; no-images: with captions and names alone"
+    )
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
 
@@ -477,7 +481,62 @@ class VisualizationSettings(Settings):
     results: str = Field(
         "results/training_results.json", description="training_results.json or evaluation_results.json"
     )
-    output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
+    output_dir: str | None = Field(None, description="folder for what is drawn; none: beside the results file")
+    report: Report = Field(
+        "none",
+        description="write report.html as well, of a training run; no-images: with captions and names alone",
+        json_schema_extra={"bare": "full"},
+    )
+    suspects: Literal["train"] | None = Field(
+        None, description="train: list training pairs that look mislabelled to the best model, in results/suspects.csv"
+    )
+
+
+class SearchSettings(Settings):
+    """Settings of the search stage."""
+
+    from_config = frozenset(("num_workers", "precision", "device", "output_dir", "cache_dir", "log_level"))
+    below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
+
+    queries: list[str] = Field(
+        [], description="texts to look for; give each in quotes", json_schema_extra={"positional": True}
+    )
+    query_image: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="image files to look for, a flag each; none: texts alone", json_schema_extra={"single": True}
+    )
+    checkpoint: str = Field(
+        "model-checkpoint/best_model.pth",
+        description="model: a checkpoint, folder of a run, weights file, hub folder, or a name (ViT-B/32)",
+    )
+    images: str = Field(DEFAULT_DATA_DIR, description="folder whose images, and those below it, are looked through")
+    top: PositiveInt = Field(10, description="images that each query gets")
+    as_json: bool = Field(
+        False,
+        description='print a list of {"query", "results": [{"path", "score"}]}, and nothing else',
+        json_schema_extra={"flag": "json"},
+    )
+    serve: bool = Field(False, description="open a page to search with, on this machine alone, until Ctrl-C")
+    port: Annotated[int, Field(ge=0, lt=2**16)] = Field(8000, description="port of the page; 0: any that is free")
+    activation: Activation = None
+    encode_batch_size: PositiveInt = Field(
+        64, description="images encoded at once; in fp32 always 16, so that no score depends on it"
+    )
+    num_workers: NumWorkers = None
+    precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
+    device: Device = "auto"
+    output_dir: str = Field(".", description="folder whose results/ gets search.html")
+    cache_dir: str | None = Field(None, description="folder for cached features; none: cache/ in output_dir")
+    log_level: LogLevel = "info"
+
+    @model_validator(mode="after")
+    def _check_queries(self) -> SearchSettings:
+        if self.serve and (self.queries or self.query_image or self.as_json):
+            raise ValueError("serve opens a page, which takes the queries: give none, and no json, or leave it away")
+        if not (self.serve or self.queries or self.query_image):
+            raise ValueError('nothing to look for: give a text ("a red heart"), query_image FILE, or serve')
+        if not all(query.strip() for query in self.queries):
+            raise ValueError("an empty text finds nothing: leave it away")
+        return self
 
 
 def steps_of(interval: int | str | None) -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cliptune.data.doctor import FOREIGN, CaptionFacts, ImageFacts
 from cliptune.data.pairs import Pairs
-from cliptune.data.repeats import batch_cost, perfect_recalls
+from cliptune.data.repeats import BatchCost, batch_cost, perfect_recalls
 from cliptune.data.suspects import Suspect, relative_name
 from cliptune.data.table import SPLITS, BoolArray, CodeArray, IntArray
 from cliptune.data.units import crossing, row_split_leaks
@@ -67,7 +67,7 @@ class Examined(NamedTuple):
     near: IntArray
     """Pairs of images that are near-duplicates, int64 `[P, 2]`; of identical files each stands for all of them."""
     look_alikes: Sequence[IntArray] = ()
-    """Images of each set of near-duplicates that is too large to be copies of one image; none of them is in `near`."""
+    """Images of each set of near-duplicates too large to be copies of one image; no pair of them is in `near`."""
 
     def rows_of(self, split: str) -> IntArray:
         """Return the images of a split."""
@@ -150,10 +150,11 @@ def _identical(examined: Examined) -> Finding | None:
     sets = np.unique(files[copies])
     crossing = num_crossing(examined.sides, np.stack([files[copies], copies], axis=1))
     first = copies[:1]
-    example = f"{examined.names(files[first])} = {examined.names(first)}"
+    example = f"{examined.names(first)} is the same file as {examined.names(files[first])}"
     text = f"{_noun(len(copies), 'image')} byte-identical to an earlier one, in {count(len(sets), 'set')} ({example})"
-    text += f"; {crossing:,} of them on another side of the split" if crossing else ""
-    advice = f"train.py --exclude {LIST} keeps one of each set, that of the validation first"
+    if crossing:
+        text += f"; {crossing:,} of them in another split: what a model has seen tells nothing of new images"
+    advice = f"train.py --exclude {LIST} keeps one of each set, the validation image first"
     return Finding("identical_images", "identical images", len(copies), text, advice, {"across_splits": crossing})
 
 
@@ -164,10 +165,10 @@ def _near_duplicates(examined: Examined) -> Finding | None:
     number = len(np.unique(near))
     crossing = num_crossing(examined.sides, near)
     text = (
-        f"{_noun(number, 'image')} that are copies of one another: resized, encoded anew, slightly cropped or "
-        f"brightened ({examined.names(near[0, :1])} = {examined.names(near[0, 1:])})"
+        f"{_noun(number, 'image')} that look like copies of one another: resized, re-encoded, slightly cropped or "
+        f"brightened ({examined.names(near[0, 1:])} is a copy of {examined.names(near[0, :1])})"
     )
-    text += f"; {count(crossing, 'pair')} of them on two sides of the split" if crossing else ""
+    text += f"; {crossing:,} of them with a copy in another split" if crossing else ""
     advice = f"look at them in {LIST}; train.py --exclude {LIST} keeps one of each"
     return Finding("near_duplicates", "near-duplicates", number, text, advice, {"across_splits": crossing})
 
@@ -213,7 +214,7 @@ def leaks(pairs: Pairs, units: IntArray, sides: CodeArray, *, num_drawn: int) ->
             "torn_groups", "torn groups", len(torn),
             f"images whose group is in more than one split ({shown(pairs.groups[int(torn[0])], 60)}): what a model has "
             "seen of a group tells nothing of new ones",
-            "declare one split for each group, or none",
+            "declare one split for each group in the index, or none",
         )  # fmt: skip
 
 
@@ -243,35 +244,47 @@ def _captions(captions: CaptionFacts, context_length: int) -> Iterator[Finding |
 
 def _repeats(examined: Examined, *, batch_size: int) -> Iterator[Finding | None]:
     owners, captions = examined.pairs.text_to_image.numpy(), examined.captions
-    shared = _is_shared(captions.wordings, owners)
+    shared = is_shared(captions.wordings, owners)
     num_shared = int(shared.sum())
-    if not num_shared:
-        return
-    num_texts = len(np.unique(captions.wordings[shared]))
-    yield Finding(
-        "repeated_captions", "repeated captions", num_shared,
-        f"captions ({100 * num_shared / len(owners):.1f}%) that another image has, too: {count(num_texts, 'text')}",
-        "write captions that tell their images apart, where you can",
-    )  # fmt: skip
+    if num_shared:
+        num_texts = len(np.unique(captions.wordings[shared]))
+        yield Finding(
+            "repeated_captions", "repeated captions", num_shared,
+            f"captions ({100 * num_shared / len(owners):.1f}%) that another image has, too: "
+            f"{count(num_texts, 'different text')}",
+            "write captions that tell their images apart; where they are class names, go by evaluation.py --classes",
+        )  # fmt: skip
     train, of_train, files = examined.part("train")
     if len(train) > 1:
         cost = batch_cost(train, of_train.wordings, files, batch_size=batch_size)
         size, floor = cost.batch_size, cost.loss_floor
-        if cost.num_false >= 0.005:
+        if cost.num_false >= 0.05:
             yield Finding(
                 "false_negatives", "false negatives", round(cost.num_false, 2),
-                f"pairs of a batch of {size} meet their own caption, or a copy of their image, with another image",
-                "--positives auto, the default, takes equal captions as right; copies are left out by --exclude",
+                f"of the {size} pairs of a batch, on average, have the caption of another one, or a copy of its image",
+                _against_false_negatives(cost),
+                {"with_copies": round(cost.num_copies, 2)},
             )  # fmt: skip
         if floor >= 0.005:
             yield Finding(
                 "loss_floor", "floor of the loss", round(floor, 3),
-                f"nats is the least that any model can reach in batches of {size} (chance {math.log(size):.3f})",
+                f"nats: no model gets below this in batches of {size}, as captions or images repeat (chance "
+                f"{math.log(size):.3f})",
                 "compare the training loss with this, not with 0",
             )  # fmt: skip
 
 
-def _is_shared(wordings: IntArray, owners: IntArray) -> BoolArray:
+def _against_false_negatives(cost: BatchCost) -> str:
+    """Say what to do; training takes a copy for another image, but equal captions for the positives that they are."""
+    advice = []
+    if cost.num_false > cost.num_copies:
+        advice.append("equal captions: nothing, --positives auto (the default) makes them positives of each other")
+    if cost.num_copies:
+        advice.append(f"copies stay negatives: train.py --exclude {LIST} leaves them out")
+    return "; ".join(advice)
+
+
+def is_shared(wordings: IntArray, owners: IntArray) -> BoolArray:
     """Tell which captions another image has, too, `[M]`."""
     least, most = np.full(len(wordings), len(wordings)), np.full(len(wordings), -1)
     np.minimum.at(least, wordings, owners)
@@ -294,11 +307,12 @@ def _validation(examined: Examined) -> Iterator[Finding | None]:
         )  # fmt: skip
     num_groups = len(np.unique(val.groups.first_equal()))
     half_width = 100 * 1.96 * math.sqrt(0.25 / num_groups)
-    what = "images" if num_groups == len(val) else "groups"
+    what = "validation image" if num_groups == len(val) else "group of validation images"
+    plural = "groups of validation images" if num_groups != len(val) else None
     yield Finding(
         "half_width", "95% half-width", round(half_width, 1),
-        f"points to either side of an R@1 of 50%, on {num_groups:,} validation {what}",
-        "epochs that differ by less are alike: validate on more (--val_split, --val_data)"
+        f"points to either side of an R@1 of 50%, on {count(num_groups, what, plural)}",
+        "smaller differences may be chance: validate on more (--val_split, --val_data)"
         if half_width > WIDE_INTERVAL
         else "",
     )  # fmt: skip

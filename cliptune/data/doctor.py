@@ -50,7 +50,7 @@ class ImageFacts(NamedTuple):
         sizes: width and height in pixels, int32 `[N, 2]`; 0 where it cannot be read.
         is_one_color: bool `[N]`: nearly.
         files: index of the first image whose file is the same, byte by byte, int64 `[N]`; its own where none is.
-        per_second: images that were read and decoded in a second.
+        per_second: images that all workers together read and decode in a second.
     """
 
     issues: Issues
@@ -74,26 +74,29 @@ def look_at_images(
     issues, sizes, is_one_color = Issues(), np.zeros((len(paths), 2), np.int32), np.zeros(len(paths), dtype=bool)
     files = np.arange(len(paths))
     first_of: dict[bytes, int] = {}
-    workers, begin = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers, 0.0
+    workers = min(MAX_WORKERS, num_cores()) if num_workers is None else num_workers
+    seconds = 0.0
     wanted = np.zeros(len(paths), dtype=bool)
     if fingerprints is not None:
         wanted[fingerprints.missing()] = True
     looks = make_loader(_ImageFiles(paths, wanted), num_workers=workers, batch_size=BATCH, collate_fn=list)
     with progress_bar(total=len(paths), desc="images", unit="image") as bar:
         for start, batch in zip(range(0, len(paths), BATCH), looks, strict=True):
-            begin = begin or time.monotonic()  # workers take a second to start
             for index, look in enumerate(batch, start):
                 if look.issue is not None:
                     issues.add(look.issue)
                     continue
                 sizes[index], is_one_color[index] = look.size, look.is_one_color
+                seconds += look.seconds
                 files[index] = first_of.setdefault(look.digest, index)
             taken = {index: look.fingerprint for index, look in enumerate(batch, start) if look.fingerprint is not None}
             if fingerprints is not None and taken:
                 fingerprints.put(np.array(list(taken)), np.array(list(taken.values()), dtype=FINGERPRINT))
             bar.update(len(batch))
-    per_second = max(len(paths) - BATCH, 1) / max(time.monotonic() - begin, 1e-3)
-    return ImageFacts(issues, sizes[:, 0] > 0, sizes, is_one_color, files, per_second)
+    is_readable = sizes[:, 0] > 0
+    # the workers' own time: that of the whole has their start in it, which is most of it where images are few
+    per_second = max(workers, 1) * max(int(is_readable.sum()), 1) / max(seconds, 1e-3)
+    return ImageFacts(issues, is_readable, sizes, is_one_color, files, per_second)
 
 
 class _Look(NamedTuple):
@@ -105,6 +108,8 @@ class _Look(NamedTuple):
     """Of the file."""
     is_one_color: bool = False
     fingerprint: NDArray[Any] | None = None
+    seconds: float = 0.0
+    """That reading and decoding took, as training does them."""
 
 
 class _ImageFiles(Dataset[_Look]):
@@ -115,21 +120,28 @@ class _ImageFiles(Dataset[_Look]):
         self.wanted = wanted
         """Of which images a fingerprint is taken."""
         self.transform = clip_transform(PIXELS)
+        self.is_warm = False
+        """Whether this worker has read an image: its first one loads what reads images."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> _Look:
-        path = self.paths[index]
+        if not self.is_warm:
+            self.is_warm = True
+            self[index]
+        path, begin = self.paths[index], time.perf_counter()
         try:
             content = read_bytes(path)
             image = self.transform.load(content)
             pixels = self.transform(image).float()  # [3, R, R]
         except (OSError, ValueError) as error:
             return _Look(image_issue(path, error))
+        seconds = time.perf_counter() - begin
         is_one_color = bool(pixels.std(dim=(1, 2)).max() < ONE_COLOR)
         found = fingerprint(image) if self.wanted[index] else None
-        return _Look(None, size_of(image), hashlib.blake2b(content, digest_size=16).digest(), is_one_color, found)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        return _Look(None, size_of(image), digest, is_one_color, found, seconds)
 
 
 class CaptionFacts(NamedTuple):

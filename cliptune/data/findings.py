@@ -92,7 +92,7 @@ def shared_images(splits: Mapping[str, Pairs | Shards], files: Mapping[str, Hash
         return None
     return (
         f"{'; '.join(found)}: what a model has seen tells nothing of new images. Give copies the same group in the "
-        "index, leave them out, or try another --val_data"
+        "index, take them out of it, or try another --val_data"
     )
 
 
@@ -128,7 +128,7 @@ def _identical(ours: Strings, theirs: Strings, our_files: Hashes, their_files: H
         compared += 1
         if digest and digest in same:
             shared += 1
-            example = example or f"{theirs[index]} = {same[digest]}"
+            example = example or f"{theirs[index]} is the same file as {same[digest]}"
     return round(shared * len(suspects) / max(compared, 1)), printable(example)
 
 
@@ -160,8 +160,8 @@ def uneven_split(splits: Mapping[str, Pairs | Shards], *, val_split: float) -> s
     if not was_drawn or not len(val) or abs(len(val) - asked) <= FAR_OFF * asked:
         return None
     return (
-        f"{count(len(val), 'image validates', 'images validate')} where {asked:,} were asked for (--val_split "
-        f"{val_split:g}): no group is split, and no groups come nearer. Try smaller groups in the index, another "
+        f"{count(len(val), 'image validates', 'images validate')} where --val_split {val_split:g} asks for "
+        f"{asked:,}: no group is split, and no groups come nearer. Try smaller groups in the index, another "
         "--val_split, or --val_data"
     )
 
@@ -238,8 +238,8 @@ def repeated_captions(pairs: Pairs, *, batch_size: int, every_pair: bool) -> str
         return None
     return (
         f"{batch * meets:.1f} of the {batch:.0f} pairs of a batch can be expected to meet their own caption with "
-        "another image, which counts as wrong with --positives pair or image: captions that tell their images apart "
-        "avoid it"
+        "another image. --positives auto, the default, makes them positives of each other; with pair or image they "
+        "count as wrong. Captions that tell their images apart are better still"
     )
 
 

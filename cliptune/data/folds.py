@@ -88,7 +88,7 @@ def _tell_torn(pairs: Pairs, copies: NearDuplicates, fold_of: IntArray) -> None:
     if len(torn):
         first, second = (printable(pairs.paths[row]) for row in torn[0].tolist())
         logger.warning(
-            "%s in two folds (%s ~ %s), so the gain may flatter: --near_duplicates join, or a group in the index, "
+            "%s in two folds (%s and %s), so the gain may flatter: --near_duplicates join, or a group in the index, "
             "keeps copies together",
             count(len(torn), "pair of near-duplicates is", "pairs of near-duplicates are"), first, second,
         )  # fmt: skip

@@ -20,6 +20,8 @@ from cliptune.runtime.rng import draw_bits
 KS = (1, 5, 10)
 MAX_DRAWN = 2**18
 """Pairs of the batches that are drawn."""
+MAX_EPOCHS = 100
+"""That are drawn of a small set, where one tells little: of 40 images an epoch has one batch of 32."""
 
 
 def image_kinds(paths: Strings) -> IntArray:
@@ -115,40 +117,47 @@ class BatchCost(NamedTuple):
     loss_floor: float
     """Lowest contrastive loss that any model can have, in nats, mean over batches."""
     num_false: float
-    """Pairs of a batch that meet their caption, or a copy of their image, with another image."""
+    """Pairs of a batch that meet their caption, or a copy of their image, with another image; mean over batches."""
+    num_copies: float
+    """Those of them that meet a copy of their image."""
 
 
-def batch_cost(
-    pairs: Pairs, wordings: IntArray, files: NDArray[Any], *, batch_size: int, every_pair: bool = False
-) -> BatchCost:
-    """Draw batches as training does, and look at what is equal in them.
+def batch_cost(pairs: Pairs, wordings: IntArray, files: NDArray[Any], *, batch_size: int) -> BatchCost:
+    """Draw batches as training does, one caption an image, and look at what is equal in them.
 
     k pairs of a batch with one caption cannot be told apart: each has the probability 1 / k at best, so that the loss
-    of each is ln k or more. In a batch of 32 from 4 classes, 8 of each, that is ln 8. Other pairs of an image itself
-    are no negatives.
+    of each is ln k or more. In a batch of 32 from 4 classes, 8 of each, that is ln 8. Nor can k copies of one image
+    with captions of their own: each text may have been any one's, which is ln k again. Training takes copies for
+    different images, whatever `--positives` says.
+
+    Of a pair whose caption m pairs of the batch have, and whose image n, and both c, all n images give the m captions
+    the probability c / n at best, 1 / m of it each: the loss is ln (m n / c), and so it is from text to image. With
+    equal captions as positives of each other the mean is the same.
 
     Args:
         pairs: that are trained on.
         wordings: which text each caption is, int64 `[M]`.
         files: which file each image is, `[N]`.
         batch_size: pairs a step.
-        every_pair: an epoch has every pair, not one of each image.
     """
     random = np.random.RandomState(0)
-    num_items = pairs.num_pairs if every_pair else len(pairs)
-    batch_size = min(batch_size, num_items)
-    num_batches = min(num_items // batch_size, max(MAX_DRAWN // batch_size, 1))
-    items = random.permutation(num_items)[: num_batches * batch_size]
-    if every_pair:
-        captions, images = items, pairs.text_to_image.numpy()[items]
-    else:
-        images, first, end = items, pairs.starts[items], pairs.starts[items + 1]
-        captions = first + (draw_bits(0, 0, items) % (end - first).astype(np.uint64)).astype(np.int64)
-    batches = np.repeat(np.arange(num_batches), batch_size)
-    equal = _num_equal(batches, wordings[captions]) - _num_equal(batches, wordings[captions], images) + 1
-    copies = _num_equal(batches, files[images]) - _num_equal(batches, images) + 1
+    batch_size = min(batch_size, len(pairs))
+    num_batches = min(len(pairs) // batch_size, max(MAX_DRAWN // batch_size, 1))  # an epoch
+    epochs = range(min(MAX_EPOCHS, max(MAX_DRAWN // len(pairs), 1)))
+    drawn = [random.permutation(len(pairs))[: num_batches * batch_size] for _ in epochs]
+    draws = [draw_bits(0, epoch, items) for epoch, items in enumerate(drawn)]
+    images = np.concatenate(drawn)
+    first, end = pairs.starts[images], pairs.starts[images + 1]
+    captions = first + (np.concatenate(draws) % (end - first).astype(np.uint64)).astype(np.int64)
+    batches = np.repeat(np.arange(len(images) // batch_size), batch_size)
+    equal = _num_equal(batches, wordings[captions])
+    copies = _num_equal(batches, files[images])
+    both = _num_equal(batches, wordings[captions], files[images])
     is_false = (equal > 1) | (copies > 1)
-    return BatchCost(batch_size, float(np.log(equal).mean()), float(batch_size * is_false.mean()))
+    return BatchCost(
+        batch_size, float(np.log(equal * copies / both).mean()), float(batch_size * is_false.mean()),
+        float(batch_size * (copies > 1).mean()),
+    )  # fmt: skip
 
 
 def _num_equal(*keys: NDArray[Any]) -> IntArray:

@@ -1,8 +1,8 @@
 """`suspects.csv`: the pairs of a data set that look wrong, a row each, and whether to keep them for training.
 
-A row is known by its image and caption, and by the reason why it is there, which begins with what kind it is:
-`identical: the same file as images/3.jpg`. Each writer owns the rows of its kinds and leaves all others as they are;
-what a person wrote into `keep` stays as long as the row does.
+A row is known by its image, its caption and the kind of finding, which its reason begins with: `identical: the same
+file as images/3.jpg`. Each writer owns the rows of its kinds and leaves all others as they are. What a person wrote
+into `keep` stays as long as the row does; it is known by the column `suggested`, which has what the writer would have.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.messages import count, shown
 
 COLUMNS = ("image", "caption", "reason", "keep")
+SUGGESTED = "suggested"
+"""Last column: what the writer of a row would have in `keep`."""
 KEPT, LEFT_OUT = {"yes", "y", "true", "1"}, {"no", "n", "false", "0", ""}
 """What `keep` may say, in any case."""
 MAX_CELL = 2**24
@@ -51,6 +53,11 @@ class Suspect(NamedTuple):
     reason: str
     keep: bool
     more: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a row is known by: the reason's wording may change with a count or a name in it."""
+        return self.image, self.caption, self.kind
 
     @property
     def kind(self) -> str:
@@ -93,7 +100,8 @@ def _read(path: Path) -> Iterator[Suspect]:
         if not any(cell.strip() for cell in cells):
             continue
         where = f"{path}: line {number + rows.line_num}"
-        if len(cells) != len(names):
+        # a row that somebody added may end with the last column that has to be there
+        if not max(columns.values()) < len(cells) <= len(names):
             raise ValueError(
                 f"{where}: {count(len(cells), 'cell')}, and the first line has {len(names)}: a cell that holds the "
                 "delimiter, a quote mark or a line end needs quotes around it"
@@ -103,7 +111,7 @@ def _read(path: Path) -> Iterator[Suspect]:
             raise ValueError(f"{where}: no image: a row names the image that it is about")
         yield Suspect(
             values["image"].strip(), values.get("caption", "").strip(), values.get("reason", "").strip(),
-            _keep(values["keep"], where), tuple((name, cells[index]) for name, index in others),
+            _keep(values["keep"], where), tuple((name, cells[index]) for name, index in others if index < len(cells)),
         )  # fmt: skip
 
 
@@ -146,21 +154,42 @@ def update_suspects(path: Path, suspects: Iterable[Suspect], *, kinds: Collectio
         ValueError: it is there, and cannot be read.
     """
     before = read_suspects(path) if path.exists() else []
-    edited = {row[:3]: row for row in before}
-    ours = [row._replace(keep=old.keep, more=old.more) if (old := edited.get(row[:3])) else row for row in suspects]
+    old = {row.key: row for row in before}
+    ours = [_with_edits(row, old[row.key]) if row.key in old else _suggested(row) for row in suspects]
     rows = sorted([*ours, *(row for row in before if row.kind not in kinds)], key=lambda row: row[:3])
     _write(path, rows)
     return rows
 
 
+def _suggested(row: Suspect) -> Suspect:
+    return row._replace(more=(*row.more, (SUGGESTED, _word(row.keep))))
+
+
+def _with_edits(row: Suspect, old: Suspect) -> Suspect:
+    """Return a row with what a person made of it: of a list without suggestions all counts as a person's.
+
+    What nobody changed follows the new suggestion: of three copies another one may be the one to keep by now.
+    """
+    more = dict(old.more)
+    is_edited = more.pop(SUGGESTED, "").strip().casefold() != _word(old.keep)
+    new = _suggested(row._replace(more=tuple(more.items())))
+    return new._replace(keep=old.keep) if is_edited else new
+
+
+def _word(keep: bool) -> str:
+    return "yes" if keep else "no"
+
+
 def _write(path: Path, rows: Sequence[Suspect]) -> None:
-    others = list(dict.fromkeys(name for row in rows for name, _ in row.more))
+    others = dict.fromkeys(name for row in rows for name, _ in row.more if name != SUGGESTED)
+    if any(SUGGESTED in dict(row.more) for row in rows):
+        others[SUGGESTED] = None
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *others])
     for row in rows:
         more = dict(row.more)
-        cells = [_harmless(row.image), _harmless(row.caption), _harmless(row.reason), "yes" if row.keep else "no"]
+        cells = [_harmless(row.image), _harmless(row.caption), _harmless(row.reason), _word(row.keep)]
         writer.writerow([*cells, *(more.get(name, "") for name in others)])
     content = text.getvalue()
     # without the mark Excel takes UTF-8 for the system's old encoding

@@ -14,13 +14,18 @@ import numpy as np
 import torch
 
 from cliptune import results
-from cliptune.data.diagnosis import KINDS, LIST, Examined, Finding, find_all, leaks, suspects, table
+from cliptune.data.diagnosis import KINDS, LIST, Examined, Finding, find_all, is_shared, leaks, suspects, table
 from cliptune.data.doctor import CaptionFacts, look_at_captions, look_at_images
 from cliptune.data.findings import data_findings
 from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.identity import file_identities
 from cliptune.data.issues import Issues
-from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
+from cliptune.data.near_duplicates import (
+    NearDuplicates,
+    find_near_duplicates,
+    identical_files,
+    look_for_near_duplicates,
+)
 from cliptune.data.pairs import Pairs
 from cliptune.data.splits import split_data
 from cliptune.data.suspects import find_images, read_suspects, update_suspects
@@ -48,25 +53,27 @@ def describe_data(pairs: Pairs, splits: Mapping[str, Pairs], settings: InspectSe
     found = data_findings(
         splits, files, val_split=settings.val_split, batch_size=settings.batch_size, context_length=context_length
     )
-    occurrences = np.bincount(captions.wordings)  # by the first caption of each wording
-    num_repeated = int(occurrences[occurrences > 1].sum())
+    num_repeated = int(is_shared(captions.wordings, pairs.text_to_image.numpy()).sum())
     num_cut = int((captions.num_tokens > context_length).sum())
     return [
-        *_facts(pairs, splits, captions),
+        *_facts(pairs, splits, captions, settings),
         f"truncated   {count(num_cut, 'caption')} longer than {context_length} tokens",
-        f"repeated    {100 * num_repeated / pairs.num_pairs:.1f}% of the captions occur more than once",
+        f"repeated    {100 * num_repeated / pairs.num_pairs:.1f}% of the captions are another image's, too",
         *(f"note        {finding}" for finding in found.values() if finding is not None),
     ]
 
 
-def _facts(pairs: Pairs, splits: Mapping[str, Pairs], captions: CaptionFacts) -> list[str]:
+def _facts(pairs: Pairs, splits: Mapping[str, Pairs], captions: CaptionFacts, settings: InspectSettings) -> list[str]:
     fewest, most = (int(limit(np.diff(pairs.starts))) for limit in (np.min, np.max))
     per_image = count(most, "caption") if fewest == most else f"{fewest} to {count(most, 'caption')}"
     parts = ", ".join(f"{name} {len(part)}" for name, part in splits.items())
+    how = "as declared" if pairs.declared() else "by group"
+    if settings.val_data is not None:
+        how = "val: --val_data"
     lengths = captions.num_tokens
     return [
         f"images      {len(pairs)}, {count(pairs.num_pairs, 'pair')}, {per_image} an image",
-        f"split       {parts} images ({'as declared' if pairs.declared() else 'by group'})",
+        f"split       {parts} images ({how})",
         f"captions    {lengths.mean():.1f} tokens on average, longest {lengths.max()}; "
         f"{captions.tokens_per_word:.2f} tokens a word",
     ]
@@ -84,7 +91,9 @@ class Check(NamedTuple):
 
 
 def split_as_a_run(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> dict[str, Pairs]:
-    """Split a data set as a run of these settings would; where fingerprints are cached already, they are used.
+    """Split a data set as a run of these settings would.
+
+    Only where shards are written of it, or a cache keeps them, fingerprints of near-duplicates are taken.
 
     Args:
         pairs: the data set.
@@ -93,9 +102,13 @@ def split_as_a_run(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -
     """
     paths = pairs.paths if val is None else Strings.concatenate([pairs.paths, val.paths])
     cache_dir = Path(settings.output_dir) / "cache"
-    copies = look_for_near_duplicates(
-        paths, cache_dir=cache_dir if cache_dir.is_dir() else None, num_workers=settings.num_workers
-    )
+    if cache_dir.is_dir() or settings.to_shards is not None:
+        copies = look_for_near_duplicates(
+            paths, cache_dir=cache_dir if cache_dir.is_dir() else None, num_workers=settings.num_workers
+        )
+    else:
+        logger.info("near-duplicate images were not looked for: --check does, and a run")
+        copies = identical_files(paths)
     return _split(pairs, val, copies, settings)[0]
 
 
@@ -145,7 +158,7 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     record = results.DataCheckResults(
         started_at=started_at,
         finished_at=datetime.now().isoformat(timespec="seconds"),
-        data=printable(settings.data_dir),
+        data=printable(_folder(settings.data_dir)),
         num_images=len(examined.pairs),
         num_texts=examined.pairs.num_pairs,
         splits={name: len(part) for name, part in splits.items()},
@@ -159,14 +172,14 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
             for finding in findings
         ],
     )
+    _set_other_list_aside(folder, examined.pairs, record.data)
     results.write(folder / "data_check.json", record)
-    _set_other_list_aside(folder / "suspects.csv", examined.pairs)
     rows = update_suspects(folder / "suspects.csv", suspects(examined), kinds=KINDS)
     lists = (
         f"written: {folder / 'data_check.json'}, and {folder / 'suspects.csv'}: {count(len(rows), 'row')}, "
-        f"{sum(not row.keep for row in rows):,} of them not to be kept"
+        f"{sum(not row.keep for row in rows):,} of them with keep: no"
     )
-    facts = _facts(examined.pairs, splits, examined.captions)
+    facts = _facts(examined.pairs, splits, examined.captions, settings)
     lines = [
         *_issue_lines(issues),
         *facts,
@@ -179,16 +192,40 @@ def check(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> Check:
     return Check(issues, lines)
 
 
-def _set_other_list_aside(path: Path, pairs: Pairs) -> None:
-    """Rename a list of which no row is about this data: it is another data set's, and what was written there counts."""
+def _folder(data_dir: str) -> str:
+    return str(Path(data_dir).resolve())
+
+
+def _set_other_list_aside(folder: Path, pairs: Pairs, data: str) -> None:
+    """Rename a list that is about another data set: what a person wrote there counts.
+
+    It is if the check before was of another one, whose images may well have the same names; or if no row is about
+    this data.
+    """
+    path = folder / "suspects.csv"
     rows = read_suspects(path) if path.exists() else []
-    if rows and (find_images(pairs, [row.image for row in rows]) < 0).all():
+    if not rows:
+        return
+    checked = _checked_before(folder / "data_check.json")
+    is_other = checked is not None and _folder(checked) != data
+    if is_other or (find_images(pairs, [row.image for row in rows]) < 0).all():
         aside, number = path.with_name("suspects-of-other-data.csv"), 1
         while aside.exists():  # an earlier one, which may hold what somebody wrote, too
             number += 1
             aside = path.with_name(f"suspects-of-other-data-{number}.csv")
         path.rename(aside)
-        logger.warning("%s is about other data, and is now %s", path, aside)
+        about = checked if is_other else "other data"
+        logger.warning(
+            "%s is about %s, and is set aside as %s; if that data was only moved, rename it back", path, about, aside
+        )
+
+
+def _checked_before(path: Path) -> str | None:
+    """Return the data set that a results file is about; None: there is no such file, or it cannot be read."""
+    try:
+        return results.DataCheckResults.model_validate_json(path.read_bytes()).data
+    except (OSError, ValueError):
+        return None
 
 
 def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tuple[Examined, dict[str, Pairs], IntArray]:
@@ -209,7 +246,7 @@ def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tupl
     near = copies.pairs[~copies.identical]
     look_alikes = find_units(everything.groups, copies).lumps
     if look_alikes:
-        near = near[~np.isin(near[:, 0], np.concatenate(look_alikes))]
+        near = near[~np.isin(near, np.concatenate(look_alikes)).all(axis=1)]
     return Examined(everything, sides, images, captions, near, look_alikes), splits, units.of
 
 
@@ -220,7 +257,7 @@ def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, co
         splits, files, val_split=settings.val_split, batch_size=settings.batch_size, context_length=context_length
     )
     for kind, text in found.items():
-        if text is not None and kind not in {"repeated_captions", "other_language"}:
+        if text is not None and kind not in {"repeated_captions", "other_language", "shared_images"}:
             yield Finding(kind, kind.replace("_", " "), None, text)
 
 
@@ -238,7 +275,7 @@ def _cost(examined: Examined, architecture: Architecture, batch_size: int) -> It
     yield Finding(
         "time", "seconds an epoch", float(f"{seconds:.2g}"),
         f"at least, for {architecture.name} on this {device.type} ({precision.name}, {rate / 1e9:,.0f} GFLOP/s; "
-        f"{read:,.0f} images are read a second); {epochs} epochs take {_duration(epochs * seconds)}",
+        f"{_rate(read)} images are read a second); {epochs} epochs take {_duration(epochs * seconds)}",
         "--freeze_backbone or a smaller --model_name takes less",
         {"flops_per_pair": 3 * cost.pair_flops, "flops_per_second": rate, "images_read_per_second": read},
     )  # fmt: skip
@@ -250,7 +287,7 @@ def _cost(examined: Examined, architecture: Architecture, batch_size: int) -> It
         f"about, with a batch of {batch_size} at once: {cost.state_bytes / 1e9:.1f} for "
         f"{cost.num_parameters / 1e6:.0f} million parameters, {pair_bytes / 1e6:.0f} MB a pair; {free / 1e9:.1f} are "
         "free",
-        "" if fits else "batches are taken in pieces that fit; --freeze_backbone or a smaller --model_name takes less",
+        "" if fits else "a run takes its batches in pieces that fit; --freeze_backbone or a smaller model needs less",
         {"parameters": cost.num_parameters, "state_bytes": cost.state_bytes, "bytes_per_pair": pair_bytes},
     )  # fmt: skip
 
@@ -264,6 +301,10 @@ def _matrix_rate(device: torch.device, precision: Precision) -> float:
         (matrix @ matrix)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
     return 2 * _MATRIX**3 / best
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _duration(seconds: float) -> str:

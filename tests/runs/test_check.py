@@ -1,7 +1,9 @@
 """`data_loader.py --check`: what it finds, and the files that it leaves."""
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ from PIL import Image
 import data_loader
 from cliptune import results
 from cliptune.data.diagnosis import leaks, near_copies
+from cliptune.data.doctor import look_at_images
+from cliptune.data.near_duplicates import NearDuplicates, no_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
+from cliptune.data.table import Strings
+from cliptune.preprocess.transforms import PixelTransform
 from tests.helpers.datasets import make_index
 from tests.helpers.photos import make_with_copies, photo
 from tests.helpers.runs import check_data
@@ -51,7 +57,7 @@ def test_images_that_are_odd_are_found_and_listed(tmp_path: Path, capsys: pytest
     found = check(tmp_path, code=1)
     assert {kind: finding.number for kind, finding in found.items() if kind not in {"time", "memory"}} == {
         "identical_images": 2, "one_color": 1, "tiny": 1, "extreme_shape": 1, "small": 1, "half_width": 69.3,
-        "shared_images": None,
+        "false_negatives": 2, "loss_floor": 0.198,
     }  # fmt: skip
     assert found["identical_images"].values == {"across_splits": 1}
     rows = read_suspects(tmp_path / "results" / "suspects.csv")
@@ -90,6 +96,26 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     # of three files of one image the first stays; of two across the split the one that validates
     assert near == {("0.png", True), ("large.jpg", False), ("1.png", True), ("crop.png", False), ("again.png", False)}
     assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
+
+
+def test_fingerprints_are_taken_only_where_they_are_kept_or_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, asked = make_with_copies(tmp_path / "data"), []
+
+    def look(paths: Strings, **_: Any) -> NearDuplicates:
+        asked.append(len(paths))
+        return no_copies(paths)
+
+    monkeypatch.setattr("cliptune.runs.check.look_for_near_duplicates", look)
+    flags = ["--data_dir", str(data), "--output_dir", str(tmp_path)]
+    assert data_loader.main(flags) == 0
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "all"), "--split", "all"]) == 0
+    assert asked == []
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "train"), "--split", "train"]) == 0
+    (tmp_path / "cache").mkdir()
+    assert data_loader.main(flags) == 0
+    assert asked == [39, 39]
 
 
 def test_what_is_kept_together_and_what_is_not_is_told(tmp_path: Path) -> None:
@@ -153,6 +179,68 @@ def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:
     assert "another.png" in path.with_name("suspects-of-other-data-2.csv").read_text()
     path.write_text("image;keep\n0.png;perhaps\n")
     assert check_data(tmp_path / "data", tmp_path) == 2
+
+
+def test_a_list_of_another_folder_with_the_same_names_is_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "other"):
+        names = draw(tmp_path / name, [(20, 40)] * 2)
+        make_index(tmp_path / name, [{"image": image, "caption": "x"} for image in names])
+    assert check_data(tmp_path / "one", tmp_path) == 0
+    path = tmp_path / "results" / "suspects.csv"
+    path.write_text(text := path.read_text().replace(",yes,", ",no,"))
+    assert check_data(tmp_path / "other", tmp_path) == 0
+    aside = path.with_name("suspects-of-other-data.csv")
+    assert aside.read_text() == text
+    assert f"is about {tmp_path / 'one'}, and is set aside as {aside}" in capsys.readouterr().err
+    assert all(row.keep for row in read_suspects(path))
+    path.write_text(path.read_text().replace(",yes,", ",no,"))
+    assert check_data(tmp_path / "other", tmp_path) == 0  # the same data once more
+    assert not any(row.keep for row in read_suspects(path))
+
+
+def test_copies_are_one_row_and_a_separate_set_is_no_uneven_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = draw(tmp_path / "data", [(240, 240)] * 4)
+    make_index(tmp_path / "data", [{"image": name, "caption": name} for name in names])
+    shutil.copytree(tmp_path / "data", tmp_path / "val")
+    flags = ["--val_data", str(tmp_path / "val")]
+    found = check(tmp_path, *flags)
+    assert not {"shared_images", "uneven_split"} & found.keys()
+    assert found["identical_images"].values == {"across_splits": 4}
+    assert "4 of them in another split" in found["identical_images"].text
+    # copies with captions of their own are negatives of each other, too, wherever they are
+    shutil.copy(tmp_path / "data" / "0.png", tmp_path / "data" / "1.png")
+    found = check(tmp_path, *flags)
+    assert found["false_negatives"].values == {"with_copies": 2}
+    assert found["loss_floor"].number == round(math.log(2) / 2, 3)  # of the four pairs two
+    assert "--positives" not in found["false_negatives"].advice
+    capsys.readouterr()
+    assert data_loader.main(["--data_dir", str(tmp_path / "data"), *flags, "--output_dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "asks for" not in out
+    assert "split       train 4, val 4, test 0 images (val: --val_data)" in out
+    assert "3 of the 4 validation images are byte-identical" in out
+
+
+def test_few_images_are_not_read_the_slower_for_the_start_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path, [(16, 16)] * 3)
+    paths = Strings.of(str(tmp_path / f"{number}.png") for number in range(3))
+    plain = look_at_images(paths, num_workers=0).per_second
+    load = PixelTransform.load
+    started: list[int] = []
+
+    def slow_at_first(*args: Any) -> Any:
+        time.sleep(0 if started else 1)
+        started.append(1)
+        return load(*args)
+
+    monkeypatch.setattr(PixelTransform, "load", slow_at_first)
+    assert look_at_images(paths, num_workers=0).per_second > max(plain / 20, 3.1)
 
 
 def test_captions_of_few_classes_have_a_ceiling_and_a_floor(tmp_path: Path) -> None:
