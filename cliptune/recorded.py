@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from cliptune.runtime.messages import count
 
+R = TypeVar("R")
+"""`results.EpochRecord`."""
 MAX_SIZE = 1e100
 """Of a number."""
 
@@ -31,6 +34,11 @@ Bounds = tuple[Number, Number]
 
 RECORDED = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 """Of what a results file holds: immutable, and keys of later versions are kept."""
+
+
+def comparable(history: Iterable[R]) -> list[R]:
+    """Return those of a run's records that are of the validation data that it has had last."""
+    return [record for record in history if not getattr(record, "earlier_data", False)]
 
 
 def shown_epoch(epoch: float) -> str:

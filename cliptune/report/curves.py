@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cliptune.recorded import shown_epoch
+from cliptune.recorded import comparable, shown_epoch
 from cliptune.report.palette import (
     BLUE,
     CHOSEN,
@@ -111,8 +111,7 @@ def interpolation_figure(results: TrainingResults, interpolation: Interpolation)
 
 def _draw_curve(axes: Axes, results: TrainingResults, key: str, **look: Any) -> None:
     """Draw a number of the evaluations that have it; of validation without those on data that the run had before."""
-    is_of_training = key.startswith("train_")
-    history = [record for record in results.history if is_of_training or not record.earlier_data]
+    history = results.history if key.startswith("train_") else comparable(results.history)
     records = [record for record in history if getattr(record, key) is not None]
     if records:
         epochs, values = [record.epoch for record in records], [getattr(record, key) for record in records]
@@ -160,7 +159,7 @@ def _draw_rsum(axes: Axes, results: TrainingResults) -> None:
     curves = results.watched_curves()
     for (name, look), label in zip(_looks(list(curves)), _watched_labels(list(curves)), strict=True):
         axes.plot(*zip(*curves[name], strict=True), **look, **_marked(len(curves[name])), label=label)
-    history = [record for record in results.history if not record.earlier_data]
+    history = comparable(results.history)
     value = max(getattr(record, key) for record in history if record.epoch == results.best_epoch)
     star: dict[str, Any] = {"marker": "*", "markersize": 16, "linestyle": "none", "markeredgecolor": "white"}
     label = f"best epoch: {shown_epoch(results.best_epoch)}, RSum {value:.1f}"
