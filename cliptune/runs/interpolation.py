@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cliptune.features.verdict import DIRECTIONS, Ranks, Verdict, answered, compare_best
+from cliptune.features.verdict import DIRECTIONS, Ranks, Verdict, answered, compare_averages
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.weights import own_weights
 from cliptune.results import selection_key
@@ -198,7 +198,7 @@ def _interpolated(
     """Choose one of the averages, estimate its gain and save it."""
     chosen, allowed = choose(points)
     # alpha 0 is the model as loaded: whatever the folds chose, what is saved gains nothing over it
-    verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=evaluations) if chosen.alpha else None
+    verdict = estimated_gain(data, allowed, evaluations=evaluations) if chosen.alpha else None
     if is_main():
         _save(ends, chosen, path, complete=complete)
     barrier()
@@ -214,24 +214,20 @@ def _interpolated(
     return LookBack({**forgotten.values, "interpolation": values}, [*forgotten.lines, *lines])
 
 
-def estimated_gain(
-    data: RunData[Any], allowed: Sequence[Point], *, loaded: Point, evaluations: Sequence[Ranks]
-) -> Verdict | None:
+def estimated_gain(data: RunData[Any], allowed: Sequence[Point], *, evaluations: Sequence[Ranks]) -> Verdict | None:
     """Estimate what the choice gains on fresh images over the model as loaded, without the luck of the choice.
 
-    The averages stand in the cross-fit beside the evaluations that the best one was chosen among. Where the best epoch
-    itself loses too much of what is watched, evaluations are no candidates, and only the choice of alpha is covered.
-    None where they would be and are lost: the luck of the chosen epoch could not be taken off.
+    The choice is that of alpha among the averages that are allowed, and that of the evaluation they are made of. None
+    where the run's evaluations are lost, and so nobody knows what the second one was chosen among.
     """
-    if allowed[-1].alpha == 1 and not evaluations:
+    if len(evaluations) < 2:
         return None
-    candidates: list[Ranks] = [point.validation.ranks for point in allowed]
-    prefix = "merged_" if loaded.validation.merged else ""
-    if allowed[-1].alpha == 1:
-        candidates += [{key: each[prefix + key] for key in DIRECTIONS} for each in evaluations[1:]]
-    ranks, groups = answered([loaded.validation.ranks, *candidates], data.val.query_groups)
+    prefix = "merged_" if allowed[0].validation.merged else ""
+    of_run = [{key: each[prefix + key] for key in DIRECTIONS} for each in evaluations]
+    averages = [point.validation.ranks for point in allowed]
+    ranks, groups = answered([*averages, *of_run], data.val.query_groups)
     try:
-        return compare_best(ranks, groups)
+        return compare_averages(ranks[: len(averages)], ranks[len(averages) :], groups)
     except ValueError:  # all validation images are of one group
         return None
 
