@@ -180,6 +180,30 @@ def test_the_curve_is_drawn_from_the_results(files: RunFiles, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_later_resume_keeps_the_average_while_the_best_model_is_the_same(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, output = RunFiles(tmp_path), ["--output_dir", str(tmp_path)]
+    plain = [flag for flag in flags if flag != "--interpolate"]
+    with small_runs():
+        assert main([*plain, *output]) == 0
+        assert main([*output, "--resume", "--interpolate"]) == 0
+        found, content = results_of(files)["interpolation"], files.interpolated.read_bytes()
+        assert main([*output, "--resume"]) == 0
+        assert results_of(files)["interpolation"] == found
+        assert files.interpolated.read_bytes() == content
+        assert f"as it was chosen before (alpha {found['chosen']:.1f})" in capsys.readouterr().out
+    with small_runs() as patch:
+        patch.setattr("cliptune.training.state.TIE", -0.9)  # one more epoch, which is then the best one
+        assert main([*output, "--resume", "--num_epochs", "3"]) == 0
+    assert results_of(files)["best_epoch"] == 3
+    assert "interpolation" not in results_of(files)
+    aside = files.interpolated.with_name("interpolated_model.aside.pth")
+    assert aside.read_bytes() == content and not files.interpolated.exists()
+    assert f"it is now {aside}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_the_middle_of_it_does_it_again(
     flags: list[str], files: RunFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
