@@ -1,7 +1,8 @@
 """CLIP with projection layers on both towers, the contrastive loss, and the trainer.
 
 model = CLIPModel.from_checkpoint("model-checkpoint/best_model.pth")
-similarity = model.encode_image(["cat.jpg"]) @ model.encode_text(["a cat", "a dog"]).T
+cosines = model.encode_image(["cat.jpg"]) @ model.encode_text(["a cat", "a dog"]).T
+model.classify("cat.jpg", ["cat", "dog"])
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 from cliptune.model.architectures import ARCHITECTURES, DEFAULT_MODEL_NAME, known_architecture
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.model.inputs import ImageInput, TextInput, to_pixels, to_tokens
+from cliptune.model.inputs import AT_ONCE, ImageInput, TextInput, image_batches, to_tokens
 from cliptune.model.lora import LoRA, load_adapter
 from cliptune.model.positions import resize_weights, resized
 from cliptune.model.self_test import check_self_test, compute_self_test, describe_preprocessing
 from cliptune.model.state_dicts import extra_state, read_extra_state
 from cliptune.model.towers import apply_settings, build_backbone, layers_of, set_compiled, shared_projection
 from cliptune.model.weights import Weights, find_weights, own_weights
+from cliptune.model.zero_shot import class_probabilities, logits_of
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
 from cliptune.runtime.messages import count
@@ -203,7 +205,8 @@ class CLIPModel(nn.Module):
         Args:
             images: pixels `[B, 3, R, R]` or `[3, R, R]`, uint8, or float and normalised; or one or several Pillow
                 images, paths, files' bytes, open binary files, or uint8 arrays `[H, W, 3]`, which go through the
-                model's own preprocessing; see `inputs.to_pixels`.
+                model's own preprocessing, and out of training run 64 at once, however many they are (under
+                `torch.no_grad()`: else what the gradient needs of all of them stays in memory); see `inputs`.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
@@ -212,15 +215,15 @@ class CLIPModel(nn.Module):
             ValueError: pixels of another type or size, or what is no image.
             FileNotFoundError: no such file.
         """
-        pixels = to_pixels(images, clip_transform(self.image_resolution))  # [B, 3, R, R]
-        return self.project_image(self.run_image_tower(pixels))
+        batches = image_batches(images, clip_transform(self.image_resolution), size=self._at_once)  # [b, 3, R, R] each
+        return _joined([self.project_image(self.run_image_tower(pixels)) for pixels in batches])
 
     def encode_text(self, texts: TextInput) -> Tensor:
         """Encode texts.
 
         Args:
-            texts: one or several strings, truncated to the model's context; or tokens, int `[B, L]` or `[L]`, or what
-                a tokenizer returns, see `inputs.to_tokens`.
+            texts: one or several strings, truncated to the model's context, 64 at once as images are; or tokens, int
+                `[B, L]` or `[L]`, or what a tokenizer returns, see `inputs.to_tokens`.
 
         Returns:
             Unit-norm features, float32 `[B, projection_dim]`.
@@ -232,7 +235,45 @@ class CLIPModel(nn.Module):
         tokens = to_tokens(
             texts, self._tokenize, context_length=shape.context_length, vocab_size=shape.vocab_size
         )  # [B, L]
-        return self.project_text(self.run_text_tower(tokens))
+        # a tensor is a batch already: a trace keeps it, and under FSDP every rank must run it as often as the others
+        is_batch = isinstance(texts, Tensor) or self._at_once is None
+        batches = [tokens] if is_batch else tokens.split(AT_ONCE)
+        return _joined([self.project_text(self.run_text_tower(batch)) for batch in batches])
+
+    @torch.no_grad()
+    def similarity(self, images: ImageInput, texts: TextInput) -> Tensor:
+        """Compare every image with every text, on the model's own scale: its logits.
+
+        Args:
+            images: N of them, as `encode_image` takes them.
+            texts: M of them, as `encode_text` takes them.
+
+        Returns:
+            `exp(logit_scale) * cosine`, and `logit_bias` added if the model has one; float32 `[N, M]`. A softmax over
+            texts gives the probability of each one for an image, if one of them is right.
+        """
+        return logits_of(self, self.encode_image(images), self.encode_text(texts))
+
+    @torch.no_grad()
+    def classify(
+        self, images: ImageInput, names: Sequence[str], *, templates: str | Sequence[str] = "a photo of a {}"
+    ) -> list[dict[str, float]]:
+        """Tell which of some names each image shows, without training on them.
+
+        Args:
+            images: as `encode_image` takes them.
+            names: of the classes, each once.
+            templates: a text, or several, in which `{}` stands for a name; a class is the mean of its texts (Radford
+                et al. 2021, section 3.1.4).
+
+        Returns:
+            For each image the probability of each name, the most likely first; they add up to 1. Of one image
+            `[{"cat": 0.9, "dog": 0.1}]`.
+
+        Raises:
+            ValueError: no names or templates, a name that occurs twice, a template without `{}`.
+        """
+        return class_probabilities(self, images, names, templates)
 
     def compile_towers(self) -> None:
         """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
@@ -309,6 +350,11 @@ class CLIPModel(nn.Module):
         if self.architecture != before:
             apply_settings(self.backbone, self.architecture)
 
+    @property
+    def _at_once(self) -> int | None:
+        """Images or texts of a list that are run at once; in training a batch is a batch, for BatchNorm's sake."""
+        return None if self.training else AT_ONCE
+
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
         tokens, truncated = tokenize(texts, self.architecture.context_length)
         if truncated:
@@ -352,6 +398,10 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
         "temperature": math.exp(-model.logit_scale.item()),
         "self_test": self_test,
     }
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
 def _frozen_towers(freeze_backbone: bool, freeze_tower: str | None) -> tuple[str, ...]:

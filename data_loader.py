@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, InspectSettings
+from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE
+from cliptune.stage_settings import InspectSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported
@@ -210,11 +211,10 @@ def _inspect(argv: list[str] | None) -> int:
         found = check(pairs, val, settings)
         print("\n".join(map(printable, found.lines)))
         return 1 if found.issues.count else 0
-    splits = split_as_a_run(pairs, val, settings)
     if settings.to_shards is None:
-        print("\n".join(map(printable, describe_data(pairs, splits, settings))))
+        print("\n".join(map(printable, describe_data(pairs, split_as_a_run(pairs, val, settings), settings))))
     else:
-        chosen = {**splits, "all": pairs}[settings.split]
+        chosen = pairs if settings.split == "all" else split_as_a_run(pairs, val, settings)[settings.split]
         _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
     return 0
 

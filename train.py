@@ -36,6 +36,7 @@ from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
 from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
+from cliptune.runs.copies import copy_finder, main_finds_copies
 from cliptune.runs.data import (
     RunData,
     Splits,
@@ -50,6 +51,7 @@ from cliptune.runs.interpolation import look_back
 from cliptune.runs.loss import make_losses, start_bias
 from cliptune.runs.model import find_run_weights, make_model, place_model
 from cliptune.runs.recipe import apply_recipe
+from cliptune.runs.report import leave_report
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runs.watch import watching
@@ -57,7 +59,7 @@ from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precis
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.environment import process_start
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count
+from cliptune.runtime.messages import count, printable
 from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
@@ -112,7 +114,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         weights = find_run_weights(config, started.given, resumed)
         cache_dir = files.cache if config.run.cache_dir is None else Path(config.run.cache_dir)
         reading: dict[str, Any] = {"given": started.given, "cache_file": cache_dir / "identities.npz"}
-        with main_first():
+        with main_finds_copies(copy_finder(config, reading["cache_file"])) as reading["find_copies"]:
             splits, snapshots = _read(config, resumed, part, **reading)
         config = apply_recipe(
             config, started, splits=splits, weights=weights, is_resumed=resumed is not None or part is not None
@@ -166,14 +168,12 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
     return code
 
 
-def _read(
-    config: Config, resumed: Resumed | None, part: Part | None, *, given: dict[str, Any], cache_file: Path
-) -> tuple[Splits, Snapshots]:
+def _read(config: Config, resumed: Resumed | None, part: Part | None, **reading: Any) -> tuple[Splits, Snapshots]:
     if part is not None:
-        return part.splits, part.snapshots(resumed, cache_file=cache_file)
+        return part.splits, part.snapshots(resumed, cache_file=reading["cache_file"])
     if resumed is None:
-        return read_data(config, given=given, cache_file=cache_file)
-    return reread_data(config, resumed.content, given=given, cache_file=cache_file)
+        return read_data(config, **reading)
+    return reread_data(config, resumed.content, **reading)
 
 
 def _conclude(
@@ -209,7 +209,9 @@ def _conclude(
     journal.write_results(state, finished=True)
     for figure in draw_figures(files.results):
         logger.info("figure: %s", figure)
-    print("\n".join([journal.summary(state), *(() if whole is None else whole.lines), *found.lines]))
+    page = leave_report(files.results, config.run.report)
+    report = () if page is None else (f"report: {printable(str(page))}",)
+    print("\n".join([journal.summary(state), *report, *(() if whole is None else whole.lines), *found.lines]))
 
 
 def _open_model(path: Path, *, device: torch.device) -> CLIPModel:

@@ -1,6 +1,6 @@
-"""Recorded numbers to figures. As a stage it redraws any figure from a results file:
+"""Recorded numbers to figures, and to the report of a run. As a stage it redraws them from a results file:
 
-python visualization.py --results results/training_results.json
+python visualization.py --results results/training_results.json --report
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import VisualizationSettings
+from cliptune.stage_settings import VisualizationSettings
 
 if __name__ == "__main__":
     check_command_line(VisualizationSettings, str(__doc__))
@@ -36,9 +36,27 @@ def main(argv: list[str] | None = None) -> int:
 def _draw(argv: list[str] | None) -> int:
     settings, _ = parse_settings(VisualizationSettings, argv, description=str(__doc__))
     output_dir = None if settings.output_dir is None else Path(settings.output_dir)
-    for path in draw_figures(Path(settings.results), output_dir):
+    results_path = Path(settings.results)
+    if settings.suspects is not None:
+        print(_list_suspects(results_path))
+    drawn = draw_figures(results_path, output_dir)
+    if settings.report != "none":
+        from cliptune.report.page import NAME, write_report  # noqa: PLC0415  (--help needs none of it)
+
+        page = (results_path.parent if output_dir is None else output_dir) / NAME
+        drawn.append(write_report(results_path, page, images=settings.report == "full"))
+    for path in drawn:
         print(printable(str(path)))
     return 0
+
+
+def _list_suspects(results_path: Path) -> str:
+    # the only part that needs a model, and PyTorch
+    from clip_model import CLIPModel  # noqa: PLC0415
+    from cliptune.runs.suspects import find_suspects  # noqa: PLC0415
+    from data_loader import ImageTextDataset  # noqa: PLC0415
+
+    return str(find_suspects(results_path, build=CLIPModel, open_dataset=ImageTextDataset))
 
 
 def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Path]:

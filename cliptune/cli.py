@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -30,7 +30,7 @@ MAY_CHANGE_ON_RESUME = {
     "watch_data", "interpolate", "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers",
     "device", "precision", "output_dir", "cache_dir",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
+    "keep_checkpoints", "profile", "report", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
 }  # fmt: skip
 """Flags that change how a run is computed or what it writes, but not what it is."""
 MAX_ISSUES = 10
@@ -38,7 +38,8 @@ MAX_ISSUES = 10
 HELP_GROUPS = {
     "everyday": (
         "config", "checkpoint", "results", "data_dir", "model_name", "freeze_backbone", "batch_size", "num_epochs",
-        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples",
+        "learning_rate", "recipe", "output_dir", "resume", "device", "check", "num_samples", "images", "query_image",
+        "top", "json", "serve", "port",
     ),
     "data": (
         "watch_data", "val_data", "split", "val_split", "folds", "split_seed", "near_duplicates", "image_dir",
@@ -60,15 +61,16 @@ HELP_GROUPS = {
         "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
     ),
     "shards": ("to_shards", "shard_size"),
-    "output": ("checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
+    "export": ("to", "overwrite", "onnx_files", "quantize"),
+    "output": ("report", "suspects", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 
 METAVARS = {
     "checkpoint": "FILE", "checkpoint_every": "N|TIME", "config": "FILE", "data_dir": "DIR", "exclude": "FILE",
     "pretrained": "FILE", "results": "FILE", "resume": "FILE", "to_shards": "DIR", "val_data": "PATH",
-    "validate_every": "N|TIME", "watch_data": "PATH",
-    "classes": "PATH", "templates": "FILE",
+    "to": "FORM DIR", "validate_every": "N|TIME", "watch_data": "PATH",
+    "classes": "PATH", "templates": "FILE", "queries": "QUERY", "query_image": "FILE", "images": "DIR",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
 
@@ -87,7 +89,7 @@ MEANT = {
     "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
     "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
     "max_length": "context_length", "llrd": "layer_decay", "lora_r": "lora_rank", "lora": "lora_rank",
-    "ema_decay": "ema",
+    "ema_decay": "ema", "k": "top", "topk": "top", "top_k": "top", "num_results": "top", "image": "query_image",
 }  # fmt: skip
 """What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 
@@ -125,6 +127,11 @@ def flags_of(settings: type[Settings], parents: tuple[str, ...] = ()) -> Iterato
         else:
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
             yield Flag(str(extra.get("flag", name)), (*parents, name), field)
+
+
+def is_positional(field: FieldInfo) -> bool:
+    """Tell whether a setting is given by words without a flag, such as the queries of a search."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("positional"))
 
 
 def parse_settings(settings: type[S], argv: list[str] | None, *, description: str) -> tuple[S, dict[str, Any]]:
@@ -330,26 +337,52 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(settings: type[Settings], argv: list[str] | None, *, description: str) -> dict[str, Any]:
+    unnamed_values = [name for name, _, field in flags_of(settings) if is_positional(field)]
     parser = _Parser(
         description=description.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--flag value ...]",
+        usage=" ".join(["%(prog)s [--flag value ...]", *(f"[{METAVARS[name]} ...]" for name in unnamed_values)]),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     arguments = {name: _argument(name, field) for name, _, field in flags_of(settings)}
+    for name in unnamed_values:
+        parser.add_argument(name, nargs="*", metavar=METAVARS[name], help=arguments.pop(name)["help"])
     unnamed = "./config.json if there" if settings is Config else "none"
     arguments["config"] = {"metavar": METAVARS["config"], "help": f"JSON file with settings (default: {unnamed})"}
     for title, names in _help_groups(arguments):
         group = parser.add_argument_group(title)
         for name in names:
             group.add_argument(f"--{name}", dest=name, **arguments[name])
-    found, unknown = parser.parse_known_args(argv)
+    found, unknown = _read_words(parser, settings, argv, unnamed_values)
     if unknown:
         word = unknown[0].partition("=")[0]
         hint = _hint(word.lstrip("-"), {name: f"--{name}" for name in arguments}) or "; --help lists the flags"
         raise ValueError(f"unknown flag {shorten(word)}{hint if word.startswith('-') else '; flags start with --'}")
     return vars(found)
+
+
+def _read_words(
+    parser: argparse.ArgumentParser, settings: type[Settings], argv: list[str] | None, unnamed_values: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return what the words of a command line say, and those that nobody knows."""
+    if not unnamed_values:
+        return parser.parse_known_args(argv)
+    switches = {f"--{name}" for name, _, field in flags_of(settings) if field.annotation is bool}
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    found, unknown = parser.parse_known_intermixed_args(_with_values(words[:end], switches))
+    if behind := words[end + 1 :]:  # which are no flags, whatever they look like
+        setattr(found, unnamed_values[-1], [*getattr(found, unnamed_values[-1], []), *behind])
+    return found, unknown
+
+
+def _with_values(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Give switches their value where a word without a flag follows: `--json heart` is `--json=true heart`."""
+    return [
+        f"{word}=true" if word in switches and after not in {"true", "false"} else word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+    ]
 
 
 def _help_groups(known: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -370,7 +403,10 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     if field.annotation is bool or "bare" in extra:
         argument |= {"nargs": "?", "const": extra.get("bare", "true")}
     if get_origin(field.annotation) is list:  # --flag A B, and --flag A --flag B
-        argument |= {"nargs": "+", "action": "extend"}
+        # where words without a flag may follow, a flag takes one value: --flag A word
+        argument |= {"nargs": 1 if "single" in extra else "+", "action": "extend"}
+        if " " in argument["metavar"]:  # values of several kinds: FORM [DIR ...]
+            argument["metavar"] = tuple(argument["metavar"].split())
     text, default = str(field.description), "none" if field.default in (None, []) else str(field.default)
     default = " ".join(field.default) if isinstance(field.default, list) and field.default else default
     if field.default in (None, []) and "none: " in text:
@@ -425,6 +461,9 @@ def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], 
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise ValueError(f"{source}: {group}: expected an object, got {shorten(repr(target))}")
+        if is_positional(field):
+            target[last] = value  # a person may look for "none"
+            continue
         # `--val_data none` undoes what config.json says; but `--augment none` is one of its choices
         optional = NoneType in get_args(field.annotation)
         is_none = optional and str(value).lower() in {"none", "null"}

@@ -25,6 +25,16 @@ def data() -> None:
     _run("data_loader")
 
 
+def search() -> None:
+    """Run `search.py`."""
+    _run("search")
+
+
+def export() -> None:
+    """Run `export.py`."""
+    _run("export")
+
+
 def _run(stage: str) -> None:
     # as `__main__`, so that the stage answers --help and a wrong flag before it imports PyTorch
     runpy.run_module(stage, run_name="__main__", alter_sys=True)

@@ -52,6 +52,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+BatchSize = Annotated[PositiveInt, AfterValidator(_check_batch_size)]
+Several = Annotated[list[str], BeforeValidator(_as_list)]
+"""Of one, it may be given without its list."""
 Interval = Annotated[int | str | None, AfterValidator(_check_interval)]
 """Steps (`500`), or a time (`"90s"`, `"10m"`, `"2h"`)."""
 
@@ -101,6 +104,7 @@ Activation = Annotated[
     Field(description="activation of a weights file that does not tell it; none: found from the file"),
 ]
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
+Report = Literal["full", "no-images", "none"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
 Seed = Annotated[
     int, Field(ge=0, lt=2**64, description="of the split, the order, captions, augmentation and sample data")
@@ -189,7 +193,7 @@ class DataSettings(Settings):
     val_data: str | None = Field(
         None, description="separate validation set, which shards need; none: split off from the data"
     )
-    watch_data: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    watch_data: Several = Field(
         [],
         description="other data sets evaluated beside validation: what the model forgets; no epoch is chosen by them",
     )
@@ -234,7 +238,7 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """How the weights are moved."""
 
-    batch_size: Annotated[PositiveInt, AfterValidator(_check_batch_size)] = Field(
+    batch_size: BatchSize = Field(
         32, description="pairs a step, over all ranks: each is contrasted with all others of its batch"
     )
     micro_batch_size: PositiveInt | Literal["auto"] = Field(
@@ -311,6 +315,9 @@ class RunSettings(Settings):
         2, description="newest checkpoints to keep: last_model.pth, and earlier ones in case it is damaged"
     )
     profile: NonNegativeInt = Field(0, description="steps to record with torch.profiler, to logs/profile.json")
+    report: Report = Field(
+        "full", description="write results/report.html at the end; no-images: with captions and names alone"
+    )
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
 
@@ -363,121 +370,6 @@ class Config(Settings):
         if self.training.ema is not None and self.run.parallel == "fsdp":
             raise ValueError("ema does not go with parallel fsdp: use ddp")
         return self
-
-
-class InspectSettings(Settings):
-    """Settings of the data stage."""
-
-    from_config = frozenset((
-        "data_dir", "image_dir", "caption_key", "val_split", "split_seed", "near_duplicates",
-        "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size",
-        "output_dir",
-    ))  # fmt: skip
-
-    data_dir: DataDir = DEFAULT_DATA_DIR
-    image_dir: ImageDir = None
-    image_key: ImageKey = None
-    caption_key: CaptionKey = None
-    captions_from: CaptionsFrom = None
-    caption_template: CaptionTemplate = None
-    val_split: ValSplit = 0.1
-    split_seed: SplitSeed = None
-    near_duplicates: NearDuplicates = "join"
-    val_data: str | None = Field(
-        None, description="separate validation set that is compared with the data; none: split off"
-    )
-    max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
-    check: bool = Field(False, description="look at every image and caption; print issues, findings and what to do")
-    model_name: str = Field(DEFAULT_MODEL_NAME, description="model that check estimates time and memory for")
-    context_length: Annotated[int, Field(ge=3, le=4096)] | None = Field(
-        None, description="tokens of a text that check goes by; none: the model's own"
-    )
-    batch_size: Annotated[PositiveInt, AfterValidator(_check_batch_size)] = Field(
-        32, description="pairs a step that check goes by"
-    )
-    output_dir: str = Field(".", description="folder whose results/ gets data_check.json and suspects.csv")
-    num_workers: NonNegativeInt | None = Field(None, description="worker processes of check; none: one a core")
-    seed: Seed = 42
-    num_samples: PositiveInt | None = Field(None, description=f"draw that many sample images (default: {SAMPLE_SIZE})")
-    to_shards: str | None = Field(None, description="folder to write the data set to as shards")
-    shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
-    split: Split = Field("train", description="images that to_shards takes")
-
-    @property
-    def seed_of_split(self) -> int:
-        """Seed of the split."""
-        return self.seed if self.split_seed is None else self.split_seed
-
-
-class EvaluationSettings(Settings):
-    """Settings of the evaluation stage."""
-
-    # not the data: a run's data_dir is what it was trained on, and without one its own validation images are taken
-    from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
-    below_output_dir = {"checkpoint": "model-checkpoint/best_model.pth"}
-
-    checkpoint: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        ["model-checkpoint/best_model.pth"],
-        min_length=1,
-        description="models to evaluate, several beside each other: checkpoints, folders of runs, weights files, hub "
-        "folders, or names (ViT-B/32)",
-    )
-    data_dir: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        [], description="data sets; none: the validation images that the checkpoints' runs had"
-    )
-    split: Split | None = Field(
-        None, description="split of data_dir, declared or the run's own; none: val or test if declared, else all"
-    )
-    exclude: str | None = Field(
-        None, description="list of pairs (suspects.csv); evaluates with and without them; none: with all"
-    )
-    include_trained: bool = Field(False, description="evaluate images as well that the checkpoint was trained on")
-    image_dir: ImageDir = None
-    image_key: ImageKey = None
-    caption_key: CaptionKey = None
-    captions_from: CaptionsFrom = None
-    caption_template: CaptionTemplate = None
-    classes: str | None = Field(
-        None,
-        description="classify the images instead: file with a class a line, JSON {label: [names]}, or a folder whose "
-        "folders are the classes",
-    )
-    templates: str | None = Field(
-        None, description='file with a text a line in which {} stands for a class\'s name; none: "a photo of a {}"'
-    )
-    label_key: str | None = Field(
-        None, description="column that holds the images' classes; none: their folders or captions name them"
-    )
-    max_skipped_fraction: Fraction | None = Field(
-        None, description="fraction of the images and records that may be skipped; none: as in the checkpoint's run"
-    )
-    activation: Activation = None
-    encode_batch_size: PositiveInt = Field(
-        64, description="images or texts encoded at once; in fp32 always 16 or 64, so that no number depends on it"
-    )
-    num_workers: NumWorkers = None
-    precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
-    device: Device = "auto"
-    output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json, or those of classes")
-    log_level: LogLevel = "info"
-
-    @model_validator(mode="after")
-    def _check_classes(self) -> EvaluationSettings:
-        for name in ("templates", "label_key"):
-            if self.classes is None and getattr(self, name) is not None:
-                raise ValueError(f"{name} needs classes, which are to be told apart")
-        return self
-
-
-class VisualizationSettings(Settings):
-    """Settings of the figure stage."""
-
-    below_output_dir = {"results": "results/training_results.json"}
-
-    results: str = Field(
-        "results/training_results.json", description="training_results.json or evaluation_results.json"
-    )
-    output_dir: str | None = Field(None, description="folder for the figures; none: beside the results file")
 
 
 def steps_of(interval: int | str | None) -> int | None:

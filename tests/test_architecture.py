@@ -12,7 +12,7 @@ from cliptune import settings
 from cliptune.model import architectures
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("train", "evaluation", "data_loader", "visualization")
+STAGES = ("train", "evaluation", "data_loader", "visualization", "search", "export")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("cliptune/**/*.py")])
@@ -62,6 +62,7 @@ def test_nobody_imports_train() -> None:
         "cliptune.model.published",
         "cliptune.results",
         "cliptune.settings",
+        "cliptune.stage_settings",
         "visualization",
     ],
 )
@@ -117,7 +118,7 @@ def test_a_wrong_value_is_told_before_slow_imports(argv: tuple[str, ...], messag
 def test_right_settings_go_on_to_the_slow_imports(tmp_path: Path) -> None:
     """The counter-proof: the stubs are found, so the tests above would fail if anything imported them."""
     for stage in STAGES:
-        done = run_without_slow_packages(tmp_path, f"{stage}.py")
+        done = run_without_slow_packages(tmp_path, f"{stage}.py", *["a query"] * (stage == "search"))
         assert "was imported" in done.stderr, stage
 
 

@@ -17,6 +17,7 @@ from benchmarks import (
     large_batch,
     near_duplicates,
     retrieval,
+    search,
     startup,
     train_losses,
     train_step,
@@ -254,3 +255,16 @@ def test_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     # what has been measured is not measured again
     monkeypatch.setattr(fine_tuning, "_train", lambda *_, **__: pytest.fail("trained anew"))
     assert fine_tuning.main(flags) == 0
+
+
+@pytest.mark.slow
+def test_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    assert search.main(["--quick", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert [(row["images"], row["lookup"]) for row in found["lookups"]] == [
+        (500, "exact"), (3000, "exact"), (3000, "approximate"),
+    ]  # fmt: skip
+    assert [row["recall"] for row in found["lookups"]][:2] == [1, 1]
+    assert 0.9 < found["lookups"][2]["recall"] <= 1
+    assert "| 3,000  | approximate |" in capsys.readouterr().out

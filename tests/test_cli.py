@@ -3,18 +3,27 @@ from pathlib import Path
 
 import pytest
 
-from cliptune.cli import HELP_GROUPS, MEANT, RENAMED, flags_of, load_config, override, parse_settings, run_stage
-from cliptune.settings import (
-    Config,
+from cliptune.cli import (
+    HELP_GROUPS,
+    MEANT,
+    RENAMED,
+    flags_of,
+    is_positional,
+    load_config,
+    override,
+    parse_settings,
+    run_stage,
+)
+from cliptune.settings import Config, Settings, seconds_of, steps_of
+from cliptune.stage_settings import (
     EvaluationSettings,
+    ExportSettings,
     InspectSettings,
-    Settings,
+    SearchSettings,
     VisualizationSettings,
-    seconds_of,
-    steps_of,
 )
 
-STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings)
+STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings, SearchSettings, ExportSettings)
 
 
 def load(*argv: str) -> Config:
@@ -211,14 +220,15 @@ def test_help_shows_every_flag_once_and_in_a_group(
 ) -> None:
     lines = help_of(settings, capsys).splitlines()
     shown = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
-    assert sorted(shown) == sorted([flag.name for flag in flags_of(settings)] + ["config"])
+    named = [flag.name for flag in flags_of(settings) if not is_positional(flag.field)]
+    assert sorted(shown) == sorted([*named, "config"])
     assert "more:" not in lines
 
 
 def test_help_shows_the_daily_flags_first_then_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(Config, capsys)
     titles = [line.removesuffix(":") for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["options", *(title for title in HELP_GROUPS if title != "shards")]
+    assert titles == ["options", *(title for title in HELP_GROUPS if title not in {"shards", "export"})]
     assert text.index("--data_dir") < text.index("--batch_size") < text.index("--resume") < text.index("--val_split")
 
 
@@ -360,3 +370,30 @@ def test_only_training_reads_a_config_file_that_is_not_named() -> None:
     Path("config.json").write_text(json.dumps({"run": {"output_dir": "elsewhere"}}))
     assert parse_settings(EvaluationSettings, [], description="")[0].output_dir == "."
     assert load().run.output_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("argv", "queries", "others"),
+    [
+        (["a heart", "b"], ["a heart", "b"], {}),
+        (["--json", "a heart", "--top", "5", "b"], ["a heart", "b"], {"json": "true", "top": "5"}),
+        (["--json", "false", "true"], ["true"], {"json": "false"}),
+        (["--query_image", "x.png", "a", "--query_image", "y.png"], ["a"], {"query_image": ["x.png", "y.png"]}),
+        (["--top=5", "--", "--json", "a"], ["--json", "a"], {"top": "5"}),
+        (["none"], ["none"], {}),
+        (["null"], ["null"], {}),
+    ],
+)
+def test_words_without_a_flag_are_taken_as_they_are(
+    argv: list[str], queries: list[str], others: dict[str, object]
+) -> None:
+    settings, given = parse_settings(SearchSettings, argv, description="")
+    assert settings.queries == queries
+    assert given == {"queries": queries, **others}
+
+
+def test_words_without_a_flag_are_refused_where_none_is_meant() -> None:
+    with pytest.raises(ValueError, match="unknown flag heart; flags start with --"):
+        parse_settings(EvaluationSettings, ["--split", "val", "heart"], description="")
+    with pytest.raises(ValueError, match="unknown flag --jsn; did you mean --json"):
+        parse_settings(SearchSettings, ["heart", "--jsn"], description="")

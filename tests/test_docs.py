@@ -11,27 +11,48 @@ import pytest
 
 import data_loader
 import evaluation
+import export
+import search
 import train
 import visualization
-from cliptune.cli import flags_of, load_config, parse_settings
+from cliptune.cli import flags_of, is_positional, load_config, parse_settings
 from cliptune.data.sample_data import create_sample_dataset
-from cliptune.settings import Config, EvaluationSettings, InspectSettings, Settings, VisualizationSettings
+from cliptune.export.card import USE
+from cliptune.settings import Config, Settings
+from cliptune.stage_settings import (
+    EvaluationSettings,
+    ExportSettings,
+    InspectSettings,
+    SearchSettings,
+    VisualizationSettings,
+)
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 DOCS = [ENGLISH, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
-STAGES = {"train": train, "data_loader": data_loader, "evaluation": evaluation, "visualization": visualization}
+STAGES = {
+    "train": train,
+    "data_loader": data_loader,
+    "evaluation": evaluation,
+    "visualization": visualization,
+    "export": export,
+    "search": search,
+}
 SETTINGS: dict[str, type[Settings]] = {
     "train": Config,
     "data_loader": InspectSettings,
     "evaluation": EvaluationSettings,
     "visualization": VisualizationSettings,
+    "export": ExportSettings,
+    "search": SearchSettings,
 }
 COMMANDS = {
     "cliptune-train": "train",
     "cliptune-data": "data_loader",
     "cliptune-evaluate": "evaluation",
     "cliptune-visualize": "visualization",
+    "cliptune-export": "export",
+    "cliptune-search": "search",
 }
 """The installed commands, and the stages that they run."""
 FLAGS_OF_THE_SPEC = {
@@ -77,7 +98,8 @@ def commands(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def rows_of(settings: type[Settings]) -> list[tuple[str, str]]:
-    return sorted((flag.name, json.dumps(flag.field.default)) for flag in flags_of(settings))
+    named = (flag for flag in flags_of(settings) if not is_positional(flag.field))
+    return sorted((flag.name, json.dumps(flag.field.default)) for flag in named)
 
 
 def test_both_readmes_have_the_same_sections_code_and_tables() -> None:
@@ -106,7 +128,13 @@ def test_the_daily_flags_are_the_parsers(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("document", "stages"),
-    [("TRAINING.md", ["train"]), ("DATA.md", ["data_loader"]), ("EVALUATION.md", ["evaluation", "visualization"])],
+    [
+        ("TRAINING.md", ["train"]),
+        ("DATA.md", ["data_loader"]),
+        ("EVALUATION.md", ["evaluation", "visualization"]),
+        ("EXPORT.md", ["export"]),
+        ("SEARCH.md", ["search"]),
+    ],
 )
 def test_the_complete_flag_tables_are_the_parsers(document: str, stages: list[str]) -> None:
     expected = [row for stage in stages for row in rows_of(SETTINGS[stage])]
@@ -128,17 +156,21 @@ def test_every_command_is_accepted() -> None:
 def test_the_code_and_the_light_stages_run(
     trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every Python snippet and every command but training, in a folder with data and a trained model."""
+    """Every Python snippet and command but training, in a folder with data and a trained model.
+
+    Exports, and the code that loads them, have a test of their own: each takes its library a process and some seconds.
+    """
     monkeypatch.chdir(tmp_path)
     create_sample_dataset("data", 30)
     (tmp_path / "model-checkpoint").symlink_to(trained_dir / "model-checkpoint")
     shutil.copytree(trained_dir / "results", "results")
     snippets = [block for path in DOCS for block in blocks(read(path)) if block[0] == "python"]
+    snippets = [block for block in snippets if block[1] not in USE.values()]
     for code in dict.fromkeys(without_comments(*snippet) for snippet in snippets):  # both READMEs have the same ones
         exec(code, {})
     assert "tensor" in capsys.readouterr().out
     for stage, arguments in dict.fromkeys(command for path in DOCS for command in commands(path)):
-        if stage != "train":
+        if stage not in {"train", "export"} and "--serve" not in arguments:
             assert STAGES[stage].main(list(arguments)) == 0, (stage, arguments)
 
 

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train": "train", "evaluate": "evaluation", "visualize": "visualization", "data": "data_loader"}
+COMMANDS = {
+    "train": "train",
+    "evaluate": "evaluation",
+    "visualize": "visualization",
+    "data": "data_loader",
+    "export": "export",
+}
 USER_FILES = ("config", "rows", "memory", "runtime", "parallel", "train", "evaluation")
 
 

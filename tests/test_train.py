@@ -44,8 +44,8 @@ def small_flags(data_dir: Path, output_dir: Path, *more: str) -> list[str]:
 def test_a_run_leaves_what_the_readme_says(trained_dir: Path) -> None:
     for name in (
         "model-checkpoint/best_model.pth", "model-checkpoint/last_model.pth", "results/training_results.json",
-        "results/training_curves.png", "results/model_metrics.png", "logs/train.log", "logs/history.jsonl",
-        "logs/steps.jsonl",
+        "results/training_curves.png", "results/model_metrics.png", "results/report.html", "logs/train.log",
+        "logs/history.jsonl", "logs/steps.jsonl",
     ):  # fmt: skip
         assert (trained_dir / name).stat().st_size > 0, name
     assert list((trained_dir / "logs" / "tensorboard").glob("events*"))

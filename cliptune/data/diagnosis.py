@@ -67,7 +67,7 @@ class Examined(NamedTuple):
     near: IntArray
     """Pairs of images that are near-duplicates, int64 `[P, 2]`; of identical files each stands for all of them."""
     look_alikes: Sequence[IntArray] = ()
-    """Images of each set of near-duplicates that is too large to be copies of one image; none of them is in `near`."""
+    """Images of each set of near-duplicates too large to be copies of one image; no pair of them is in `near`."""
 
     def rows_of(self, split: str) -> IntArray:
         """Return the images of a split."""

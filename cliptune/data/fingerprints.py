@@ -27,6 +27,21 @@ MAX_WORKERS = 16
 _BATCH = 64
 
 
+def num_missing(paths: Strings, cache_dir: Path | None) -> int:
+    """Count the images that no fingerprint is cached of, before anything is made room for."""
+    if cache_dir is None or not _path_in(cache_dir).with_suffix(".keys").exists():
+        return len(paths)
+    try:
+        store = RowStore(_path_in(cache_dir), FINGERPRINT.itemsize)
+        return int((~store.was_written(as_keys(map(_key, paths)))).sum())
+    except OSError:
+        return len(paths)
+
+
+def _path_in(cache_dir: Path) -> Path:
+    return cache_dir / f"fingerprints-{FORMAT}"
+
+
 class Fingerprints:
     """Fingerprints of a data set's images, under the path and the stamp of each image's file.
 
@@ -41,7 +56,7 @@ class Fingerprints:
         self._store: RowStore | None = None
         if cache_dir is not None:
             try:
-                self._store = RowStore(cache_dir / f"fingerprints-{FORMAT}", FINGERPRINT.itemsize)
+                self._store = RowStore(_path_in(cache_dir), FINGERPRINT.itemsize)
                 way_out = "They are taken anew each time without; try another --cache_dir"
                 self._rows = self._store.announce(self._keys, what="fingerprint", way_out=way_out)
             except OSError as error:

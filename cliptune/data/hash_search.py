@@ -7,6 +7,7 @@ asked for the 7,547 values that near a hash's own, and finds all of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,6 +22,9 @@ from cliptune.data.table import IntArray
 from cliptune.preprocess.resize import compiled
 from cliptune.runtime.device import num_cores
 from cliptune.runtime.logs import progress_bar
+from cliptune.runtime.messages import count
+
+logger = logging.getLogger(__name__)
 
 Hashes = NDArray[np.uint64]
 
@@ -30,6 +34,10 @@ MAX_COARSE = 25.0
 """Levels that 8 x 8 pixels differ by on average, one gain apart, at most; of planted copies they had up to 24."""
 _BANDS, _BAND_BITS, _BAND_RADIUS = 3, 21, 4  # 3 * (4 + 1) - 1 = 14
 _BLOCK = 512
+_MAX_MET = 512
+"""Images that one band of a hash finds within the radius; of images of one layout there are as many as there are."""
+_MAX_ENTRIES = 16_384
+"""Entries that one band of a hash is compared with, beside four times as many as evenly spread hashes would give."""
 
 
 def candidate_pairs(hashes: Hashes, coarse: NDArray[np.uint8], *, wholes: slice) -> IntArray:
@@ -37,6 +45,7 @@ def candidate_pairs(hashes: Hashes, coarse: NDArray[np.uint8], *, wholes: slice)
 
     Those are the pairs where a hash of one's whole differs from any hash of the other in 14 bits or fewer, and whose
     coarse pixels are alike; of each image the 32 with the nearest coarse pixels, and those that have it among theirs.
+    Where an image resembles too many others to compare it with all, those of the nearest bands count; that is said.
 
     Args:
         hashes: of 63 bits, `[N, H]`: of each image's whole, and of parts of it.
@@ -47,11 +56,19 @@ def candidate_pairs(hashes: Hashes, coarse: NDArray[np.uint8], *, wholes: slice)
     queries = np.ascontiguousarray(hashes[:, wholes])
     tables, masks = _tables(hashes), _masks()
     nearest = np.full((size, MAX_CANDIDATES), -1, dtype=np.int32)
+    crowded = np.zeros(size, dtype=bool)
+    limit = _MAX_ENTRIES + 4 * (tables[1].shape[1] * len(masks) >> _BAND_BITS)
 
     def search(start: int) -> None:
-        compiled(_search)(queries, np.arange(start, min(start + _BLOCK, size)), *tables, masks, coarse, nearest)
+        images = np.arange(start, min(start + _BLOCK, size))
+        compiled(_search)(queries, images, tables, masks, coarse, nearest, crowded, limit)
 
     run_in_threads(search, range(0, size, _BLOCK), desc="candidates")
+    if num_crowded := int(crowded.sum()):
+        logger.info(
+            "%s more others than are compared, as drawings of one layout do: copies among them may be missed",
+            count(num_crowded, "image resembles", "images resemble"),
+        )
     theirs = nearest.ravel().astype(np.int64)
     ours = np.repeat(np.arange(size), MAX_CANDIDATES)[theirs >= 0]
     theirs = theirs[theirs >= 0]
@@ -92,9 +109,10 @@ def _masks() -> NDArray[np.int64]:
 
 
 def _search(
-    queries: Any, images: Any, starts: Any, entries: Any, owners: Any, masks: Any, coarse: Any, nearest: Any
+    queries: Any, images: Any, tables: Any, masks: Any, coarse: Any, nearest: Any, crowded: Any, limit: Any
 ) -> None:
-    """Fill the rows of some images in `nearest`, int32 `[N, C]`, the nearest candidate first."""
+    """Fill the rows of some images in `nearest`, int32 `[N, C]`, the nearest candidate first; mark the `crowded`."""
+    starts, entries, owners = tables
     met_by = np.full(len(queries), -1, np.int32)
     scores = np.empty(nearest.shape[1], np.float32)
     band_mask = np.uint64((1 << _BAND_BITS) - 1)
@@ -104,13 +122,21 @@ def _search(
         for number, query in enumerate(queries[image]):
             for band in range(0 if number and query == queries[image, 0] else len(starts)):  # without a border: once
                 value = np.int64((query >> np.uint64(band * _BAND_BITS)) & band_mask)
-                for mask in masks:
+                num_met, num_entries = 0, 0
+                for mask in masks:  # by the number of bits: what is left out is farther away in this band
+                    if num_met > _MAX_MET or num_entries > limit:
+                        crowded[image] = True
+                        break
                     near = value ^ mask
                     for at in range(starts[band, near], starts[band, near + 1]):
+                        num_entries += 1
+                        if num_met > _MAX_MET or num_entries > limit:
+                            break
                         other = owners[band, at]
                         # an image is met in several bands and by several of its hashes, and looked at once
                         if met_by[other] != image and _num_bits(query ^ entries[band, at]) <= MAX_BITS:
                             met_by[other] = image
+                            num_met += 1
                             score = _coarse_difference(coarse[image], coarse[other])
                             if score <= MAX_COARSE:
                                 _insert(scores, nearest[image], score, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ SLOW_DISK = 1e-4
 """Seconds a file from which on the time goes into waiting; without, it takes about 20 microseconds."""
 
 
-def file_identities(paths: Strings, *, cache_file: Path | None = None) -> Hashes:
+def file_identities(paths: Strings, *, cache_file: Path | None = None, whole: bool = False) -> Hashes:
     """Return what tells each file's content from another's, uint64 `[N]`; 0 for a file that cannot be read.
 
     It is the first 64 bits of BLAKE2b over the file's size and its first and last 4 KB. Files that differ only in
@@ -42,6 +43,8 @@ def file_identities(paths: Strings, *, cache_file: Path | None = None) -> Hashes
         cache_file: remembers the identities. One counts as long as the system says that the file was not written to:
             by its size, both times of change and its inode. The time of change of the inode is not copied by
             `cp -p` or `rsync -t`, so a file that was replaced by such means is read again.
+        whole: hash all of each file instead, so that no change is missed; such identities need a `cache_file` of their
+            own.
     """
     stamps = np.fromiter(map(_stamp, paths), dtype=np.uint64, count=len(paths))
     keys = text_hashes(paths)
@@ -54,7 +57,7 @@ def file_identities(paths: Strings, *, cache_file: Path | None = None) -> Hashes
         known |= hits
     unknown = np.flatnonzero(~known)
     if len(unknown):
-        identities[unknown] = _identify(paths.take(unknown))
+        identities[unknown] = _identify(paths.take(unknown), _whole_identity if whole else _identity)
         if cache_file is not None:
             _write(cache_file, np.stack([keys, stamps, identities])[:, np.argsort(keys)])
     return identities
@@ -140,13 +143,13 @@ def _stamp(path: str) -> int:
     return hash(stamp) & 0xFFFFFFFFFFFFFFFF or 1
 
 
-def _identify(paths: Strings) -> Hashes:
+def _identify(paths: Strings, identity: Callable[[str], int]) -> Hashes:
     starts = range(0, len(paths), _CHUNK)
     identities = np.zeros(len(paths), dtype=np.uint64)
 
     def identify(start: int) -> float:
         begin = time.monotonic()
-        found = [_identity(path) for path in paths[start : start + _CHUNK]]
+        found = [identity(path) for path in paths[start : start + _CHUNK]]
         identities[start : start + len(found)] = found
         return (time.monotonic() - begin) / len(found)
 
@@ -164,6 +167,10 @@ def _identity(path: str) -> int:
     except (OSError, ValueError):
         return 0
     return _hash(size.to_bytes(8, "little"), first, last)
+
+
+def _whole_identity(path: str) -> int:
+    return int.from_bytes(_content(path)[:8], "little")
 
 
 def _read(path: Path) -> Hashes | None:

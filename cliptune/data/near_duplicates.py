@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cliptune.data.fingerprints import Fingerprints, take_fingerprints
+from cliptune.data.fingerprints import Fingerprints, num_missing, take_fingerprints
 from cliptune.data.hash_search import candidate_pairs, run_in_threads
 from cliptune.data.identity import file_identities, same_content
 from cliptune.data.table import BoolArray, IntArray, Strings
@@ -85,7 +85,7 @@ def look_for_near_duplicates(
         num_workers: that decode; None: one a core, at most 16.
         max_images: of how many fingerprints are taken.
     """
-    if len(paths) > max_images and len(Fingerprints(paths, cache_dir).missing()) > max_images:
+    if len(paths) > max_images and num_missing(paths, cache_dir) > max_images:
         logger.info(
             "near-duplicate images were not looked for: that takes minutes with %s. data_loader.py --check does it, "
             "and caches what a run of the same --output_dir needs",

@@ -124,6 +124,15 @@ class RowStore:
         self.reopen()
         return indices
 
+    def was_written(self, keys: Keys) -> BoolArray:
+        """Tell of which keys a row was ever written, bool `[N]`; nothing is announced, so no room is needed.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        written: BoolArray = self._find(keys)[1] != 0
+        return written
+
     def read(self, indices: IntArray, keys: Keys) -> tuple[Rows, BoolArray]:
         """Return copies of rows, uint8 `[N, row_bytes]`, and which are whole, bool `[N]`.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cliptune.data.near_duplicates import NearDuplicates, identical_files
 from cliptune.data.pairs import MIN_PAIRS, DataSource, Pairs, load_pairs
-from cliptune.data.table import NO_SPLIT, SPLITS, CodeArray, IntArray, Strings
+from cliptune.data.table import NO_SPLIT, SPLITS, BoolArray, CodeArray, IntArray, Strings
 from cliptune.data.units import Units, find_units, shared_copies
 from cliptune.runtime.messages import count, printable
 
@@ -30,7 +30,8 @@ def split_pairs(
 
     Splits that the index declares are honoured; an image that it declares none for follows its unit. If it declares no
     `val`, units are drawn from what trains that hold `val_split` of its images, at most 5,000, or as near to that as
-    whole units come.
+    whole units come. They are drawn as if nothing were known of near-duplicates, which then come along; so what a run
+    knows of them changes little else.
 
     Args:
         pairs: the data set.
@@ -46,24 +47,31 @@ def split_pairs(
     train, val = SPLITS.index("train"), SPLITS.index("val")
     splits = follow_units(pairs.splits, units.of)
     if not (splits == val).any():
+        alone = np.flatnonzero(_followed(pairs.splits, units.alone) == train)
+        drawn = np.zeros(len(pairs), dtype=bool)
+        drawn[_choose_validation(units.alone, alone, val_split=val_split, seed=seed)] = True
         pool = np.flatnonzero(splits == train)
-        splits[_choose_validation(units.of, pool, val_split=val_split, seed=seed)] = val
+        splits[pool[_with_copies(units, pool, drawn, target=num_asked(len(pool), val_split), seed=seed)]] = val
     return {split: pairs.select(np.flatnonzero(splits == code)) for code, split in enumerate(SPLITS)}
 
 
 def follow_units(declared: CodeArray, units: IntArray) -> CodeArray:
     """Give images without a split that of their unit, `train` before others; `train` where it has none."""
-    of_unit = np.full(int(units.max(initial=-1)) + 1, NO_SPLIT, dtype=declared.dtype)
-    for code in reversed(range(len(SPLITS))):
-        of_unit[units[declared == code]] = code
-    splits = np.where(declared == NO_SPLIT, of_unit[units], declared)
+    splits = _followed(declared, units)
     num_held = int(((declared == NO_SPLIT) & (splits > SPLITS.index("train"))).sum())
     if num_held:
         logger.info(
             "%s without a split of their own follow their group, or an image they copy, to val or test",
             count(num_held, "image"),
         )
-    return np.where(splits == NO_SPLIT, SPLITS.index("train"), splits).astype(declared.dtype)
+    return splits
+
+
+def _followed(declared: CodeArray, units: IntArray) -> CodeArray:
+    of_unit = np.full(int(units.max(initial=-1)) + 1, SPLITS.index("train"), dtype=declared.dtype)
+    for code in reversed(range(len(SPLITS))):
+        of_unit[units[declared == code]] = code
+    return np.where(declared == NO_SPLIT, of_unit[units], declared)
 
 
 def training_pairs(
@@ -214,6 +222,37 @@ def _choose_validation(units: IntArray, pool: IntArray, *, val_split: float, see
     order = np.random.RandomState(seed % 2**32).permutation(len(sizes))
     chosen = nearest_groups(sizes[order], num_asked(len(pool), val_split))
     return pool[np.isin(ranks, order[chosen])]
+
+
+def _with_copies(units: Units, pool: IntArray, drawn: BoolArray, *, target: int, seed: int) -> BoolArray:
+    """Let units that near-duplicates join go where their largest part was drawn to; tells what of the pool validates.
+
+    Where that moves more to one side than to the other, other units make up for it.
+
+    Args:
+        units: of all images.
+        pool: images that train or validate, int64 `[n]`.
+        drawn: of all images, those that validate before near-duplicates count.
+        target: images that are to validate.
+        seed: of what makes up.
+    """
+    parts, part_of, part_sizes = np.unique(units.alone[pool], return_inverse=True, return_counts=True)
+    _, first = np.unique(part_of, return_index=True)
+    _, unit_of, sizes = np.unique(units.of[pool], return_inverse=True, return_counts=True)
+    # the largest part of each unit, of equal ones the first: written last, it stays
+    by_size = np.lexsort((-np.arange(len(parts)), part_sizes))
+    validates = np.zeros(len(sizes), dtype=bool)
+    validates[unit_of[first[by_size]]] = drawn[pool[first[by_size]]]
+    lacking = target - int(sizes[validates].sum())
+    if lacking:
+        donors = np.flatnonzero(validates == (lacking < 0))
+        donors = np.random.RandomState(seed % 2**32).permutation(donors)
+        moved = donors[nearest_groups(sizes[donors], abs(lacking))]
+        # a side that copies have emptied gets something, however large
+        if abs(abs(lacking) - sizes[moved].sum()) < abs(lacking) or len(donors) == len(sizes):
+            validates[moved] = lacking > 0
+    found: BoolArray = validates[unit_of]
+    return found
 
 
 def num_asked(num_images: int, val_split: float) -> int:

@@ -12,7 +12,7 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.table import SPLITS, CodeArray, IntArray, Strings
 
 LARGEST = 0.01
-"""Fraction of the images above which near-duplicates are not joined: that is no copy, but a set of look-alikes."""
+"""Fraction of the images above which near-duplicates of one another are no copies, but a set of look-alikes."""
 LARGEST_ANYWAY = 10
 
 
@@ -22,17 +22,20 @@ class Units:
 
     Attributes:
         of: int64 `[N]`: unit of each image; numbers ascend with the names of the units' first groups.
+        alone: the same without near-duplicates: of groups and files of the same bytes.
         lumps: images of each set of near-duplicates that was too large to be joined, largest first.
     """
 
     of: IntArray
+    alone: IntArray
     lumps: list[IntArray] = field(default_factory=list)
 
 
 def find_units(groups: Strings, copies: NearDuplicates, *, join: bool = True) -> Units:
     """Join groups that hold copies of each other's images.
 
-    Files of the same bytes are always joined; near-duplicates only where the unit has at most 1% of the images (or 10).
+    Files of the same bytes are always joined; near-duplicates only where no more than 1% of the images (or 10) hang
+    together by them. Groups do not count for that: two large ones may share a copy.
 
     Args:
         groups: of each image, `[N]`.
@@ -42,22 +45,25 @@ def find_units(groups: Strings, copies: NearDuplicates, *, join: bool = True) ->
     ranks = _ranks(groups)
     _, first = np.unique(ranks, return_index=True)
     same = np.concatenate([np.stack([first[ranks], np.arange(len(ranks))], axis=1), copies.pairs[copies.identical]])
+    alone = components(len(ranks), same)
     near = copies.pairs[~copies.identical] if join else copies.pairs[:0]
-    joined = components(len(ranks), np.concatenate([same, near]))
-    sizes = np.bincount(joined, minlength=len(ranks))
-    # of an edge within one group nothing is joined, so such a group is no lump, however large
-    grown = np.isin(joined, joined[near[:, 0]][_differ(components(len(ranks), same), near)])
-    is_lump = grown & (sizes[joined] > max(LARGEST * len(ranks), LARGEST_ANYWAY))
+    # an edge within a unit joins nothing, so it makes no lump either
+    near = near[alone[near[:, 0]] != alone[near[:, 1]]]
+    sets = components(len(ranks), near)
+    sizes = np.bincount(sets, minlength=len(ranks))
+    is_lump = sizes[sets] > max(LARGEST * len(ranks), LARGEST_ANYWAY)
     units = components(len(ranks), np.concatenate([same, near[~is_lump[near[:, 0]]]]))
+    heads = np.unique(sets[is_lump])
+    lumps = [np.flatnonzero(sets == head) for head in heads[np.argsort(-sizes[heads], kind="stable")]]
+    return Units(_numbered(units, ranks), _numbered(alone, ranks), lumps)
+
+
+def _numbered(units: IntArray, ranks: IntArray) -> IntArray:
+    """Give each unit the number of its first group."""
     lowest = np.full(len(ranks), len(ranks))
     np.minimum.at(lowest, units, ranks)
-    heads = np.unique(joined[is_lump])
-    lumps = [np.flatnonzero(joined == head) for head in heads[np.argsort(-sizes[heads], kind="stable")]]
-    return Units(lowest[units], lumps)
-
-
-def _differ(labels: IntArray, edges: IntArray) -> IntArray:
-    return np.flatnonzero(labels[edges[:, 0]] != labels[edges[:, 1]])
+    numbers: IntArray = lowest[units]
+    return numbers
 
 
 def components(size: int, edges: IntArray) -> IntArray:

@@ -7,6 +7,7 @@
   those that count equal captions and images as one, where evaluations have them;
 - `groups` `[N]`, `text_to_image` `[M]`: group of each image, and image of each caption, as rows of this file;
 - `image_paths` and `image_path_ends` `[N]`: the images' paths in UTF-8, one after another; `caption_ids` `[M]`;
+- `captions` and `caption_ends` `[M]`: the captions, in the same way; not in older files, nor where they are over 64 MB;
 - `loaded_` and `best_` in front, of the two models: `i2t_ids`, `t2i_ids` `[N or M, 10]`, the rows that score highest
   (-1: there are fewer), `i2t_scores`, `t2i_scores`, `i2t_own`, `t2i_own`, the score of the own caption or image, and
   `image_features`, `text_features` in float16. Without `best_` the model as loaded is the best.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ MAX_QUERIES = 2**20
 """Images and captions whose ranks are kept: 4 MB an evaluation. Of more, every second (third ...) image."""
 MAX_FEATURE_BYTES = 2**26
 """Of a model's features: 5,000 images with 25,000 captions have 31 MB. Beyond it answers and features are left out."""
+MAX_CAPTION_BYTES = 2**26
+"""Of the captions' text, which is written anew with every evaluation; longer text is left out."""
 SCORES_AT_ONCE = 2**24
 
 Array = NDArray[Any]
@@ -73,12 +76,16 @@ class Retrieval:
         self._images, self._texts = np.arange(0, self.num_images, stride), np.flatnonzero(owners % stride == 0)
         self.groups = pairs.query_groups["i2t"][self._images]
         self.text_to_image = owners[self._texts] // stride
-        encoded = [pairs.paths[index].encode("utf-8", "surrogatepass") for index in self._images.tolist()]
+        captions = pairs.captions.take(self._texts)
+        paths, path_ends = _joined(pairs.paths[index] for index in self._images.tolist())
+        texts, text_ends = _joined(captions)
         self._names: dict[str, Array] = {
-            "image_paths": np.frombuffer(b"".join(encoded), dtype=np.uint8),
-            "image_path_ends": np.cumsum([len(path) for path in encoded]),
-            "caption_ids": text_hashes(pairs.captions.take(self._texts)),
+            "image_paths": paths,
+            "image_path_ends": path_ends,
+            "caption_ids": text_hashes(captions),
         }
+        if texts.nbytes <= MAX_CAPTION_BYTES:
+            self._names |= {"captions": texts, "caption_ends": text_ends}
         self.places: list[Place] = []
         self.ranks: list[dict[str, Array]] = []
         self.answers: dict[str, dict[str, Array]] = {}
@@ -187,6 +194,22 @@ class Retrieval:
 
     def _rows(self, name: str) -> Array:
         return self._images if name.endswith("i2t") else self._texts
+
+
+def duplicate_errors(ranks: Array, merged_ranks: Array) -> Array:
+    """Return the queries `[n]` that missed the first rank for nothing but an equal caption or a copy of the image.
+
+    Args:
+        ranks: `[Q]`, of one evaluation and direction.
+        merged_ranks: `[Q]`, with duplicates merged; NaN for all but the first of equal queries.
+    """
+    return np.flatnonzero((ranks > 1) & (merged_ranks == 1))
+
+
+def _joined(texts: Iterable[str]) -> tuple[Array, Array]:
+    """Return texts in UTF-8, one after another, and where each ends."""
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return np.frombuffer(b"".join(encoded), dtype=np.uint8), np.cumsum([len(text) for text in encoded], dtype=np.int64)
 
 
 @torch.no_grad()

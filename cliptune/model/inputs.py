@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,21 +17,25 @@ from cliptune.preprocess.decode import to_rgb
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime.recording import is_recorded
 
+AT_ONCE = 64
+"""Images or texts of a list that are encoded at once."""
+
 ImageInput = Tensor | NDArray[Any] | Image.Image | str | Path | bytes | BinaryIO | Mapping[str, Any] | Iterable[Any]
 TextInput = Tensor | NDArray[Any] | str | Mapping[str, Any] | Iterable[Any]
 
 
-def to_pixels(images: Any, transform: PixelTransform) -> Tensor:
-    """Bring images to pixels.
+def image_batches(images: Any, transform: PixelTransform, *, size: int | None = AT_ONCE) -> Iterator[Tensor]:
+    """Bring images to pixels, a list of them in batches, so that no more of them are in memory at once.
 
     Args:
         images: pixels `[B, 3, R, R]` or `[3, R, R]`, uint8, or float and normalised, as a tensor or an array; one or
             several Pillow images, paths, files' bytes, open binary files, uint8 arrays `[H, W, 3]`, `[H, W, 4]` or
             `[H, W]`, or pixels `[3, R, R]`; or a mapping whose `pixel_values` these are.
         transform: preprocesses what are not pixels yet.
+        size: images of a batch, at most; None: all. A tensor is a batch already, whatever its size.
 
-    Returns:
-        `[B, 3, R, R]`; for no image `[0, 3, R, R]`.
+    Yields:
+        `[B, 3, R, R]`; for no image once `[0, 3, R, R]`.
 
     Raises:
         ValueError: something else; names type and shape.
@@ -41,15 +45,25 @@ def to_pixels(images: Any, transform: PixelTransform) -> Tensor:
     if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[-1] not in {1, 3, 4}:
         images = torch.from_numpy(np.array(images))
     if isinstance(images, Tensor):
-        return _checked_pixels(images[None] if images.ndim == 3 else images, transform.resolution)
+        yield _checked_pixels(images[None] if images.ndim == 3 else images, transform.resolution)
+        return
     is_one = isinstance(images, Image.Image | str | Path | bytes | bytearray) or hasattr(images, "read")
     if is_one or (isinstance(images, np.ndarray) and images.ndim < 4):
-        return _to_pixels_of_one(images, "images", transform)[None]
-    rows = [_to_pixels_of_one(image, f"images[{n}]", transform) for n, image in enumerate(_listed(images, "images"))]
-    if len({row.dtype for row in rows}) > 1:
-        raise ValueError("images mixes pixels that are normalised with those that are not: normalise all, or none")
+        yield _to_pixels_of_one(images, "images", transform)[None]
+        return
+    rows: list[Tensor] = []
+    kinds = set()
+    for n, image in enumerate(_iterable(images, "images")):
+        rows.append(_to_pixels_of_one(image, f"images[{n}]", transform))
+        kinds.add(rows[-1].dtype)
+        if len(kinds) > 1:
+            raise ValueError("images mixes pixels that are normalised with those that are not: normalise all, or none")
+        if len(rows) == size:
+            yield torch.stack(rows)
+            rows = []
     side = transform.resolution
-    return torch.stack(rows) if rows else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+    if rows or not kinds:
+        yield torch.stack(rows) if rows else torch.zeros(0, 3, side, side, dtype=torch.uint8)
 
 
 def to_tokens(texts: Any, tokenize: Callable[[list[str]], Tensor], *, context_length: int, vocab_size: int) -> Tensor:
@@ -74,7 +88,7 @@ def to_tokens(texts: Any, tokenize: Callable[[list[str]], Tensor], *, context_le
     if isinstance(texts, np.ndarray):
         texts = torch.from_numpy(np.array(texts))
     if not isinstance(texts, Tensor):
-        texts = _listed(texts, "texts")
+        texts = list(_iterable(texts, "texts"))
         if all(isinstance(text, str) for text in texts):
             return tokenize(texts)
         texts = _padded_ids(texts)
@@ -93,10 +107,10 @@ def _plain(value: Any, *, key: str, name: str) -> Any:
     return value.tolist() if is_list else value
 
 
-def _listed(value: Any, name: str) -> list[Any]:
+def _iterable(value: Any, name: str) -> Iterable[Any]:
     if not isinstance(value, Iterable) or isinstance(value, bytes | bytearray):
         raise ValueError(f"{name} cannot be encoded: {_describe(value)}")
-    return list(value)
+    return value
 
 
 def _to_pixels_of_one(image: Any, name: str, transform: PixelTransform) -> Tensor:

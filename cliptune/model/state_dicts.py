@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +118,26 @@ def to_openai_names(state: StateDict, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def to_hugging_face_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of a ViT from OpenAI's names to those of transformers' `CLIPModel`, as they are read here."""
+    converted: dict[str, Tensor] = {}
+    outer = sorted(_HUGGING_FACE_NAMES, key=lambda names: -len(names[1]))  # `visual.transformer.` before `transformer.`
+    for name, tensor in tensors.items():
+        new = name
+        theirs, ours = next(((a, b) for a, b in outer if b[:1] != "." and name.startswith(b)), ("", ""))
+        new = theirs + name.removeprefix(ours)
+        for inner, openai in _HUGGING_FACE_NAMES:
+            new = new.replace(openai, inner) if openai[:1] == "." else new
+        if ".attn.in_proj_" in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                converted[new.replace(".attn.in_proj_", f".self_attn.{part}_proj.")] = rows.contiguous()
+        elif name in _PROJECTIONS:
+            converted[_PROJECTIONS[name]] = tensor.T.contiguous()
+        elif name != "logit_bias":  # which their class has not
+            converted[new] = tensor
+    return converted
+
+
 def extra_state(architecture: Architecture) -> Tensor:
     """Return what no tensor shows as a tensor, for a state dict: the bytes of JSON, uint8 `[n]`.
 
@@ -223,6 +243,10 @@ _HUGGING_FACE_NAMES = (
 )
 
 
+_PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+"""x @ proj here, a Linear's x @ weight.T there."""
+
+
 def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename transformers' `CLIPModel`; its separate query, key and value maps become one."""
     converted: dict[str, Tensor] = {}
@@ -236,10 +260,9 @@ def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
             new = new.replace(".self_attn.q_proj.", ".attn.in_proj_")
             converted[new] = torch.cat(parts)
-        elif name == "visual_projection.weight":  # x @ proj there, a Linear's x @ weight.T here
-            converted["visual.proj"] = tensor.T.contiguous()
-        elif name == "text_projection.weight":
-            converted["text_projection"] = tensor.T.contiguous()
         else:
             converted[new] = tensor
+    for openai, theirs in _PROJECTIONS.items():
+        if theirs in converted:
+            converted[openai] = converted.pop(theirs).T.contiguous()
     return converted

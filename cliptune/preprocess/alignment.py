@@ -83,18 +83,16 @@ def _step(source: Any, target: Any, fitted: Any, stride: Any) -> Any:
     total, num_pixels = 0.0, 0
     for row in range(0, side, stride):
         y = row / half - 1
-        at_y = ((1 + fitted[2]) * y + fitted[3] + 1) * half
+        at_y = _place(y, fitted, 2, half)
         if at_y < 0 or at_y > side - 1:
             continue
-        top = min(int(at_y), side - 2)
-        down = at_y - top
+        top, down = _cell(at_y, side)
         for column in range(0, side, stride):
             x = column / half - 1
-            at_x = ((1 + fitted[0]) * x + fitted[1] + 1) * half
+            at_x = _place(x, fitted, 0, half)
             if at_x < 0 or at_x > side - 1:
                 continue
-            left = min(int(at_x), side - 2)
-            across = at_x - left
+            left, across = _cell(at_x, side)
             a, b = source[top, left], source[top, left + 1]
             c, d = source[top + 1, left], source[top + 1, left + 1]
             value = (1 - down) * (a + (b - a) * across) + down * (c + (d - c) * across)
@@ -115,6 +113,19 @@ def _step(source: Any, target: Any, fitted: Any, stride: Any) -> Any:
         fitted[i] = min(max(fitted[i] + min(max(right[i], -0.06), 0.06), -MAX_SCALE), MAX_SCALE)
     fitted[4] = min(max(fitted[4] + right[4], MIN_GAIN), MAX_GAIN)
     return total / max(num_pixels, 1)
+
+
+@register_jitable
+def _place(at: Any, fitted: Any, axis: Any, half: Any) -> Any:
+    """Return the pixel of the source that shows what the target has at a place between -1 and 1 of one axis."""
+    return ((1 + fitted[axis]) * at + fitted[axis + 1] + 1) * half
+
+
+@register_jitable
+def _cell(at: Any, side: Any) -> Any:
+    """Return the pixel before a position, and how far it lies towards the next one."""
+    before = min(max(int(at), 0), side - 2)
+    return before, at - before
 
 
 @register_jitable
@@ -145,13 +156,12 @@ def _warped(source: Any, fitted: Any, warped: Any, seen: Any) -> None:
     side = len(source)
     half = (side - 1) / 2
     for row in range(side):
-        at_y = ((1 + fitted[2]) * (row / half - 1) + fitted[3] + 1) * half
+        at_y = _place(row / half - 1, fitted, 2, half)
         for column in range(side):
-            at_x = ((1 + fitted[0]) * (column / half - 1) + fitted[1] + 1) * half
+            at_x = _place(column / half - 1, fitted, 0, half)
             seen[row, column] = -0.01 <= at_y <= side - 0.99 and -0.01 <= at_x <= side - 0.99
             if seen[row, column]:
-                top, left = min(max(int(at_y), 0), side - 2), min(max(int(at_x), 0), side - 2)
-                down, across = at_y - top, at_x - left
+                (top, down), (left, across) = _cell(at_y, side), _cell(at_x, side)
                 for channel in range(3):
                     above = source[top, left, channel] * (1 - across) + source[top, left + 1, channel] * across
                     below = source[top + 1, left, channel] * (1 - across) + source[top + 1, left + 1, channel] * across

@@ -59,6 +59,12 @@ def vocabulary() -> dict[str, int]:
     return _tokenizer().encoder  # type: ignore[no-any-return]
 
 
+def merges() -> list[str]:
+    """Return the pairs of tokens that CLIP's encoding merges, `l o`, in their order."""
+    ranks = _tokenizer().bpe_ranks
+    return [" ".join(pair) for pair in sorted(ranks, key=ranks.get)]
+
+
 def _token_ids(text: str, max_letters: int) -> Iterator[int]:
     """Yield a text's tokens, as the tokeniser's own `encode` does for a whole text; of a long word the first ones."""
     tokenizer, module = _tokenizer(), import_clip().simple_tokenizer

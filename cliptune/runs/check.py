@@ -20,7 +20,12 @@ from cliptune.data.findings import data_findings
 from cliptune.data.fingerprints import Fingerprints
 from cliptune.data.identity import file_identities
 from cliptune.data.issues import Issues
-from cliptune.data.near_duplicates import NearDuplicates, find_near_duplicates, look_for_near_duplicates
+from cliptune.data.near_duplicates import (
+    NearDuplicates,
+    find_near_duplicates,
+    identical_files,
+    look_for_near_duplicates,
+)
 from cliptune.data.pairs import Pairs
 from cliptune.data.splits import split_data
 from cliptune.data.suspects import find_images, read_suspects, update_suspects
@@ -30,7 +35,8 @@ from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
 from cliptune.runtime.messages import count, printable
-from cliptune.settings import InspectSettings, TrainingSettings
+from cliptune.settings import TrainingSettings
+from cliptune.stage_settings import InspectSettings
 from cliptune.training.memory import FREE_MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)
@@ -86,7 +92,9 @@ class Check(NamedTuple):
 
 
 def split_as_a_run(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> dict[str, Pairs]:
-    """Split a data set as a run of these settings would; where fingerprints are cached already, they are used.
+    """Split a data set as a run of these settings would.
+
+    Only where shards are written of it, or a cache keeps them, fingerprints of near-duplicates are taken.
 
     Args:
         pairs: the data set.
@@ -95,9 +103,13 @@ def split_as_a_run(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -
     """
     paths = pairs.paths if val is None else Strings.concatenate([pairs.paths, val.paths])
     cache_dir = Path(settings.output_dir) / "cache"
-    copies = look_for_near_duplicates(
-        paths, cache_dir=cache_dir if cache_dir.is_dir() else None, num_workers=settings.num_workers
-    )
+    if cache_dir.is_dir() or settings.to_shards is not None:
+        copies = look_for_near_duplicates(
+            paths, cache_dir=cache_dir if cache_dir.is_dir() else None, num_workers=settings.num_workers
+        )
+    else:
+        logger.info("near-duplicate images were not looked for: --check does, and a run")
+        copies = identical_files(paths)
     return _split(pairs, val, copies, settings)[0]
 
 
@@ -235,7 +247,7 @@ def _examine(pairs: Pairs, val: Pairs | None, settings: InspectSettings) -> tupl
     near = copies.pairs[~copies.identical]
     look_alikes = find_units(everything.groups, copies).lumps
     if look_alikes:
-        near = near[~np.isin(near[:, 0], np.concatenate(look_alikes))]
+        near = near[~np.isin(near, np.concatenate(look_alikes)).all(axis=1)]
     return Examined(everything, sides, images, captions, near, look_alikes), splits, units.of
 
 

@@ -16,7 +16,7 @@ from cliptune.data.folds import Folds, read_folds
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
 from cliptune.data.loaders import TrainLoader
-from cliptune.data.near_duplicates import NearDuplicates, look_for_near_duplicates, no_copies
+from cliptune.data.near_duplicates import no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.data.shard_loader import ShardLoader, training_shards
@@ -42,6 +42,7 @@ from cliptune.features.encode import Encoder, PairOutputs
 from cliptune.model.checkpoint_file import holds_checkpoint, read_value
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
+from cliptune.runs.copies import CopyFinder, copy_finder
 from cliptune.runtime.device import Precision, default_num_workers
 from cliptune.runtime.messages import count, first_few, shown
 from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, Config
@@ -58,18 +59,21 @@ E = TypeVar("E")
 """`evaluation.Evaluation`."""
 
 
-def read_data(config: Config, *, given: dict[str, Any], cache_file: Path) -> tuple[Splits, Snapshots]:
+def read_data(
+    config: Config, *, given: dict[str, Any], cache_file: Path, find_copies: CopyFinder | None = None
+) -> tuple[Splits, Snapshots]:
     """Read what to train and what to validate on; make sample data where the user named none and has none.
 
     Args:
         config: of the run.
         given: the flags of this start.
         cache_file: remembers identities of files, see `file_identities`.
+        find_copies: finds the images that are one image; None: as `copy_finder` does.
     """
     _make_sample_data(config, given)
     if is_shards(config.data.data_dir):
         logger.info("near-duplicate images are not looked for in shards")
-    splits = _read_splits(config, given, find_copies=_copy_finder(config, cache_file))
+    splits = _read_splits(config, given, find_copies=find_copies or copy_finder(config, cache_file))
     return splits, take_snapshots(splits, cache_file=cache_file)
 
 
@@ -78,12 +82,6 @@ def _make_sample_data(config: Config, given: dict[str, Any]) -> None:
     if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
-
-
-def _copy_finder(config: Config, cache_file: Path) -> Callable[[Strings], NearDuplicates]:
-    """Return how a run finds the images that are one image."""
-    workers = config.data.num_workers
-    return functools.partial(look_for_near_duplicates, cache_dir=cache_file.parent, num_workers=workers)
 
 
 def located(config: Config) -> Config:
@@ -134,7 +132,12 @@ def _with_addresses(config: Config, change: Callable[[str], str]) -> Config:
 
 
 def reread_data(
-    config: Config, content: dict[str, Any], *, given: dict[str, Any], cache_file: Path
+    config: Config,
+    content: dict[str, Any],
+    *,
+    given: dict[str, Any],
+    cache_file: Path,
+    find_copies: CopyFinder | None = None,
 ) -> tuple[Splits, Snapshots]:
     """Read the data of a run that is resumed from a checkpoint of this `content`, and compare it with what the run had.
 
@@ -163,7 +166,7 @@ def reread_data(
         logger.warning("resumed with other data (--allow_data_change): %s", change)
         splits = _read_splits(
             config, given, settle=functools.partial(keep_sides, before=before, cache_file=cache_file),
-            find_copies=_copy_finder(config, cache_file),
+            find_copies=find_copies or copy_finder(config, cache_file),
         )  # fmt: skip
         snapshots = take_snapshots(splits, cache_file=cache_file)
         if validates_on_trained(snapshots, before):
@@ -260,7 +263,7 @@ def read_folded(config: Config, *, given: dict[str, Any], cache_file: Path) -> F
         _data_source(config, given),
         num_folds=settings.folds,
         seed=config.seed_of_split,
-        find_copies=_copy_finder(config, cache_file),
+        find_copies=copy_finder(config, cache_file),
         join=settings.near_duplicates == "join",
     )
 

@@ -99,7 +99,7 @@ class RunFiles:
         A folder that is a link to another disk, or mounted, keeps its files there, in a `previous` of its own, which a
         link names; nothing is copied, so that nothing is lost half way.
         """
-        names = (*FIGURES, "evaluation_results.json", "evaluation_skipped.json")
+        names = (*FIGURES, "report.html", "evaluation_results.json", "evaluation_skipped.json")
         of_results = [self.results.with_name(name) for name in names]
         of_logs = [self.log, self.history, self.steps, self.events, self.trace]
         # the results last: they say when the run began, to whoever comes after a kill half way

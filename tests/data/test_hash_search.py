@@ -1,4 +1,7 @@
+import logging
+
 import numpy as np
+import pytest
 
 from cliptune.data.hash_search import MAX_BITS, candidate_pairs
 
@@ -35,6 +38,19 @@ def test_of_many_the_nearest_are_taken() -> None:
     assert gaps.max() < 60
     neighbours = {tuple(pair) for pair in found.tolist()}
     assert {(i, i + 1) for i in range(199)} <= neighbours
+
+
+def test_images_of_one_layout_are_searched_in_little_time_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rng = np.random.default_rng(0)
+    size = 1500
+    hashes = flipped(np.zeros(size * 6, dtype=np.uint64), rng.integers(0, 5, size * 6), rng).reshape(size, 6)
+    coarse = rng.integers(0, 256, (size, 192)).astype(np.uint8)
+    copies = np.arange(0, size, 50)
+    hashes[copies + 1], coarse[copies + 1] = hashes[copies], coarse[copies]
+    found = candidate_pairs(hashes, coarse, wholes=slice(None, None, 3))
+    assert "1,500 images resemble more others than are compared" in caplog.text
+    assert {(i, i + 1) for i in copies.tolist()} <= {tuple(pair) for pair in found.tolist()}
 
 
 def test_no_images_or_one() -> None:

@@ -106,6 +106,19 @@ def test_many_images_are_looked_at_only_once_their_fingerprints_are_cached(
     assert len(found.pairs) == 10
 
 
+def test_fingerprints_are_counted_without_room_for_them(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = paths_in(planted)
+    take_fingerprints(paths.take(np.arange(4)), cache_dir=tmp_path, num_workers=0)
+    size = (tmp_path / f"fingerprints-{fingerprints.FORMAT}.rows").stat().st_size
+    monkeypatch.setattr("cliptune.data.row_store.require_free_space", lambda *_, **__: pytest.fail("asked for room"))
+    found = look_for_near_duplicates(paths, cache_dir=tmp_path, num_workers=0, max_images=20)
+    assert found.identical.all()
+    assert (tmp_path / f"fingerprints-{fingerprints.FORMAT}.rows").stat().st_size == size
+    assert "cached" not in caplog.text
+
+
 @pytest.mark.slow
 def test_scenes_of_equal_captions_are_different_images(tmp_path: Path) -> None:
     create_sample_dataset(tmp_path, 300)

@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,28 @@ def test_no_unit_is_on_two_sides_of_random_graphs(num_graphs: int) -> None:
             assert len(splits["train"]) and len(splits["val"])
     assert num_leaks == 0
     assert num_joined > 10 * num_graphs
+
+
+def test_what_is_known_of_copies_changes_little_else_of_a_split() -> None:
+    rng, moved, sizes = np.random.default_rng(0), [], []
+    no_edges = NearDuplicates(np.zeros((0, 2), dtype=np.int64), np.zeros(0, dtype=bool), np.zeros(0, dtype=np.float32))
+    for seed in range(20):
+        pairs = replace(random_pairs(600, rng), groups=Strings.of(f"{i:04}" for i in range(600)))
+        near = rng.permutation(600)[:60].reshape(30, 2)
+        copies = NearDuplicates(near, np.zeros(30, dtype=bool), np.zeros(30, dtype=np.float32))
+        unknown, known = (
+            sides_of(pairs, split_pairs(pairs, seed=seed, units=find_units(pairs.groups, found)))
+            for found in (no_edges, copies)
+        )
+        other = np.flatnonzero(unknown != known)
+        torn = np.flatnonzero(unknown[near[:, 0]] != unknown[near[:, 1]])
+        makes_up = np.setdiff1d(other, near)
+        assert len(torn) == len(np.intersect1d(other, near[torn]))
+        assert len(other) <= 2 * len(torn)
+        moved.append(len(makes_up))
+        sizes.append(int((known == SPLITS.index("val")).sum()))
+    assert set(sizes) == {60}
+    assert np.mean(moved) < 4
 
 
 @pytest.mark.parametrize("declared", ["train", "val", "test"])

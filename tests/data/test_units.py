@@ -63,6 +63,19 @@ def test_a_lump_of_look_alikes_is_told_and_not_joined() -> None:
     assert not found.lumps and found.of[60] == found.of[61]
 
 
+def test_two_large_groups_with_one_copy_are_joined() -> None:
+    groups = Strings.of(["a"] * 6 + ["b"] * 6 + [f"{i:04}" for i in range(400)])
+    found = find_units(groups, copies([(0, 6)]))
+    assert not found.lumps
+    assert len(np.unique(found.of[:12])) == 1 and len(np.unique(found.alone[:12])) == 2
+
+
+def test_of_a_lump_the_look_alikes_are_named_and_not_their_groups() -> None:
+    groups = Strings.of([name for i in range(12) for name in (f"g{i}",) * 3])
+    found = find_units(groups, copies([(3 * i, 3 * i + 3) for i in range(11)]))
+    assert [lump.tolist() for lump in found.lumps] == [list(range(0, 36, 3))]
+
+
 def test_images_on_several_sides_are_told() -> None:
     train, val, test = range(len(SPLITS))
     splits = np.array([train, val, train, train, test], dtype=np.int8)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import Strings
 from cliptune.features.encode import Encoded
-from cliptune.features.retrieval import NUM_ANSWERS, Retrieval, best_answers
+from cliptune.features.retrieval import NUM_ANSWERS, Retrieval, best_answers, duplicate_errors
 
 CPU = torch.device("cpu")
 PLACES = [(0, 0), (0.5, 4), (1, 8)]
@@ -22,7 +22,7 @@ PLACES = [(0, 0), (0.5, 4), (1, 8)]
 def pairs_of(captions: list[int], groups: list[str] | None = None) -> Pairs:
     """Images with so many captions each."""
     paths = Strings.of(f"/data/{index}é.png" for index in range(len(captions)))
-    texts = Strings.of(f"caption {index}" for index in range(sum(captions)))
+    texts = Strings.of(f"描述 {index}" for index in range(sum(captions)))
     starts = np.concatenate([[0], np.cumsum(captions)])
     splits = np.full(len(captions), -1, dtype=np.int8)
     return Pairs(paths, texts, starts, paths if groups is None else Strings.of(groups), splits)
@@ -78,6 +78,11 @@ def test_answers_are_those_of_a_sort_of_all_scores(levels: int | None) -> None:
     assert found["text_features"].dtype == np.float16
 
 
+def test_queries_that_a_duplicate_alone_has_beaten() -> None:
+    ranks, merged = np.array([1, 1.5, 3, 2, 2, np.nan]), np.array([1, 1, 1, 2, np.nan, np.nan])
+    assert duplicate_errors(ranks, merged).tolist() == [1, 2]
+
+
 def test_a_small_gallery_has_fewer_answers() -> None:
     pairs = pairs_of([1, 1, 1])
     found = best_answers(encoded_of(pairs, 0), num_images=3, num_texts=3, device=CPU)
@@ -98,7 +103,22 @@ def test_the_file_is_plain_arrays_that_name_their_queries(tmp_path: Path) -> Non
     assert found["text_to_image"].tolist() == [0, 0, 1, 2, 2, 2]
     ends = found["image_path_ends"]
     assert bytes(found["image_paths"][ends[0] : ends[1]]).decode() == "/data/1é.png"
+    ends = found["caption_ends"]
+    assert bytes(found["captions"][ends[3] : ends[4]]).decode() == pairs.captions[4]
     assert (found["loaded_step"], found["best_step"], str(found["run_id"])) == (0, 8, "a")
+
+
+def test_a_file_of_before_captions_were_kept_is_gone_on_with(tmp_path: Path) -> None:
+    pairs, path = pairs_of([2, 1, 3]), tmp_path / "r.npz"
+    filled(path, pairs)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file.files if name not in {"captions", "caption_ends"}}
+    np.savez(path, **older)
+    retrieval = Retrieval(path, pairs, run_id="a")
+    retrieval.resume(path, PLACES, best_step=8)
+    assert (retrieval.places, retrieval.lacks) == (PLACES, "")
+    retrieval.write()
+    assert "captions" in np.load(path)
 
 
 @pytest.mark.parametrize("had", [3, 2])

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytest import raises
 from torch import Tensor
 
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.cli import run_stage
+from cliptune.data.near_duplicates import NearDuplicates
 from cliptune.data.pairs import load_pairs
 from cliptune.data.repeats import image_kinds
 from cliptune.data.sample_data import create_sample_dataset
@@ -27,6 +29,7 @@ from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.lora import add_lora
 from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
+from cliptune.runs.copies import main_finds_copies
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import (
     all_sum,
@@ -221,6 +224,23 @@ def exchange(folder: Path) -> None:
         if is_main():
             (folder / "made").touch()
         assert (folder / "made").exists()
+    _take_the_main_ranks_copies()
+
+
+def _take_the_main_ranks_copies() -> None:
+    """Each rank has a cache of its own, and would find another pair."""
+    own = NearDuplicates(np.array([[rank(), 5]]), np.array([False]), np.zeros(1, dtype=np.float32))
+    paths = Strings.of(f"{i}.png" for i in range(6))
+    with main_finds_copies(lambda _: own) as find:
+        assert find(paths).pairs.tolist() == [[0, 5]]
+    with main_finds_copies(lambda _: own):  # of shards nobody asks
+        pass
+    with main_finds_copies(lambda _: own) as find:
+        if is_main():
+            find(paths)
+        else:
+            with raises(ValueError, match="has 5 images where the main rank has 6"):
+                find(paths.take(np.arange(5)))
 
 
 def cache_features(folder: Path) -> None:

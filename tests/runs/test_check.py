@@ -16,6 +16,7 @@ import data_loader
 from cliptune import results
 from cliptune.data.diagnosis import leaks, near_copies
 from cliptune.data.doctor import look_at_images
+from cliptune.data.near_duplicates import NearDuplicates, no_copies
 from cliptune.data.pairs import load_pairs
 from cliptune.data.suspects import exclude, read_suspects
 from cliptune.data.table import Strings
@@ -95,6 +96,26 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     # of three files of one image the first stays; of two across the split the one that validates
     assert near == {("0.png", True), ("large.jpg", False), ("1.png", True), ("crop.png", False), ("again.png", False)}
     assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
+
+
+def test_fingerprints_are_taken_only_where_they_are_kept_or_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, asked = make_with_copies(tmp_path / "data"), []
+
+    def look(paths: Strings, **_: Any) -> NearDuplicates:
+        asked.append(len(paths))
+        return no_copies(paths)
+
+    monkeypatch.setattr("cliptune.runs.check.look_for_near_duplicates", look)
+    flags = ["--data_dir", str(data), "--output_dir", str(tmp_path)]
+    assert data_loader.main(flags) == 0
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "all"), "--split", "all"]) == 0
+    assert asked == []
+    assert data_loader.main([*flags, "--to_shards", str(tmp_path / "train"), "--split", "train"]) == 0
+    (tmp_path / "cache").mkdir()
+    assert data_loader.main(flags) == 0
+    assert asked == [39, 39]
 
 
 def test_what_is_kept_together_and_what_is_not_is_told(tmp_path: Path) -> None:

@@ -343,7 +343,8 @@ def test_a_run_has_the_split_that_it_began_with(
     for name in ("near_duplicates", "split_seed"):
         del content["config"]["data"][name]
     save_checkpoint(Path("old/model-checkpoint/last_model.pth"), content)
-    small.setattr("cliptune.runs.data.look_for_near_duplicates", lambda *_, **__: pytest.fail("nothing is to be drawn"))
+    finder = "cliptune.runs.copies.look_for_near_duplicates"
+    small.setattr(finder, lambda *_, **__: pytest.fail("nothing is to be drawn"))
     for run, names in (("run", before), ("old", split_by_group)):
         assert main(["--resume", "--output_dir", run, "--num_epochs", "2"]) == 0
         assert val_names(Path(run)) == names
