@@ -199,7 +199,7 @@ def _conclude(
         return
     with state.wall_time.inside("validation"):
         found = look_back(
-            config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+            config, model, data, files, state=state, model_class=CLIPModel,
             complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
         )  # fmt: skip
         test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
