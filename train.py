@@ -73,6 +73,7 @@ from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.run_models import settle_models, verify_best
 from cliptune.training.state import RunState
+from cliptune.training.tracking import Tracker, tracking
 from data_loader import ImageTextDataset
 from evaluation import evaluate
 from visualization import draw_figures
@@ -105,6 +106,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
     with ExitStack() as held:
         # settings: a resumed run has its own
         config, files, resumed = open_run(started, held, is_locked=whole is not None)
+        tracker = held.enter_context(tracking(config.run.track if is_main() else None))
         device = rank_device(config.run.device)
         precision = resolve_precision(config.training.precision, device)
         keep_freed_memory()
@@ -128,11 +130,12 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
 
         parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
         loss, val_loss = make_losses(config, splits["train"], {} if resumed is None else resumed.content)
-        data = open_data(
-            config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
-            skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
+        data = watching(
+            open_data(
+                config, model, splits, ImageTextDataset, partial(evaluate, loss=val_loss),
+                skipped_path=files.skipped, cache_dir=cache_dir, precision=precision,
+            ), config, snapshots, evaluate,
         )  # fmt: skip
-        data = watching(data, config, snapshots, evaluate)
 
         # loop, evaluation, results
         trainer = _make_trainer(
@@ -149,9 +152,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
             )
         else:  # no image is left to evaluate on: the folds have told
             retrieval, data = None, whole.validates(data, state)
-        journal = _open_journal(
-            config, trainer, data, files=files, state=state, run_id=about["run_id"], argv=argv, part=part
-        )
+        journal = _open_journal(config, trainer, data, saver, tracker=tracker, state=state, argv=argv, part=part)
         if is_main() and (part is None or part.advises):
             journal.advise(
                 **odd_data(
@@ -194,8 +195,7 @@ def _conclude(
     if is_main():
         verify_best(state, files, run_id=journal.about["run_id"])
     if part is not None and retrieval is not None:  # of a fold nothing is said alone
-        journal.about |= judge(retrieval, state, None)
-        journal.write_results(state, finished=True)
+        journal.conclude(state, judge(retrieval, state, None))
         return
     with state.wall_time.inside("validation"):
         found = look_back(
@@ -207,8 +207,7 @@ def _conclude(
     if whole is None and retrieval is None:
         return
     own = judge(retrieval, state, test) if retrieval is not None else {} if whole is None else whole.values
-    journal.about |= found.values | own
-    journal.write_results(state, finished=True)
+    journal.conclude(state, found.values | own)
     for figure in draw_figures(files.results):
         logger.info("figure: %s", figure)
     page = leave_report(files.results, config.run.report)
@@ -314,6 +313,7 @@ def _evaluate(
     improved = state.add_evaluation(agreed, means=means, rates=rates, steps_per_epoch=len(data.loader))
     if retrieval is not None:
         add_evaluation(retrieval, evaluation, state, improved=improved, device=trainer.model.device)
+        journal.show_answers(data.gallery, evaluation.encoded, state.step)
     return improved
 
 
@@ -422,15 +422,15 @@ def _open_journal(
     config: Config,
     trainer: MultimodalTrainer,
     data: RunData,
+    saver: Saver,
     *,
-    files: RunFiles,
+    tracker: Tracker,
     state: RunState,
-    run_id: str,
     argv: list[str] | None,
     part: Part | None,
 ) -> Journal:
     """Open what tells people of the run; say what will be trained on what, and what is unusual about it."""
-    model, settings = trainer.model, config.training
+    model, settings, run_id = trainer.model, config.training, saver.about["run_id"]
     steps = len(data.loader)
     warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
     is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
@@ -459,8 +459,8 @@ def _open_journal(
         ),
     }
     journal = Journal(
-        files, state, plan=plan, watch=trainer.watch, about=about, device=model.device,
-        interval=config.run.log_interval,
+        saver.files, state, plan=plan, watch=trainer.watch, about=about, device=model.device,
+        interval=config.run.log_interval, tracker=tracker,
     )  # fmt: skip
     train, val = data.train, data.val
     extent = f"in {len(train.shards)} shards" if isinstance(train, Shards) else f"({train.num_pairs} pairs)"

@@ -28,7 +28,7 @@ CONFIG_PATH = Path("config.json")
 MAY_CHANGE_ON_RESUME = {
     "data_dir", "image_dir", "val_data", "exclude", "allow_data_change",
     "watch_data", "interpolate", "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers",
-    "device", "precision", "output_dir", "cache_dir",
+    "device", "precision", "output_dir", "cache_dir", "track",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
     "keep_checkpoints", "profile", "report", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
 }  # fmt: skip
@@ -60,9 +60,9 @@ HELP_GROUPS = {
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
         "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
     ),
-    "shards": ("to_shards", "shard_size"),
-    "export": ("to", "overwrite", "onnx_files", "quantize"),
-    "output": ("report", "suspects", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
+    "shards": ("to_shards", "shard_size"), "export": ("to", "overwrite", "onnx_files", "quantize"),
+    "output": ("report", "suspects", "track", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level",
+               "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 

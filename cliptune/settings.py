@@ -318,6 +318,9 @@ class RunSettings(Settings):
     report: Report = Field(
         "full", description="write results/report.html at the end; no-images: with captions and names alone"
     )
+    track: Literal["wandb", "mlflow"] | None = Field(
+        None, description="tell numbers, settings and verdict to a service, by its own library; no images or captions"
+    )
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
 

@@ -62,7 +62,7 @@ class Thumbnails:
             self.num_left_out += 1
             return None
         try:
-            image = _small(path)
+            image = small_image(path)
         except (OSError, ValueError, MemoryError) as error:
             # the reason without the folder, which is nobody's business
             self.unreadable[name] = printable(one_line(error).replace(path, name))
@@ -75,8 +75,14 @@ class Thumbnails:
         return len(self.made) - 1
 
 
-def _small(path: str) -> Image.Image:
-    decoded = decode_image(path, shortest_side=SIDE)
+def small_image(path: str, *, side: int = SIDE) -> Image.Image:
+    """Decode an image, `side` pixels long at most.
+
+    Raises:
+        ValueError: it is no image, or a damaged one.
+        OSError: it cannot be read.
+    """
+    decoded = decode_image(path, shortest_side=side)
     image = decoded if isinstance(decoded, Image.Image) else Image.fromarray(decoded[..., :3])
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     return image

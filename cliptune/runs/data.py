@@ -44,6 +44,7 @@ from cliptune.features.encode import Encoder, PairOutputs
 from cliptune.model.checkpoint_file import holds_checkpoint, read_value
 from cliptune.model.parallel import is_sharded
 from cliptune.preprocess.transforms import train_transform
+from cliptune.report.live_gallery import LiveGallery
 from cliptune.runs.copies import CopyFinder, copy_finder
 from cliptune.runtime.device import Precision, default_num_workers
 from cliptune.runtime.messages import count, first_few, shown
@@ -356,6 +357,8 @@ class RunData(NamedTuple, Generic[E]):
     encoder: Encoder
     outputs_of: Callable[[Pairs], PairOutputs | None]
     """Frozen towers' outputs for a data set, cached; None: they are not."""
+    gallery: LiveGallery | None = None
+    """Draws what a few captions find; None: images are not to travel."""
     watch: Any = None
     """A `watch.Watch` over the sets that are evaluated beside."""
 
@@ -447,7 +450,8 @@ def open_data(
 
     held_out = splits.get("test")
     test = TestSplit(held_out, evaluate_test) if isinstance(held_out, Pairs) and len(held_out) else None
-    return RunData(loader, train, val, validate, test, skipped, workers, encoder, outputs_of)
+    gallery = LiveGallery(val) if config.run.report == "full" else None
+    return RunData(loader, train, val, validate, test, skipped, workers, encoder, outputs_of, gallery)
 
 
 def _identify_within(splits: Splits, *, cache_file: Path) -> Callable[[Strings], Hashes]:

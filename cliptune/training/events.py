@@ -8,16 +8,38 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Protocol
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.image.metadata import create_summary_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 logger = logging.getLogger(__name__)
 
 
+class Picture(Protocol):
+    """An image with what it shows."""
+
+    @property
+    def jpeg(self) -> bytes:
+        """The file."""
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+
+    @property
+    def description(self) -> str:
+        """Markdown, which TensorBoard shows beside it."""
+
+
 class EventFile:
-    """Appends scalars to a file of TensorBoard's format.
+    """Appends numbers and images to a file of TensorBoard's format.
 
     TensorBoard's own writer has a thread, which dies with a traceback once its folder is removed or the disk is full.
     Here the folder is made again, and after another error a warning says that no more events are written.
@@ -36,6 +58,14 @@ class EventFile:
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write a number; `tag`: such as `epoch/val_loss`."""
         self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])))
+
+    def add_image(self, tag: str, picture: Picture, step: int) -> None:
+        """Write an image of RGB."""
+        size = {"width": picture.width, "height": picture.height}
+        image = Summary.Image(**size, colorspace=3, encoded_image_string=picture.jpeg)
+        metadata = create_summary_metadata(display_name="", description=picture.description)
+        value = Summary.Value(tag=tag, image=image, metadata=metadata)
+        self._write(Event(step=step, summary=Summary(value=[value])))
 
     def _write(self, event: Event) -> None:
         if self._failed:

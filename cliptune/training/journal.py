@@ -28,6 +28,7 @@ from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
 from cliptune.training.review import Review
 from cliptune.training.state import RunState, now
+from cliptune.training.tracking import Tracker
 
 logger = logging.getLogger("train")
 
@@ -73,6 +74,7 @@ class Journal:
         about: what the results file holds beside: the run's settings, its schedule, what it runs on.
         device: the model's, whose memory is told.
         interval: steps between two log lines.
+        tracker: is told what TensorBoard is, and the verdict.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Journal:
         about: dict[str, Any],
         device: torch.device,
         interval: int,
+        tracker: Tracker,
     ) -> None:
-        self.files, self.plan, self.watch, self.about = files, plan, watch, about
+        self.files, self.plan, self.watch, self.about, self._tracker = files, plan, watch, about, tracker
         self.device, self.interval = device, interval
         self.review = Review(
             warmup_steps=plan.warmup_steps,
@@ -116,6 +119,10 @@ class Journal:
             self._open_files(state)
             self._written = {path for path in (files.log, files.history, files.steps) if path.exists()}
             self._events = EventFile(files.events, purge_step=state.step + 1)
+            settings = {
+                f"{group}.{name}": value for group, values in about["config"].items() for name, value in values.items()
+            }
+            tracker.begin(run_id=about["run_id"], settings=settings, folder=files.log.parent)
 
     def __enter__(self) -> Journal:
         return self
@@ -184,9 +191,12 @@ class Journal:
             record = state.history[-1]
             self._append_history(state)
             watched = {f"watched/{name}/rsum": each["rsum"] for name, each in record.get("watched", {}).items()}
-            for key, value in {**record, **watched}.items():
-                if key not in {"epoch", "step", "watched"} and value is not None:
-                    self._events.add_scalar(f"epoch/{key}", value, record["step"])
+            told = {
+                f"epoch/{key}": value
+                for key, value in {**record, **watched}.items()
+                if key not in {"epoch", "step", "watched"} and value is not None
+            }
+            self._tell(told, record["step"])
             self.write_results(state, finished=False)
             if len(state.history) == 1 and state.selection != "rsum":
                 logger.info(
@@ -195,6 +205,16 @@ class Journal:
                 )  # fmt: skip
             logger.info("%s", self._epoch_line(record, improved=improved))
         self._review(state)
+
+    def show_answers(self, gallery: Any, encoded: Any, step: int) -> None:
+        """Let a `report.live_gallery.LiveGallery`, if there is one, draw for TensorBoard what features find."""
+        if gallery is not None and is_main() and (drawn := gallery.draw(encoded)) is not None:
+            self._events.add_image("retrieval", drawn, step)
+
+    def _tell(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+        self._tracker.log(values, step)
 
     def _open_files(self, state: RunState) -> None:
         """Write the evaluations so far, and open what the steps are written to."""
@@ -238,6 +258,13 @@ class Journal:
         }
         results.write(self.files.results, results.TrainingResults.model_validate(values))
         self._written.add(self.files.results)
+
+    def conclude(self, state: RunState, values: Mapping[str, Any]) -> None:
+        """Write the results file of a run that is done, with what it says of the run besides, and tell the verdict."""
+        self.about |= values
+        self.write_results(state, finished=True)
+        self._tracker.tell({"verdict": verdict_line(self.about), "best_epoch": shown_epoch(state.best_epoch)})
+        self._tracker.end("finished")
 
     def summary(self, state: RunState) -> str:
         """Say whether the run has helped, and lay the best trained model beside the one as loaded."""
@@ -286,7 +313,7 @@ class Journal:
             ", ".join(f"{name} {rate:.3g}" for name, rate in record.rates.items()), speed,
             timedelta(seconds=round(left)), extra=SHOWN_BY_BAR,
         )  # fmt: skip
-        self._events.add_scalar("step/train_loss", loss, record.step)
+        self._tell({"step/train_loss": loss}, record.step)
         if not self._bar.disable:
             peak = [f"{key} {gb:.1f} GB" for key, gb in peak_memory(self.device).items()]
             self._bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *peak]))
