@@ -207,3 +207,13 @@ def test_the_files_and_tests_that_docs_name_exist() -> None:
         named = re.findall(r"`((?:cliptune|tests|docs|benchmarks)/[\w/.]+)`", text)
         assert not [name for name in named if not (ROOT / name).exists()], path.name
         assert not set(re.findall(r"`(test_\w+)`", text)) - defined, path.name
+
+
+def test_the_pictures_of_the_readmes_are_there_and_small() -> None:
+    """They are the toolkit's own: `benchmarks/screenshots.py` makes them."""
+    named = [re.findall(r"!\[[^\]]+\]\(([^)]+)\)", read(path)) for path in (ENGLISH, CHINESE)]
+    assert named[0] == named[1]
+    assert sorted(named[0]) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "images").iterdir())
+    for name in named[0]:
+        assert 10_000 < (ROOT / name).stat().st_size < 300_000, name
+        assert (ROOT / name).read_bytes().startswith(b"\x89PNG")
