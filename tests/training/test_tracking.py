@@ -1,5 +1,6 @@
 """Runs told to a tracking service: stand-ins with the functions that are used, and the services' own libraries."""
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -84,14 +85,14 @@ class FakeMlflow:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
     fake = FakeMlflow()
-    monkeypatch.setitem(sys.modules, "mlflow", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
     return fake
 
 
@@ -156,7 +157,7 @@ def test_nobody_is_told_unless_the_flag_is_given(
 def test_a_missing_library_is_one_line_before_anything_is_read(
     runs: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs.setitem(sys.modules, "mlflow", None)  # type: ignore[arg-type]
+    runs.setitem(sys.modules, "mlflow", None)
     assert main(flags_for(tmp_path / "nothing", tmp_path, "--track", "mlflow")) == 2
     said = capsys.readouterr().err
     assert said == "train.py: error: --track mlflow needs mlflow: pip install mlflow-skinny\n"
@@ -195,7 +196,7 @@ def needs(name: str) -> pytest.MarkDecorator:
 @pytest.mark.slow
 @needs("mlflow")
 def test_mlflow_itself_keeps_a_run_in_local_files(runs: pytest.MonkeyPatch, sample_dir: Path, tmp_path: Path) -> None:
-    import mlflow  # noqa: PLC0415
+    mlflow: Any = importlib.import_module("mlflow")
 
     runs.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions ask for it
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
