@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, InspectSettings
+from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE
+from cliptune.stage_settings import InspectSettings
 
 if __name__ == "__main__":
     check_command_line(InspectSettings, str(__doc__))  # a wrong flag is told before PyTorch is imported

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import EvaluationSettings
+from cliptune.stage_settings import EvaluationSettings
 
 if __name__ == "__main__":
     check_command_line(EvaluationSettings, str(__doc__))

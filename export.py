@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import EvaluationSettings, ExportSettings
+from cliptune.stage_settings import EvaluationSettings, ExportSettings
 
 if __name__ == "__main__":
     check_command_line(ExportSettings, str(__doc__))

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import SearchSettings
+from cliptune.stage_settings import SearchSettings
 
 if __name__ == "__main__":
     check_command_line(SearchSettings, str(__doc__))

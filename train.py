@@ -34,13 +34,12 @@ from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_t
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
-from cliptune.model.parallel import is_sharded
 from cliptune.results import command_line, run_info
 from cliptune.runs.copies import copy_finder, main_finds_copies
 from cliptune.runs.data import (
     RunData,
     Splits,
-    is_other_data,
+    changed_splits,
     odd_data,
     open_data,
     read_data,
@@ -50,6 +49,7 @@ from cliptune.runs.folds import Part, begin_log, folds_started, run_folds
 from cliptune.runs.interpolation import look_back
 from cliptune.runs.loss import make_losses, start_bias
 from cliptune.runs.model import find_run_weights, make_model, place_model
+from cliptune.runs.other_data import Anew, go_on_with_other_data
 from cliptune.runs.recipe import apply_recipe
 from cliptune.runs.report import leave_report
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
@@ -71,10 +71,10 @@ from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
-from cliptune.training.run_models import evaluate_both, settle_models, verify_best
+from cliptune.training.run_models import settle_models, verify_best
 from cliptune.training.state import RunState
 from data_loader import ImageTextDataset
-from evaluation import Evaluation, evaluate
+from evaluation import evaluate
 from visualization import draw_figures
 
 logger = logging.getLogger("train")
@@ -144,7 +144,9 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         saver = _make_saver(config, trainer, files=files, about=about)
         state, anew = _begin(config, trainer, saver, data, resumed=resumed, snapshots=snapshots, began=began)
         if whole is None:
-            retrieval = open_retrieval(files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew)
+            retrieval = open_retrieval(
+                files, data.val, state, run_id=about["run_id"], resumed=resumed, anew=anew, device=device
+            )
         else:  # no image is left to evaluate on: the folds have told
             retrieval, data = None, whole.validates(data, state)
         journal = _open_journal(
@@ -197,7 +199,7 @@ def _conclude(
         return
     with state.wall_time.inside("validation"):
         found = look_back(
-            config, model, data, files, is_best_trained=state.best_epoch > 0, model_class=CLIPModel,
+            config, model, data, files, state=state, model_class=CLIPModel,
             complete=add_self_test, evaluations=() if retrieval is None else retrieval.ranks_of_all,
         )  # fmt: skip
         test = run_test(model, data, files, state, open_model=partial(_open_model, device=model.device))
@@ -300,7 +302,7 @@ def _evaluate(
 ) -> bool:
     """Evaluate the model and record what comes; tell whether it is the best so far."""
     trainer.settle()
-    means = state.train_means()
+    means = state.train_means(steps_per_epoch=len(data.loader))
     journal.begin_validation()
     state.wall_time.enter("validation")
     # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again
@@ -391,11 +393,11 @@ def _begin(
     resumed: Resumed | None,
     snapshots: Snapshots,
     began: float,
-) -> tuple[RunState, tuple[Evaluation, Evaluation] | None]:
+) -> tuple[RunState, Anew | None]:
     """Begin at the model as loaded, or continue from a checkpoint, whose weights the model holds already.
 
     Returns:
-        The state, and the evaluations of the models as loaded and the best on data that is not what the run had.
+        The state, and the models as loaded and the best on validation data that is not what the run had.
     """
     state = RunState()
     state.wall_time.begin(began)
@@ -404,22 +406,16 @@ def _begin(
     stored = stored_config(resumed.content["config"], resumed.path)
     if stored.training.micro_batch_size == config.training.micro_batch_size:
         trainer.grad_cache.size = resumed.content["micro_batch_size"]  # what was found to fit
-    has_changed = is_other_data(resumed.content, snapshots)
+    changed = changed_splits(resumed.content, snapshots)
     state = saver.restore(*resumed)
     state.wall_time.begin(began)
     if is_main():
         settle_models(state, saver, state_path=resumed.path)
     state.best, state.best_epoch, state.best_step = broadcast((state.best, state.best_epoch, state.best_step))
-    if has_changed:
-        if is_sharded(trainer.model):
-            raise ValueError("--allow_data_change does not go with --parallel fsdp: resume once without it")
-        logger.info("the models as loaded and the best are evaluated anew; the epoch under way begins again")
-        open_model = partial(_open_model, device=trainer.model.device)
-        anew = evaluate_both(saver.files, open_model=open_model, evaluate=data.validate)
-        state.baseline, state.best = (evaluation.to_dict() for evaluation in anew)
-        state.totals = None
-        return state, anew
-    return state, None
+    if not changed:
+        return state, None
+    open_model = partial(_open_model, device=trainer.model.device)
+    return state, go_on_with_other_data(state, saver, data, changed=changed, open_model=open_model)
 
 
 def _open_journal(

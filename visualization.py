@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from cliptune.cli import check_command_line, parse_settings, run_stage
-from cliptune.settings import VisualizationSettings
+from cliptune.stage_settings import VisualizationSettings
 
 if __name__ == "__main__":
     check_command_line(VisualizationSettings, str(__doc__))

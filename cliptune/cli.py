@@ -62,7 +62,7 @@ HELP_GROUPS = {
     ),
     "shards": ("to_shards", "shard_size"),
     "export": ("to", "overwrite", "onnx_files", "quantize"),
-    "output": ("report", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
+    "output": ("report", "suspects", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from cliptune.runtime.messages import count
 
+R = TypeVar("R")
+"""`results.EpochRecord`."""
 MAX_SIZE = 1e100
 """Of a number."""
 
@@ -31,6 +34,11 @@ Bounds = tuple[Number, Number]
 
 RECORDED = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 """Of what a results file holds: immutable, and keys of later versions are kept."""
+
+
+def comparable(history: Iterable[R]) -> list[R]:
+    """Return those of a run's records that are of the validation data that it has had last."""
+    return [record for record in history if not getattr(record, "earlier_data", False)]
 
 
 def shown_epoch(epoch: float) -> str:
@@ -67,6 +75,8 @@ class Verdict(BaseModel):
     num_groups: Count
     merged: bool = False
     """Equal captions and images counted as one."""
+    num_earlier: Count = 0
+    """Of these evaluations one was the best of so many on validation data that the run had before: that luck stays."""
 
     def sentence(self) -> str:
         """Say it in one line."""
@@ -78,6 +88,9 @@ class Verdict(BaseModel):
             how += "; nothing was chosen by these images"
         elif self.num_evaluations > 1:
             how += f"; the luck of being the best of {self.num_evaluations:,} evaluations is taken off"
+        if self.num_earlier:
+            how += "; the best model of before the validation data changed is among them: its luck on images that both "
+            how += "have is not taken off"
         how += "; equal captions and images count as one" if self.merged else ""
         gain = f"{self.rsum.gain:+.1f} (95% interval {self.rsum.low:+.1f} to {self.rsum.high:+.1f})"
         return f"{VERDICTS[self.verdict]}: RSum {gain} on {images}{how}"

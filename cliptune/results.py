@@ -121,7 +121,7 @@ class EpochRecord(Metrics):
     epoch: Place
     step: Count
     train_loss: Number | None
-    """Mean over the pairs since the evaluation before, in nats."""
+    """In nats: after an epoch the mean over its pairs, within one over those since the evaluation before."""
     train_accuracy: Number | None
     """In-batch accuracy in percent: a training curve, not a result."""
     learning_rate: Number
@@ -129,6 +129,8 @@ class EpochRecord(Metrics):
     val_loss: Number
     num_skipped: Count = 0
     """Validation images that could not be read."""
+    earlier_data: bool = False
+    """Of validation data that the run had before it was resumed with other data."""
     watched: dict[str, WatchedRecord] = {}
     """The sets of `watch_data` by their names."""
 
@@ -262,7 +264,7 @@ class TrainingResults(Results):
 
     @model_validator(mode="after")
     def _holds_the_best_epoch(self) -> TrainingResults:
-        if all(record.epoch != self.best_epoch for record in self.history):
+        if all(record.epoch != self.best_epoch or record.earlier_data for record in self.history):
             raise ValueError(f"history: has no record of best_epoch, {self.best_epoch}")
         return self
 

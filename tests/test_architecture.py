@@ -62,6 +62,7 @@ def test_nobody_imports_train() -> None:
         "cliptune.model.published",
         "cliptune.results",
         "cliptune.settings",
+        "cliptune.stage_settings",
         "visualization",
     ],
 )

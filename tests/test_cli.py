@@ -14,16 +14,13 @@ from cliptune.cli import (
     parse_settings,
     run_stage,
 )
-from cliptune.settings import (
-    Config,
+from cliptune.settings import Config, Settings, seconds_of, steps_of
+from cliptune.stage_settings import (
     EvaluationSettings,
     ExportSettings,
     InspectSettings,
     SearchSettings,
-    Settings,
     VisualizationSettings,
-    seconds_of,
-    steps_of,
 )
 
 STAGES = (Config, InspectSettings, EvaluationSettings, VisualizationSettings, SearchSettings, ExportSettings)

@@ -18,13 +18,12 @@ import visualization
 from cliptune.cli import flags_of, is_positional, load_config, parse_settings
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.export.card import USE
-from cliptune.settings import (
-    Config,
+from cliptune.settings import Config, Settings
+from cliptune.stage_settings import (
     EvaluationSettings,
     ExportSettings,
     InspectSettings,
     SearchSettings,
-    Settings,
     VisualizationSettings,
 )
 

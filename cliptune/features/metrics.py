@@ -9,34 +9,7 @@ import torch
 from torch import Tensor
 
 from cliptune.features.ranks import Ranks, retrieval_ranks
-from cliptune.features.similarity import similarity_means
 from cliptune.results import RECALL_KEYS, RECALLS
-
-
-def compute_retrieval_metrics(
-    image_features: Tensor, text_features: Tensor, text_to_image: Tensor, *, device: torch.device | None = None
-) -> dict[str, float]:
-    """Compute retrieval metrics over the full gallery, in blocks.
-
-    Args:
-        image_features: unit-norm float32 `[N, D]`.
-        text_features: unit-norm float32 `[M, D]`.
-        text_to_image: image row of each text, int64 `[M]`; an image without text is a distractor.
-        device: where the scores are computed; None: where the text features are (see `retrieval_ranks`).
-
-    Returns:
-        Recalls `i2t_r1 ... t2i_r10` in percent of the queries, `rsum` (their sum, at most 600), mean and median ranks
-        (1 is best), mean cosines of matched and unmatched pairs and their difference, of two images and of two texts.
-        An image's rank is that of its best caption, and its other captions do not count (Faghri et al. 2018, VSE++).
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, an image row that is not there.
-    """
-    ranks = retrieval_ranks(image_features, text_features, text_to_image, device=device)
-    return {
-        **rank_metrics(ranks),
-        **similarity_means(image_features, text_features, text_to_image),
-    }
 
 
 def rank_metrics(ranks: Ranks) -> dict[str, float]:

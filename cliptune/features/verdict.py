@@ -15,7 +15,7 @@ Student's. Percentiles of the bootstrap cover less, and those of a studentised o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -158,7 +158,7 @@ def compare_best(
     start = queries.hits(first)
     gains = np.stack([queries.rsum(queries.hits(ranks) - start) for ranks in candidates])  # [E, G, 2]
     chosen = _chosen_on_other_folds(gains, queries.counts, seed=seed)  # [draws, G]
-    return _of_chosen(start, candidates, chosen, queries, confidence=confidence)
+    return _of_chosen(lambda i: queries.hits(candidates[i]) - start, chosen, queries, confidence=confidence)
 
 
 def compare_chosen(
@@ -182,37 +182,124 @@ def compare_chosen(
     queries, indices = _Queries(groups, ranks_by_evaluation), np.asarray(chosen)
     if indices.shape != (queries.num_groups,):
         raise ValueError(f"choices of shape {indices.shape} for {queries.num_groups} groups")
-    return _of_chosen(queries.hits(first), candidates, indices[None] - 1, queries, confidence=confidence)
+    start = queries.hits(first)
+    return _of_chosen(lambda i: queries.hits(candidates[i]) - start, indices[None] - 1, queries, confidence=confidence)
+
+
+def compare_averages(
+    averages: Sequence[Ranks],
+    ranks_by_evaluation: Sequence[Ranks],
+    groups: Ranks,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Verdict:
+    """Return the gain, on fresh queries, of the best of several averages of two models, over the first of the two.
+
+    The second is that of the evaluation which is best on all queries, so each average has a part of that choice's luck.
+    Both choices are made on the other folds, as in `compare_best`. Where these choose another evaluation, its averages
+    are not there: what its average would have gained is taken to be what this one gains, and the difference of the two
+    evaluations times the slope with which the average follows that difference from group to group. At the first model
+    the slope is 0, at the second it is 1, so there it is `compare_best`.
+
+    Args:
+        averages: ranks of each, all of them on the way between the first evaluation and the best one.
+        ranks_by_evaluation: as for `compare_best`.
+        groups: as for `compare`.
+        confidence: of the intervals, in (0, 1).
+        seed: of the folds.
+
+    Raises:
+        ValueError: shapes that do not fit, no average, fewer than two evaluations or than two groups.
+    """
+    if not averages or len(ranks_by_evaluation) < 2:
+        raise ValueError("nothing to choose from: averages, and evaluations beside that of the model as loaded")
+    first, *candidates = ranks_by_evaluation
+    queries = _Queries(groups, [*averages, *ranks_by_evaluation])
+    start = queries.hits(first)
+    averaged = np.stack([queries.hits(ranks) - start for ranks in averages])  # [A, G, 6]
+    gains = np.stack([queries.rsum(queries.hits(ranks) - start) for ranks in candidates])  # [E, G, 2]
+    best = int((gains.sum(1) / queries.counts.sum(0)).sum(1).argmax())
+    evaluations = _chosen_on_other_folds(gains, queries.counts, seed=seed)  # [draws, G]
+    slopes = _slopes(averaged, start, candidates, evaluations, best=best, queries=queries)
+    alone = queries.rsum(averaged)  # [A, G, 2]
+    pairs = np.empty_like(evaluations)
+    for draw, inside in _folds(queries.num_groups, seed=seed):
+        evaluation = evaluations[draw, inside[0]]
+        others = np.maximum(queries.counts.sum(0) - queries.counts[inside].sum(0), 1)
+        shift, own = (
+            (each.sum(-2) - each[..., inside, :].sum(-2)) for each in (gains[evaluation] - gains[best], alone)
+        )
+        average = int(((own + slopes[:, None] * shift) / others).sum(1).argmax())
+        pairs[draw, inside] = evaluation * len(averages) + average
+
+    def hits_of(pair: int) -> FloatArray:
+        evaluation, average = divmod(pair, len(averages))
+        shift = queries.hits(candidates[evaluation]) - queries.hits(candidates[best])
+        hits: FloatArray = averaged[average] + slopes[average] * shift
+        return hits
+
+    return _of_chosen(hits_of, pairs, queries, confidence=confidence)
+
+
+def _slopes(
+    averaged: FloatArray,
+    start: FloatArray,
+    candidates: list[Ranks],
+    chosen: IntArray,
+    *,
+    best: int,
+    queries: _Queries,
+) -> FloatArray:
+    """Return by how much each average moves where the best evaluation differs from those chosen in its stead, `[A]`.
+
+    It is the second coefficient of a regression over the groups: of the average's gain on the rivals' gain, and on
+    what the best one gains more. The first takes up what all evaluations have learned alike, in which there is no luck
+    of the choice.
+    """
+    shares = np.bincount(chosen[chosen != best], minlength=len(candidates)).astype(np.float64)
+    if not shares.any():
+        return np.zeros(len(averaged))  # every fold chooses it: there is no difference
+    shares /= shares.sum()
+    rivals = sum(shares[i] * (queries.hits(candidates[i]) - start) for i in np.flatnonzero(shares))
+    known = [rivals, queries.hits(candidates[best]) - start - rivals]
+    moves = np.stack([queries.influences(hits).sum(1) for hits in (*known, *averaged)], 1)  # [G, 2 + A]
+    slopes: FloatArray = np.linalg.lstsq(moves[:, :2], moves[:, 2:], rcond=None)[0][1]
+    return slopes
 
 
 def _of_chosen(
-    start: FloatArray, candidates: list[Ranks], chosen: IntArray, queries: _Queries, *, confidence: float
+    hits_of: Callable[[int], FloatArray], chosen: IntArray, queries: _Queries, *, confidence: float
 ) -> Verdict:
-    """Compare each group by the candidates that were chosen for it, `[draws, G]`, with its hits at the start."""
-    shares = np.bincount(chosen.ravel(), minlength=len(candidates)) / chosen.size
-    mean_gains, mean, square = np.zeros_like(start), np.zeros(len(start)), np.zeros(len(start))
-    for candidate in np.flatnonzero(shares):
-        hits = queries.hits(candidates[candidate]) - start
-        mean_gains += hits * (chosen == candidate).mean(0)[:, None]
-        influence = queries.influences(hits).sum(1)
-        mean, square = mean + shares[candidate] * influence, square + shares[candidate] * influence**2
+    """Judge each group by the candidates that were chosen for it, `[draws, G]`, with the hits that each has gained."""
+    num_groups = queries.num_groups
+    mean_gains, mean, square = np.zeros((num_groups, len(RECALL_KEYS))), np.zeros(num_groups), np.zeros(num_groups)
+    for candidate in np.unique(chosen):
+        hits, where = hits_of(int(candidate)), chosen == candidate
+        mean_gains += hits * where.mean(0)[:, None]
+        influence, share = queries.influences(hits).sum(1), where.mean()
+        mean, square = mean + share * influence, square + share * influence**2
     spread = 2 * float((square - mean**2).sum())  # E|x - y|^2 = 2 Var(x), summed over the groups
     return _verdict(mean_gains, queries, spread=spread, confidence=confidence)
 
 
-def _chosen_on_other_folds(gains: FloatArray, counts: FloatArray, *, seed: int) -> IntArray:
-    """Return for each draw and group which evaluation is best on the folds that the group is not in."""
-    num_groups = gains.shape[1]
+def _folds(num_groups: int, *, seed: int) -> Iterator[tuple[int, IntArray]]:
+    """Deal the groups into folds, draw by draw: yields the draw, and the groups of a fold."""
     num_folds = min(NUM_FOLDS, num_groups)
     rng = np.random.default_rng(seed)
-    total, chosen = gains.sum(1), np.empty((NUM_DRAWS, num_groups), dtype=np.int64)
     for draw in range(NUM_DRAWS):
         folds = rng.permutation(num_groups) % num_folds
         for fold in range(num_folds):
-            inside = np.flatnonzero(folds == fold)
-            others = np.maximum(counts.sum(0) - counts[inside].sum(0), 1)  # queries of each direction
-            rsums = ((total - gains[:, inside].sum(1)) / others).sum(1)
-            chosen[draw, inside] = rsums.argmax()
+            yield draw, np.flatnonzero(folds == fold)
+
+
+def _chosen_on_other_folds(gains: FloatArray, counts: FloatArray, *, seed: int) -> IntArray:
+    """Return for each draw and group which evaluation is best on the folds that the group is not in."""
+    total, chosen = gains.sum(1), np.empty((NUM_DRAWS, gains.shape[1]), dtype=np.int64)
+    for draw, inside in _folds(gains.shape[1], seed=seed):
+        others = np.maximum(counts.sum(0) - counts[inside].sum(0), 1)  # queries of each direction
+        rsums = ((total - gains[:, inside].sum(1)) / others).sum(1)
+        chosen[draw, inside] = rsums.argmax()
     return chosen
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cliptune.recorded import shown_epoch
+from cliptune.recorded import comparable, shown_epoch
 from cliptune.results import Histograms, TrainingResults, selection_key
 
 WIDTH, HEIGHT = 400.0, 230.0
@@ -62,7 +62,8 @@ def curves(results: TrainingResults) -> list[Chart]:
     prefix = selection_key(results.baseline.model_dump()).removesuffix("rsum")
 
     def of(key: str) -> list[tuple[float, float]]:
-        found = [(record.epoch, getattr(record, key, None)) for record in history]
+        records = history if key.startswith("train_") else comparable(history)
+        found = [(record.epoch, getattr(record, key, None)) for record in records]
         return [(epoch, value) for epoch, value in found if value is not None]
 
     def at_chance(key: str) -> Series:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cliptune.recorded import shown_epoch
+from cliptune.recorded import comparable, shown_epoch
 from cliptune.report.palette import (
     BLUE,
     CHOSEN,
@@ -110,8 +110,9 @@ def interpolation_figure(results: TrainingResults, interpolation: Interpolation)
 
 
 def _draw_curve(axes: Axes, results: TrainingResults, key: str, **look: Any) -> None:
-    """Draw a number of the evaluations that have it."""
-    records = [record for record in results.history if getattr(record, key) is not None]
+    """Draw a number of the evaluations that have it; of validation without those on data that the run had before."""
+    history = results.history if key.startswith("train_") else comparable(results.history)
+    records = [record for record in history if getattr(record, key) is not None]
     if records:
         epochs, values = [record.epoch for record in records], [getattr(record, key) for record in records]
         axes.plot(epochs, values, **_marked(len(records)), **look)
@@ -149,7 +150,7 @@ def _draw_chance(axes: Axes, value: float, color: str = GREY, label: str = "chan
 
 def _draw_rsum(axes: Axes, results: TrainingResults) -> None:
     """Draw what the best epoch is chosen by."""
-    merged, history = merged_prefix(results), results.history
+    merged = merged_prefix(results)
     key = f"{merged}rsum"
     _draw_curve(axes, results, key, label="validation", color=VALIDATION, zorder=3)
     _draw_intervals(axes, results, "rsum", color=VALIDATION, label="95% interval of the gain over the model as loaded")
@@ -158,7 +159,8 @@ def _draw_rsum(axes: Axes, results: TrainingResults) -> None:
     curves = results.watched_curves()
     for (name, look), label in zip(_looks(list(curves)), _watched_labels(list(curves)), strict=True):
         axes.plot(*zip(*curves[name], strict=True), **look, **_marked(len(curves[name])), label=label)
-    value = next(getattr(record, key) for record in history if record.epoch == results.best_epoch)
+    history = comparable(results.history)
+    value = max(getattr(record, key) for record in history if record.epoch == results.best_epoch)
     star: dict[str, Any] = {"marker": "*", "markersize": 16, "linestyle": "none", "markeredgecolor": "white"}
     label = f"best epoch: {shown_epoch(results.best_epoch)}, RSum {value:.1f}"
     axes.plot([results.best_epoch], [value], color=CHOSEN, label=label, zorder=4, **star)

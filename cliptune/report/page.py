@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cliptune.recorded import SPLIT_NAMES, GainInterval, Verdict, WallTime, shown_epoch
+from cliptune.recorded import SPLIT_NAMES, GainInterval, Verdict, WallTime, comparable, shown_epoch
 from cliptune.report import charts
 from cliptune.report.analysis import analyse, listed_suspects
 from cliptune.report.galleries import WAYS, galleries
@@ -79,7 +79,7 @@ def write_report(results_path: Path, output: Path | None = None, *, images: bool
 def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails) -> dict[str, Any]:
     best = shown_epoch(results.best_epoch)
     best_name = f"epoch {best}" if results.best_epoch else "as loaded"
-    best_step = next(record.step for record in results.history if record.epoch == results.best_epoch)
+    best_step = next(record.step for record in comparable(results.history) if record.epoch == results.best_epoch)
     queries = read_queries(folder / "retrieval.npz", run_id=results.run_id, best_step=best_step)
     histograms = (results.test or results).histograms
     return {
@@ -161,7 +161,7 @@ def _columns(results: TrainingResults) -> tuple[Metrics, Metrics, Any, str]:
         return results.test.baseline, results.test.metrics, results.test.chance, prefix
     verdict = results.verdict
     judged = results.best_epoch if verdict is None or verdict.split == "folds" else verdict.epoch
-    trained = next((record for record in results.history if record.epoch == judged), results.metrics)
+    trained = next((record for record in comparable(results.history) if record.epoch == judged), results.metrics)
     return results.baseline, trained, results.chance, prefix
 
 
@@ -216,7 +216,8 @@ def _history(results: TrainingResults) -> list[tuple[str, ...]]:
         return "" if value is None else charts.shown_number(value)
 
     return [
-        (shown_epoch(each.epoch), *map(number, (each.train_loss, each.val_loss, each.i2t_r1, each.t2i_r1, each.rsum)),
+        (f"{shown_epoch(each.epoch)}{' (earlier data)' if each.earlier_data else ''}",
+         *map(number, (each.train_loss, each.val_loss, each.i2t_r1, each.t2i_r1, each.rsum)),
          "" if each.learning_rate is None else f"{each.learning_rate:.3g}")
         for each in results.history
     ]  # fmt: skip

@@ -35,7 +35,8 @@ from cliptune.model.architectures import Architecture, known_architecture
 from cliptune.model.cost import cost_of
 from cliptune.runtime.device import Precision, free_memory, resolve_device, resolve_precision
 from cliptune.runtime.messages import count, printable
-from cliptune.settings import InspectSettings, TrainingSettings
+from cliptune.settings import TrainingSettings
+from cliptune.stage_settings import InspectSettings
 from cliptune.training.memory import FREE_MEMORY_FRACTION
 
 logger = logging.getLogger(__name__)

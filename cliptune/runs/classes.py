@@ -20,7 +20,7 @@ from cliptune.features.encode import Encoder
 from cliptune.results import Count, Number, Recorded, RunInfo
 from cliptune.runs.evaluation import Candidate, Chosen
 from cliptune.runtime.messages import count, first_few, printable
-from cliptune.settings import EvaluationSettings
+from cliptune.stage_settings import EvaluationSettings
 
 MAX_BYTES = 2**26
 """Of a file of classes or templates."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from cliptune.data.findings import data_findings
@@ -23,6 +24,7 @@ from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import Shards, is_shards
 from cliptune.data.skipped import SkippedData
 from cliptune.data.snapshot import (
+    EMPTY,
     Snapshot,
     Snapshots,
     describe_change,
@@ -34,7 +36,7 @@ from cliptune.data.snapshot import (
 )
 from cliptune.data.splits import training_pairs
 from cliptune.data.suspects import exclude, read_suspects
-from cliptune.data.table import Strings
+from cliptune.data.table import SPLITS, Strings
 from cliptune.data.tar_samples import is_local
 from cliptune.data.workers import fitting_workers
 from cliptune.features.cache import FeatureCache, FeatureLoader
@@ -183,6 +185,22 @@ def is_other_data(content: dict[str, Any], now: Snapshots) -> bool:
     """Tell whether the run of a checkpoint of this `content` had other data."""
     before = _stored(content)
     return bool(before) and bool(describe_change(before, now))
+
+
+def changed_splits(content: dict[str, Any], now: Snapshots) -> set[str]:
+    """Return the splits whose data the run of a checkpoint of this `content` had otherwise, or in another order.
+
+    None of them if the data as a whole is the same in whatever order, or if the checkpoint does not say what it was.
+    """
+    before = _stored(content)
+    if not is_other_data(content, now):
+        return set()
+    pairs = {split: (before.get(split, EMPTY), now.get(split, EMPTY)) for split in SPLITS}
+    return {
+        split
+        for split, (old, new) in pairs.items()
+        if describe_change({split: old}, {split: new}) or not np.array_equal(old.files, new.files)
+    }
 
 
 def earlier_data(config: Config, began: dict[str, Any], now: Snapshots) -> list[dict[str, Any]]:
@@ -417,11 +435,11 @@ def open_data(
     # computed or read when they are first wanted: the model as loaded gives what every epoch's would
     outputs_of = functools.cache(lambda pairs: None if cache is None else cache.of_pairs(pairs))
 
-    def validate(other: Any = None) -> E:
+    def validate(other: Any = None, *, keep_features: bool = False) -> E:
         return evaluate(
             encoder if other is None else replace(encoder, model=other), val,
             loss_batch_size=training.batch_size, cached=outputs_of(val), on_unreadable_image=skipped.note,
-            keep_features=other is None,
+            keep_features=keep_features or other is None,
         )  # fmt: skip
 
     def evaluate_test(other: Any) -> E:

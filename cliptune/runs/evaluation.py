@@ -27,7 +27,8 @@ from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_wei
 from cliptune.results import Comparison, RunInfo, selection_key
 from cliptune.runs.data import found_again
 from cliptune.runtime.messages import count, first_few, nearest, printable
-from cliptune.settings import MAX_SKIPPED_FRACTION, Config, EvaluationSettings
+from cliptune.settings import MAX_SKIPPED_FRACTION, Config
+from cliptune.stage_settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 

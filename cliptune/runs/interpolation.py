@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cliptune.features.verdict import DIRECTIONS, Ranks, Verdict, answered, compare_best
+from cliptune.features.verdict import DIRECTIONS, Ranks, Verdict, answered, compare_averages
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.weights import own_weights
+from cliptune.recorded import Interpolation
 from cliptune.results import selection_key
 from cliptune.runs.data import RunData
 from cliptune.runs.watch import Forgotten, Found, Seen, drift_of, verdict_values
@@ -27,11 +29,13 @@ from cliptune.runtime.logs import progress_bar
 from cliptune.runtime.messages import printable
 from cliptune.settings import Config
 from cliptune.training.checkpoint import RunFiles
-from cliptune.training.state import TIE
+from cliptune.training.state import TIE, RunState
 
 logger = logging.getLogger(__name__)
 
 ALPHAS = tuple(step / 10 for step in range(11))
+RECORD = "interpolation"
+"""What a results file and `interpolated_model.pth` have of it, `recorded.Interpolation`."""
 MAX_LOSS = 1.0
 """Points of the mean recall, RSum / 6, that an average may lose on each watched set, against the model as loaded."""
 
@@ -140,26 +144,49 @@ def look_back(
     data: RunData[Any],
     files: RunFiles,
     *,
-    is_best_trained: bool,
+    state: RunState,
     model_class: Callable[..., Any],
     complete: Callable[[dict[str, Any]], dict[str, Any]],
     evaluations: Sequence[Ranks] = (),
 ) -> LookBack:
     """Compare the best model with the one as loaded; with `interpolate` evaluate what lies between, and save the best.
 
-    Every rank calls it.
+    An average that was chosen before stays, with its record, while its two ends are the run's. Every rank calls it.
 
     Args:
         config: of the run.
         model: that was trained.
         data: of the run, with what it watches.
         files: of the run.
-        is_best_trained: the best model is not the one as loaded.
+        state: where the run has ended.
         model_class: `clip_model.CLIPModel`.
         complete: completes a checkpoint's content, `clip_model.add_self_test`.
         evaluations: ranks on validation of the run's evaluations, the model as loaded first, as `retrieval.npz` has
             them, so that the estimate covers the choice of the best one; none: they are not known any more.
     """
+    open_ends = partial(Ends, files, model_class=model_class, device=model.device)
+    found = _looked(
+        config, model, data, files,
+        is_best_trained=state.best_epoch > 0, open_ends=open_ends, complete=complete, evaluations=evaluations,
+    )  # fmt: skip
+    if RECORD in found.values or not is_main() or not files.interpolated.exists():
+        return found
+    kept = _kept(files, state)
+    return LookBack({**found.values, **kept.values}, [*found.lines, *kept.lines])
+
+
+def _looked(
+    config: Config,
+    model: Any,
+    data: RunData[Any],
+    files: RunFiles,
+    *,
+    is_best_trained: bool,
+    open_ends: Callable[[], Ends],
+    complete: Callable[[dict[str, Any]], dict[str, Any]],
+    evaluations: Sequence[Ranks],
+) -> LookBack:
+    """Compare and average, without regard to what was found before."""
     is_asked_for = bool(config.data.watch_data) or config.training.interpolate
     if not is_best_trained:
         end = "\nthe best model is the one as loaded: nothing is forgotten, and nothing lies between them"
@@ -169,7 +196,7 @@ def look_back(
     barrier()  # the main rank may still be writing the best model
     ends: Ends | None = None
     try:
-        ends = Ends(files, model_class=model_class, device=model.device)
+        ends = open_ends()
     except (OSError, ValueError, torch.OutOfMemoryError) as error:  # what the run is for is saved already
         logger.warning("the best model is not compared with the one as loaded: %s", error)
     if any_rank(ends is None) or ends is None:
@@ -198,50 +225,82 @@ def _interpolated(
     """Choose one of the averages, estimate its gain and save it."""
     chosen, allowed = choose(points)
     # alpha 0 is the model as loaded: whatever the folds chose, what is saved gains nothing over it
-    verdict = estimated_gain(data, allowed, loaded=points[0], evaluations=evaluations) if chosen.alpha else None
+    verdict = estimated_gain(data, allowed, evaluations=evaluations) if chosen.alpha else None
+    values = Interpolation.model_validate(
+        {
+            "points": [point.values(points[0]) for point in points],
+            "chosen": chosen.alpha,
+            "max_loss": MAX_LOSS,
+            "merged": chosen.validation.merged,
+            "verdict": verdict_values(verdict),
+        }
+    ).model_dump(mode="json")
     if is_main():
-        _save(ends, chosen, path, complete=complete)
+        _save(ends, chosen, path, record=values, complete=complete)
     barrier()
     forgotten = _told(data.watch.compare(points[0].seen, points[-1].seen))
-    values = {
-        "points": [point.values(points[0]) for point in points],
-        "chosen": chosen.alpha,
-        "max_loss": MAX_LOSS,
-        "merged": chosen.validation.merged,
-        "verdict": verdict_values(verdict),
-    }
     lines = _lines(points, chosen, verdict, path=path)
-    return LookBack({**forgotten.values, "interpolation": values}, [*forgotten.lines, *lines])
+    return LookBack({**forgotten.values, RECORD: values}, [*forgotten.lines, *lines])
 
 
-def estimated_gain(
-    data: RunData[Any], allowed: Sequence[Point], *, loaded: Point, evaluations: Sequence[Ranks]
-) -> Verdict | None:
+def estimated_gain(data: RunData[Any], allowed: Sequence[Point], *, evaluations: Sequence[Ranks]) -> Verdict | None:
     """Estimate what the choice gains on fresh images over the model as loaded, without the luck of the choice.
 
-    The averages stand in the cross-fit beside the evaluations that the best one was chosen among. Where the best epoch
-    itself loses too much of what is watched, evaluations are no candidates, and only the choice of alpha is covered.
-    None where they would be and are lost: the luck of the chosen epoch could not be taken off.
+    The choice is that of alpha among the averages that are allowed, and that of the evaluation they are made of. None
+    where the run's evaluations are lost, and so nobody knows what the second one was chosen among.
     """
-    if allowed[-1].alpha == 1 and not evaluations:
+    if len(evaluations) < 2:
         return None
-    candidates: list[Ranks] = [point.validation.ranks for point in allowed]
-    prefix = "merged_" if loaded.validation.merged else ""
-    if allowed[-1].alpha == 1:
-        candidates += [{key: each[prefix + key] for key in DIRECTIONS} for each in evaluations[1:]]
-    ranks, groups = answered([loaded.validation.ranks, *candidates], data.val.query_groups)
+    prefix = "merged_" if allowed[0].validation.merged else ""
+    of_run = [{key: each[prefix + key] for key in DIRECTIONS} for each in evaluations]
+    averages = [point.validation.ranks for point in allowed]
+    ranks, groups = answered([*averages, *of_run], data.val.query_groups)
     try:
-        return compare_best(ranks, groups)
+        return compare_averages(ranks[: len(averages)], ranks[len(averages) :], groups)
     except ValueError:  # all validation images are of one group
         return None
 
 
-def _save(ends: Ends, chosen: Point, path: Path, *, complete: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Save the chosen average as a checkpoint like the best model's."""
+def _save(
+    ends: Ends,
+    chosen: Point,
+    path: Path,
+    *,
+    record: dict[str, Any],
+    complete: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Save the chosen average as a checkpoint like the best model's, and in it how it was chosen."""
     metrics = {**ends.content.get("metrics", {}), **chosen.validation.metrics}
     state = {key: value for key, value in ends.content.items() if key not in {"self_test", "format_version"}}
     state |= {"model_state_dict": ends.weights(chosen.alpha), "metrics": metrics, "alpha": chosen.alpha}
-    save_checkpoint(path, complete(state))
+    save_checkpoint(path, complete({**state, RECORD: record}))
+
+
+def _kept(files: RunFiles, state: RunState) -> LookBack:
+    """Return the record of an average that was chosen before; one that is not of the run's ends is set aside."""
+    path, record = files.interpolated, None
+    try:
+        content, best = load_checkpoint(path), load_checkpoint(files.best)
+        if all(content.get(key) == best.get(key) for key in ("run_id", "epoch", "global_step")):
+            record = content.get(RECORD)
+    except (OSError, ValueError) as error:
+        logger.warning("%s", error)
+    if record is not None:
+        # the models may be the same, and the data another one: then the ends have other numbers
+        now = [each["metrics"][state.selection] for each in (state.baseline, state.best)]
+        then = [record["points"][i]["rsum"] for i in (0, -1)]
+        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(now, then, strict=True)):
+            line = f"interpolated model, as it was chosen before (alpha {record['chosen']:.1f}): {printable(str(path))}"
+            return LookBack({RECORD: record}, [line])
+    aside = path.with_name(f"{path.stem}.aside.pth")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.stem}+.pth")
+    path.rename(aside)
+    line = (
+        f"the interpolated model lies between other models than the run's, or was chosen on other data: it is now "
+        f"{printable(str(aside))}, and --resume --interpolate makes one anew"
+    )
+    return LookBack({}, [line])
 
 
 def _told(forgotten: Forgotten) -> LookBack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from cliptune.features.retrieval import Retrieval
 from cliptune.features.verdict import DIRECTIONS, Verdict, answered, compare, compare_best
 from cliptune.model.parallel import is_sharded
 from cliptune.runs.data import RunData
+from cliptune.runs.other_data import Anew
 from cliptune.runs.start import Resumed
 from cliptune.runtime.distributed import is_main, world_size
 from cliptune.runtime.messages import count
@@ -37,7 +38,8 @@ def open_retrieval(
     *,
     run_id: str,
     resumed: Resumed | None,
-    anew: Sequence[Any] | None = None,
+    anew: Anew | None = None,
+    device: torch.device,
 ) -> Retrieval | None:
     """Begin a run's record of what its evaluations found, or go on with it; None on all ranks but the main one.
 
@@ -47,16 +49,20 @@ def open_retrieval(
         state: where the run begins.
         run_id: of the run.
         resumed: the checkpoint that the run goes on from; its folder may be another one. None: from none.
-        anew: the evaluations of the model as loaded and the best on data that has changed, with which it begins again.
+        anew: the model as loaded and the best on validation data that has changed, with which it begins again.
+        device: where answers are computed.
     """
     if not is_main():
         return None
     retrieval = Retrieval(files.retrieval, pairs, run_id=run_id)
     if anew is not None:
         retrieval.begun_at = len(state.history)
-        retrieval.add(_ranks_of(anew[0], state), epoch=0, step=0)
+        retrieval.add(_ranks_of(anew.loaded, state), epoch=0, step=0)
+        retrieval.keep_answers("loaded", anew.loaded.encoded, step=0, device=device)
+        if anew.epoch:  # a candidate also where it has given way
+            retrieval.add(_ranks_of(anew.best, state), epoch=anew.epoch, step=anew.step)
         if state.best_epoch:
-            retrieval.add(_ranks_of(anew[1], state), epoch=state.best_epoch, step=state.best_step)
+            retrieval.keep_answers("best", anew.best.encoded, step=anew.step, device=device)
         retrieval.write()
     elif resumed is not None:
         there = RunFiles(resumed.path.parent.parent).retrieval
@@ -125,13 +131,13 @@ def judge(retrieval: Retrieval, state: RunState, test: Test | None) -> dict[str,
     if retrieval.lacks:
         values["no_verdict"] = retrieval.lacks
     elif len(retrieval.ranks) > 1:
-        values |= _on_validation(retrieval)
+        values |= _on_validation(retrieval, state)
     if test is not None:
         values |= _on_test(test, state)
     return values
 
 
-def _on_validation(retrieval: Retrieval) -> dict[str, Any]:
+def _on_validation(retrieval: Retrieval, state: RunState) -> dict[str, Any]:
     merged = "merged_i2t" in retrieval.ranks[0]
     ranks = [_judged(each, merged=merged) for each in retrieval.ranks]
     evaluations, groups = answered(ranks, retrieval.query_groups)
@@ -145,7 +151,10 @@ def _on_validation(retrieval: Retrieval) -> dict[str, Any]:
     ]
     best = max(gains, key=lambda gain: round(gain["rsum"][0], 6))  # the first of those that are equal
     how = {"split": "val", "epoch": best["epoch"], "num_evaluations": len(gains), "num_images": num_images}
-    return {"verdict": _recorded(found, merged=merged, **how), "gains": gains}
+    # the others of those evaluations are not on the data at hand, so that their choice cannot be drawn again
+    before = {(record["epoch"], record["step"]) for record in state.history[: retrieval.begun_at]}
+    num_earlier = retrieval.begun_at - 1 if before.intersection(retrieval.places[1:]) else 0
+    return {"verdict": _recorded(found, merged=merged, num_earlier=num_earlier, **how), "gains": gains}
 
 
 def _judged(ranks: dict[str, Any], *, merged: bool) -> dict[str, Any]:

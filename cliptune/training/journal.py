@@ -243,7 +243,7 @@ class Journal:
         """Say whether the run has helped, and lay the best trained model beside the one as loaded."""
         lines = ["", verdict_line(self.about), "", *self._table(state)]
         if state.best_epoch == 0:
-            num_images, at_chance = state.best["num_images"], _is_at_chance(state.history, state)
+            num_images, at_chance = state.best["num_images"], _is_at_chance(state.comparable, state)
             lines.append(no_better_epoch(num_images, at_chance=at_chance))
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
@@ -255,8 +255,10 @@ class Journal:
         """Lay out what the verdict is about: validation, or the test split if there is one."""
         verdict, test = self.about.get("verdict"), self.about.get("test")
         trained = state.best_trained() or state.history[0]
-        if verdict is not None:  # after its data has changed, a run's best evaluation may be another one
-            trained = next(record for record in state.history if record["epoch"] == verdict["epoch"])
+        if verdict is not None:
+            # an epoch that began again with other data may have had an evaluation at the same place before
+            at_place = [record for record in state.comparable if record["epoch"] == verdict["epoch"]]
+            trained = max(at_place, key=lambda record: record[state.selection])
         first, best, chance = state.baseline["metrics"], trained, state.best["chance"]
         if test is not None:
             first, best, chance = test["baseline"], test["metrics"], test["chance"]
@@ -324,7 +326,7 @@ class Journal:
 
 
 def _whole_epochs(state: RunState) -> list[dict[str, Any]]:
-    return [record for record in state.history if isinstance(record["epoch"], int)]
+    return [record for record in state.comparable if isinstance(record["epoch"], int)]
 
 
 def verdict_line(about: Mapping[str, Any]) -> str:

@@ -166,18 +166,20 @@ class EpochResult(NamedTuple):
 
 
 class EpochTotals:
-    """Sums over the batches of an epoch since its last evaluation: of all, unless it is evaluated within.
+    """Sums over the batches of an epoch: of those since the last evaluation within it, and of those before.
 
     Args:
         device: the model's.
 
     Attributes:
+        sums: since the last evaluation, of finite losses: loss times pairs, accuracy times pairs, pairs.
+        earlier: the same of the epoch's batches before that evaluation.
         num_pairs: of the whole epoch so far.
         num_batches: batches of the epoch that are done, with those that held no pair.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)  # of finite losses: loss and accuracy times pairs, pairs
+        self.sums, self.earlier = torch.zeros(3, device=device), torch.zeros(3, device=device)
         self.num_pairs = self.num_batches = 0
 
     def add(self, result: StepResult | None) -> None:
@@ -191,11 +193,15 @@ class EpochTotals:
         self.num_pairs += result.num_pairs
 
     def begin_part(self) -> None:
-        """Forget the sums, not how many batches and pairs there were."""
+        """Begin the sums since the last evaluation again."""
+        self.earlier += self.sums
         self.sums.zero_()
 
-    def mean(self) -> EpochResult:
-        """Return the means over the pairs since the last evaluation, but for those whose loss is not finite; waits.
+    def mean(self, *, since_evaluation: bool = False) -> EpochResult:
+        """Return the means over the pairs of the epoch, but for those whose loss is not finite; waits for the device.
+
+        Args:
+            since_evaluation: only of the pairs since the last evaluation within the epoch.
 
         Raises:
             ValueError: there was no pair.
@@ -203,15 +209,17 @@ class EpochTotals:
         """
         if not self.num_pairs:
             raise ValueError("no batch of pairs to train on")
-        loss, accuracy, num_pairs = self.sums.tolist()
+        loss, accuracy, num_pairs = (self.sums if since_evaluation else self.earlier + self.sums).tolist()
         if not num_pairs:
             raise FloatingPointError("no loss of the epoch is finite; lower --learning_rate, or use --precision fp32")
         return EpochResult(loss / num_pairs, 100 * accuracy / num_pairs, self.num_pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as plain values."""
-        return {**vars(self), "sums": self.sums.tolist()}
+        return {**vars(self), "sums": self.sums.tolist(), "earlier": self.earlier.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        vars(self).update(state, sums=torch.tensor(state["sums"], device=self.sums.device))
+        # a state of before both were summed has nothing of the time before its last evaluation
+        sums = {name: torch.tensor(state.get(name, [0.0] * 3), device=self.sums.device) for name in ("sums", "earlier")}
+        vars(self).update(state, **sums)

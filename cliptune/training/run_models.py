@@ -55,11 +55,7 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
         wanted: Any = {"run_id": run_id, "epoch": epoch, "step": step}
         reason = why_not(path, **wanted)
         if reason and path.exists():
-            aside = path.with_name(f"{path.stem}.aside.pth")
-            while aside.exists():  # of an earlier start
-                aside = aside.with_name(f"{aside.stem}+.pth")
-            path.rename(aside)
-            logger.warning("%s; that file is now %s", reason, aside)
+            logger.warning("%s; that file is now %s", reason, _set_aside(path))
         if reason and not why_not(origin / path.name, **wanted):
             _link_or_copy(origin / path.name, path)
             if path == files.best and (origin / files.adapter.name).exists():
@@ -80,6 +76,24 @@ def settle_models(state: RunState, saver: Saver, *, state_path: Path) -> None:
     for path in (files.best, files.loaded):
         if not path.exists():
             logger.warning("%s is not there, and cannot be had: it is of a run of before it was kept, or lost", path)
+
+
+def give_way(files: RunFiles, *, reason: str) -> None:
+    """Set the best model aside and let the model as loaded be the best one again; says so, with the reason."""
+    aside = _set_aside(files.best)
+    if files.adapter.exists():
+        _set_aside(files.adapter)
+    _link_or_copy(files.loaded, files.best)
+    logger.warning("%s: it is again the model as loaded, until an epoch is better; that file is now %s", reason, aside)
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a file a name that no other has; return it."""
+    aside = path.with_name(f"{path.stem}.aside{path.suffix}")
+    while aside.exists():  # of an earlier start
+        aside = aside.with_name(f"{aside.stem}+{path.suffix}")
+    path.rename(aside)
+    return aside
 
 
 def verify_best(state: RunState, files: RunFiles, *, run_id: str) -> None:

@@ -20,6 +20,11 @@ from cliptune.training.wall_time import WallClock
 TIE = 1e-9
 """Relative difference below which two RSums are the same: sums of the same recalls in another order differ by 1e-16."""
 
+NOT_OF_VALIDATION = (
+    "epoch", "step", "train_loss", "train_accuracy", "learning_rate", "backbone_learning_rate", "watched",
+)  # fmt: skip
+"""What a record holds beside the numbers of validation."""
+
 
 def now() -> str:
     """Return the local time as results files show it, such as `2026-01-31T12:00:00`."""
@@ -36,10 +41,14 @@ class _Evaluation(results.Recorded):
     num_texts: Count
 
 
+_Sums = Annotated[list[Number], Field(min_length=3, max_length=3)]
+
+
 class _Totals(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    sums: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    sums: _Sums
+    earlier: _Sums = [0.0] * 3
     num_pairs: Count
     num_batches: Count
 
@@ -68,7 +77,8 @@ class RunState:
         epoch: the one that is trained, or was last; 0: the model as loaded.
         step: steps so far.
         history: a record for each evaluation: after every epoch, and within one where that is asked for. Its `epoch` is
-            a whole number after an epoch, and 2.25 after a quarter of the third.
+            a whole number after an epoch, and 2.25 after a quarter of the third. Those with `earlier_data` are of
+            validation data that the run had before it was resumed with other data.
         baseline: the evaluation of the model as loaded.
         best: the best evaluation.
         best_epoch, best_step: where it stands in the run, as its record says.
@@ -113,18 +123,21 @@ class RunState:
         if step.result is not None:
             self.step = step.result.global_step
 
-    def train_means(self) -> dict[str, float | None]:
-        """Return the means over the pairs since the last evaluation, in nats and percent; None without a step.
+    def train_means(self, *, steps_per_epoch: int) -> dict[str, float | None]:
+        """Return the means of the training, in nats and percent; None without a step.
+
+        Over the pairs of the whole epoch once it is done, and within it over those since the last evaluation.
+
+        Args:
+            steps_per_epoch: batches that an epoch has.
 
         Raises:
             ValueError: there was no pair in the epoch.
             FloatingPointError: no loss was finite.
         """
-        # an epoch may end with batches of which no image could be read, right after an evaluation within it
-        no_step = self.totals is not None and self.totals.num_pairs and self.is_evaluated
-        if self.totals is None or self.epoch == 0 or no_step:
+        if self.totals is None or self.epoch == 0:
             return {"train_loss": None, "train_accuracy": None}
-        means = self.totals.mean()
+        means = self.totals.mean(since_evaluation=self.num_batches < steps_per_epoch)
         return {"train_loss": means.loss, "train_accuracy": means.accuracy}
 
     @property
@@ -169,13 +182,43 @@ class RunState:
             self.totals = None  # from here on a signal finds the epoch done
         if not self.baseline:
             self.baseline = evaluation
-        key = self.selection
-        # 190.0 and 190.00000000000003 are the same six recalls, added up in another order
-        improved = not self.best or evaluation["metrics"][key] > self.best["metrics"][key] * (1 + TIE)
+        improved = not self.best or self._is_better(evaluation)
         self.epochs_since_best = 0 if improved else self.epochs_since_best + 1
         if improved:
             self.best, self.best_epoch, self.best_step = evaluation, place, self.step
         return improved
+
+    def _is_better(self, evaluation: dict[str, Any]) -> bool:
+        key = self.selection
+        # 190.0 and 190.00000000000003 are the same six recalls, added up in another order
+        return bool(evaluation["metrics"][key] > self.best["metrics"][key] * (1 + TIE))
+
+    def leave_epoch(self) -> None:
+        """Forget what there is of an epoch under way, but for its steps and evaluations: it begins again."""
+        self.epoch, self.totals = int(self.history[-1]["epoch"]), None
+
+    def begin_again(self, loaded: dict[str, Any], best: dict[str, Any]) -> bool:
+        """Go on with other validation data, on which the models as loaded and the best have been evaluated.
+
+        Their records are of the new data from here on. All others say that they are not, and are compared with none.
+
+        Returns:
+            Whether the best one is better than the model as loaded there; else that is the best one again.
+        """
+        place = self.best_epoch, self.best_step
+        renewed = {place: best, (0, 0): loaded}  # which may be one
+        self.history = [_renewed(record, renewed.get((record["epoch"], record["step"]))) for record in self.history]
+        self.baseline = self.best = loaded
+        self.best_epoch, self.best_step, self.epochs_since_best = 0, 0, 0
+        stays = place[0] > 0 and self._is_better(best)
+        if stays:
+            self.best, (self.best_epoch, self.best_step) = best, place
+        return stays
+
+    @property
+    def comparable(self) -> list[dict[str, Any]]:
+        """The records of the history that are of the validation data at hand; first that of the model as loaded."""
+        return [record for record in self.history if not record.get("earlier_data")]
 
     @property
     def selection(self) -> str:
@@ -184,7 +227,7 @@ class RunState:
 
     def best_trained(self) -> dict[str, Any] | None:
         """Return the record of the best evaluation but that of the model as loaded; None: there is no other."""
-        return max(self.history[1:], key=lambda record: record[self.selection], default=None)
+        return max(self.comparable[1:], key=lambda record: record[self.selection], default=None)
 
     def is_stale(self, patience: int) -> bool:
         """Tell whether `patience` evaluations, unless it is 0, have brought nothing better, the last one just now."""
@@ -245,3 +288,12 @@ class RunState:
             totals.load_state_dict(values["totals"])
         wall_time = WallClock(values.get("wall_time"))  # a run of before it was recorded begins at 0
         return cls(**{**values, "totals": totals, "wall_time": wall_time})
+
+
+def _renewed(record: dict[str, Any], evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a record with what its model's evaluation on other data found; without one it is of the earlier data."""
+    if evaluation is None:
+        return {**record, "earlier_data": True}
+    kept = {key: record[key] for key in NOT_OF_VALIDATION if key in record}
+    num_skipped = evaluation.get("skipped", {}).get("images", 0)
+    return {**kept, **evaluation["metrics"], **({"num_skipped": num_skipped} if num_skipped else {})}

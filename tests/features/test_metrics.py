@@ -3,16 +3,16 @@ import math
 import pytest
 import torch
 
-from cliptune.features.metrics import chance_level, compute_retrieval_metrics, merged_ranks, rank_metrics
+from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import retrieval_ranks
 
 
 def test_perfect_and_reversed_models() -> None:
     rows = torch.eye(20)
-    metrics = compute_retrieval_metrics(rows, rows, torch.arange(20))
+    metrics = rank_metrics(retrieval_ranks(rows, rows, torch.arange(20)))
     assert metrics["rsum"] == 600
     assert metrics["i2t_mean_rank"] == metrics["t2i_median_rank"] == 1
-    assert compute_retrieval_metrics(-rows, rows, torch.arange(20))["i2t_r10"] == 0
+    assert rank_metrics(retrieval_ranks(-rows, rows, torch.arange(20)))["i2t_r10"] == 0
 
 
 def test_recalls_and_medians() -> None:
@@ -39,7 +39,7 @@ def test_recalls_and_medians() -> None:
 )
 def test_what_does_not_fit_is_said(images: torch.Tensor, texts: torch.Tensor, owners: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compute_retrieval_metrics(images, texts, torch.tensor(owners))
+        retrieval_ranks(images, texts, torch.tensor(owners))
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_chance_is_what_random_ranks_give() -> None:
     sums = dict.fromkeys(chance, 0.0)
     for _ in range(300):
         images, texts = torch.randn(26, 64, generator=generator), torch.randn(len(owners), 64, generator=generator)
-        metrics = compute_retrieval_metrics(images, texts, owners)
+        metrics = rank_metrics(retrieval_ranks(images, texts, owners))
         for key in sums:
             sums[key] += metrics[key] / 300
     assert all(abs(sums[key] - chance[key]) < (8 if key == "rsum" else 2.5) for key in chance), (sums, chance)

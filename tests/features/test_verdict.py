@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.verdict_coverage import World, rsum
+from benchmarks.verdict_coverage import Drawn, World, rsum
 from cliptune.features.verdict import (
     DIRECTIONS,
     answered,
     compare,
+    compare_averages,
     compare_best,
     compare_chosen,
     recall_intervals,
@@ -120,6 +121,42 @@ def test_chosen_evaluations_gain_what_each_group_gains_by_its_own() -> None:
     assert found.recalls["t2i_r5"] == pytest.approx(plain.recalls["t2i_r5"])
     with pytest.raises(ValueError, match="choices of shape"):
         compare_chosen(drawn, chosen[1:], groups)
+
+
+def test_of_the_two_models_themselves_the_best_average_is_the_best_evaluation() -> None:
+    evaluations, groups = World((0.0, 0.3, 0.3, 0.3)).draw(np.random.default_rng(7), 60)
+    best = max(evaluations[1:], key=rsum)
+    wanted = compare_best(evaluations, groups)
+    assert compare_averages([best], evaluations, groups)[:4] == pytest.approx(wanted[:4])
+    assert compare_averages(evaluations[:1], evaluations, groups).gain == pytest.approx(0, abs=1e-9)
+    # what is chosen among one evaluation is a choice among averages alone
+    averages = evaluations[2:]
+    alone = compare_averages(averages, evaluations[:2], groups)
+    assert alone[:4] == pytest.approx(compare_best([evaluations[0], *averages], groups)[:4])
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        compare_averages([], evaluations, groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gained", [0.0, 0.3])
+def test_the_best_average_with_the_best_of_many_gains_no_luck(gained: float) -> None:
+    world, rng = World((1.0, *[1.0 + gained] * 20)), np.random.default_rng(8)
+    large = Drawn(world, np.random.default_rng(1), 20_000)
+    errors, plain, better = [], [], 0
+    for _ in range(60):
+        drawn = Drawn(world, rng, 100)
+        evaluations = [drawn.ranks(i) for i in range(21)]
+        best = max(range(1, 21), key=lambda i: rsum(evaluations[i]))
+        averages = {alpha: drawn.ranks(best, alpha) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        alpha = max(averages, key=lambda alpha: rsum(averages[alpha]))
+        true = rsum(large.ranks(best, alpha)) - rsum(large.ranks(0)) if gained else 0.0
+        found = compare_averages(list(averages.values()), evaluations, drawn.groups)
+        errors.append(found.gain - true)
+        plain.append(rsum(averages[alpha]) - rsum(evaluations[0]) - true)
+        better += found.verdict == "better"
+    assert np.mean(plain) > 4
+    assert abs(np.mean(errors)) < 3 * np.std(errors) / math.sqrt(60) < 3
+    assert gained or better <= 5
 
 
 def test_a_seed_gives_the_same_folds() -> None:

@@ -49,6 +49,15 @@ def test_the_star_is_on_what_the_best_epoch_was_chosen_by_and_nowhere_else() -> 
         assert len(stars) == (axes.get_title(loc="left") == "RSum")
 
 
+def test_evaluations_on_earlier_data_are_on_no_curve_of_validation() -> None:
+    values = training_values()
+    values["history"][1]["earlier_data"] = True
+    rsum, _, loss, *_ = curves(values).axes
+    assert 1 not in line(rsum, "validation")[0]
+    assert 1 not in line(loss, "validation")[0]
+    assert 1 in line(loss, "training, in batches of 32")[0]
+
+
 def test_where_captions_are_classes_the_merged_numbers_are_drawn() -> None:
     values = with_merged(training_values())
     rsum, recall, *_ = curves(values).axes

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import visualization
+from cliptune.report import charts
 from cliptune.report.page import write_report
+from cliptune.results import TrainingResults
 from cliptune.runs.report import leave_report
 from tests.helpers.recorded import evaluation_values, training_values
 from tests.helpers.reports import HOSTILE, make_run
@@ -184,6 +186,19 @@ def test_a_run_whose_best_model_is_the_one_as_loaded(tmp_path: Path) -> None:
     text = Page(write_report(results)).text
     assert "Got better" not in text
     assert "Wrong" in text
+
+
+def test_evaluations_on_earlier_data_are_marked_and_on_no_curve_of_validation(tmp_path: Path) -> None:
+    results = make_run(tmp_path)
+    values = json.loads(results.read_text())
+    values["history"][1]["earlier_data"] = True
+    results.write_text(json.dumps(values))
+    assert "1 (earlier data)" in Page(write_report(results)).text
+    loss, _, rsum, _ = charts.curves(TrainingResults.model_validate(values))
+    read_out = next(text for _, text, _ in json.loads(loss.stops) if text.startswith("epoch 1:"))
+    assert "training" in read_out
+    assert "validation" not in read_out
+    assert "epoch 1:" not in rsum.stops
 
 
 def test_what_the_check_found_is_repeated(tmp_path: Path) -> None:

@@ -5,39 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from cliptune.features.metrics import rank_metrics
-from cliptune.features.ranks import Ranks
 from cliptune.results import RECALL_KEYS, TrainingResults
 from cliptune.training.checkpoint import RunFiles
-from evaluation import Evaluation, evaluate
 from tests.helpers.runs import SMALL, signal_at, small_runs
+from tests.helpers.verdicts import qualities
 from train import main
 
 FLAGS = [*SMALL, "--precision", "fp32", "--val_split", "0.5"]
-
-
-def qualities(*values: float) -> Callable[..., Evaluation]:
-    """Evaluations whose ranks are drawn: the higher its quality, the lower the ranks of one."""
-    left, rng = iter(values), np.random.default_rng(0)
-
-    def drawn(*arguments: Any, **options: Any) -> Evaluation:
-        found, quality = evaluate(*arguments, **options), next(left)
-        ranks = {
-            name: np.floor(np.exp(np.maximum(rng.normal(2, 0.7, len(each)) - quality, 0))).astype(np.float32)
-            for name, each in found.ranks.items()
-        }
-        tensors = Ranks(*(torch.from_numpy(each).double() for each in (ranks["i2t"], ranks["t2i"])))
-        return found._replace(metrics={**found.metrics, **rank_metrics(tensors)}, ranks=ranks)
-
-    return drawn
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -141,24 +122,6 @@ def test_a_run_without_its_record_has_no_verdict_and_says_why(
     assert "rsum" in captured.out
     assert results_of(tmp_path / "a")["no_verdict"] == reason
     assert "verdict" not in results_of(tmp_path / "a")
-
-
-@pytest.mark.slow
-def test_on_other_data_it_begins_again(
-    run: Path, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(run, tmp_path / "a")
-    shutil.copytree(sample_dir, tmp_path / "data")
-    index = json.loads((tmp_path / "data/data.json").read_text())
-    (tmp_path / "data/data.json").write_text(json.dumps(index[:40]))
-    flags = ["--resume", "--output_dir", str(tmp_path / "a"), "--num_epochs", "3", "--allow_data_change"]
-    assert main([*flags, "--data_dir", str(tmp_path / "data")]) == 0
-    results, found = results_of(tmp_path / "a"), np.load(RunFiles(tmp_path / "a").retrieval)
-    best = results_of(run)["best_epoch"]
-    assert best > 0
-    assert found["epochs"].tolist() == [0, best, 3]  # the model as loaded and the best anew, and the one since
-    assert found["i2t"].shape[1] == results["num_images"] == results["verdict"]["num_images"]
-    assert results["verdict"]["num_evaluations"] == 2
 
 
 def test_a_test_split_is_judged_by_once_in_the_end(

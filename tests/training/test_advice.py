@@ -12,7 +12,8 @@ import torch
 
 from cliptune.data.loaders import EpochBatches
 from cliptune.data.sample_data import create_sample_dataset
-from cliptune.features.metrics import chance_level, compute_retrieval_metrics
+from cliptune.features.metrics import chance_level, rank_metrics
+from cliptune.features.ranks import retrieval_ranks
 from cliptune.features.similarity import similarity_means
 from cliptune.training.advice import (
     chance_loss,
@@ -135,7 +136,7 @@ def test_random_ranks_are_at_chance_and_better_ones_are_not(num_images: int) -> 
     for _ in range(40):
         images, texts = torch.randn(2, num_images, 16, generator=generator)
         images, texts = torch.nn.functional.normalize(images, dim=1), torch.nn.functional.normalize(texts, dim=1)
-        metrics = compute_retrieval_metrics(images, texts, owners)
+        metrics = rank_metrics(retrieval_ranks(images, texts, owners))
         draws.append(is_at_chance(metrics["rsum"], chance, num_images=num_images))
     assert sum(draws) >= 34
     assert not is_at_chance(1.7 * chance["rsum"], chance, num_images=num_images)
