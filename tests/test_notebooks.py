@@ -9,7 +9,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SHOWN = {
+SHOWN: dict[str, dict[str, Any]] = {
     "finetune": {"image/png": 3, "text": ["as loaded", "CLIPModel ViT-Ti/32", "on cpu, in evaluation mode"]},
     "look": {"image/png": 2, "text/html": 3, "text": ["mean rank", "iframe srcdoc=", "as loaded"]},
     "search": {"text/html": 2, "text": ["shapes on a red background", "data:image/jpeg;base64,", "'score': "]},
