@@ -30,7 +30,7 @@ from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.model.zero_shot import class_probabilities, logits_of
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
-from cliptune.runtime.messages import count
+from cliptune.runtime.messages import count, shown
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.sigmoid_loss import INITIAL_BIAS, SigmoidLoss
 from cliptune.training.trainer import MAX_LOGIT_SCALE, MultimodalTrainer
@@ -183,6 +183,19 @@ class CLIPModel(nn.Module):
             ValueError: not an adapter of this toolkit, damaged, or trained on other weights than this model's.
         """
         load_adapter(self, path)
+
+    def __repr__(self) -> str:
+        """Say which model it is in a few lines; those of `print(model.backbone)` are its layers."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        side, length = self.image_resolution, self.architecture.context_length
+        return (
+            f"CLIPModel {shown(self.architecture.name)}\n"
+            f"  {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained\n"
+            f"  images of {side} x {side} pixels, texts of up to {length} tokens\n"
+            f"  projection {self.image_projection.in_features} -> {self.projection_dim}\n"
+            f"  on {self.device}, in {'training' if self.training else 'evaluation'} mode"
+        )
 
     @property
     def projection_dim(self) -> int:

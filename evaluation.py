@@ -40,7 +40,7 @@ from cliptune.features.encode import Encoded, Encoder, encode_pairs, log_issue
 from cliptune.features.metrics import chance_level, merged_ranks, rank_metrics
 from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
-from cliptune.features.tables import evaluation_report
+from cliptune.features.tables import evaluation_report, metrics_html, metrics_table
 from cliptune.features.tower_outputs import PairOutputs
 from cliptune.results import of_evaluations
 from cliptune.runs.classes import Classification, class_report, class_tasks, classify_set, of_classes
@@ -65,6 +65,9 @@ logger = logging.getLogger(__name__)
 
 RankArray = NDArray[np.float32]
 """Ranks, 1 is best; they are halves of whole numbers, exact up to 2^23."""
+
+ENCODE_BATCH_SIZE = 64
+"""Images encoded at once where no setting says it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +151,7 @@ def _load(candidate: Candidate, settings: EvaluationSettings, *, command: str) -
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation gave; plain values under the keys of `cliptune.results`."""
+    """What an evaluation gave; plain values under the keys of `cliptune.results`. It shows as its table."""
 
     metrics: dict[str, float]
     chance: dict[str, float]
@@ -168,6 +171,16 @@ class Evaluation(NamedTuple):
     encoded: Encoded | None = None
     """The features, if they were asked for."""
 
+    def __repr__(self) -> str:
+        return metrics_table(self._as_values())
+
+    def _repr_html_(self) -> str:
+        return metrics_html(self._as_values())
+
+    def _as_values(self) -> dict[str, Any]:
+        """Return what tables are made of; nothing is known here of groups, nor of what was trained on."""
+        return {**self.to_dict(), "intervals": {}, "num_left_out": 0, "num_trained_on": 0}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as the results file stores them: neither ranks nor features."""
         left_out = {"ranks", "merged_ranks", "encoded"}
@@ -175,8 +188,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    encoder: Encoder,
-    pairs: Pairs,
+    encoder: Encoder | CLIPModel,
+    pairs: Pairs | ImageTextDataset,
     *,
     loss: ContrastiveLoss | None = None,
     loss_batch_size: int | None = None,
@@ -187,8 +200,8 @@ def evaluate(
     """Encode a data set and rank it against itself, over the full gallery.
 
     Args:
-        encoder: its model comes back in the mode it came in.
-        pairs: images with all their captions.
+        encoder: its model comes back in the mode it came in. A model alone runs in its device's own precision.
+        pairs: images with all their captions; or a data set of them, whose transform does not count.
         loss: that the model is trained with, on this rank's pairs alone; None: InfoNCE.
         loss_batch_size: also give `val_loss`, the loss in batches of this size, in nats.
         cached: outputs of the model's frozen towers for `pairs`, which are then only projected.
@@ -198,6 +211,11 @@ def evaluate(
     Raises:
         ValueError: features that are not finite, or no image could be read.
     """
+    if isinstance(encoder, CLIPModel):
+        precision = resolve_precision("auto", encoder.device)
+        encoder = Encoder(encoder, ImageTextDataset, precision=precision, batch_size=ENCODE_BATCH_SIZE)
+    if isinstance(pairs, ImageTextDataset):
+        pairs = pairs.pairs
     encoded = encode_pairs(encoder, pairs, cached=cached, on_unreadable_image=on_unreadable_image)
     features = encoded.image_features, encoded.text_features, encoded.text_to_image
     model = encoder.model

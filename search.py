@@ -16,6 +16,7 @@ import importlib
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +35,7 @@ from cliptune.runs.evaluation import Candidate
 from cliptune.runtime.device import resolve_device, resolve_precision
 from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count, printable
+from cliptune.search.found import Found
 from cliptune.search.gallery import Answer, write_gallery
 from cliptune.search.index import index_file, read_index
 from cliptune.search.lookup import make_lookup
@@ -41,6 +43,9 @@ from cliptune.search.searcher import Searcher, encode_image, encode_texts
 from data_loader import ImageTextDataset
 
 logger = logging.getLogger(__name__)
+
+ENCODE_BATCH_SIZE = 64
+"""Images encoded at once where no setting says it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,20 +71,70 @@ def _search(argv: list[str] | None) -> int:
         )
         server.serve(encoder, Searcher(index, lookup), listener, title=settings.images, top=settings.top)
         return 0
-    features = _encode_queries(encoder, settings)
-    index = read_index(encoder, Path(settings.images), cache_dir=cache_dir)
-    found = Searcher(index).nearest(features, settings.top)
-    queries = [*((text, False) for text in settings.queries), *((path, True) for path in settings.query_image)]
-    answers = [Answer(*query, matches) for query, matches in zip(queries, found, strict=True)]
+    found = _find(
+        encoder, Path(settings.images), settings.queries, settings.query_image, top=settings.top, cache_dir=cache_dir
+    )
     if settings.as_json:
-        print(json.dumps([_as_json(answer, settings.images) for answer in answers], indent=1))
+        print(json.dumps(found.to_dicts(), indent=1))
         return 0
-    for answer in answers:
-        print(_as_text(answer, settings.images))
+    print(found)
     path = Path(settings.output_dir) / "results" / "search.html"
-    write_gallery(path, answers, index, folder=settings.images)
+    write_gallery(path, found.answers, found.index, folder=settings.images)
     print(f"written: {printable(str(path))}")
     return 0
+
+
+def search(
+    model: CLIPModel,
+    folder: str | Path,
+    texts: str | Sequence[str] = (),
+    *,
+    images: str | Path | Sequence[str | Path] = (),
+    top: int = 10,
+    cache_dir: str | Path = "cache",
+) -> Found:
+    """Find images of a folder by texts, by other images, or both; a notebook shows what it returns as a table.
+
+    Args:
+        model: comes back in the mode it came in.
+        folder: its images, and those below it, are looked through.
+        texts: one or several.
+        images: paths of one or several images to find others by.
+        top: images that each query gets.
+        cache_dir: gets the images' features, so that the next search encodes new and changed ones alone.
+
+    Raises:
+        ValueError: no query, an empty text, `top` below 1, a query that is no image, or no image that can be read.
+        FileNotFoundError: no such folder or image.
+        OSError: not enough space on the disk.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    paths = [str(path) for path in ([images] if isinstance(images, str | Path) else images)]
+    if not (texts or paths):
+        raise ValueError('nothing to look for: give a text ("a red heart") or images')
+    if not all(text.strip() for text in texts):
+        raise ValueError("an empty text finds nothing: leave it away")
+    if top < 1:
+        raise ValueError(f"top must be 1 or more, got {top}")
+    encoder = Encoder(
+        model, ImageTextDataset, precision=resolve_precision("auto", model.device), batch_size=ENCODE_BATCH_SIZE
+    )
+    training = model.training
+    model.eval()
+    try:
+        return _find(encoder, Path(folder), texts, paths, top=top, cache_dir=Path(cache_dir))
+    finally:
+        model.train(training)
+
+
+def _find(
+    encoder: Encoder, folder: Path, texts: Sequence[str], images: Sequence[str], *, top: int, cache_dir: Path
+) -> Found:
+    features = _encode_queries(encoder, texts, images)  # what is wrong with them is told before the folder is read
+    index = read_index(encoder, folder, cache_dir=cache_dir)
+    queries = [*((text, False) for text in texts), *((path, True) for path in images)]
+    matches = Searcher(index).nearest(features, top)
+    return Found([Answer(*query, own) for query, own in zip(queries, matches, strict=True)], index, str(folder))
 
 
 def _load(settings: SearchSettings) -> Encoder:
@@ -102,34 +157,20 @@ def _server() -> ModuleType:
         raise ImportError(f"--serve needs {error.name}: pip install starlette uvicorn") from None
 
 
-def _encode_queries(encoder: Encoder, settings: SearchSettings) -> torch.Tensor:
+def _encode_queries(encoder: Encoder, texts: Sequence[str], images: Sequence[str]) -> torch.Tensor:
     """Return the features of the texts, then of the images, in their order, float32 `[Q, D]`."""
-    images = []
-    for path in settings.query_image:
+    of_images = []
+    for path in images:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--query_image {path}: no such file")
-        images.append(encode_image(encoder, path))
-    texts, num_truncated = encode_texts(encoder, settings.queries)
+        of_images.append(encode_image(encoder, path))
+    of_texts, num_truncated = encode_texts(encoder, texts)
     if num_truncated:
         length = encoder.model.architecture.context_length
         logger.warning(
             "%s longer than the model's %d tokens, and cut", count(num_truncated, "text is", "texts are"), length
         )
-    return torch.cat([texts, *images])
-
-
-def _as_json(answer: Answer, folder: str) -> dict[str, object]:
-    return {
-        "query": answer.query,
-        "results": [
-            {"path": str(Path(folder, match.path)), "score": round(match.score, 6)} for match in answer.matches
-        ],
-    }
-
-
-def _as_text(answer: Answer, folder: str) -> str:
-    lines = [f"{match.score:.4f}  {printable(str(Path(folder, match.path)))}" for match in answer.matches]
-    return "\n".join([printable(answer.query), *(f"  {line}" for line in lines)])
+    return torch.cat([of_texts, *of_images])
 
 
 if __name__ == "__main__":

@@ -271,3 +271,15 @@ def test_a_shared_space_of_one_number_is_refused() -> None:
 def test_the_largest_seed_is_one() -> None:
     seed_everything(2**64 - 1)
     assert len(draw_bits(2**64 - 1, 1, np.arange(3))) == 3
+
+
+def test_a_model_says_what_it_is_in_a_few_lines() -> None:
+    model = CLIPModel("ViT-Ti/32", projection_dim=64, freeze_backbone=True)
+    assert repr(model).splitlines() == [
+        "CLIPModel ViT-Ti/32",
+        f"  {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters, 0.0 M of them trained",
+        "  images of 224 x 224 pixels, texts of up to 77 tokens",
+        "  projection 256 -> 64",
+        "  on cpu, in training mode",
+    ]
+    assert repr(model.eval()).endswith("in evaluation mode")

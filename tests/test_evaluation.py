@@ -464,3 +464,19 @@ def test_merged_ranks_stand_at_the_first_of_what_is_equal(tmp_path: Path) -> Non
         )
         assert not np.isnan(found.ranks[direction]).any()
     assert not {"ranks", "merged_ranks"} & found.to_dict().keys()
+
+
+def test_a_model_and_a_data_set_are_enough_and_the_result_shows_as_a_table(trained_dir: Path, sample_dir: Path) -> None:
+    model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
+    dataset = ImageTextDataset(sample_dir, split="val")
+    found = evaluate(model, dataset)
+    auto = resolve_precision("auto", torch.device("cpu"))
+    wanted = evaluate(Encoder(model, ImageTextDataset, precision=auto, batch_size=64, num_workers=0), dataset.pairs)
+    assert found.metrics == wanted.metrics
+    assert f"{found.metrics['i2t_r1']:.1f}" in str(found)
+    assert f"RSum{found.metrics['rsum']:26.1f}" in str(found)
+    table = found._repr_html_()
+    assert table.count("<tr>") == 5
+    for key in ("i2t_r1", "t2i_r10", "t2i_mean_rank"):
+        assert f"<td>{found.metrics[key]:.1f}</td>" in table
+    assert "6 images, 12 texts: RSum" in table

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from clip_model import CLIPModel
 from cliptune.runtime.messages import printable
-from search import main
+from search import main, search
 from tests.helpers.datasets import make_images
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +117,53 @@ def test_without_its_packages_the_page_says_how_to_get_them(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main([*flags, "--serve"]) == 2
     assert capsys.readouterr().err == "search.py: error: --serve needs uvicorn: pip install starlette uvicorn\n"
+
+
+def test_the_function_finds_what_the_stage_finds(
+    flags: list[str], trained_dir: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth").train()
+    image = sorted((sample_dir / "images").iterdir())[4]
+    found = search(model, sample_dir, "a red heart", images=image, top=3)
+    assert model.training
+    flags = [*flags, "a red heart", "--top", "3", "--precision", "auto"]
+    assert main([*flags, "--query_image", str(image), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert found.to_dicts() == json.loads(printed.out)
+    assert "60 of 60 outputs are cached" in printed.err
+    assert main(flags) == 0
+    assert str(search(model, sample_dir, ["a red heart"], top=3)) in capsys.readouterr().out
+
+
+def test_what_is_found_shows_as_a_table(trained_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "<b>images</b>"
+    make_images(folder, "a.png", "<i>.png")
+    model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
+    found = search(model, folder, ["<script>alert(1)</script>", "b"], images=folder / "a.png", cache_dir=tmp_path)
+    table = found._repr_html_()
+    assert table.count("<tr>") == 3
+    assert table.count("<td") == 6
+    assert table.count("data:image/jpeg;base64,") == 7
+    assert not any(tag in table for tag in ("<script", "<i>", "<b>"))
+    assert "&lt;i&gt;.png" in table
+    (folder / "a.png").unlink()
+    assert "cannot be read any more" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to look for"),
+        ({"texts": ["a", " "]}, "an empty text finds nothing"),
+        ({"texts": "a", "top": 0}, "top must be 1 or more, got 0"),
+    ],
+)
+def test_a_search_for_nothing_is_an_error(
+    arguments: dict[str, Any], message: str, trained_dir: Path, tmp_path: Path
+) -> None:
+    model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
+    with pytest.raises(ValueError, match=message):
+        search(model, tmp_path, **arguments)
 
 
 @pytest.fixture

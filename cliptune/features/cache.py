@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -55,13 +55,19 @@ class FeatureCache:
     changed image is computed anew, alone; changed weights have files of their own. All may be deleted.
 
     Args:
-        encoder: its model's frozen towers never change again.
+        encoder: its model's towers of `towers` do not change.
         folder: holds two files for each tower, `image-<key>` and `text-<key>`, however many views there are.
         identify: `file_identities`, or what knows some of them already.
+        towers: those that do not change as long as this is used; None: the model's frozen ones.
     """
 
     def __init__(
-        self, encoder: Encoder, folder: Path, *, identify: Callable[[Strings], Hashes] = file_identities
+        self,
+        encoder: Encoder,
+        folder: Path,
+        *,
+        identify: Callable[[Strings], Hashes] = file_identities,
+        towers: Sequence[str] | None = None,
     ) -> None:
         self.encoder = encoder
         self.identify = identify
@@ -71,7 +77,7 @@ class FeatureCache:
                 folder / f"{tower}-{tower_key(model, tower, encoder.precision)}",
                 np.dtype("<f4").itemsize * model.architecture.embed_dim,
             )
-            for tower in model.frozen_towers
+            for tower in (model.frozen_towers if towers is None else towers)
         }
 
     def of_pairs(self, pairs: Pairs) -> PairOutputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,3 +149,24 @@ def metrics_table(evaluation: Values) -> str:
     if evaluation["num_trained_on"]:
         lines.append(f"{'trained on':22}{evaluation['num_trained_on']:8,}   of these images")
     return "\n".join(lines)
+
+
+def metrics_html(evaluation: Values) -> str:
+    """Lay one evaluation out for a notebook: recalls in %, ranks, and the recalls that chance has."""
+    metrics, chance = evaluation["metrics"], evaluation["chance"]
+    rows = [("", *(f"R@{k}" for k in RECALLS), "mean rank", "median rank")]
+    for direction, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        keys = [f"{direction}_r{k}" for k in RECALLS]
+        ranks = f"{metrics[f'{direction}_mean_rank']:.1f}", f"{metrics[f'{direction}_median_rank']:.0f}"
+        rows.append((name, *(f"{metrics[key]:.1f}" for key in keys), *ranks))
+        rows.append(("chance", *(f"{chance[key]:.2f}" for key in keys), "", ""))
+        if has_repeats(metrics):
+            rows.append(("duplicates merged", *(f"{metrics[f'merged_{key}']:.1f}" for key in keys), "", ""))
+    caption = (
+        f"{_size(evaluation)}: RSum {metrics['rsum']:.1f} (chance {chance['rsum']:.1f}), "
+        f"matched cosine {metrics['positive_similarity']:.3f}, unmatched {metrics['negative_similarity']:.3f}"
+    )
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    lines[0] = lines[0].replace("td>", "th>")
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table>\n<caption>{html.escape(caption)}</caption>\n{body}\n</table>"

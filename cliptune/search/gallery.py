@@ -73,10 +73,10 @@ def write_gallery(path: Path, answers: Sequence[Answer], index: ImageIndex, *, f
     shown = [
         {
             "query": printable(shorten(answer.query, MAX_QUERY_SHOWN)),
-            "picture": _picture(answer.query) if answer.is_image else None,
+            "picture": picture(answer.query) if answer.is_image else None,
             "num_matches": len(answer.matches),
             "cards": [
-                {"name": printable(match.path), "score": match.score, "picture": _picture(index.paths[match.image])}
+                {"name": printable(match.path), "score": match.score, "picture": picture(index.paths[match.image])}
                 for match in answer.matches[:each]
             ],
         }
@@ -88,9 +88,9 @@ def write_gallery(path: Path, answers: Sequence[Answer], index: ImageIndex, *, f
     write_text(path, page)
 
 
-def _picture(path: str) -> str | None:
+def picture(path: str, side: int = THUMBNAIL_SIDE) -> str | None:
     """Return a thumbnail as a data URI; None if the image cannot be read, or no longer."""
     try:
-        return "data:image/jpeg;base64," + base64.b64encode(thumbnail(path)).decode()
+        return "data:image/jpeg;base64," + base64.b64encode(thumbnail(path, side)).decode()
     except (OSError, ValueError):
         return None

@@ -70,7 +70,7 @@ def read_index(encoder: Encoder, folder: Path, *, cache_dir: Path) -> ImageIndex
     says was not written to is not read again. What cannot be read is said and left out.
 
     Args:
-        encoder: its model has a frozen image tower, since the tower's outputs are what is cached.
+        encoder: of the images; the outputs of its model's image tower are what is cached.
         folder: of the images.
         cache_dir: gets the folders features/ and search/; both may be deleted.
 
@@ -87,9 +87,10 @@ def read_index(encoder: Encoder, folder: Path, *, cache_dir: Path) -> ImageIndex
         raise ValueError(f"--images {folder}: no image in this folder or below; files count by their endings")
     identities = index_file(folder, cache_dir).with_suffix(".npz")
     identify = functools.partial(file_identities, cache_file=identities, whole=True)
-    outputs = FeatureCache(encoder, cache_dir / "features", identify=identify).images(_as_pairs(paths), View())
-    if outputs is None:
-        raise ValueError("the image tower must be frozen: its outputs are what is cached")
+    # a model that is in training does not change while this reads, and its next state has files of its own
+    cache = FeatureCache(encoder, cache_dir / "features", identify=identify, towers=["image"])
+    outputs = cache.images(_as_pairs(paths), View())
+    assert outputs is not None
     if outputs.issues:
         issues = list(outputs.issues.values())
         logger.warning("skipped: %s that cannot be read: %s", count(len(issues), "file"), first_few(issues))
