@@ -132,7 +132,8 @@ def test_importing_everything_prints_and_writes_nothing(tmp_path: Path) -> None:
 
 WATCH_IMPORTS = """
 import logging, random
-import numba, numpy, PIL.Image, pyarrow, pydantic, simplejpeg, torch, torch.utils.tensorboard, torchvision, tqdm
+import numba, numpy, onnxruntime, PIL.Image, pyarrow, pydantic, simplejpeg, starlette, torch, torch.utils.tensorboard
+import torchvision, tqdm, uvicorn
 pydantic.create_model("First")  # pydantic looks for plugins once, in the files of all packages
 
 watching = True
