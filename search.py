@@ -113,7 +113,7 @@ def search(
     if not (texts or paths):
         raise ValueError('nothing to look for: give a text ("a red heart") or images')
     if not all(text.strip() for text in texts):
-        raise ValueError("an empty text finds nothing: leave it away")
+        raise ValueError("an empty text finds nothing: omit it")
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
     encoder = Encoder(

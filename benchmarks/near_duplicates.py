@@ -2,7 +2,7 @@
 
 python benchmarks/near_duplicates.py --folder photos
 
-A planted copy is resized, encoded anew, cropped by 5% or brightened by a fifth, turn by turn. What is found beside them
+A planted copy is resized, re-encoded, cropped by 5% or brightened by a fifth, turn by turn. What is found beside them
 is of the folder itself: `--names` lists it, for it may be right.
 """
 

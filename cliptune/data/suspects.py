@@ -26,6 +26,8 @@ from cliptune.data.text_stream import TextFile
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.messages import count, shown
 
+MISLABELLED = "mislabelled"
+"""Kind of the rows that features, not files, speak for."""
 COLUMNS = ("image", "caption", "reason", "keep")
 SUGGESTED = "suggested"
 """Last column: what the writer of a row would have in `keep`."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cliptune.data.suspects import read_suspects
+from cliptune.data.suspects import MISLABELLED, read_suspects
 from cliptune.features.feature_map import FeatureMap, feature_map
 from cliptune.features.hubs import Hub, hubs
 from cliptune.features.label_noise import MAX_REFERENCE, mislabelled
@@ -21,8 +21,6 @@ NUM_PAIRS, NUM_HUBS, NUM_QUERIES, NUM_POINTS = 24, 8, 3, 800
 MAX_PRODUCTS = 25 * 10**6
 """Scores that looking for neighbours may take: a few seconds."""
 MAP_WIDTH, MAP_HEIGHT, MARGIN = 640.0, 420.0, 12.0
-KIND = "mislabelled"
-"""Of the training pairs' rows in `suspects.csv`."""
 
 
 class Pair(NamedTuple):
@@ -161,7 +159,7 @@ def listed_suspects(path: Path) -> Listed | None:
     if not path.exists():
         return None
     try:
-        found = [row for row in read_suspects(path) if row.reason.partition(":")[0].strip() == KIND]
+        found = [row for row in read_suspects(path) if row.reason.partition(":")[0].strip() == MISLABELLED]
     except (OSError, ValueError) as error:
         return Listed([], 0, printable(shorten(f"{path.name} cannot be read: {one_line(error)}", 300)))
     rows = [

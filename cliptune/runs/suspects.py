@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
-from cliptune.data.suspects import Suspect, exclude, read_suspects, relative_name, update_suspects
+from cliptune.data.suspects import MISLABELLED, Suspect, exclude, read_suspects, relative_name, update_suspects
 from cliptune.features.encode import Encoder, encode_pairs
 from cliptune.features.label_noise import Noise, mislabelled
 from cliptune.results import TrainingResults, read
@@ -20,7 +20,6 @@ from cliptune.training.checkpoint import RunFiles
 
 logger = logging.getLogger(__name__)
 
-KIND = "mislabelled"
 ENCODE_BATCH = 100
 
 
@@ -70,7 +69,7 @@ def find_suspects(results_path: Path, *, build: Callable[..., Any], open_dataset
         raise ValueError(f"{files.best} is of another run than {results_path}: name the results file of its own folder")
     pairs = training_pairs_of(candidate)
     path = results_path.with_name("suspects.csv")
-    earlier = [row for row in read_suspects(path) if row.kind == KIND] if path.exists() else []
+    earlier = [row for row in read_suspects(path) if row.kind == MISLABELLED] if path.exists() else []
     device = rank_device("auto")
     model = build(pretrained=candidate.take_weights()).to(device).eval()
     encoder = Encoder(model, open_dataset, precision=resolve_precision("auto", device), batch_size=ENCODE_BATCH)
@@ -84,13 +83,13 @@ def find_suspects(results_path: Path, *, build: Callable[..., Any], open_dataset
     ]
     # what an earlier list has kept out of this training is not judged here, and stays out
     others = exclude(pairs, [row._replace(keep=False) for row in earlier]).unmatched
-    update_suspects(path, [*rows, *(row._replace(more=()) for row in others)], kinds=[KIND])
+    update_suspects(path, [*rows, *(row._replace(more=()) for row in others)], kinds=[MISLABELLED])
     return Found(path, rows, len(noise.scores), noise)
 
 
 def _row(pairs: Pairs, image: int, text: int, score: float) -> Suspect:
     name = relative_name(pairs.paths[image], pairs.root)
-    reason = f"{KIND}: scores as a caption of another image would ({score:.1f} spreads below what is usual)"
+    reason = f"{MISLABELLED}: scores as a caption of another image would ({score:.1f} spreads below what is usual)"
     return Suspect(name, " ".join(pairs.captions[text].split()), reason, keep=False)
 
 

@@ -8,23 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("starlette")
 
 import uvicorn
 
-from clip_model import CLIPModel
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features.encode import Encoder
-from cliptune.model.architectures import ARCHITECTURES
 from cliptune.search.gallery import Answer, write_gallery
 from cliptune.search.index import ImageIndex, read_index
 from cliptune.search.searcher import Searcher, encode_texts
 from cliptune.search.server import make_app
-from data_loader import ImageTextDataset
 from tests.helpers.browser import Watched, open_browser
-from tests.helpers.models import FP32, SMALL_VIT
 
 pytestmark = pytest.mark.slow
 
@@ -38,15 +33,6 @@ LOOKS = [
 def browser() -> Iterator[Any]:
     with open_browser() as browser:
         yield browser
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Iterator[Encoder]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
-        torch.manual_seed(0)
-        model = CLIPModel(SMALL_VIT.name, freeze_backbone=True).eval()
-        yield Encoder(model, ImageTextDataset, precision=FP32, batch_size=16, num_workers=0)
 
 
 @pytest.fixture(scope="module")

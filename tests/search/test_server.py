@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 pytest.importorskip("starlette")
@@ -18,27 +17,14 @@ import httpx
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from clip_model import CLIPModel
 from cliptune.features.encode import Encoder
-from cliptune.model.architectures import ARCHITECTURES
 from cliptune.search import server
 from cliptune.search.index import ImageIndex, read_index
 from cliptune.search.searcher import Searcher, encode_image, encode_texts
-from data_loader import ImageTextDataset
 from tests.helpers.datasets import make_images, png_bytes
-from tests.helpers.models import FP32, SMALL_VIT
 
 ADDRESS = "http://127.0.0.1:8000"
 NUM_IMAGES = 12
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Iterator[Encoder]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
-        torch.manual_seed(0)
-        model = CLIPModel(SMALL_VIT.name, freeze_backbone=True).eval()
-        yield Encoder(model, ImageTextDataset, precision=FP32, batch_size=4, num_workers=0)
 
 
 @pytest.fixture(scope="module")
