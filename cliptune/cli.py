@@ -30,7 +30,8 @@ MAY_CHANGE_ON_RESUME = {
     "watch_data", "interpolate", "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers",
     "device", "precision", "output_dir", "cache_dir", "track",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "report", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
+    "keep_checkpoints", "profile", "report", "log_interval", "log_level", "language", "on_unreadable_image",
+    "max_skipped_fraction",
 }  # fmt: skip
 """Flags that change how a run is computed or what it writes, but not what it is."""
 MAX_ISSUES = 10
@@ -62,7 +63,7 @@ HELP_GROUPS = {
     ),
     "shards": ("to_shards", "shard_size"), "export": ("to", "overwrite", "onnx_files", "quantize"),
     "output": ("report", "suspects", "track", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level",
-               "profile"),
+               "language", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 

@@ -1,0 +1,221 @@
+"""Texts in another language: whole, or by the template that they were made from.
+
+A catalogue is a flat JSON object, an English template to its translation. The values that were filled into a text are
+`{0}`, `{1}`, ... in the order in which they stand in the English one:
+
+    "{0}: expected a number, got {1}": "{0}：应为数字，得到的是 {1}"
+
+A value is itself translated where it is a phrase of ours (two words or more), and stays where it is not: a path, a
+name, a number. In the translation `{0:w}` also translates a value of one word, `{0:r}` leaves a value as it is whatever
+it says, and `{0:x}` says nothing (the ending of a plural); in the English text `{0:n}` is a number alone, so that
+`{0:n} images` is no folder called `my images`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from string import Formatter
+from typing import NamedTuple
+
+NAMES = ("en", "zh")
+_LETTER = re.compile("[A-Za-z]")
+_NUMBER = re.compile(r"[-+−]?(\d[\d.,]*)(e[-+]?\d+)?%?")
+_CELL = re.compile(r"\S+(?: \S+)*")
+MAX_DEPTH = 8
+"""Of texts inside texts: a message that quotes itself a thousand times is not taken apart."""
+MAX_CACHED = 4096
+SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
+"""At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
+ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
+NEEDS_ALL = {", ", " and "}
+"""Separators that stand in names as well: nothing is said of such a text unless all of its parts are known."""
+
+
+class Value(NamedTuple):
+    """A value within a translation."""
+
+    place: int
+    kind: str
+    """`w`, `r`, `x` or nothing."""
+
+
+class Template(NamedTuple):
+    """A text with values in it."""
+
+    literals: tuple[str, ...]
+    """What stands before, between and behind its values."""
+    is_number: tuple[bool, ...]
+    said: tuple[str | Value, ...]
+
+    @property
+    def num_letters(self) -> int:
+        """Characters that must be there."""
+        return sum(map(len, self.literals))
+
+    @property
+    def is_phrase(self) -> bool:
+        """Tell whether it is recognised within another text, where a name may stand as well."""
+        return all(self.is_number) or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
+
+    def match(self, text: str) -> list[str] | None:
+        """Return the values of a text that was made from it, each as short as can be; None: it was not.
+
+        Each literal is taken where it first comes, which needs no way back: "{0} of {1}" of "1 of 2 of 3" is 1 and
+        "2 of 3". So a text costs its length, whatever is in it.
+        """
+        first, *between, last = self.literals
+        end = len(text) - len(last)
+        if end < len(first) or not (text.startswith(first) and text.endswith(last)):
+            return None
+        values, start = [], len(first)
+        for literal in between:
+            found = text.find(literal, start, end)
+            if found < 0:
+                return None
+            values.append(text[start:found])
+            start = found + len(literal)
+        values.append(text[start:end])
+        fits = (_NUMBER.fullmatch(each) or not number for each, number in zip(values, self.is_number, strict=True))
+        return values if all(fits) else None
+
+
+class Language:
+    """Says texts in a language.
+
+    Args:
+        name: one of `NAMES`.
+
+    Raises:
+        ValueError: another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in NAMES:
+            raise ValueError(f"unknown language {name!r}; known: {', '.join(NAMES)}")
+        self.name = name
+        self._known = lru_cache(MAX_CACHED)(self._look_up)
+
+    @property
+    def html(self) -> str:
+        """Its name on a page."""
+        return {"zh": "zh-CN"}.get(self.name, self.name)
+
+    def say(self, text: str) -> str:
+        """Return a text in this language; what no catalogue knows stays as it is.
+
+        Args:
+            text: English; of several lines or sentences it is looked up whole, then part by part.
+        """
+        if self.name == "en" or not _LETTER.search(text):
+            return text
+        return self._said(text, 0) or text
+
+    def say_lines(self, text: str) -> str:
+        """Return printed lines in this language. Cells of a table, two spaces or more apart, keep their columns."""
+        if self.name == "en":
+            return text
+        return "\n".join(self._said(line, 0) or self._say_cells(line) for line in text.split("\n"))
+
+    def _say_cells(self, line: str) -> str:
+        said = ""
+        for cell in _CELL.finditer(line):
+            text = self.say(cell[0])
+            # a heading ends above the numbers below it; a name or a sentence starts where it did
+            ends = cell.start() > 2 and not re.match(r"[\d(]", cell[0]) and len(cell[0].split()) < 4
+            column = cell.end() - _width(text) if ends and text != cell[0] else cell.start()
+            said += " " * max(column - _width(said), 1 if said else 0) + text
+        return said
+
+    def _said(self, text: str, depth: int) -> str | None:
+        """Return a text in this language, with what stands around it; None: nothing in it is known."""
+        core = text.strip()
+        if depth > MAX_DEPTH or not _LETTER.search(core):
+            return None
+        said = self._known(core, depth)
+        start = text.find(core)
+        return None if said is None else text[:start] + said + text[start + len(core) :]
+
+    def _look_up(self, text: str, depth: int) -> str | None:
+        exact, templates = self._catalogue
+        if text in exact and (not depth or " " in text):
+            return exact[text]
+        for template in templates:
+            if (not depth or template.is_phrase) and (values := template.match(text)) is not None:
+                return "".join(
+                    each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
+                    for each in template.said
+                )
+        for separator, joined in SEPARATORS:
+            if separator in text:
+                said = self._say_parts(text.split(separator), joined, depth, needs_all=separator in NEEDS_ALL)
+                if said is not None:
+                    return said
+        end = ENDS.get(text[-1:])
+        said = None if end is None else self._said(text[:-1], depth)
+        return None if said is None else f"{said}{end}"
+
+    def _say_parts(self, parts: Sequence[str], joined: str, depth: int, *, needs_all: bool) -> str | None:
+        said = [self._said(part, depth + 1) for part in parts]
+        if not any(said) or (needs_all and not all(said)):
+            return None
+        return joined.join(old if new is None else new for old, new in zip(parts, said, strict=True))
+
+    def _say_value(self, value: str, kind: str, depth: int) -> str:
+        if kind in {"r", "x"}:
+            return value if kind == "r" else ""
+        word = self._catalogue[0].get(value.strip()) if kind == "w" else None
+        return word or self._said(value, depth + 1) or value
+
+    @cached_property
+    def _catalogue(self) -> tuple[dict[str, str], list[Template]]:
+        """What is known, read at the first text: whole texts, and templates, the most particular first."""
+        exact, templates = {}, []
+        for subject in sorted(files("cliptune.language").joinpath(self.name).iterdir(), key=lambda file: file.name):
+            for key, said in json.loads(subject.read_text(encoding="utf-8")).items():
+                template = make_template(key, said)
+                if len(template.literals) == 1:
+                    exact[template.literals[0]] = "".join(str(each) for each in template.said)
+                elif _LETTER.search("".join(template.literals)):  # else it would be any text
+                    templates.append(template)
+        return exact, sorted(templates, key=lambda each: (-each.num_letters, each.literals))
+
+
+@lru_cache
+def language_of(name: str) -> Language:
+    """Return a language by its name; see `Language`."""
+    return Language(name)
+
+
+def make_template(key: str, said: str) -> Template:
+    """Read an entry of a catalogue, both of whose texts are written as for `str.format`.
+
+    Raises:
+        ValueError: values that are not `{0}`, `{1}`, ... in their order, or others in the translation.
+    """
+    literals: list[str] = [""]
+    is_number: list[bool] = []
+    for literal, name, spec, _ in Formatter().parse(key):
+        literals[-1] += literal
+        if name is not None:
+            if name != str(len(is_number)) or spec not in {"", "n"}:
+                raise ValueError(f"{key!r}: expected {{{len(is_number)}}}, got {{{name}:{spec}}}")
+            is_number.append(spec == "n")
+            literals.append("")
+    parts: list[str | Value] = []
+    for literal, name, spec, _ in Formatter().parse(said):
+        parts.append(literal)
+        if name is not None:
+            if not name.isdecimal() or int(name) >= len(is_number) or spec not in {"", "w", "r", "x"}:
+                raise ValueError(f"{said!r}: {{{name}:{spec}}} is no value of {key!r}")
+            parts.append(Value(int(name), spec or ""))
+    return Template(tuple(literals), tuple(is_number), tuple(parts))
+
+
+def _width(text: str) -> int:
+    """Return the columns of a terminal that a text takes."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
