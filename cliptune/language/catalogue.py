@@ -60,7 +60,8 @@ class Template(NamedTuple):
     @property
     def is_phrase(self) -> bool:
         """Tell whether it is recognised within another text, where a name may stand as well."""
-        return all(self.is_number) or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
+        is_named = self.literals[0].endswith(": ")  # known: {0}
+        return all(self.is_number) or is_named or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
 
     def match(self, text: str) -> list[str] | None:
         """Return the values of a text that was made from it, each as short as can be; None: it was not.
@@ -155,6 +156,9 @@ class Language:
                 said = self._say_parts(text.split(separator), joined, depth, needs_all=separator in NEEDS_ALL)
                 if said is not None:
                     return said
+        head, colon, tail = text.partition(": ")  # where something stands, and what is wrong there
+        if colon and (said := self._said(tail, depth + 1)) is not None:
+            return f"{self._said(head, depth + 1) or head}：{said}"
         end = ENDS.get(text[-1:])
         said = None if end is None else self._said(text[:-1], depth)
         return None if said is None else f"{said}{end}"
