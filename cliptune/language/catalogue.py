@@ -25,13 +25,17 @@ from typing import NamedTuple
 NAMES = ("en", "zh")
 _LETTER = re.compile("[A-Za-z]")
 _NUMBER = re.compile(r"[-+−]?(\d[\d.,]*)(e[-+]?\d+)?%?")
-_CELL = re.compile(r"\S+(?: \S+)*")
+_CELL = re.compile(r"(-> )?(\S+(?: \S+)*)")
+"""Of a table: words with single spaces between them, and the arrow of an advice."""
+_HAS_CELLS = re.compile(r"\S {2,}\S")
 MAX_DEPTH = 8
 """Of texts inside texts: a message that quotes itself a thousand times is not taken apart."""
 MAX_CACHED = 4096
-SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
+SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (": ", "："), (", ", "，"), (" and ", "和"))
 """At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
 ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
+OWN = {"\n", " · "}
+"""Separators that we alone write: their parts are texts of their own, which may be one word."""
 NEEDS_ALL = {", ", " and "}
 """Separators that stand in names as well: nothing is said of such a text unless all of its parts are known."""
 
@@ -120,15 +124,18 @@ class Language:
         """Return printed lines in this language. Cells of a table, two spaces or more apart, keep their columns."""
         if self.name == "en":
             return text
-        return "\n".join(self._said(line, 0) or self._say_cells(line) for line in text.split("\n"))
+        return "\n".join(
+            self._say_cells(line) if _HAS_CELLS.search(line) else self.say(line) for line in text.split("\n")
+        )
 
     def _say_cells(self, line: str) -> str:
         said = ""
         for cell in _CELL.finditer(line):
-            text = self.say(cell[0])
+            arrow, words = cell[1] or "", cell[2]
+            text = arrow + self.say(words)
             # a heading ends above the numbers below it; a name or a sentence starts where it did
-            ends = cell.start() > 2 and not re.match(r"[\d(]", cell[0]) and len(cell[0].split()) < 4
-            column = cell.end() - _width(text) if ends and text != cell[0] else cell.start()
+            is_heading = cell.start() > 2 and not re.match(r"[\d(-]", cell[0]) and len(words.split()) < 4
+            column = cell.end() - _width(text) if is_heading and text != cell[0] else cell.start()
             said += " " * max(column - _width(said), 1 if said else 0) + text
         return said
 
@@ -153,7 +160,8 @@ class Language:
                 )
         for separator, joined in SEPARATORS:
             if separator in text:
-                said = self._say_parts(text.split(separator), joined, depth, needs_all=separator in NEEDS_ALL)
+                inner = depth + (separator not in OWN)
+                said = self._say_parts(text.split(separator), joined, inner, needs_all=separator in NEEDS_ALL)
                 if said is not None:
                     return said
         head, colon, tail = text.partition(": ")  # where something stands, and what is wrong there
@@ -164,7 +172,7 @@ class Language:
         return None if said is None else f"{said}{end}"
 
     def _say_parts(self, parts: Sequence[str], joined: str, depth: int, *, needs_all: bool) -> str | None:
-        said = [self._said(part, depth + 1) for part in parts]
+        said = [self._said(part, depth) for part in parts]
         if not any(said) or (needs_all and not all(said)):
             return None
         return joined.join(old if new is None else new for old, new in zip(parts, said, strict=True))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from cliptune.language.catalogue import Language
 from cliptune.recorded import SPLIT_NAMES, VERDICTS, shown_epoch
 from cliptune.report.palette import GREY, GRID, INK
 from cliptune.results import TrainingResults, selection_key
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
+NAME = "name"
+"""Marks a text (its gid) that is somebody's name for something, and the same in every language."""
 DPI = 100
 MAX_NAME, MAX_TITLE = 60, 200
 """Characters of a name from the file, and of a title."""
@@ -83,6 +90,25 @@ def add_legend(owner: Axes | Figure, panels: Sequence[Axes], **options: Any) -> 
         text.set(text=letters, fontfamily=families, parse_math=False)
 
 
+def say_figure(figure: Figure, language: Language) -> None:
+    """Say a figure's titles, labels and legends in a language, as far as a font is there that has its letters."""
+    from matplotlib.text import Text  # noqa: PLC0415  (as above)
+
+    if language.name == "en":
+        return
+    texts = [each for each in figure.findobj(Text) if isinstance(each, Text) and each.get_gid() != NAME]
+    said = {each: language.say(each.get_text()) for each in texts}
+    fonts = {each: drawable(text)[1] for each, text in said.items() if text != each.get_text()}
+    if any(drawable(said[each])[0] != said[each] for each in fonts):
+        logger.warning("figures are labelled in English: none of the fonts with Chinese letters is there, such as %s",
+                       CJK_FONTS[0])  # fmt: skip
+        return
+    for each, families in fonts.items():
+        each.set(text=said[each], fontfamily=families)
+    if figure.get_suptitle():  # whose size goes by its length
+        set_title(figure, figure.get_suptitle())
+
+
 def merged_prefix(results: TrainingResults) -> str:
     """Return what keys of the recalls begin with that a run has gone by: `merged_` where captions are classes."""
     return selection_key(results.baseline.model_dump()).removesuffix("rsum")
@@ -105,6 +131,8 @@ def drawable(text: str) -> tuple[str, list[str]]:
     families = list(rcParams["font.family"])
     default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     missing = set(map(ord, text)) - default.get_charmap().keys()
+    if missing:
+        _add_new_fonts()
     paths = {font.name: font.fname for font in font_manager.fontManager.ttflist} if missing else {}
     for name in filter(paths.get, CJK_FONTS):
         with suppress(OSError, RuntimeError):  # matplotlib's list of fonts is cached: it may be gone since
@@ -112,3 +140,15 @@ def drawable(text: str) -> tuple[str, list[str]]:
             families += [] if missing.isdisjoint(found) else [name]
             missing -= found
     return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in text), families
+
+
+@cache
+def _add_new_fonts() -> None:
+    """Tell matplotlib of fonts that were installed after it made its list, which it keeps for good."""
+    from matplotlib import font_manager  # noqa: PLC0415  (as above)
+
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in font_manager.findSystemFonts():
+        if path not in known:
+            with suppress(OSError, RuntimeError, ValueError):  # no font, or one of a form that cannot be drawn
+                font_manager.fontManager.addfont(path)
