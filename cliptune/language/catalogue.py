@@ -31,7 +31,9 @@ _HAS_CELLS = re.compile(r"\S {2,}\S")
 MAX_DEPTH = 8
 """Of texts inside texts: a message that quotes itself a thousand times is not taken apart."""
 MAX_CACHED = 4096
-SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (": ", "："), (", ", "，"), (" and ", "和"))
+MAX_PLACE = 1000
+"""Characters that a place in a file may have, before what is wrong there."""
+SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
 """At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
 ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
 OWN = {"\n", " · "}
@@ -149,27 +151,51 @@ class Language:
         return None if said is None else text[:start] + said + text[start + len(core) :]
 
     def _look_up(self, text: str, depth: int) -> str | None:
-        exact, templates = self._catalogue
-        if text in exact and (not depth or " " in text):
-            return exact[text]
-        for template in templates:
-            if (not depth or template.is_phrase) and (values := template.match(text)) is not None:
-                return "".join(
-                    each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
-                    for each in template.said
-                )
+        # a template may take what stands behind the first text of a list as its own; the better one leaves less English
+        found = [each for each in (self._as_whole(text, depth), self._as_list(text, depth)) if each is not None]
+        if found:
+            return min(found, key=lambda said: len(_LETTER.findall(said)))
+        if said := self._as_place(text, depth):
+            return said
         for separator, joined in SEPARATORS:
             if separator in text:
                 inner = depth + (separator not in OWN)
                 said = self._say_parts(text.split(separator), joined, inner, needs_all=separator in NEEDS_ALL)
                 if said is not None:
                     return said
-        head, colon, tail = text.partition(": ")  # where something stands, and what is wrong there
-        if colon and (said := self._said(tail, depth + 1)) is not None:
-            return f"{self._said(head, depth + 1) or head}：{said}"
+        head, colon, tail = text.partition(": ")
+        if colon and (said := self._say_parts([head, tail], "：", depth + 1, needs_all=False)) is not None:
+            return said
         end = ENDS.get(text[-1:])
         said = None if end is None else self._said(text[:-1], depth)
         return None if said is None else f"{said}{end}"
+
+    def _as_list(self, text: str, depth: int) -> str | None:
+        """Say a list of texts all of which are known."""
+        return self._say_parts(text.split("; "), "；", depth, needs_all=True) if "; " in text else None
+
+    def _as_place(self, text: str, depth: int) -> str | None:
+        """Say where something stands, and what is wrong there: `data.csv: line 3: ` and a text that is known whole."""
+        start = text.find(": ")
+        while start >= 0:
+            if said := self._as_whole(text[start + 2 :], depth + 1):
+                return f"{self._said(text[:start], depth + 1) or text[:start]}：{said}"
+            start = text.find(": ", start + 2, MAX_PLACE)
+        return None
+
+    def _as_whole(self, text: str, depth: int) -> str | None:
+        exact, templates = self._catalogue
+        if text in exact and (not depth or " " in text):
+            return exact[text]
+        for template in templates:
+            if not text.startswith(template.literals[0]):  # most of them, so without a call
+                continue
+            if (values := template.match(text)) is not None and (not depth or template.is_phrase):
+                return "".join(
+                    each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
+                    for each in template.said
+                )
+        return None
 
     def _say_parts(self, parts: Sequence[str], joined: str, depth: int, *, needs_all: bool) -> str | None:
         said = [self._said(part, depth) for part in parts]

@@ -21,7 +21,8 @@ SHOWN_ELSEWHERE = (
     "cliptune/runs/check.py", "cliptune/runs/classes.py", "cliptune/runs/folds.py", "cliptune/runs/interpolation.py",
     "cliptune/runs/report.py", "cliptune/runs/suspects.py", "cliptune/runs/verdict.py", "cliptune/runs/watch.py",
     # captions of drawn scenes, the model card, and what goes to the log: why a loss or a recipe was chosen, ...
-    "cliptune/data/sample_data.py", "cliptune/data/split_lists.py", "cliptune/export/card.py", "cliptune/runs/export.py",
+    "cliptune/data/sample_data.py", "cliptune/data/split_lists.py", "cliptune/export/card.py",
+    "cliptune/runs/export.py",
     "cliptune/recipes.py", "cliptune/runs/loss.py", "cliptune/runs/other_data.py", "cliptune/model/positions.py",
     "cliptune/training/profile.py", "cliptune/training/optim.py", "cliptune/runtime/environment.py",
 )  # fmt: skip
@@ -62,8 +63,8 @@ NOT_SHOWN = {
     "cliptune/runtime/device.py": ("can't allocate memory",),
     "cliptune/runtime/logs.py": ("%(asctime)s",),
     "cliptune/runtime/memory.py": (
-        "can't allocate memory", "annot allocate memory", "unable to mmap", "failed to map segment", "find/load shared", "can't start new",
-        "import sys;",
+        "can't allocate memory", "annot allocate memory", "unable to mmap", "failed to map segment",
+        "find/load shared", "can't start new", "import sys;",
     ),
     "cliptune/training/meters.py": ("skipped (%d in a row)",),
     "cliptune/training/state.py": ("the run has had its", "no better RSum for"),
@@ -171,12 +172,16 @@ def _of_file(path: Path) -> Iterator[Message]:
     if name.startswith(NO_MESSAGES):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    taken = _raising(tree) if name.startswith(SHOWN_ELSEWHERE) else {tree}
-    for node in ast.walk(tree):
-        above = list(_above(node, parents))
+    parents: dict[ast.AST, ast.AST] = {}
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:
+        children = list(ast.iter_child_nodes(node))
+        parents |= dict.fromkeys(children, node)
+        nodes += children
+    taken = _raising(parents) if name.startswith(SHOWN_ELSEWHERE) else {tree}
+    for node in nodes:
         pieces = list(_pieces(node))
-        if not pieces or taken.isdisjoint({node, *above}) or _is_elsewhere(node, above):
+        if not any(isinstance(each, str) and each.strip() for each in pieces):
             continue
         values = [each for each in pieces if not isinstance(each, str)]
         numbers = iter(range(len(values)))
@@ -184,19 +189,21 @@ def _of_file(path: Path) -> Iterator[Message]:
             re.sub(r"[{}]", r"\g<0>\g<0>", each) if isinstance(each, str) else f"{{{next(numbers)}}}" for each in pieces
         )
         template = re.sub("^[;:] ", "", template.strip())  # at which a text is taken apart
-        if _is_phrase(template):
+        if not _is_phrase(template):
+            continue
+        above = list(_above(node, parents))
+        if not taken.isdisjoint({node, *above}) and not _is_elsewhere(node, above):
             yield Message(template, tuple(map(_source, values)), f"{name}:{getattr(node, 'lineno', 0)}")
 
 
-def _raising(tree: ast.Module) -> set[ast.AST]:
+def _raising(parents: Mapping[ast.AST, ast.AST]) -> set[ast.AST]:
     """Return what is raised, and functions that raise or are called for it."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    raised = [node for node in parents if isinstance(node, ast.Raise)]
     calls = (node.func for each in raised for node in ast.walk(each) if isinstance(node, ast.Call))
     called = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
-    return {
-        *raised, *(each for each in functions if each.name in called or not set(ast.walk(each)).isdisjoint(raised))
-    }  # fmt: skip
+    around = {node for each in raised for node in _above(each, parents)}
+    functions = [node for node in parents if isinstance(node, ast.FunctionDef)]
+    return {*raised, *(each for each in functions if each.name in called or each in around)}
 
 
 def _above(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> Iterator[ast.AST]:
