@@ -32,6 +32,7 @@ NAMES_ALONE = {
     "JSON lines",
     "DICOM: {0}",
     "image_pooling {0}, text_pooling {1}, causal {2}",
+    "[Errno {0:n}] {1}",
     "[Errno {0:n}] {1}: {2}",
 }
 OWN = "errors_"
