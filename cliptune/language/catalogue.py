@@ -161,8 +161,7 @@ class Language:
     def _look_up(self, text: str, depth: int) -> str | None:
         # a template may take what stands around a text as a value of its own: of several the one that leaves the least
         # English is right
-        said = [*self._as_whole(text, depth), *self._as_list(text, depth)] or self._as_place(text, depth)
-        if said:
+        if said := [*self._as_list(text, depth), *self._as_whole(text, depth), *self._as_place(text, depth)]:
             return min(said, key=lambda each: len(_LETTER.findall(each)))
         for separator, joined in SEPARATORS:
             if separator in text:
