@@ -107,6 +107,9 @@ FILLED_IN = {
     'write it with pandas.{{}}(...).to_parquet("data.parquet")': (
         'write it with pandas.{0}(...).to_parquet("data.parquet")',
     ),
+    "{0}cannot be read as an image: {1}": (
+        "cannot be read as an image: {0}", "{0}: cannot be read as an image: {1}",
+    ),
     "{0}: none of its {1} is found": ("{0}: none of its {1} is found", "{0}: none of its {1} is found ({2}): {3}"),
     "{0} of the {1} {2}": (
         "{0} of the {1} is byte-identical to {2} images ({3})", "{0} of the {1} are byte-identical to {2} images ({3})",
