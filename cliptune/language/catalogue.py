@@ -117,7 +117,8 @@ class Language:
         """
         if self.name == "en" or not _LETTER.search(text):
             return text
-        return self._said(text, 0) or text
+        # a page makes a sentence of a recorded reason: "There is nothing ..." of "there is nothing ..."
+        return self._said(text, 0) or self._said(text[:1].lower() + text[1:], 0) or text
 
     def say_lines(self, text: str) -> str:
         """Return printed lines in this language. Cells of a table, two spaces or more apart, keep their columns."""
