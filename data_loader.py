@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 1 if `--check` found anything wrong.
     """
-    return run_stage(lambda: _inspect(argv), name="data_loader.py")
+    return run_stage(lambda: _inspect(argv), name="data_loader.py", argv=argv)
 
 
 def _inspect(argv: list[str] | None) -> int:

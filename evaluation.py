@@ -73,7 +73,7 @@ ENCODE_BATCH_SIZE = 64
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate models, print tables and write `results/evaluation_results.json`; returns the exit code."""
-    return run_stage(lambda: _evaluate_checkpoints(argv), name="evaluation.py")
+    return run_stage(lambda: _evaluate_checkpoints(argv), name="evaluation.py", argv=argv)
 
 
 def _evaluate_checkpoints(argv: list[str] | None) -> int:

@@ -52,7 +52,7 @@ BATCHES = (1, 7, 64)
 
 def main(argv: list[str] | None = None) -> int:
     """Export a checkpoint; returns the exit code."""
-    return run_stage(lambda: _export(argv), name="export.py")
+    return run_stage(lambda: _export(argv), name="export.py", argv=argv)
 
 
 def _export(argv: list[str] | None) -> int:

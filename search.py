@@ -51,7 +51,7 @@ ENCODE_BATCH_SIZE = 64
 
 def main(argv: list[str] | None = None) -> int:
     """Print what queries find and write `results/search.html`, or open a page to ask on; returns the exit code."""
-    return run_stage(lambda: _search(argv), name="search.py")
+    return run_stage(lambda: _search(argv), name="search.py", argv=argv)
 
 
 def _search(argv: list[str] | None) -> int:

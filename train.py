@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cliptune.cli import Started, check_command_line, load_config, run_stage, stored_config
+from cliptune.cli import CONFIG_PATH, Started, check_command_line, load_config, run_stage, stored_config
 from cliptune.settings import Config, seconds_of, steps_of
 
 if __name__ == "__main__":
@@ -84,7 +84,7 @@ logger = logging.getLogger("train")
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say; returns the exit code."""
-    return run_stage(lambda: _train(argv), name="train.py")
+    return run_stage(lambda: _train(argv), name="train.py", argv=argv, config=CONFIG_PATH)
 
 
 def _train(argv: list[str] | None) -> int:

@@ -31,7 +31,7 @@ from cliptune.runtime.messages import printable
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures of a results file; returns the exit code."""
-    return run_stage(lambda: _draw(argv), name="visualization.py")
+    return run_stage(lambda: _draw(argv), name="visualization.py", argv=argv)
 
 
 def _draw(argv: list[str] | None) -> int:

@@ -107,8 +107,10 @@ class TarSample(NamedTuple):
         given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
         captions = tuple(check_text("caption", caption) for caption in given)
         if not captions:
-            where = f"among {self._members()}" if caption_key is None else f"under {caption_key!r}"
-            raise ValueError(f"no caption {where}{self._way_out(values)}")
+            way_out = self._way_out(values)
+            if caption_key is None:
+                raise ValueError(f"no caption among {self._members()}{way_out}")
+            raise ValueError(f"no caption under {caption_key!r}{way_out}")
         return captions
 
     def _json(self) -> Any:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from string import Formatter
@@ -30,8 +31,9 @@ _HAS_CELLS = re.compile(r"\S {2,}\S|^ *-> ")
 MAX_DEPTH = 8
 """Of texts inside texts: a message that quotes itself a thousand times is not taken apart."""
 MAX_CACHED = 4096
-LIST = "; "
-SEPARATORS = {"\n": "\n", LIST: "；", ". ": "。", " · ": " · ", ": ": "：", ", ": "，", " and ": "和"}
+MAX_PLACE = 1000
+"""Characters that a place in a file may have, before what is wrong there."""
+SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
 """At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
 ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
 OWN = {"\n", " · "}
@@ -64,7 +66,8 @@ class Template(NamedTuple):
     @property
     def is_phrase(self) -> bool:
         """Tell whether it is recognised within another text, where a name may stand as well."""
-        return all(self.is_number) or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
+        is_named = self.literals[0].endswith(": ")  # known: {0}
+        return all(self.is_number) or is_named or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
 
     def match(self, text: str) -> list[str] | None:
         """Return the values of a text that was made from it, each as short as can be; None: it was not.
@@ -149,46 +152,60 @@ class Language:
         return None if said is None else text[:start] + said + text[start + len(core) :]
 
     def _look_up(self, text: str, depth: int) -> str | None:
-        exact, templates = self._catalogue
+        exact = self._catalogue[0]
         if text in exact and (not depth or " " in text):
             return exact[text]
-        found = [
-            (template, values)
-            for literal, template in templates
-            if literal in text and (not depth or template.is_phrase) and (values := template.match(text)) is not None
-        ]
-        # of "a is wrong; b is missing" the template "{0} is missing" knows the end alone, so its parts come first
-        whole = next((each for each in found if not any(LIST in value for value in each[1])), None)
-        if whole is None and LIST in text:
-            parts = self._say_parts(text, LIST, depth, needs_all=True)
-            if parts is not None:
-                return parts
-        if whole or found:
-            template, values = whole or found[0]
-            return "".join(
-                each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
-                for each in template.said
-            )
-        return self._say_apart(text, depth)
-
-    def _say_apart(self, text: str, depth: int) -> str | None:
-        """Say a text that is not known whole: its parts, or what stands before its last mark."""
-        for separator in SEPARATORS:
-            said = self._say_parts(text, separator, depth, needs_all=separator in NEEDS_ALL)
-            if said is not None:
-                return said
+        # a template may take the other texts of a list as its own value; the better one leaves less English
+        found = [each for each in (self._as_list(text, depth), self._as_whole(text, depth)) if each is not None]
+        if found:
+            return min(found, key=lambda said: len(_LETTER.findall(said)))
+        if said := self._as_place(text, depth):
+            return said
+        for separator, joined in SEPARATORS:
+            if separator in text:
+                inner = depth + (separator not in OWN)
+                said = self._say_parts(text.split(separator), joined, inner, needs_all=separator in NEEDS_ALL)
+                if said is not None:
+                    return said
+        head, colon, tail = text.partition(": ")
+        if colon and (said := self._say_parts([head, tail], "：", depth + 1, needs_all=False)) is not None:
+            return said
         end = ENDS.get(text[-1:])
         said = None if end is None else self._said(text[:-1], depth)
         return None if said is None else f"{said}{end}"
 
-    def _say_parts(self, text: str, separator: str, depth: int, *, needs_all: bool) -> str | None:
-        parts = text.split(separator)
-        if len(parts) == 1:
-            return None
-        said = [self._said(part, depth + (separator not in OWN)) for part in parts]
+    def _as_list(self, text: str, depth: int) -> str | None:
+        """Say a list of texts all of which are known."""
+        return self._say_parts(text.split("; "), "；", depth, needs_all=True) if "; " in text else None
+
+    def _as_place(self, text: str, depth: int) -> str | None:
+        """Say where something stands, and what is wrong there: `data.csv: line 3: ` and a text that is known whole."""
+        start = text.find(": ")
+        while start >= 0:
+            if said := self._as_whole(text[start + 2 :], depth + 1):
+                return f"{self._said(text[:start], depth + 1) or text[:start]}：{said}"
+            start = text.find(": ", start + 2, MAX_PLACE)
+        return None
+
+    def _as_whole(self, text: str, depth: int) -> str | None:
+        exact, templates = self._catalogue
+        if text in exact and (not depth or " " in text):
+            return exact[text]
+        for literal, template in templates:
+            if literal not in text:  # most of them, so without a call
+                continue
+            if (values := template.match(text)) is not None and (not depth or template.is_phrase):
+                return "".join(
+                    each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
+                    for each in template.said
+                )
+        return None
+
+    def _say_parts(self, parts: Sequence[str], joined: str, depth: int, *, needs_all: bool) -> str | None:
+        said = [self._said(part, depth) for part in parts]
         if not any(said) or (needs_all and not all(said)):
             return None
-        return SEPARATORS[separator].join(old if new is None else new for old, new in zip(parts, said, strict=True))
+        return joined.join(old if new is None else new for old, new in zip(parts, said, strict=True))
 
     def _say_value(self, value: str, kind: str, depth: int) -> str:
         if kind in {"r", "x"}:
@@ -200,7 +217,7 @@ class Language:
     def _catalogue(self) -> tuple[dict[str, str], list[tuple[str, Template]]]:
         """What is known, read at the first text: whole texts, and templates, the most particular first.
 
-        Before each template stands its longest literal: looking for that is a hundred times as fast as a match.
+        Before each template stands its longest literal, since a report has thousands of texts to look up.
         """
         exact, templates = {}, []
         for subject in sorted(files("cliptune.language").joinpath(self.name).iterdir(), key=lambda file: file.name):
