@@ -27,7 +27,7 @@ _LETTER = re.compile("[A-Za-z]")
 _NUMBER = re.compile(r"[-+−]?(\d[\d.,]*)(e[-+]?\d+)?%?")
 _CELL = re.compile(r"(-> )?(\S+(?: \S+)*)")
 """Of a table: words with single spaces between them, and the arrow of an advice."""
-_HAS_CELLS = re.compile(r"\S {2,}\S")
+_HAS_CELLS = re.compile(r"\S {2,}\S|^ *-> ")
 MAX_DEPTH = 8
 """Of texts inside texts: a message that quotes itself a thousand times is not taken apart."""
 MAX_CACHED = 4096
@@ -128,7 +128,8 @@ class Language:
         """
         if self.name == "en" or not _LETTER.search(text):
             return text
-        return self._said(text, 0) or text
+        # a page makes a sentence of a recorded reason: "There is nothing ..." of "there is nothing ..."
+        return self._said(text, 0) or self._said(text[:1].lower() + text[1:], 0) or text
 
     def say_lines(self, text: str) -> str:
         """Return printed lines in this language. Cells of a table, two spaces or more apart, keep their columns."""
@@ -159,6 +160,9 @@ class Language:
         return None if said is None else text[:start] + said + text[start + len(core) :]
 
     def _look_up(self, text: str, depth: int) -> str | None:
+        exact = self._catalogue[0]
+        if text in exact and (not depth or " " in text):
+            return exact[text]
         # a template may take what stands around a text as a value of its own: of several the one that leaves the least
         # English is right
         if said := [*self._as_list(text, depth), *self._as_whole(text, depth), *self._as_place(text, depth)]:
@@ -182,8 +186,8 @@ class Language:
         if text in exact and (not depth or " " in text):
             return [exact[text]]
         found: list[str] = []
-        for template in templates:
-            if not text.startswith(template.literals[0]):  # most of them, so without a call
+        for literal, template in templates:
+            if literal not in text:  # most of them, so without a call
                 continue
             if (values := template.match(text)) is not None and (not depth or template.is_phrase):
                 found.append(self._fill(template, values, depth))
@@ -229,8 +233,11 @@ class Language:
         return word or self._said(value, depth + 1) or value
 
     @cached_property
-    def _catalogue(self) -> tuple[dict[str, str], list[Template]]:
-        """What is known, read at the first text: whole texts, and templates, the most particular first."""
+    def _catalogue(self) -> tuple[dict[str, str], list[tuple[str, Template]]]:
+        """What is known, read at the first text: whole texts, and templates, the most particular first.
+
+        Before each template stands its longest literal, since a report has thousands of texts to look up.
+        """
         exact, templates = {}, []
         for subject in sorted(files("cliptune.language").joinpath(self.name).iterdir(), key=lambda file: file.name):
             for key, said in json.loads(subject.read_text(encoding="utf-8")).items():
@@ -239,7 +246,8 @@ class Language:
                     exact[template.literals[0]] = "".join(str(each) for each in template.said)
                 elif _LETTER.search("".join(template.literals)):  # else it would be any text
                     templates.append(template)
-        return exact, sorted(templates, key=lambda each: (-each.num_letters, each.literals))
+        templates.sort(key=lambda each: (-each.num_letters, each.literals))
+        return exact, [(max(each.literals, key=len), each) for each in templates]
 
 
 @lru_cache

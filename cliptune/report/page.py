@@ -50,22 +50,17 @@ class Row(NamedTuple):
     """Low, gain and high between -1 and 1, for the drawing."""
 
 
-<<<<<<< HEAD
-def write_report(results_path: Path, output: Path | None = None, *, images: bool = True, language: str = "en") -> Path:
-=======
-def write_report(results_path: Path, output: Path | None = None, *, images: bool = True, umap: bool = False) -> Path:
->>>>>>> main
+def write_report(
+    results_path: Path, output: Path | None = None, *, images: bool = True, umap: bool = False, language: str = "en"
+) -> Path:
     """Write the page of a training run.
 
     Args:
         results_path: its `training_results.json`; what lies beside it, `retrieval.npz` and `data_check.json`, is shown.
         output: the page; None: `report.html` beside the results.
         images: False: with captions and names alone, so that no image leaves its place by accident.
-<<<<<<< HEAD
-        language: `en` or `zh`; what was recorded in English is shown in it, too.
-=======
         umap: lay out the map of features with UMAP in place of PCA.
->>>>>>> main
+        language: `en` or `zh`; what was recorded in English is shown in it, too.
 
     Returns:
         The page.

@@ -30,8 +30,10 @@ MAX_ROWS = 17
 """Of a legend with letters of the usual size; of more rows they are smaller."""
 TITLE_SIZE = 14.0
 """Points."""
+CJK_FONT = "Noto Sans CJK SC"
+"""The one to install where there is none."""
 CJK_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC",
+    CJK_FONT, "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC",
     "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
     "AR PL UMing CN", "Microsoft YaHei", "SimHei", "SimSun", "PingFang SC", "Hiragino Sans GB", "Hiragino Sans",
     "Heiti TC", "Yu Gothic", "Meiryo", "MS Gothic", "IPAGothic", "TakaoGothic", "Malgun Gothic",
@@ -98,12 +100,11 @@ def say_figure(figure: Figure, language: Language) -> None:
         return
     texts = [each for each in figure.findobj(Text) if isinstance(each, Text) and each.get_gid() != NAME]
     said = {each: language.say(each.get_text()) for each in texts}
-    fonts = {each: drawable(text)[1] for each, text in said.items() if text != each.get_text()}
-    if any(drawable(said[each])[0] != said[each] for each in fonts):
-        logger.warning("figures are labelled in English: none of the fonts with Chinese letters is there, such as %s",
-                       CJK_FONTS[0])  # fmt: skip
+    fonts = {each: _fonts_for(text) for each, text in said.items() if text != each.get_text()}
+    if any(missing for missing, _ in fonts.values()):
+        _tell_once("figures are labelled in English: no font with Chinese letters is installed, such as %s")
         return
-    for each, families in fonts.items():
+    for each, (_, families) in fonts.items():
         each.set(text=said[each], fontfamily=families)
     if figure.get_suptitle():  # whose size goes by its length
         set_title(figure, figure.get_suptitle())
@@ -126,20 +127,34 @@ def headline(results: TrainingResults) -> str:
 
 def drawable(text: str) -> tuple[str, list[str]]:
     """Return a text with each letter escaped that no font has, which would be a box, and the fonts to draw it with."""
+    missing, families = _fonts_for(text)
+    if missing:
+        _tell_once("letters that no installed font has are drawn as codes: many are in a font such as %s")
+    return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in text), families
+
+
+def _fonts_for(text: str) -> tuple[set[int], list[str]]:
+    """Return the letters of a text that no font has, and the fonts to draw the others with."""
     from matplotlib import font_manager, rcParams  # noqa: PLC0415  (as above)
 
     families = list(rcParams["font.family"])
     default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     missing = set(map(ord, text)) - default.get_charmap().keys()
-    if missing:
-        _add_new_fonts()
-    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist} if missing else {}
+    if not missing:
+        return missing, families
+    _add_new_fonts()
+    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist}
     for name in filter(paths.get, CJK_FONTS):
         with suppress(OSError, RuntimeError):  # matplotlib's list of fonts is cached: it may be gone since
             found = font_manager.get_font(paths[name]).get_charmap().keys()
             families += [] if missing.isdisjoint(found) else [name]
             missing -= found
-    return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in text), families
+    return missing, families
+
+
+@cache
+def _tell_once(message: str) -> None:
+    logger.warning(message, CJK_FONT)
 
 
 @cache

@@ -16,7 +16,7 @@ def with_catalogue(entries: dict[str, str]) -> Language:
     templates = [make_template(key, said) for key, said in entries.items()]
     exact = {each.literals[0]: str(each.said[0]) for each in templates if len(each.literals) == 1}
     others = sorted((each for each in templates if len(each.literals) > 1), key=lambda each: -each.num_letters)
-    language.__dict__["_catalogue"] = exact, others
+    language.__dict__["_catalogue"] = exact, [(max(each.literals, key=len), each) for each in others]
     return language
 
 
@@ -74,6 +74,14 @@ def test_messages_inside_messages_and_lists_come_out_whole() -> None:
     assert said("no such file\n  a.csv cannot be read: it is empty.") == "没有这个文件\n  a.csv 无法读取：它是空的。"
     assert said("1 image, 1,000 images") == "1 张图像，1,000 张图像"
     assert said("1 image, a.png") == "1 image, a.png"  # a name may have a comma
+
+
+def test_parts_of_a_list_come_before_a_template_that_knows_its_end_alone() -> None:
+    said = with_catalogue(
+        {"{0} of the images are missing": "缺 {0} 张图像", "{0} is empty ({1})": "{0} 是空的（{1}）"}
+    ).say
+    assert said("a.csv is empty (b); 3 of the images are missing") == "a.csv 是空的（b）；缺 3 张图像"
+    assert said("a; 3 of the images are missing") == "缺 a; 3 张图像"  # a name, maybe
 
 
 def test_a_text_that_quotes_itself_is_no_trap() -> None:
