@@ -68,7 +68,7 @@ class Template(NamedTuple):
     @property
     def is_phrase(self) -> bool:
         """Tell whether it is recognised within another text, where a name may stand as well."""
-        is_named = self.literals[0].endswith(": ")  # known: {0}
+        is_named = bool(self.literals[0]) and any(each.endswith(": ") for each in self.literals)  # known: {0}
         return all(self.is_number) or is_named or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
 
     @property

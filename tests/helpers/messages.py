@@ -110,6 +110,14 @@ FILLED_IN = {
     "{0}cannot be read as an image: {1}": (
         "cannot be read as an image: {0}", "{0}: cannot be read as an image: {1}",
     ),
+    "the same file as {0}": ("identical: the same file as {0}",),
+    "the one of its copies that is kept": (
+        "identical: the one of its copies that is kept", "near-duplicate: the one of its copies that is kept",
+    ),
+    "{0} {1}, but {2} at {3}": ("split {0}, but {1} at {2}", "group {0}, but {1} at {2}"),
+    "on another side of the split": tuple(
+        f"{{0}} {noun} on another side of the split" for noun in ("image", "images", "shard", "shards")
+    ),
     "{0}: none of its {1} is found": ("{0}: none of its {1} is found", "{0}: none of its {1} is found ({2}): {3}"),
     "{0} of the {1} {2}": (
         "{0} of the {1} is byte-identical to {2} images ({3})", "{0} of the {1} are byte-identical to {2} images ({3})",
