@@ -80,7 +80,8 @@ class CachedReader:
         try:
             for items in items_of:
                 waiting.append(self._begin(np.array(items, dtype=np.int64), pool))
-                while len(waiting) > int(waiting[-1].images.nbytes <= AHEAD_BYTES):
+                ahead = int(waiting[-1].images.nbytes <= AHEAD_BYTES)
+                while len(waiting) > ahead:
                     yield self._finish(waiting.popleft())
             while waiting:
                 yield self._finish(waiting.popleft())

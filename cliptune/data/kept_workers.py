@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cliptune.data.loaders import Batch, SampleDataset, collate
-from cliptune.data.workers import Loader, make_loader
+from cliptune.data.workers import Loader, fitting_workers, make_loader
 
 
 class KeptWorkers:
@@ -56,8 +56,10 @@ class KeptWorkers:
         if self._loader is None or num_workers > self._num_workers:
             self.end()
             self._num_workers = max(num_workers, self._num_workers)
+            # training may start as many after these, which do not go before it does
+            fitting = fitting_workers(self._num_workers, others=self._num_workers)
             self._loader = make_loader(
-                self._datasets, batch_sampler=self._batches, num_workers=self._num_workers, device=device,
+                self._datasets, batch_sampler=self._batches, num_workers=fitting, device=device,
                 collate_fn=collate, persistent=True,
             )  # fmt: skip
         return iter(self._loader)

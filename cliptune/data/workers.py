@@ -56,8 +56,13 @@ def shared_number() -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, 8), dtype=torch.int64)[0]
 
 
-def fitting_workers(num_workers: int) -> int:
-    """Return how many of these workers can be started here; say once why it is fewer."""
+def fitting_workers(num_workers: int, *, others: int = 0) -> int:
+    """Return how many of these workers can be started here; say once why it is fewer.
+
+    Args:
+        num_workers: that are wanted.
+        others: workers that will be started beside them, for which room is left.
+    """
     if num_workers == 0:
         return 0
     try:
@@ -68,9 +73,10 @@ def fitting_workers(num_workers: int) -> int:
         _say_once("no shared memory (%s), so no workers: the main process loads by itself; %s", error, IN_A_CONTAINER)
         return 0
     by_files = max(_free_descriptors() - FILES_RESERVED, 0) // FILES_PER_WORKER
-    found = min(num_workers, by_files, _free_memory() // WORKER_BYTES)
+    by_memory = _free_memory() // WORKER_BYTES
+    found = min(num_workers, max(min(by_files, by_memory) - others, 0))
     if found < num_workers:
-        what = "too few files may be open (ulimit -n)" if found == by_files else f"{SHARED_MEMORY} is too small"
+        what = "too few files may be open (ulimit -n)" if by_files <= by_memory else f"{SHARED_MEMORY} is too small"
         _say_once("%s for %d workers: going on with %d", what, num_workers, found)
     return found
 
