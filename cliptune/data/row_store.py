@@ -167,9 +167,12 @@ class RowStore:
             OSError: the files are gone, or the disk fails.
         """
         seals, file = self._read_records(indices)["seal"], self._open().rows
-        for index, *row in zip(indices.tolist(), *parts, strict=True):
+        whole = np.zeros(len(indices), dtype=bool)
+        for number, index in enumerate(indices.tolist()):
+            row = [part[number : number + 1] for part in parts]
             _read(file, index * self.row_bytes, *row)
-        whole: BoolArray = seals == _seals(keys, *parts)
+            # at once, while it is in the processor's cache
+            whole[number] = seals[number] == _seals(keys[number : number + 1], *row)[0]
         return whole
 
     def written(self, indices: IntArray) -> BoolArray:
