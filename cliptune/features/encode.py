@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 IMAGES_IN_FP32, TEXTS_IN_FP32 = 16, 64
 """Of a forward pass in float32, see `Encoder.images_at_once`; more are no faster on a processor (ViT-B/32)."""
 
-IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 64, 16
-"""Fewer are no work for a worker: starting it takes about as long as the main process needs for a few dozen photos. One
-that is kept is started once for many evaluations."""
+IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 32, 16
+"""Fewer are no work for a worker: starting one takes as long as the main process needs for some 15 photos (eight
+took 0.4 s beside a GPU). One that is kept is started once for many evaluations."""
 
 Run = Callable[[Tensor], Tensor]
 """A method of the model, such as `encode_image`, on one batch."""
