@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 NAMES = ("en", "zh")
 _LETTER = re.compile("[A-Za-z]")
-_NUMBER = re.compile(r"[-+−]?(\d[\d.,]*)(e[-+]?\d+)?%?")
+_NUMBER = re.compile(r"[-+−]?\d([\d.,]*\d)?(e[-+]?\d+)?%?")
 _CELL = re.compile(r"(-> )?(\S+(?: \S+)*)")
 """Of a table: words with single spaces between them, and the arrow of an advice."""
 _HAS_CELLS = re.compile(r"\S {2,}\S|^ *-> ")
