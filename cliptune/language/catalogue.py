@@ -36,6 +36,7 @@ MAX_PLACE = 1000
 SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
 """At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
 ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
+WIDE_MARKS = tuple(ENDS.values())
 OWN = {"\n", " · "}
 """Separators that we alone write: their parts are texts of their own, which may be one word."""
 NEEDS_ALL = {", ", " and "}
@@ -148,8 +149,12 @@ class Language:
         if depth > MAX_DEPTH or not _LETTER.search(core):
             return None
         said = self._known(core, depth)
+        if said is None:
+            return None
         start = text.find(core)
-        return None if said is None else text[:start] + said + text[start + len(core) :]
+        after = text[start + len(core) :]
+        # a wide mark brings its own space
+        return text[:start] + said + (after.lstrip(" ") if said.endswith(WIDE_MARKS) else after)
 
     def _look_up(self, text: str, depth: int) -> str | None:
         exact = self._catalogue[0]
