@@ -31,6 +31,8 @@ _HAS_CELLS = re.compile(r"\S {2,}\S|^ *-> ")
 MAX_DEPTH = 8
 """Of texts inside texts: a message that quotes itself a thousand times is not taken apart."""
 MAX_CACHED = 4096
+MAX_TRIED = 4
+"""Templates that a text is filled into, of which the best is taken."""
 MAX_PLACE = 1000
 """Characters that a place in a file may have, before what is wrong there."""
 SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
@@ -69,6 +71,12 @@ class Template(NamedTuple):
         """Tell whether it is recognised within another text, where a name may stand as well."""
         is_named = self.literals[0].endswith(": ")  # known: {0}
         return all(self.is_number) or is_named or len(re.findall(r"[A-Za-z]+", " ".join(self.literals))) > 1
+
+    @property
+    def moves_first(self) -> bool:
+        """Tell whether the translation does not begin with the first value."""
+        first = next(each for each in self.said if each)
+        return isinstance(first, str) or first.place > 0
 
     def match(self, text: str) -> list[str] | None:
         """Return the values of a text that was made from it, each as short as can be; None: it was not.
@@ -160,51 +168,62 @@ class Language:
         exact = self._catalogue[0]
         if text in exact and (not depth or " " in text):
             return exact[text]
-        # a template may take the other texts of a list as its own value; the better one leaves less English
-        found = [each for each in (self._as_list(text, depth), self._as_whole(text, depth)) if each is not None]
-        if found:
-            return min(found, key=lambda said: len(_LETTER.findall(said)))
-        if said := self._as_place(text, depth):
-            return said
+        # a template may take what stands around a text as a value of its own: of several the one that leaves the least
+        # English is right
+        if said := [*self._as_list(text, depth), *self._as_whole(text, depth), *self._as_place(text, depth)]:
+            return min(said, key=lambda each: len(_LETTER.findall(each)))
         for separator, joined in SEPARATORS:
             if separator in text:
                 inner = depth + (separator not in OWN)
-                said = self._say_parts(text.split(separator), joined, inner, needs_all=separator in NEEDS_ALL)
-                if said is not None:
-                    return said
+                parts = self._say_parts(text.split(separator), joined, inner, needs_all=separator in NEEDS_ALL)
+                if parts is not None:
+                    return parts
         head, colon, tail = text.partition(": ")
-        if colon and (said := self._say_parts([head, tail], "：", depth + 1, needs_all=False)) is not None:
-            return said
+        if colon and (parts := self._say_parts([head, tail], "：", depth + 1, needs_all=False)) is not None:
+            return parts
         end = ENDS.get(text[-1:])
-        said = None if end is None else self._said(text[:-1], depth)
-        return None if said is None else f"{said}{end}"
+        core = None if end is None else self._said(text[:-1], depth)
+        return None if core is None else f"{core}{end}"
 
-    def _as_list(self, text: str, depth: int) -> str | None:
-        """Say a list of texts all of which are known."""
-        return self._say_parts(text.split("; "), "；", depth, needs_all=True) if "; " in text else None
-
-    def _as_place(self, text: str, depth: int) -> str | None:
-        """Say where something stands, and what is wrong there: `data.csv: line 3: ` and a text that is known whole."""
-        start = text.find(": ")
-        while start >= 0:
-            if said := self._as_whole(text[start + 2 :], depth + 1):
-                return f"{self._said(text[:start], depth + 1) or text[:start]}：{said}"
-            start = text.find(": ", start + 2, MAX_PLACE)
-        return None
-
-    def _as_whole(self, text: str, depth: int) -> str | None:
+    def _as_whole(self, text: str, depth: int) -> list[str]:
+        """Say a text that is known, or as the first few templates that it may have been made from."""
         exact, templates = self._catalogue
         if text in exact and (not depth or " " in text):
-            return exact[text]
+            return [exact[text]]
+        found: list[str] = []
         for literal, template in templates:
             if literal not in text:  # most of them, so without a call
                 continue
             if (values := template.match(text)) is not None and (not depth or template.is_phrase):
-                return "".join(
-                    each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
-                    for each in template.said
-                )
-        return None
+                found.append(self._fill(template, values, depth))
+                if len(found) == MAX_TRIED:
+                    break
+        return found
+
+    def _as_list(self, text: str, depth: int) -> list[str]:
+        """Say a list of texts all of which are known."""
+        parts = self._say_parts(text.split("; "), "；", depth, needs_all=True) if "; " in text else None
+        return [] if parts is None else [parts]
+
+    def _as_place(self, text: str, depth: int) -> list[str]:
+        """Say where something stands, and what is wrong there: `data.csv: line 3: ` and a text that is known whole."""
+        start = text.find(": ")
+        while start >= 0 and "; " not in text[:start]:
+            if found := self._as_whole(text[start + 2 :], depth + 1):
+                where = self._said(text[:start], depth + 1) or text[:start]
+                return [f"{where}：{each}" for each in found]
+            start = text.find(": ", start + 2, MAX_PLACE)
+        return []
+
+    def _fill(self, template: Template, values: list[str], depth: int) -> str:
+        where = ""
+        if not template.literals[0] and template.moves_first:  # "data.csv: row 3: 5 cells" begins with a place
+            place, colon, values[0] = values[0].rpartition(": ")
+            where = f"{self._said(place, depth + 1) or place}：" if colon else ""
+        return where + "".join(
+            each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
+            for each in template.said
+        )
 
     def _say_parts(self, parts: Sequence[str], joined: str, depth: int, *, needs_all: bool) -> str | None:
         said = [self._said(part, depth) for part in parts]

@@ -93,7 +93,7 @@ FILLED_IN = {
     ),
     'expected an object, found {0}{1}': (
         "expected an object, found {0}",
-        'expected an object, found a list (pandas names the columns with to_json(orient="records"))',
+        'a list (pandas names the columns with to_json(orient="records"))',
     ),
     '(pandas names the columns with to_json(orient="records"))': (),
     "another run is writing to {0}{1}: wait until it ends, or choose another --output_dir": (
@@ -103,6 +103,13 @@ FILLED_IN = {
         "--output_dir",
     ),
     "on {0} (it was there {1} ago)": (),
+    "If it was killed, the folder is free in {0}. {1}": ("If it was killed, the folder is free in {0}",),
+    'write it with pandas.{{}}(...).to_parquet("data.parquet")': (
+        'write it with pandas.{0}(...).to_parquet("data.parquet")',
+    ),
+    "{0}cannot be read as an image: {1}": (
+        "cannot be read as an image: {0}", "{0}: cannot be read as an image: {1}",
+    ),
     "{0}: none of its {1} is found": ("{0}: none of its {1} is found", "{0}: none of its {1} is found ({2}): {3}"),
     "{0} of the {1} {2}": (
         "{0} of the {1} is byte-identical to {2} images ({3})", "{0} of the {1} are byte-identical to {2} images ({3})",

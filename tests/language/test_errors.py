@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import signal
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -19,10 +20,13 @@ import export
 import search
 import train
 import visualization
+from cliptune.cli import run_stage
 from cliptune.language.asked import language_asked, say_in
 from cliptune.language.catalogue import language_of, make_template
+from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from tests.helpers.datasets import make_images, write_files
 from tests.helpers.messages import ROOT, keys_of, messages
+from tests.helpers.runs import SMALL, small_runs
 
 ZH = language_of("zh")
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -32,6 +36,7 @@ NAMES_ALONE = {
     "JSON lines",
     "DICOM: {0}",
     "image_pooling {0}, text_pooling {1}, causal {2}",
+    "[Errno {0:n}] {1}",
     "[Errno {0:n}] {1}: {2}",
 }
 OWN = "errors_"
@@ -219,3 +224,49 @@ def test_the_language_asked_for_is_found_whatever_else_is_wrong(folder: Path) ->
     for text in ("[]", "{}", '{"run": 3}', '{"run": {"language": 3}}', '{"language": "fr"}', "[" * 100_000):
         (folder / "odd.json").write_text(text, encoding="utf-8")
         assert say_in(language_asked([], folder / "odd.json"))("an image") == "an image"
+
+
+def test_what_ends_a_stage_is_told_in_chinese(capsys: pytest.CaptureFixture[str]) -> None:
+    ends: list[tuple[BaseException, int, str]] = [
+        (Stopped(signal.SIGTERM), 143, "train.py: 已由 SIGTERM 停止"),
+        (KeyboardInterrupt(), 130, "train.py: 已停止"),
+        (
+            KilledWorkerError(),
+            1,
+            "train.py: 错误: 一个加载数据的工作进程被杀掉，可能是内存不足：请试试更少的 --num_workers",
+        ),
+        (MemoryError(), 1, "train.py: 错误: 内存不足：请结束其他程序，提高 ulimit -v 或 -u，或换内存更大的机器"),
+        (PermissionError(errno.EACCES, "Permission denied", "a b.json"), 2, "train.py: 错误: 没有权限：'a b.json'"),
+        (ValueError("of a library, as it is"), 2, "train.py: 错误: of a library, as it is"),
+    ]
+    for error, code, told in ends:
+
+        def stage(error: BaseException = error) -> int:
+            raise error
+
+        assert run_stage(stage, name="train.py", argv=[*ZH_FLAG]) == code
+        assert capsys.readouterr().err == f"{told}\n"
+
+
+def test_keys_of_no_use_are_told_in_chinese(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_files(folder, "run.json", text='{"training": {"ema": 0.9}, "run": {"language": "zh"}}')
+    assert data_loader.main(["--config", "run.json", "--data_dir", "none"]) == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "这个阶段用不到配置文件中的这些键：training"
+    assert last.startswith("data_loader.py: 错误: none 里没有数据；")
+
+
+@pytest.mark.slow
+def test_a_damaged_image_that_stops_a_run_is_told_in_chinese(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data_loader.create_sample_dataset(tmp_path / "data", num_samples=30)
+    for path in sorted((tmp_path / "data").rglob("*.png")):
+        path.write_bytes(path.read_bytes()[:100])
+    flags = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path)]
+    with small_runs():
+        assert train.main([*SMALL, *flags, "--on_unreadable_image", "fail", *ZH_FLAG]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"train\.py: 错误: 30 项图像和记录中有 1 项无法使用：.*\.png：不能作为图像读取：", line)
+    assert f"全部列在 {tmp_path / 'results' / 'skipped.json'} 中。" in line
+    assert not ENGLISH.search(line.partition("图像读取：")[0])
