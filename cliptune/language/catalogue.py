@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 NAMES = ("en", "zh")
 _LETTER = re.compile("[A-Za-z]")
-_NUMBER = re.compile(r"[-+−]?(\d[\d.,]*)(e[-+]?\d+)?%?")
+_NUMBER = re.compile(r"[-+−]?\d([\d.,]*\d)?(e[-+]?\d+)?%?")
 _CELL = re.compile(r"(-> )?(\S+(?: \S+)*)")
 """Of a table: words with single spaces between them, and the arrow of an advice."""
 _HAS_CELLS = re.compile(r"\S {2,}\S|^ *-> ")
@@ -38,6 +38,7 @@ MAX_PLACE = 1000
 SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
 """At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
 ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
+WIDE_MARKS = tuple(ENDS.values())
 OWN = {"\n", " · "}
 """Separators that we alone write: their parts are texts of their own, which may be one word."""
 NEEDS_ALL = {", ", " and "}
@@ -156,8 +157,12 @@ class Language:
         if depth > MAX_DEPTH or not _LETTER.search(core):
             return None
         said = self._known(core, depth)
+        if said is None:
+            return None
         start = text.find(core)
-        return None if said is None else text[:start] + said + text[start + len(core) :]
+        after = text[start + len(core) :]
+        # a wide mark brings its own space
+        return text[:start] + said + (after.lstrip(" ") if said.endswith(WIDE_MARKS) else after)
 
     def _look_up(self, text: str, depth: int) -> str | None:
         exact = self._catalogue[0]
