@@ -22,9 +22,9 @@ SHOWN_ELSEWHERE = (
     "cliptune/runs/report.py", "cliptune/runs/suspects.py", "cliptune/runs/verdict.py", "cliptune/runs/watch.py",
     # captions of drawn scenes, the model card, and what goes to the log: why a loss or a recipe was chosen, ...
     "cliptune/data/sample_data.py", "cliptune/data/split_lists.py", "cliptune/export/card.py",
-    "cliptune/runs/export.py",
-    "cliptune/recipes.py", "cliptune/runs/loss.py", "cliptune/runs/other_data.py", "cliptune/model/positions.py",
-    "cliptune/training/profile.py", "cliptune/training/optim.py", "cliptune/runtime/environment.py",
+    "cliptune/runs/export.py", "cliptune/recipes.py", "cliptune/runs/compiling.py", "cliptune/runs/loss.py",
+    "cliptune/runs/other_data.py", "cliptune/model/positions.py", "cliptune/training/profile.py",
+    "cliptune/training/optim.py", "cliptune/runtime/environment.py",
 )  # fmt: skip
 """Whose texts are those of summary, figures, report, pages and log. Of these files what is raised counts, and the texts
 of functions that raise or that make what is raised."""
@@ -49,7 +49,10 @@ NOT_SHOWN = {
     "cliptune/export/transformers.py": ("image_pooling {0}", "text_pooling {0}"),
     "cliptune/export/verify.py": ("A  big RED", "naïve", "very long", "import runpy"),
     "cliptune/features/classify.py": ("encode classes",),
-    "cliptune/features/encode.py": ("encode images", "encode texts", "images to be encoded are not cached"),
+    "cliptune/features/encode.py": (
+        "encode images", "encode texts", "images to be encoded are not cached", "out of memory with {0}",
+    ),
+    "cliptune/model/attention.py": ("it gives other numbers",),
     "cliptune/model/self_test.py": ("a photo of a dog", "Two small red boats"),
     "cliptune/model/weights.py": ("%s holds a %s", "the scale itself", "the temperature"),
     "cliptune/preprocess/image_formats.py": (".ai .arw",),
@@ -60,7 +63,7 @@ NOT_SHOWN = {
     "cliptune/runs/other_data.py": ("the epoch under way", "the next epoch is", "the best model so far"),
     "cliptune/runs/watch.py": (", without {0}",),
     "cliptune/runs/evaluation.py": ("{0}: {1} of the {2} were trained on",),
-    "cliptune/runtime/device.py": ("can't allocate memory",),
+    "cliptune/runtime/device.py": ("can't allocate memory", "CUDA error:", "MPS backend"),
     "cliptune/runtime/logs.py": ("%(asctime)s",),
     "cliptune/runtime/memory.py": (
         "can't allocate memory", "annot allocate memory", "unable to mmap", "failed to map segment",
@@ -241,6 +244,8 @@ def _is_no_text(below: ast.AST, node: ast.AST) -> bool:
             return any(isinstance(each, str) for each in _pieces(node)) and bool(list(_pieces(below)))
         case ast.Call():
             return below is not node.func and TALKS_ELSEWHERE.fullmatch(ast.unparse(node.func)) is not None
+        case ast.keyword():
+            return node.arg in {"name", "thread_name_prefix"}  # of a thread
         case ast.FormattedValue():
             return below is node.format_spec
         case ast.Subscript():
