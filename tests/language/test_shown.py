@@ -5,7 +5,6 @@ What stages print is looked at wherever a test runs one: see `tests/conftest.py`
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
@@ -174,28 +173,25 @@ def test_where_the_time_went_is_said() -> None:
 
 
 @cache
-def nodes() -> list[ast.AST]:
-    """The sources of the package and the stages."""
+def code() -> str:
+    """The sources of the package and the stages, with texts of several lines in one."""
     paths = [*ROOT.glob("*.py"), *ROOT.glob("cliptune/**/*.py")]
-    return [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in paths))
 
 
 def sources() -> str:
-    """All texts of the sources, one a line: strings as the compiler joins them, and what stands between tags."""
-    found = [node.value for node in nodes() if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    """All that is written in the sources, in small letters, and what stands between the tags of pages."""
+    found = [code()]
     for path in ROOT.glob("cliptune/*/pages/*"):
         page = re.sub(r"\{[%{].*?[%}]\}", lambda each: " " + " ".join(re.findall('"[^"]*"', each[0])), path.read_text())
         found.append(re.sub(r"<[a-z/!][^>]*>", lambda each: "\n" + "\n".join(re.findall('"[^"]*"', each[0])), page))
-    return "\n".join(" ".join(text.split()) for text in found).lower()
+    return "\n".join(" ".join(line.split()) for text in found for line in text.split("\n")).lower()
 
 
 def nouns() -> Iterator[tuple[str, str]]:
     """Singular and plural of whatever `count` is called with."""
-    for node in nodes():
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "count":
-            words = [str(each.value) for each in node.args[1:] if isinstance(each, ast.Constant)]
-            if words:
-                yield words[0], words[-1] if len(words) > 1 else f"{words[0]}s"
+    for singular, plural in re.findall(r"""\bcount\([^"'\n]*, ["']([^"'\n]+)["'](?:, ["']([^"'\n]+)["'])?\)""", code()):
+        yield singular, plural or f"{singular}s"
 
 
 def test_every_noun_that_is_counted_has_its_measure_word() -> None:

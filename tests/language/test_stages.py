@@ -44,6 +44,7 @@ def test_a_run_and_its_evaluation_are_shown_in_chinese_and_recorded_in_english(
     assert "图像到文本" in shown
 
 
+@pytest.mark.slow
 def test_figures_and_report_of_an_older_run_are_drawn_in_chinese(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
