@@ -104,5 +104,8 @@ def place_model(
     if size == "auto":
         own_pairs = -(-config.training.batch_size // world_size())
         runs_no_tower = len(model.frozen_towers) == 2 and num_views(config)  # their outputs are cached
-        size = None if runs_no_tower else fitting_size(model, precision=precision, most=own_pairs, device=device)
+        has_average = config.training.ema is not None
+        size = None if runs_no_tower else fitting_size(
+            model, precision=precision, most=own_pairs, device=device, has_average=has_average
+        )  # fmt: skip
     return parallel_model(model, config.run.parallel, device), size

@@ -133,11 +133,27 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peak
 
 
+FULL_MEMORY = (
+    "can't allocate memory",  # the CPU
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # beside the allocator
+    "MPS backend out of memory",
+)  # fmt: skip
+"""What PyTorch says of memory that is full where it has no exception of its own for it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that a device or the main memory is full."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch on a CPU
+        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL_MEMORY)
     )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what PyTorch's allocator keeps of freed tensors on a GPU, which may be in pieces of the wrong sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:
