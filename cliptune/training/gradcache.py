@@ -10,6 +10,7 @@ With several ranks each does this for its own pairs, and the last backward pass 
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptune.model.batchnorm import StatisticsSnapshot, held_statistics
 from cliptune.model.parallel import is_sharded
-from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
+from cliptune.runtime.device import Precision, autocast, is_out_of_memory, release_memory, tf32
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
@@ -129,8 +130,8 @@ class GradCache:
             self.size = size // 2
             logger.warning("out of memory with micro-batches of %d pairs: going on with %d", size, self.size)
             before.restore()
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            gc.collect()  # what failed within a backward pass may hold tensors in circles
+            release_memory(self.model.device)
 
     @torch.no_grad()
     def start_bias(

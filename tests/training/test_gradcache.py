@@ -1,6 +1,8 @@
 """Micro-batches against the whole batch: the gradient of every parameter, and what happens when memory is full."""
 
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_model import CLIPModel, MultimodalTrainer
-from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.device import Precision, resolve_precision
 from cliptune.runtime.rng import RandomState
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
@@ -202,9 +204,9 @@ def test_the_bias_begins_by_a_batch_and_nothing_else_moves(size: int) -> None:
         assert gradients_of(model)["logit_bias"].abs() < 1e-3
 
 
-def trainer_of(model: CLIPModel, size: int | None) -> MultimodalTrainer:
+def trainer_of(model: CLIPModel, size: int | None, *, precision: Precision = FP32, **options: Any) -> MultimodalTrainer:
     optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=1.0, weight_decay=0.1)
-    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, micro_batch_size=size)
+    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=size, **options)
 
 
 @pytest.mark.slow
@@ -230,6 +232,103 @@ def test_full_memory_halves_the_micro_batch_and_repeats_the_step(
         results.append(model.state_dict())
     assert "out of memory with micro-batches of 8 pairs: going on with 4" in caplog.text
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+FP16 = Precision("fp16", torch.float16, scaled=True)
+"""On the CPU only tests train like this."""
+
+
+class _Failing(torch.autograd.Function):
+    """The identity, whose gradient `fail` may refuse."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, fail: Callable[[], None]) -> Tensor:
+        ctx.fail = fail
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.fail()
+        return gradients[0], None
+
+
+class FullOnce:
+    """Fails like a full memory at the nth call of a tower's forward or backward pass or of the loss, and never again.
+
+    Attributes:
+        kept: tensors that were alive when it failed, if they still are.
+        num_kept: how many of them are alive at the next call.
+    """
+
+    def __init__(self, trainer: MultimodalTrainer, where: str, at: int) -> None:
+        self.left, self.kept, self.num_kept = at, [], None  # type: int, list[weakref.ref[Tensor]], int | None
+        model: Any = trainer.model
+        loss: Any = trainer.grad_cache.loss
+        run, compute = model.run_image_tower, loss.with_accuracy
+
+        def tower(images: Tensor) -> Tensor:
+            features = run(images)
+            if where == "forward":
+                self(features)
+            return _Failing.apply(features, self) if where == "backward" else features  # type: ignore[no-any-return]
+
+        def with_accuracy(*features: Tensor, **options: Any) -> Any:
+            result = compute(*features, **options)
+            if where == "loss":
+                self(*features[:2])
+            return result
+
+        model.run_image_tower, loss.with_accuracy = tower, with_accuracy
+
+    def __call__(self, *held: Tensor) -> None:
+        if self.kept and self.num_kept is None:
+            self.num_kept = sum(each() is not None for each in self.kept)
+        self.left -= 1
+        if self.left == -1:
+            filled = torch.zeros(1000)  # in the frame of what fails
+            self.kept = [weakref.ref(tensor) for tensor in (filled, *held)]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "where", "at"),
+    [
+        ("ViT-Mini", FP16, "backward", 3),
+        ("ViT-Mini", FP16, "loss", 1),
+        ("RN-Ti", FP32, "forward", 5),
+        *(
+            pytest.param(name, precision, where, at, marks=pytest.mark.slow)
+            for name in ("ViT-Mini", "RN-Ti")
+            for precision in (FP16, FP32)
+            for where, at in [("forward", 4), ("forward", 5), ("backward", 2), ("backward", 3), ("loss", 1)]
+        ),
+    ],
+)
+def test_a_step_that_ran_out_of_memory_is_as_if_it_had_not(
+    name: str, precision: Precision, where: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two steps fails, in its first or second pass, the backward pass or the loss: 2 parts, 3 runs."""
+    monkeypatch.setattr("gc.collect", lambda: 0)  # what failed is freed without
+    found = []
+    for fails in (True, False):
+        model = make_model(name, holds_batchnorm=False, dropout=True)
+        batch = make_batch(model, 8)
+        trainer = trainer_of(model, 4, precision=precision)
+        if precision.scaled:
+            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "growth_interval": 2})
+        failing = FullOnce(trainer, where, at) if fails else None
+        torch.manual_seed(3)
+        for step in range(2):
+            if failing is None and step == 1:
+                trainer.grad_cache.size = 2
+            trainer.train_step(*batch)
+        if failing is not None:
+            assert failing.num_kept == 0  # their memory was free when the step was repeated
+        assert trainer.grad_cache.size == 2
+        found.append((model.state_dict(), trainer.scaler.state_dict(), torch.get_rng_state()))
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][2], found[1][2])
+    assert all(torch.equal(value, found[1][0][key]) for key, value in found[0][0].items())
 
 
 def test_the_statistics_of_a_step_that_is_repeated_are_counted_once() -> None:
