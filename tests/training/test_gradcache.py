@@ -18,6 +18,7 @@ from cliptune.training.optim import build_optimizer
 from cliptune.training.sigmoid_loss import SigmoidLoss
 from tests.helpers.losses import reference_loss
 from tests.helpers.models import (
+    FP16,
     FP32,
     FullMemory,
     assert_same_gradients,
@@ -232,10 +233,6 @@ def test_full_memory_halves_the_micro_batch_and_repeats_the_step(
         results.append(model.state_dict())
     assert "out of memory with micro-batches of 8 pairs: going on with 4" in caplog.text
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
-
-
-FP16 = Precision("fp16", torch.float16, scaled=True)
-"""On the CPU only tests train like this."""
 
 
 class _Failing(torch.autograd.Function):
