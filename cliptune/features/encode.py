@@ -22,7 +22,14 @@ from cliptune.features.distinct import Distinct, Tokens, distinct
 from cliptune.features.tower_outputs import PairOutputs, TowerOutputs
 from cliptune.model.architectures import Architecture
 from cliptune.preprocess.transforms import clip_transform
-from cliptune.runtime.device import Precision, autocast, default_num_workers, is_out_of_memory, release_memory
+from cliptune.runtime.device import (
+    Precision,
+    autocast,
+    default_num_workers,
+    is_out_of_memory,
+    release_memory,
+    to_device,
+)
 from cliptune.runtime.distributed import gather_rows, rank, world_size
 from cliptune.runtime.logs import progress_bar
 
@@ -194,7 +201,7 @@ class Encoder:
         device, parts = self.model.device, []
         for _ in range(num_pieces):
             piece = next(pieces)
-            parts.append(piece._replace(images=piece.images.to(device, non_blocking=True)))
+            parts.append(piece._replace(images=to_device(piece.images, device)))
         readable = [piece for piece in parts if len(piece.image_ids)] or parts[:1]
         joined = {
             name: torch.cat([getattr(piece, name) for piece in readable])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cliptune.runtime.device import exact_products, free_memory
+from cliptune.runtime.device import exact_products, free_memory, to_device
 from cliptune.runtime.distributed import all_sum, rank_slice
 from cliptune.runtime.messages import one_line
 
@@ -261,7 +261,7 @@ class _Products:
         return scores
 
     def _block(self, features: Tensor, span: slice, size: int) -> Tensor:
-        return _padded(features[span].to(self.device, torch.float32, non_blocking=True), size)
+        return _padded(to_device(features[span], self.device, torch.float32), size)
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -289,7 +289,7 @@ def _resident(*features: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     missing = 4 * sum(each.numel() for each in features if each.device.type != "cuda")
     if missing > RESIDENT_FRACTION * free_memory(device):
         return features
-    return tuple(each.to(device, torch.float32, non_blocking=True) for each in features)
+    return tuple(to_device(each, device, torch.float32) for each in features)
 
 
 def _block_size(total: int, most: int, multiple: int) -> int:

@@ -71,6 +71,23 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     return _PRECISIONS[name]
 
 
+_WITHOUT_FLOAT64 = {"mps"}
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the type in which long sums are added up on a device: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Bring a tensor to a device; to a CUDA device while the CPU goes on, if its memory is pinned.
+
+    To Apple's GPUs, too, PyTorch would copy later, but from memory that may hold something else by then
+    (pytorch/pytorch issue 189690).
+    """
+    return values.to(device, dtype, non_blocking=device.type == "cuda")
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Run the enclosed forward pass in `precision`; parameters stay float32."""
     if precision.dtype is None:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptune.model.batchnorm import StatisticsSnapshot, held_statistics
 from cliptune.model.parallel import is_sharded
-from cliptune.runtime.device import Precision, autocast, is_out_of_memory, release_memory, tf32
+from cliptune.runtime.device import Precision, autocast, is_out_of_memory, release_memory, tf32, to_device
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
@@ -159,9 +159,7 @@ class GradCache:
         return True
 
     def _batch(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None) -> _Batch:
-        ids = (
-            None if each is None else each.to(self.model.device, non_blocking=True) for each in (image_ids, caption_ids)
-        )
+        ids = (None if each is None else to_device(each, self.model.device) for each in (image_ids, caption_ids))
         return _Batch(images, tokens, *ids)
 
     def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:
@@ -215,7 +213,7 @@ class GradCache:
         run, device = self.parallel if synchronised else self.model, self.model.device
         is_blank = chunk.start >= chunk.stop
         with tf32(device), autocast(device, self.precision), held_statistics(self.model) if is_blank else nullcontext():
-            features: _Features = run(images.to(device, non_blocking=True), tokens)
+            features: _Features = run(to_device(images, device), tokens)
         return features
 
     def _loss(self, batch: _Batch, encoded: list[_Encoded]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -12,9 +12,12 @@ from cliptune.data.issues import Issue
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.features.encode import Encoder, encode_pairs
 from cliptune.runtime.device import Precision
+from cliptune.training.loss import ContrastiveLoss
 from data_loader import ImageTextDataset
+from evaluation import validation_loss
 from tests.helpers.datasets import make_images, make_index
 from tests.helpers.models import FP32, make_model, small_architectures
+from tests.helpers.no_float64 import NoFloat64
 
 __all__ = ["small_architectures"]
 
@@ -111,3 +114,14 @@ def test_one_that_does_not_fit_and_other_errors_come_through(pairs: Pairs, monke
         monkeypatch.setattr(encoder.model, "run_image_tower", broken)
         with pytest.raises(type(error), match=str(error)):
             encode_pairs(encoder, pairs)
+
+
+def test_encoding_and_the_validation_loss_need_no_float64(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is in the place of the GPU; ranks are computed in main memory then."""
+    encoder = encoder_of(make_model("ViT-Mini"))
+    monkeypatch.setattr("cliptune.runtime.device._WITHOUT_FLOAT64", {"cpu"})
+    loss = ContrastiveLoss(across_ranks=False)
+    with NoFloat64("cpu"):
+        encoded = encode_pairs(encoder, pairs)
+        found, chance = validation_loss(encoded, encoder.model, loss, batch_size=8, captions=pairs.captions)
+    assert found == pytest.approx(chance, rel=0.5)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cliptune.features import ranks
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
+from tests.helpers.no_float64 import NoFloat64
 
 
 def oracle_ranks(scores: torch.Tensor, owners: list[int]) -> tuple[list[float], list[float]]:
@@ -132,27 +133,13 @@ def test_features_move_to_a_gpu_as_a_whole_if_they_are_small(monkeypatch: pytest
     assert ranks._resident(images, texts, device=torch.device("cpu")) == (images, texts)
 
 
-class NoFloat64(TorchDispatchMode):
-    """Fails as a device without float64 does; what is in main memory at the end may have it."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if (
-            isinstance(found, torch.Tensor)
-            and found.dtype == torch.float64
-            and func is not torch.ops.aten._to_copy.default
-        ):
-            raise TypeError(f"{func} makes float64")
-        return found
-
-
 def test_counting_by_flags_needs_no_float64() -> None:
     images, texts, owners = a_gallery(300, 700)
     products = ranks._Products(
         images, texts, blocks=None, device=images.device, scores_at_once=1, max_cached_bytes=None, counting="flags"
     )
     best, own = torch.zeros(300), torch.zeros(700)
-    with NoFloat64():
+    with NoFloat64("cpu", but=torch.ops.aten._to_copy.default):
         own_scores = products.own_scores(owners, torch.arange(700))
         halves = products.count_halves(best, own)
     assert torch.equal(own_scores, (images[owners] * texts).sum(1))
