@@ -30,6 +30,7 @@ from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.model.zero_shot import class_probabilities, logits_of
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
+from cliptune.runtime.device import to_device
 from cliptune.runtime.messages import count, shown
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.sigmoid_loss import INITIAL_BIAS, SigmoidLoss
@@ -317,7 +318,9 @@ class CLIPModel(nn.Module):
 
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
-        pixels = normalize(images.to(self.device, non_blocking=True), self.architecture.mean, self.architecture.std)
+        # batches from the image cache have their channels last; a compiled tower is compiled for one order
+        images = to_device(images, self.device).contiguous()
+        pixels = normalize(images, self.architecture.mean, self.architecture.std)
         output: Tensor = self.backbone.encode_image(pixels)
         return output
 

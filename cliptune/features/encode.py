@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliptune.data.cached_loader import reader_of
 from cliptune.data.issues import Issue
+from cliptune.data.kept_workers import KeptWorkers
 from cliptune.data.loaders import Batch, SampleDataset, collate
 from cliptune.data.pairs import Pairs
 from cliptune.data.workers import make_loader
@@ -40,6 +43,10 @@ IMAGES_AT_ONCE, TEXTS_AT_ONCE = {"cpu": 16, "cuda": 256}, {"cpu": 64, "cuda": 10
 (ViT-B/32), and fewer do not fill a GPU, whose kernels take as long to launch for one image as for many."""
 IMAGES_OF_A_WORKER = 32
 """That a worker hands over at once to a GPU: many workers then have a part in each of its large batches."""
+
+IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 64, 16
+"""Fewer are no work for a worker: starting it takes about as long as the main process needs for a few dozen photos. One
+that is kept is started once for many evaluations."""
 
 Run = Callable[[Tensor], Tensor]
 """A method of the model, such as `encode_image`, on one batch."""
@@ -121,6 +128,7 @@ class Encoder:
             it does not count in float32, see `images_at_once`.
         num_workers: of the image loader; None: chosen for the machine.
         image_cache_dir: folder where decoded images are cached; None: they are not. The features are the same.
+        kept: workers that are kept from one data set's evaluation to the next; None: each starts its own.
     """
 
     model: EncodingModel
@@ -129,6 +137,7 @@ class Encoder:
     batch_size: int
     num_workers: int | None = None
     image_cache_dir: Path | None = None
+    kept: KeptWorkers | None = None
 
     @property
     def images_at_once(self) -> int:
@@ -169,15 +178,7 @@ class Encoder:
         model = self.model
         batches, num_rounds = _deal(items.split(self.images_at_once), across_ranks=across_ranks)
         pieces = [piece for batch in batches for piece in batch.split(self._images_of_a_worker)]
-        num_workers = default_num_workers(model.device) if self.num_workers is None else self.num_workers
-        indices = [piece.tolist() for piece in pieces]
-        # a batch is one worker's work: for a single one none need be started
-        num_workers = min(num_workers, len(indices)) if len(indices) > 1 else 0
-        loaded = iter(
-            make_loader(
-                dataset, batch_sampler=indices, num_workers=num_workers, device=model.device, collate_fn=collate
-            )
-        )
+        loaded = self._loaded(dataset, [piece.tolist() for piece in pieces])
         blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
         for number in progress_bar(range(num_rounds), desc=desc):
             batch = self._joined(loaded, len(batches[number])) if number < len(batches) else None
@@ -193,21 +194,53 @@ class Encoder:
     def _images_of_a_worker(self) -> int:
         return min(self.images_at_once, IMAGES_OF_A_WORKER) if self.model.device.type == "cuda" else self.images_at_once
 
-    def _joined(self, pieces: Iterator[Batch], num_images: int) -> Batch:
+    def _joined(self, pieces: Iterator[Batch], num_images: int) -> Batch | None:
         """Put the next pieces together on the device, each copied there while the next one is loaded."""
-        num_pieces = -(-num_images // self._images_of_a_worker)
-        if num_pieces == 1:
-            return next(pieces)
-        device, parts = self.model.device, []
-        for _ in range(num_pieces):
-            piece = next(pieces)
-            parts.append(piece._replace(images=to_device(piece.images, device)))
+        device, num_pieces = self.model.device, -(-num_images // self._images_of_a_worker)
+        parts = [piece._replace(images=to_device(piece.images, device)) for piece in islice(pieces, num_pieces)]
+        if len(parts) < 2:
+            return parts[0] if parts else None
         readable = [piece for piece in parts if len(piece.image_ids)] or parts[:1]
         joined = {
             name: torch.cat([getattr(piece, name) for piece in readable])
             for name in Batch._fields if name != "issues"
         }  # fmt: skip
         return Batch(issues=[issue for piece in parts for issue in piece.issues], **joined)
+
+    def open_images(self, pairs: Pairs) -> SampleDataset:
+        """Open images to be encoded, cached if they are to be; with `kept` the same data set each time."""
+        resolution = self.model.image_resolution
+
+        def make() -> ImageDataset:
+            dataset = self.open_dataset(pairs, transform=clip_transform(resolution))
+            if self.image_cache_dir is not None:
+                try:
+                    dataset.cache_images(self.image_cache_dir)
+                except OSError as error:  # a disk that has filled up since the run began does not end it
+                    _warn_once(f"images to be encoded are not cached: {error}")
+            return dataset
+
+        return make() if self.kept is None else self.kept.open((pairs, resolution), make)
+
+    def _loaded(self, dataset: SampleDataset, batches: list[list[int]]) -> Iterator[Batch]:
+        """Load batches: from the image cache if all are there, else with as many workers as there is work for."""
+        device = self.model.device
+        num_workers = default_num_workers(device) if self.num_workers is None else self.num_workers
+        reader = reader_of(dataset, num_threads=num_workers, device=device)
+        if reader is not None and reader.is_ready():
+            if self.kept is not None:
+                self.kept.end()  # they have nothing to do any more
+            return reader.batches(batches)
+        kept = self.kept if self.kept is not None and self.kept.holds(dataset) else None
+        per_worker = IMAGES_PER_WORKER if kept is None else IMAGES_PER_KEPT_WORKER
+        # a batch is one worker's work: for a single one none need be started
+        most = min(len(batches), sum(map(len, batches)) // per_worker)
+        num_workers = min(num_workers, most) if most > 1 else 0
+        if kept is not None and num_workers:
+            return kept.load(dataset, batches, num_workers=num_workers, device=device)
+        return iter(
+            make_loader(dataset, batch_sampler=batches, num_workers=num_workers, device=device, collate_fn=collate)
+        )
 
     def run_texts(self, tokens: Tokens, run: Run, *, across_ranks: bool, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Run texts through the model, each once, on this rank.
@@ -401,12 +434,7 @@ def _run_images(
 ) -> tuple[Tensor, Tensor]:
     """Encode some images; return the features of those that could be read, and their indices, sorted."""
     model = encoder.model
-    dataset = encoder.open_dataset(pairs, transform=clip_transform(model.image_resolution))
-    if encoder.image_cache_dir is not None:
-        try:
-            dataset.cache_images(encoder.image_cache_dir)
-        except OSError as error:  # a disk that has filled up since the run began does not end it
-            _warn_once(f"images to be encoded are not cached: {error}")
+    dataset = encoder.open_images(pairs)
     found = _FeatureRows(len(items), encoder)
     for batch, features in encoder.run_images(
         dataset, items, model.encode_image, across_ranks=True, desc="encode images"

@@ -83,7 +83,7 @@ def test_losses_over_processes_are_those_of_their_definition(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_losses_are_scaled_in_several_processes(tmp_path: Path) -> None:
-    done = torchrun(2, "tests/helpers/worker.py", "scaled", str(tmp_path))
+    done = run_ranks(2, "tests/helpers/worker.py", "scaled", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
