@@ -14,6 +14,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from cliptune.runtime.device import Precision, autocast, is_out_of_memory, relea
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.prefetch import Copier, SideStream
 from cliptune.training.sigmoid_loss import SigmoidLoss
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,9 @@ class GradCache:
             )
         self.model, self.loss, self.precision, self.size, self.scaler = model, loss, precision, size, scaler
         self.parallel = model if parallel is None else parallel
+        # copies the next micro-batch's pixels to a GPU while one is computed
+        self.copier: Copier | None = SideStream(model.device) if model.device.type == "cuda" else None
+        self._begun: dict[int, tuple[Tensor, Any]] = {}
         # the towers of a sharded model gather weights: there no rank can tell the others that its memory is full
         self.towers_are_collective = world_size() > 1 and not isinstance(self.parallel, DistributedDataParallel)
 
@@ -165,6 +170,7 @@ class GradCache:
     def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:
         """Attempt a step in these micro-batches; returns loss and accuracy."""
         *early, last = chunks
+        self._begun = {}  # of what an attempt before has left
         encoded = self._attempt(lambda: self._encode_all(batch, early, last), collective=self.towers_are_collective)
         after = _Snapshot(self.model)
         loss, accuracy, gradients = self._attempt(lambda: self._loss(batch, encoded), collective=True)
@@ -180,7 +186,8 @@ class GradCache:
         def replay(index: int, *, synchronised: bool) -> None:
             # as it was before the first run: dropout draws the same masks, and the graph is that of the same features
             encoded[index].before.restore()
-            take_back(early[index], self._encode(batch, early[index], synchronised=synchronised))
+            ahead = early[index + 1] if index + 1 < len(early) else None
+            take_back(early[index], self._encode(batch, early[index], synchronised=synchronised, ahead=ahead))
 
         def replay_all_but_one() -> None:
             take_back(last, encoded.pop().features)  # first, so that its graph is gone before another is built
@@ -202,19 +209,38 @@ class GradCache:
         encoded = []
         # one autocast around all, so that they use the same copies of the weights
         with torch.no_grad(), autocast(self.model.device, self.precision):
-            for chunk in early:
+            for chunk, ahead in pairwise([*early, last]):
                 before = _Snapshot(self.model)
-                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False), before))
-        return [*encoded, _Encoded(self._encode(batch, last, synchronised=not early), _Snapshot(self.model))]
+                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False, ahead=ahead), before))
+        features = self._encode(batch, last, synchronised=not early, ahead=early[0] if early else None)
+        return [*encoded, _Encoded(features, _Snapshot(self.model))]
 
-    def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool) -> _Features:
-        """Run the towers on a micro-batch; `synchronised`: its backward pass is the one that adds up all ranks'."""
+    def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool, ahead: slice | None = None) -> _Features:
+        """Run the towers on a micro-batch.
+
+        Args:
+            batch: whose it is.
+            chunk: its pairs.
+            synchronised: its backward pass is the one that adds up all ranks'.
+            ahead: the micro-batch that comes next.
+        """
         images, tokens = batch.inputs(chunk, self.model.image_resolution)
         run, device = self.parallel if synchronised else self.model, self.model.device
         is_blank = chunk.start >= chunk.stop
         with tf32(device), autocast(device, self.precision), held_statistics(self.model) if is_blank else nullcontext():
-            features: _Features = run(to_device(images, device), tokens)
+            features: _Features = run(self._copied(images, chunk, batch, ahead), tokens)
         return features
+
+    def _copied(self, images: Tensor, chunk: slice, batch: _Batch, ahead: slice | None) -> Tensor:
+        """Bring a micro-batch's pixels to the device, and begin to copy those of the next one."""
+        begun = self._begun.pop(chunk.start, None)
+        pixels = to_device(images, self.model.device) if begun is None else begun[0]
+        if self.copier is not None:
+            if begun is not None:
+                self.copier.finish(*begun)
+            if ahead is not None and ahead.start < ahead.stop:
+                self._begun[ahead.start] = self.copier.start(batch.images[ahead])
+        return pixels
 
     def _loss(self, batch: _Batch, encoded: list[_Encoded]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return loss and accuracy of the whole batch, and the gradients of this rank's features."""

@@ -32,6 +32,12 @@ from tests.helpers.models import (
 __all__ = ["small_architectures"]
 
 
+@pytest.fixture(autouse=True)
+def no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection goes through all that the other tests hold; what fails here is freed without."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 def grad_cache(model: CLIPModel, loss: ContrastiveLoss, size: int | None) -> GradCache:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return GradCache(model, loss, precision=FP32, size=size, parallel=None, scaler=scaler)
@@ -79,6 +85,45 @@ def test_the_gradient_is_the_whole_batchs(name: str, tolerance: float, dropout: 
     torch.manual_seed(5)
     assert_same_gradients(micro_batched(model, batch, size), wanted, tolerance)
     assert torch.equal(torch.get_rng_state(), state)  # as if every micro-batch had run once
+
+
+class NotedCopies:
+    """Copies that are right once they are finished."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.num_waiting = 0
+
+    def start(self, images: Tensor) -> tuple[Tensor, Any]:
+        self.log.append(f"copy {len(images)}")
+        self.num_waiting += 1
+        return torch.zeros_like(images), images
+
+    def finish(self, copied: Tensor, begun: Any) -> None:
+        self.num_waiting -= 1
+        copied.copy_(begun)
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.log.append(f"run {len(inputs[0])}")
+
+
+def test_the_pixels_of_the_next_micro_batch_are_copied_while_one_is_computed() -> None:
+    model = make_model("ViT-Mini")
+    batch = make_batch(model, 8)
+    wanted = micro_batched(model, batch, 3)
+    cache = grad_cache(model, ContrastiveLoss(), 3)
+    assert cache.copier is None  # on the CPU nothing is copied
+    cache.copier = copies = NotedCopies()
+    model.backbone.visual.register_forward_pre_hook(copies)
+    assert cache.backward(*batch) is not None
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients_of(model).items())
+    first_pass = ["copy 3", "run 3", "copy 2", "run 3", "copy 3", "run 2"]
+    assert copies.log == [*first_pass, "copy 3", "run 3", "run 3"]
+    assert copies.num_waiting == 0
+    FullMemory(model, pairs=2, at=1)  # with a copy on its way, of a size that does not come again
+    assert cache.backward(*batch) is not None
+    assert cache.size == 1
+    assert_same_gradients(gradients_of(model), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["temperature k times", "negatives of the chunk alone"])
@@ -302,10 +347,9 @@ class FullOnce:
     ],
 )
 def test_a_step_that_ran_out_of_memory_is_as_if_it_had_not(
-    name: str, precision: Precision, where: str, at: int, monkeypatch: pytest.MonkeyPatch
+    name: str, precision: Precision, where: str, at: int
 ) -> None:
     """The second of two steps fails, in its first or second pass, the backward pass or the loss: 2 parts, 3 runs."""
-    monkeypatch.setattr("gc.collect", lambda: 0)  # what failed is freed without
     found = []
     for fails in (True, False):
         model = make_model(name, holds_batchnorm=False, dropout=True)
