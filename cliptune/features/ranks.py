@@ -159,7 +159,9 @@ class _Products:
                 columns = slice(start, min(start + self.text_block, len(self.texts)))
                 scores = self._multiply(features, rows, columns, cache=True)  # [image_block, text_block]
                 mine = of_rows[block_of == block]
-                where = [index.to(self.device) for index in (mine, images[mine] - rows.start, texts[mine] - start)]
+                where = [
+                    to_device(index, self.device) for index in (mine, images[mine] - rows.start, texts[mine] - start)
+                ]
                 own[where[0]] = scores[where[1], where[2]]
         return all_sum(own).cpu()
 

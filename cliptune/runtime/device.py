@@ -79,13 +79,22 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
-def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Bring a tensor to a device; to a CUDA device while the CPU goes on, if its memory is pinned.
+PINNED_BYTES = 2**24
+"""Up to which a tensor is put into pinned memory on its way to a CUDA device; larger ones are there, or move seldom."""
 
-    To Apple's GPUs, too, PyTorch would copy later, but from memory that may hold something else by then
-    (pytorch/pytorch issue 189690).
+
+def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Bring a tensor to a device; to a CUDA device while the CPU goes on.
+
+    From memory that is not pinned a copy of more than 64 KB would wait for all that the device has to do before. To
+    Apple's GPUs, too, PyTorch would copy later, but from memory that may hold something else by then (pytorch/pytorch
+    issue 189690).
     """
-    return values.to(device, dtype, non_blocking=device.type == "cuda")
+    if device.type != "cuda":
+        return values.to(device, dtype)
+    if values.device.type == "cpu" and values.nbytes <= PINNED_BYTES and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, dtype, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -119,11 +119,11 @@ def test_only_large_galleries_of_a_gpu_are_compiled_for() -> None:
 def test_features_move_to_a_gpu_as_a_whole_if_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[Any] = []
 
-    def to(self: torch.Tensor, *where: Any, **options: Any) -> torch.Tensor:
+    def to_device(values: torch.Tensor, *where: Any) -> torch.Tensor:
         moved.append(where)
-        return self
+        return values
 
-    monkeypatch.setattr("torch.Tensor.to", to)
+    monkeypatch.setattr(ranks, "to_device", to_device)
     device, images, texts = torch.device("cuda"), torch.ones(100, 4), torch.ones(200, 4)
     for free, expected in ((4 * 4800, 2), (4 * 4799, 0)):  # a quarter of it is for them
         monkeypatch.setattr("cliptune.features.ranks.free_memory", lambda device, free=free: free)

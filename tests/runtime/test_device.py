@@ -48,17 +48,27 @@ def test_an_old_gpu_trains_in_fp16(has_bf16: bool, name: str, monkeypatch: pytes
     assert resolve_precision("auto", torch.device("mps")).name == "fp32"
 
 
-def test_only_cuda_copies_while_the_cpu_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    later: list[bool] = []
+def test_only_cuda_copies_while_the_cpu_goes_on_and_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
 
-    def to(self: torch.Tensor, device: torch.device, dtype: torch.dtype | None, *, non_blocking: bool) -> torch.Tensor:
-        later.append(non_blocking)
+    def to(self: torch.Tensor, device: torch.device, dtype: torch.dtype | None, **options: bool) -> torch.Tensor:
+        seen.append(f"{device}, later" if options.get("non_blocking") else f"{device}")
+        return self
+
+    def pin(self: torch.Tensor) -> torch.Tensor:
+        seen.append(f"pin {self.nbytes}")
         return self
 
     monkeypatch.setattr("torch.Tensor.to", to)
+    monkeypatch.setattr("torch.Tensor.pin_memory", pin)
+    monkeypatch.setattr("torch.Tensor.is_pinned", lambda self: self.numel() == 2)
     for name in ("cpu", "mps", "cuda:1"):
         to_device(torch.ones(1), torch.device(name))
-    assert later == [False, False, True]
+    assert seen == ["cpu", "mps", "pin 4", "cuda:1, later"]
+    seen.clear()
+    for values in (torch.ones(2), torch.empty(2**22 + 1), torch.ones(1, device="meta")):
+        to_device(values, torch.device("cuda"))
+    assert seen == ["cuda, later"] * 3
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
