@@ -8,6 +8,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from io import FileIO
 from pathlib import Path
@@ -30,7 +31,8 @@ KEY_BYTES = 16
 RECORD = np.dtype([("key", f"S{KEY_BYTES}"), ("seal", "<u8")])
 """What `.keys` holds of each row. The seal is 0 for a row that was never written, else its checksum plus 1."""
 
-_SEEKING = threading.Lock()
+_SEEKING = nullcontext() if hasattr(os, "preadv") else threading.Lock()
+"""Windows reads at a position that all threads share. Elsewhere a lock could be forked while it is held."""
 BLOCK_BYTES = 1 << 23
 """How much `holds` reads at once."""
 
@@ -216,8 +218,9 @@ class RowStore:
         records["key"], records["seal"] = keys, _seals(keys, rows)
         for start, end in _runs(indices):
             for file, content in ((files.rows, rows), (files.keys, records)):
-                file.seek(int(indices[start]) * content[0].nbytes)
-                _write(file, content[start:end].tobytes())
+                with _SEEKING:
+                    file.seek(int(indices[start]) * content[0].nbytes)
+                    _write(file, content[start:end].tobytes())
 
     def reopen(self) -> None:
         """Look at the files anew: a file system over the network shows only then what other machines have written."""
@@ -404,7 +407,7 @@ def _read(file: FileIO, start: int, *into: NDArray[Any]) -> None:
     if hasattr(os, "preadv"):
         os.preadv(file.fileno(), [part.data for part in into], start)
         return
-    with _SEEKING:  # Windows
+    with _SEEKING:
         file.seek(start)
         for part in into:
             file.readinto(part.data)

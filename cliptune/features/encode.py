@@ -44,9 +44,9 @@ IMAGES_AT_ONCE, TEXTS_AT_ONCE = {"cpu": 16, "cuda": 256}, {"cpu": 64, "cuda": 10
 IMAGES_OF_A_WORKER = 32
 """That a worker hands over at once to a GPU: many workers then have a part in each of its large batches."""
 
-IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 64, 16
-"""Fewer are no work for a worker: starting it takes about as long as the main process needs for a few dozen photos. One
-that is kept is started once for many evaluations."""
+IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 32, 16
+"""Fewer are no work for a worker: starting one takes as long as the main process needs for some 15 photos (eight
+took 0.4 s beside a GPU). One that is kept is started once for many evaluations."""
 
 Run = Callable[[Tensor], Tensor]
 """A method of the model, such as `encode_image`, on one batch."""

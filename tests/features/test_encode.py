@@ -185,12 +185,12 @@ def test_few_images_are_no_work_for_workers(
     assert asked == [expected]
 
 
-def test_a_hundred_images_start_no_workers_and_many_start_all(encoder: Encoder, monkeypatch: Any) -> None:
+def test_a_hundred_images_start_few_workers_and_many_start_all(encoder: Encoder, monkeypatch: Any) -> None:
     asked = note_workers(monkeypatch)
-    for number in (100, 200, 5000):
+    for number in (60, 100, 200, 5000):
         batches = [list(range(start, min(start + 16, number))) for start in range(0, number, 16)]
         replace(encoder, num_workers=8)._loaded(ImageTextDataset.__new__(ImageTextDataset), batches)
-    assert asked == [0, 3, 8]
+    assert asked == [0, 3, 6, 8]
 
 
 def test_once_images_are_cached_no_worker_loads_and_nothing_is_decoded(
