@@ -26,7 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend
+from cliptune.model.attention import (
+    GPU_LENGTH_MULTIPLE,
+    Attention,
+    Layout,
+    QuickGELU,
+    attend,
+    can_attend_packed,
+)
 from cliptune.model.batchnorm import held_statistics
 from cliptune.runtime.openai_clip import import_clip
 from cliptune.runtime.recording import is_recorded
@@ -75,6 +82,7 @@ class Backbone(openai.CLIP):
         else:
             if length_multiple is None:
                 length_multiple = GPU_LENGTH_MULTIPLE if device.type == "cuda" else 1
+                length_multiple = None if causal and self._attends_packed() else length_multiple
             packed, positions, layout = pack(tokens, ends, device, causal=causal, length_multiple=length_multiple)
             rows = self.token_embedding(packed) + F.embedding(positions, self.positional_embedding)  # [N, width]
             pooled = self.ln_final(self.transformer(rows, layout))
@@ -87,6 +95,12 @@ class Backbone(openai.CLIP):
         if self.text_pooling == "largest":  # the end-of-text token has the largest id
             return tokens.argmax(dim=-1)
         return tokens.new_full(tokens.shape[:1], 0 if self.text_pooling == "first" else self.context_length - 1)
+
+    def _attends_packed(self) -> bool:
+        weight = self.text_projection
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return can_attend_packed(weight.device, dtype, self.transformer.resblocks[0].attn.head_dim)
 
     def _is_text_as_built(self) -> bool:
         embedding, norm = self.token_embedding, self.ln_final
@@ -259,7 +273,7 @@ OWN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def pack(
-    tokens: Tensor, ends: Tensor, device: torch.device, *, causal: bool, length_multiple: int
+    tokens: Tensor, ends: Tensor, device: torch.device, *, causal: bool, length_multiple: int | None
 ) -> tuple[Tensor, Tensor, Layout]:
     """Put the tokens of texts, up to the position that each is pooled at, one after another.
 
@@ -268,7 +282,7 @@ def pack(
         ends: positions, `[B]`.
         device: where the result is wanted.
         causal: whether what stands behind a position changes nothing there; else all tokens are needed.
-        length_multiple: of what attention pads them to.
+        length_multiple: of what attention pads them to; None: it sees them packed.
 
     Returns:
         Ids and positions, `[N]` each, and their layout.
@@ -278,6 +292,8 @@ def pack(
     #   used      [[1, 1, 1], [1, 1, 0]]        -> indices [0, 1, 2, 3, 4] of its flat form
     #   packed    [s, a, e, s, e]               positions [0, 1, 2, 0, 1]   pooled [2, 4] (the two e)
     lengths = ends + 1 if causal else torch.full_like(ends, tokens.shape[1])  # [B]
+    if length_multiple is None:
+        return _pack_causal(tokens, lengths, device)
     length = min(-(-int(lengths.max()) // length_multiple) * length_multiple, tokens.shape[1])
     used = torch.arange(length, device=tokens.device) < lengths[:, None]  # [B, length]
     indices = used.flatten().nonzero().squeeze(1)  # [N], N tokens in all
@@ -290,6 +306,19 @@ def pack(
     # a causal text's pooled row comes last, so the causal mask hides nothing from it: only the padding must be hidden
     layout = Layout(len(tokens), length, None if is_full else indices, causal, pooled, None if is_full else used)
     return packed, positions, layout
+
+
+def _pack_causal(tokens: Tensor, lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Layout]:
+    """Pack causal texts, which are pooled at their last token, for attention that needs no padding."""
+    used = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, L]
+    starts = F.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
+    indices = used.flatten().nonzero().squeeze(1)  # [N]
+    packed, positions, starts, pooled = (
+        index.to(device, non_blocking=True)
+        for index in (tokens[used], indices % tokens.shape[1], starts.int(), starts[1:] - 1)
+    )
+    # the length is that of the tokens, not of these texts: kernels go by it, and so there is one shape for all batches
+    return packed, positions, Layout(len(tokens), tokens.shape[1], None, True, pooled, None, starts)
 
 
 def runs_plainly(x: Tensor) -> bool:
