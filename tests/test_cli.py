@@ -247,7 +247,8 @@ def test_help_shows_choices_kinds_and_defaults(capsys: pytest.CaptureFixture[str
         "--checkpoint_every N|TIME",
         "passes over the training images (default: 50)",
         "none (default): the backbone's own",
-        "meant for GPUs (default: false)",
+        "keep the best average (default: false)",
+        "in a run that is long enough to pay for it (default: auto)",
     ):
         assert part in text
 
