@@ -78,6 +78,11 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=precision.dtype)
 
 
+def without_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Run what is enclosed as it would run outside of `autocast`, whose copies of the weights stay for the rest."""
+    return nullcontext() if precision.dtype is None else torch.autocast(device.type, enabled=False)
+
+
 def compiler_issue(device: torch.device) -> str | None:
     """Say why `torch.compile` does not work here (it needs a C++ compiler, or Triton on a GPU); None: it does."""
     try:
