@@ -62,7 +62,7 @@ class Backbone(openai.CLIP):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         pixels = pixels.to(next(visual.parameters(), pixels).dtype)
         is_plain = runs_plainly(pixels) or is_touched(visual) or (is_vit and not visual._is_as_built())
-        if is_plain or not self.compiled:
+        if is_plain or not self._is_compiled_for(pixels):
             return cast(Tensor, visual(pixels))
         return self._run_program(_run_vit if is_vit else _run_resnet, visual, pixels)
 
@@ -95,7 +95,7 @@ class Backbone(openai.CLIP):
                 length_multiple = GPU_LENGTH_MULTIPLE if device.type == "cuda" else 1
                 length_multiple = None if causal and self._attends_packed() else length_multiple
             packed, positions, layout = pack(tokens, ends, device, causal=causal, length_multiple=length_multiple)
-            if self.compiled:
+            if self._is_compiled_for(tokens):
                 return self._run_program(_run_texts, self, packed, positions, *_parts_of(layout))
             return self.run_packed(packed, positions, layout)
         return cast(Tensor, pooled @ self.text_projection)
@@ -104,6 +104,9 @@ class Backbone(openai.CLIP):
         """Run the text tower on what `pack` returns: `[B, embed_dim]`."""
         rows = self.token_embedding(packed) + F.embedding(positions, self.positional_embedding)  # [N, width]
         return cast(Tensor, self.ln_final(self.transformer(rows, layout)) @ self.text_projection)
+
+    def _is_compiled_for(self, batch: Tensor) -> bool:
+        return self.compiled and len(batch) > 1  # one sample would be a program by itself: a size of 1 is special
 
     def _run_program(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
         """Run a tower as a compiled program; without one from the first time on that the compiler fails."""

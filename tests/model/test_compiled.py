@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import sdpa_kernel
 
 from clip_model import CLIPModel
 from cliptune.model import attention, modules
@@ -69,7 +70,7 @@ def test_a_tower_is_compiled_once_whatever_comes(name: str, counter: Any) -> Non
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
     # an epoch has a smaller last batch, and of some batches an image cannot be read
-    batches = [random_tokens({9: 3, 17: 5, 29: 2}.get(index, 6), generator) for index in range(30)]
+    batches = [random_tokens({9: 3, 17: 5, 28: 1, 29: 2}.get(index, 6), generator) for index in range(30)]
     wanted = [run(model, tokens) for tokens in batches[-2:]]
     model.compile_towers()
     found = [run(model, tokens) for tokens in batches]
@@ -193,6 +194,17 @@ def test_towers_that_are_sharded_or_touched_are_not_compiled_whole(monkeypatch: 
     model.train()
     assert not model.backbone.compiled
     assert model.backbone.transformer.compiled
+
+
+def test_the_choice_of_kernels_is_part_of_a_program() -> None:
+    def attend(query: Tensor) -> Tensor:
+        with sdpa_kernel(attention.GPU_KERNELS):
+            return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+    torch.compiler.reset()
+    query = torch.randn(2, 2, 5, 8)
+    # a graph break would split a tower at every layer
+    assert torch.allclose(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query), atol=1e-6)
 
 
 def test_a_compiler_that_fails_is_said_once_and_left(

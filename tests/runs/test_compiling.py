@@ -1,16 +1,26 @@
 """Whether a run compiles its towers."""
 
+import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from clip_model import CLIPModel
 from cliptune.cli import load_config
-from cliptune.runs import compiling
+from cliptune.model import modules
+from cliptune.model.architectures import ARCHITECTURES
+from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.runs import compiling, model
 from cliptune.runs.compiling import PAYS_FROM, chooses_to_compile, run_operations
+from cliptune.runtime.device import compiler_issue
 from cliptune.settings import Config
 from tests.helpers.models import small_architectures
+from tests.helpers.runs import SMALL
+from train import main
 
 __all__ = ["small_architectures"]
 
@@ -25,8 +35,8 @@ def settings(*flags: str) -> Config:
 
 def choose(*flags: str, device: torch.device = CUDA, num_samples: int = LONG, began: bool | None = None) -> bool:
     config = settings(*flags)
-    model = CLIPModel("ViT-Mini", pretrained="none", freeze_backbone=config.model.freeze_backbone)
-    return chooses_to_compile(config, model, device=device, num_samples=num_samples, began=began)
+    made = CLIPModel("ViT-Mini", pretrained="none", freeze_backbone=config.model.freeze_backbone)
+    return chooses_to_compile(config, made, device=device, num_samples=num_samples, began=began)
 
 
 @pytest.fixture(autouse=True)
@@ -66,16 +76,16 @@ def test_it_pays_in_a_long_run_on_a_gpu(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_the_estimate_grows_with_what_is_computed() -> None:
-    config, model = settings("--num_epochs", "10"), CLIPModel("ViT-Mini", pretrained="none")
-    whole = run_operations(config, model, num_samples=100)
-    assert run_operations(config, model, num_samples=200) == pytest.approx(2 * whole)
-    assert run_operations(settings("--num_epochs", "5"), model, num_samples=100) == pytest.approx(whole / 2)
+    config, small_model = settings("--num_epochs", "10"), CLIPModel("ViT-Mini", pretrained="none")
+    whole = run_operations(config, small_model, num_samples=100)
+    assert run_operations(config, small_model, num_samples=200) == pytest.approx(2 * whole)
+    assert run_operations(settings("--num_epochs", "5"), small_model, num_samples=100) == pytest.approx(whole / 2)
     half = CLIPModel("ViT-Mini", pretrained="none", freeze_tower="image")
     assert 0 < run_operations(config, half, num_samples=100) < whole
-    # 1.4 million pairs of a ViT-B/32, as in the comment at the constant
-    model = CLIPModel("ViT-B/32", pretrained="none")
+    # 1.4 million pairs of a ViT-B/32, as the comment at the constant says
+    small_model.architecture = ARCHITECTURES["ViT-B/32"]
     config = settings("--num_epochs", "1")
-    assert run_operations(config, model, num_samples=512 * 2670) == pytest.approx(PAYS_FROM, rel=0.1)
+    assert run_operations(config, small_model, num_samples=512 * 2670) == pytest.approx(PAYS_FROM, rel=0.1)
 
 
 def test_a_resumed_run_goes_on_as_it_began(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,12 +121,40 @@ def test_the_line_says_what_is_compiled(
 def test_without_a_compiler_there_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(compiling, "compiler_issue", compiler_issue)
 
     def broken(function: Any) -> Any:
         raise RuntimeError("no compiler found\nmore")
 
     monkeypatch.setattr(torch, "compile", broken)
-    model = CLIPModel("ViT-Ti/32", pretrained="none")
-    assert not chooses_to_compile(settings("--compile"), model, device=CPU, num_samples=10, began=None)
+    made = CLIPModel("ViT-Mini", pretrained="none")
+    assert not chooses_to_compile(settings("--compile"), made, device=CPU, num_samples=10, began=None)
     assert "--compile: no compiler works here (no compiler found); going on without" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_says_that_it_is_compiled_and_goes_on_so(
+    sample_dir: Path,
+    tmp_path: Path,
+    small: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    counter = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    small.setattr(modules, "_program", cache(lambda function: torch.compile(function, backend=counter)))
+    flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--precision", "fp32"]
+    assert main([*flags, "--num_epochs", "1", "--compile"]) == 0
+    assert counter.frame_count == 2
+    assert "\nprecision: fp32, compiled\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results" / "training_results.json").read_text())
+    assert (results["run"]["precision"], results["config"]["training"]["compile"]) == ("fp32, compiled", "true")
+    assert load_checkpoint(tmp_path / "model-checkpoint" / "last_model.pth")["compiled"] is True
+    seen: list[bool | None] = []
+    choose = model.chooses_to_compile
+    small.setattr(
+        model, "chooses_to_compile", lambda *a, began, **o: seen.append(began) or choose(*a, began=began, **o)
+    )
+    assert main(["--output_dir", str(tmp_path), "--num_epochs", "2", "--resume", "--compile", "auto"]) == 0
+    assert seen == [True]
+    assert "precision: fp32\n" in capsys.readouterr().out  # on a CPU `auto` never compiles
