@@ -152,9 +152,12 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
     assert load_checkpoint(tmp_path / "model-checkpoint" / "last_model.pth")["compiled"] is True
     seen: list[bool | None] = []
     choose = model.chooses_to_compile
-    small.setattr(
-        model, "chooses_to_compile", lambda *a, began, **o: seen.append(began) or choose(*a, began=began, **o)
-    )
+
+    def note(*given: Any, began: bool | None, **options: Any) -> bool:
+        seen.append(began)
+        return choose(*given, began=began, **options)
+
+    small.setattr(model, "chooses_to_compile", note)
     assert main(["--output_dir", str(tmp_path), "--num_epochs", "2", "--resume", "--compile", "auto"]) == 0
     assert seen == [True]
     assert "precision: fp32\n" in capsys.readouterr().out  # on a CPU `auto` never compiles
