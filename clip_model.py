@@ -290,7 +290,7 @@ class CLIPModel(nn.Module):
         return class_probabilities(self, images, names, templates)
 
     def compile_towers(self) -> None:
-        """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
+        """Use `torch.compile` for both towers in training, see `towers.set_compiled`; the first step takes longer."""
         self.is_compiled = True
         self.train(self.training)
 

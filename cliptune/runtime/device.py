@@ -104,15 +104,20 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=precision.dtype)
 
 
-def can_compile(device: torch.device) -> bool:
-    """Tell whether `torch.compile` works here (it needs a C++ compiler, or Triton on a GPU); warn if not."""
+def without_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Run what is enclosed as it would run outside of `autocast`, whose copies of the weights stay for the rest."""
+    return nullcontext() if precision.dtype is None else torch.autocast(device.type, enabled=False)
+
+
+def compiler_issue(device: torch.device) -> str | None:
+    """Say why `torch.compile` does not work here (it needs a C++ compiler, or Triton on a GPU); None: it does."""
     try:
-        torch.compile(_double)(torch.ones(2, device=device))
+        x = torch.ones(2, device=device, requires_grad=True)
+        with torch.enable_grad():
+            torch.compile(_double)(x).sum().backward()
     except Exception as error:  # compilers fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logger.warning("--compile: no compiler works here (%s); going on without", reason)
-        return False
-    return True
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:

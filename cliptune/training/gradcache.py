@@ -23,7 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptune.model.batchnorm import StatisticsSnapshot, held_statistics
 from cliptune.model.parallel import is_sharded
-from cliptune.runtime.device import Precision, autocast, is_out_of_memory, release_memory, tf32, to_device
+from cliptune.runtime.device import (
+    Precision,
+    autocast,
+    is_out_of_memory,
+    release_memory,
+    tf32,
+    to_device,
+    without_autocast,
+)
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
@@ -180,7 +188,8 @@ class GradCache:
                 own = [gradient[chunk] for gradient in gradients]  # [chunk, D] each
             else:
                 own = [torch.zeros_like(feature) for feature in features]
-            with tf32(self.model.device):
+            device = self.model.device
+            with tf32(device), without_autocast(device, self.precision):
                 torch.autograd.backward(features, own)
 
         def replay(index: int, *, synchronised: bool) -> None:
@@ -191,8 +200,11 @@ class GradCache:
 
         def replay_all_but_one() -> None:
             take_back(last, encoded.pop().features)  # first, so that its graph is gone before another is built
-            for index in range(len(early) - 1):
-                replay(index, synchronised=False)
+            # one autocast around all, so that they use the same copies of the weights; of shards nobody is to hold all
+            is_whole = not self.towers_are_collective
+            with autocast(self.model.device, self.precision) if is_whole else nullcontext():
+                for index in range(len(early) - 1):
+                    replay(index, synchronised=False)
 
         # the ranks' gradients are added up in one backward pass alone, which is the last; B = 8 in threes:
         # encode [0:3], [3:6] without a graph, [6:8] with one; loss; backward [6:8]; replay [0:3]; replay [3:6] and add

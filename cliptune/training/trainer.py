@@ -199,6 +199,7 @@ class MultimodalTrainer:
             "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             "micro_batch_size": self.grad_cache.size,
+            "compiled": self.model.is_compiled,
             "weights_state_dict": {name: state[name] for name in names},
             "average_state_dict": {} if self.average is None else dict(self.average.tensors),
         }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.runtime.device import Precision, resolve_precision
@@ -415,3 +416,60 @@ def test_low_precision_comes_through_as_well() -> None:
         found.append(gradients_of(model))
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).norm() <= 0.1 * gradient.norm() + 1e-4, name
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of a tensor to another type."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.place, self.number = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.place
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_micro_batches_share_the_casts_of_the_weights(checkpointed: bool) -> None:
+    model = make_model("ViT-Mini")
+    if checkpointed:
+        model.checkpoint_gradients()
+    weight = model.backbone.transformer.resblocks[0].mlp.c_fc.weight
+    scaler, precision = torch.amp.GradScaler("cpu", enabled=False), resolve_precision("bf16", torch.device("cpu"))
+    found, numbers = [], []
+    for each_by_itself in (False, True):
+        cache = GradCache(model, ContrastiveLoss(), precision=precision, size=2, parallel=None, scaler=scaler)
+        cache.towers_are_collective = each_by_itself  # as it is for shards
+        with Casts(weight) as casts:
+            assert cache.backward(*make_batch(model, 10)) is not None
+        found.append(gradients_of(model))
+        numbers.append(casts.number)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+    # the first four without a graph, the last, three replays, and the one that adds up all ranks' gradients
+    assert numbers[0] == (6 if checkpointed else 4)
+    assert numbers[1] > numbers[0]
+
+
+def test_scaled_losses_give_the_gradient_and_a_step_that_overflows_changes_nothing() -> None:
+    half = Precision("fp16", torch.float16, scaled=True)
+    model = make_model("ViT-Mini")
+    batch = make_batch(model, 8)
+    wanted = micro_batched(model, batch, None)
+    trainer = MultimodalTrainer(
+        model, ContrastiveLoss(), build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=None, weight_decay=0.1),
+        precision=half, micro_batch_size=3, gradient_clip_norm=0,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    overflowing = trainer.train_step(*batch)
+    assert overflowing is not None
+    assert not overflowing.values.isfinite().all()
+    assert trainer.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**10})
+    assert trainer.train_step(*batch) is not None
+    found = gradients_of(model)  # unscaled
+    difference = torch.stack([(found[name] - want).norm() for name, want in wanted.items()]).norm()
+    assert difference < 0.02 * torch.stack([want.norm() for want in wanted.values()]).norm()
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
