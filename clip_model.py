@@ -30,6 +30,7 @@ from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.model.zero_shot import class_probabilities, logits_of
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
+from cliptune.runtime.device import to_device
 from cliptune.runtime.messages import count, shown
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.sigmoid_loss import INITIAL_BIAS, SigmoidLoss
@@ -289,7 +290,7 @@ class CLIPModel(nn.Module):
         return class_probabilities(self, images, names, templates)
 
     def compile_towers(self) -> None:
-        """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
+        """Use `torch.compile` for both towers in training, see `towers.set_compiled`; the first step takes longer."""
         self.is_compiled = True
         self.train(self.training)
 
@@ -318,7 +319,7 @@ class CLIPModel(nn.Module):
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
         # batches from the image cache have their channels last; a compiled tower is compiled for one order
-        images = images.to(self.device, non_blocking=True).contiguous()
+        images = to_device(images, self.device).contiguous()
         pixels = normalize(images, self.architecture.mean, self.architecture.std)
         output: Tensor = self.backbone.encode_image(pixels)
         return output

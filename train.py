@@ -129,7 +129,9 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         if not begin_log(part, files, config.run.log_level):
             set_aside_earlier_run(files, config, resumed)
 
-        parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
+        parallel, micro_batch_size = place_model(
+            config, model, precision=precision, device=device, num_samples=len(splits["train"]), resumed=resumed
+        )
         loss, val_loss = make_losses(config, splits["train"], {} if resumed is None else resumed.content)
         data = watching(
             open_data(
@@ -444,7 +446,7 @@ def _open_journal(
         validate_every_seconds=seconds_of(settings.validate_every),
     )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
-    precision = trainer.grad_cache.precision.name
+    precision = trainer.grad_cache.precision.name + (", compiled" if model.is_compiled else "")
     about = {
         "run_id": run_id,
         "config": config.model_dump(),

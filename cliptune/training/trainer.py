@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.lora import adapted_weight, is_adapter, merged
-from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
+from cliptune.model.parallel import clip_gradient, load_optimizer_state, unscale_gradient, whole
 from cliptune.runtime.device import Precision
 from cliptune.runtime.distributed import average, rank
 from cliptune.runtime.rng import seed_step
@@ -98,7 +98,7 @@ class MultimodalTrainer:
         result = self.grad_cache.backward(images, tokens, image_ids, caption_ids)
         if result is None:
             return None
-        self.scaler.unscale_(self.optimizer)
+        unscale_gradient(self.scaler, self.optimizer)
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         norm = clip_gradient(parameters, self.gradient_clip_norm)
         values = torch.stack([result.loss, result.accuracy, norm, self.model.logit_scale.detach().exp()])  # [4]
@@ -199,6 +199,7 @@ class MultimodalTrainer:
             "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             "micro_batch_size": self.grad_cache.size,
+            "compiled": self.model.is_compiled,
             "weights_state_dict": {name: state[name] for name in names},
             "average_state_dict": {} if self.average is None else dict(self.average.tensors),
         }
