@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test, self_tester
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
@@ -55,7 +55,7 @@ from cliptune.runs.report import leave_report
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runs.watch import watching
-from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
+from cliptune.runtime.device import Precision, are_products_exact, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.environment import process_start
 from cliptune.runtime.logs import setup_logging
@@ -249,6 +249,7 @@ def _fit(
     validation = Interval(every_steps=steps_of(every), every_seconds=seconds_of(every))
     batches: Iterator[Any] | None = None
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
+    trainer.interruptible = stop.within_step
     with stop, journal, saver.of_run(state), profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
@@ -321,8 +322,10 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     """Save the state after the last step and say so; return a signal's exit code, or raise the error."""
     if isinstance(end, KilledWorkerError) and world_size() > 1:  # the other ranks are in the middle of a step
         raise end
-    if state.history and state.totals is not None:  # between two epochs it is saved already
+    # between two epochs it is saved already
+    if state.history and state.totals is not None and not saver.has_saved(state):
         saver.save(state)
+    saver.flush(state)
     where = f"at epoch {state.epoch}, step {state.step}, which are saved: --resume goes on from there"
     what = "stopped" if isinstance(end, KilledWorkerError) else str(end)
     logger.info("%s %s", what, where if state.history else "before anything was trained")
@@ -373,12 +376,15 @@ def _make_trainer(
 
 
 def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, about: dict[str, Any]) -> Saver:
+    # beside steps on the CPU a thread would take the time from them
+    has_time = trainer.model.device.type == "cuda" and are_products_exact()
     return Saver(
         files,
         trainer,
         about=about,
         keep=config.run.keep_checkpoints,
         complete=add_self_test,
+        background=self_tester if has_time else None,
         every_steps=steps_of(config.run.checkpoint_every),
         every_seconds=seconds_of(config.run.checkpoint_every),
     )
