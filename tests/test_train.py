@@ -27,7 +27,7 @@ from cliptune.training import memory
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
 from evaluation import Evaluation, evaluate
-from tests.helpers.runs import SMALL, assert_same_runs, lines_of, signal_at, small_runs
+from tests.helpers.runs import SMALL, BackgroundSaver, assert_same_runs, lines_of, signal_at, small_runs
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
@@ -225,6 +225,17 @@ def disk_full(run: Broken) -> None:
     assert run.resume() == 0
 
 
+def stopped_by_signals_in_background(run: Broken) -> None:
+    """A thread writes the checkpoints, as on a GPU."""
+    run.patch.setattr("train.Saver", BackgroundSaver)
+    stopped_by_signals(run)
+
+
+def disk_full_in_background(run: Broken) -> None:
+    run.patch.setattr("train.Saver", BackgroundSaver)
+    disk_full(run)
+
+
 def resumed_from_a_copy(run: Broken) -> None:
     """Every epoch's end and every fourth step was saved; one of the states goes on in another folder."""
     files = RunFiles(run.whole)
@@ -246,6 +257,9 @@ def resumed_from_a_copy(run: Broken) -> None:
         ("siglip", stopped_by_signals),
         ("augmented", last_file_damaged),
         ("augmented", disk_full),
+        ("augmented", stopped_by_signals_in_background),
+        ("both frozen", stopped_by_signals_in_background),
+        ("augmented", disk_full_in_background),
         ("many states", resumed_from_a_copy),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
