@@ -52,10 +52,11 @@ from cliptune.runs.model import find_run_weights, make_model, place_model
 from cliptune.runs.other_data import Anew, go_on_with_other_data
 from cliptune.runs.recipe import apply_recipe
 from cliptune.runs.report import leave_report
+from cliptune.runs.saving import make_saver, works_in_background
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runs.watch import watching
-from cliptune.runtime.device import Precision, are_products_exact, keep_freed_memory, resolve_precision
+from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precision
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.environment import process_start
 from cliptune.runtime.logs import setup_logging
@@ -65,7 +66,7 @@ from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
 from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import RunFiles, Saver
+from cliptune.training.checkpoint import Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
@@ -144,7 +145,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         about = about_run(
             config, started, resumed, snapshots=snapshots, positives=loss.positives, val_images=data.val.paths
         )
-        saver = _make_saver(config, trainer, files=files, about=about)
+        saver = make_saver(config, trainer, files=files, about=about, complete=add_self_test, self_tester=self_tester)
         state, anew = _begin(config, trainer, saver, data, resumed=resumed, snapshots=snapshots, began=began)
         if whole is None:
             retrieval = open_retrieval(
@@ -375,21 +376,6 @@ def _make_trainer(
     )
 
 
-def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, about: dict[str, Any]) -> Saver:
-    # beside steps on the CPU a thread would take the time from them
-    has_time = trainer.model.device.type == "cuda" and are_products_exact()
-    return Saver(
-        files,
-        trainer,
-        about=about,
-        keep=config.run.keep_checkpoints,
-        complete=add_self_test,
-        background=self_tester if has_time else None,
-        every_steps=steps_of(config.run.checkpoint_every),
-        every_seconds=seconds_of(config.run.checkpoint_every),
-    )
-
-
 def _begin(
     config: Config,
     trainer: MultimodalTrainer,
@@ -466,7 +452,7 @@ def _open_journal(
     }
     journal = Journal(
         saver.files, state, plan=plan, watch=trainer.watch, about=about, device=model.device,
-        interval=config.run.log_interval, tracker=tracker,
+        interval=config.run.log_interval, tracker=tracker, in_background=works_in_background(model.device),
     )  # fmt: skip
     train, val = data.train, data.val
     extent = f"in {len(train.shards)} shards" if isinstance(train, Shards) else f"({train.num_pairs} pairs)"

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from cliptune.training import memory
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
 from evaluation import Evaluation, evaluate
-from tests.helpers.runs import SMALL, BackgroundSaver, assert_same_runs, lines_of, signal_at, small_runs
+from tests.helpers.runs import SMALL, assert_same_runs, lines_of, signal_at, small_runs, work_in_background
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
@@ -226,13 +227,13 @@ def disk_full(run: Broken) -> None:
 
 
 def stopped_by_signals_in_background(run: Broken) -> None:
-    """A thread writes the checkpoints, as on a GPU."""
-    run.patch.setattr("train.Saver", BackgroundSaver)
+    """As on a GPU."""
+    work_in_background(run.patch)
     stopped_by_signals(run)
 
 
 def disk_full_in_background(run: Broken) -> None:
-    run.patch.setattr("train.Saver", BackgroundSaver)
+    work_in_background(run.patch)
     disk_full(run)
 
 
@@ -279,6 +280,19 @@ def test_a_run_that_is_broken_off_and_resumed_is_the_unbroken_one(
     folder = tmp_path / ("again" if fault is resumed_from_a_copy else "broken")
     fault(Broken(flags, folder, unbroken, small, capsys))
     assert_same_runs(folder, unbroken)
+
+
+@pytest.mark.slow
+def test_the_wall_time_of_a_run_with_threads_adds_up(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    work_in_background(small)
+    start = time.monotonic()
+    assert main(small_flags(sample_dir, tmp_path)) == 0
+    elapsed = time.monotonic() - start
+    spent = json.loads(RunFiles(tmp_path).results.read_text())["wall_time"]
+    assert 0.7 * elapsed < sum(spent.values()) <= elapsed + 0.01  # the rest comes after the results
+    assert spent["saving"] > 0
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def compute_self_test(model: Any, *, is_alone: bool = True) -> dict[str, Any]:
     Args:
         model: a `CLIPModel`, float32; comes back in the mode it came in.
         is_alone: no other thread computes. Otherwise settings of the whole process stay as they are, and the model must
-            be on the CPU, whose products are exact unless somebody has lowered them, see `are_products_exact`.
+            be on the CPU, whose products are exact unless somebody has lowered the precision of all.
 
     Returns:
         `pixels` uint8 `[2, 3, 40, 56]` (RGB, not preprocessed), `texts`, and the unit-norm `image_features` and

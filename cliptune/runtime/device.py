@@ -117,11 +117,6 @@ def exact_products() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def are_products_exact() -> bool:
-    """Tell whether products are in full float32 where nothing else is asked for; the CPU's are then, in any thread."""
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the most memory held so far, in GB (10^9 bytes): `process`, and `gpu` on a CUDA device.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from torch.utils.data import get_worker_info
 
 import train
@@ -31,7 +32,7 @@ from cliptune.model.architectures import ARCHITECTURES
 from cliptune.training import checkpoint
 from data_loader import ImageTextDataset
 from tests.helpers.models import SMALL_VIT
-from tests.helpers.runs import BackgroundSaver
+from tests.helpers.runs import work_in_background
 
 
 def signal_in_step(rank: str, step: str, name: str) -> None:
@@ -127,13 +128,13 @@ def write_slowly(seconds: str) -> None:
             time.sleep(float(seconds))
         save(path, state)
 
-    checkpoint.save_checkpoint = save_slowly  # type: ignore[attr-defined]
+    checkpoint.save_checkpoint = save_slowly
 
 
 if __name__ == "__main__":
     ARCHITECTURES[SMALL_VIT.name] = SMALL_VIT
     if "BACKGROUND" in os.environ:
-        train.Saver = BackgroundSaver  # type: ignore[misc]
+        work_in_background(pytest.MonkeyPatch())
     if "FAULT" in os.environ:
         kind, *arguments = os.environ["FAULT"].split(":")
         faults: dict[str, Any] = {

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import data_loader
-from clip_model import MultimodalTrainer, self_tester
+from clip_model import MultimodalTrainer
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
-from cliptune.training.checkpoint import Saver
 from tests.helpers.models import SMALL_VIT
 
 SMALL = ["--model_name", SMALL_VIT.name, "--batch_size", "10", "--num_workers", "0", "--learning_rate", "1e-3"]
@@ -34,6 +33,12 @@ def small_runs() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr("train.leave_report", lambda *_: None)
         patch.setattr("cliptune.runs.data.LiveGallery", lambda _: None)
         yield patch
+
+
+def work_in_background(patch: pytest.MonkeyPatch) -> None:
+    """Let threads write checkpoints and draw pictures, as in a run on a GPU."""
+    for module in ("train", "cliptune.runs.saving"):
+        patch.setattr(f"{module}.works_in_background", lambda _: True)
 
 
 def signal_at(patch: pytest.MonkeyPatch, signals: dict[int, signal.Signals]) -> None:
@@ -82,10 +87,3 @@ def assert_same_runs(got: Path, want: Path) -> None:
     steps = [[{**line, "seconds": 0.0} for line in lines_of(folder / "logs/steps.jsonl")] for folder in (got, want)]
     assert steps[0] == steps[1][-len(steps[0]) :]  # from another folder's checkpoint a run has the rest alone
     assert len(steps[0]) == len(steps[1]) or got.name == "again"
-
-
-class BackgroundSaver(Saver):
-    """Writes checkpoints in a thread, as a run on a GPU does."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{**options, "background": self_tester})
