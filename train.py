@@ -66,13 +66,13 @@ from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
 from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.run_models import settle_models, verify_best
+from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
 from cliptune.training.tracking import Tracker, tracking
 from data_loader import ImageTextDataset

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from cliptune.settings import Config, seconds_of, steps_of
-from cliptune.training.checkpoint import RunFiles, Saver
+from cliptune.training.checkpoint import RunFiles
+from cliptune.training.saver import Saver
 
 
 def works_in_background(device: torch.device) -> bool:

@@ -109,12 +109,12 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", non_blocking=tensor.is_cuda)
 
 
-def has_room_for_copy(states: Mapping[K, dict[str, Any]]) -> bool:
-    """Tell whether main memory has room for a copy of states: pinned memory is taken in powers of two."""
+def has_room_for_copies(states: Mapping[K, dict[str, Any]]) -> bool:
+    """Tell whether main memory has room for copies of states: two may wait, and pinned memory goes by powers of two."""
     storages = [leaf.untyped_storage() for leaf in tree_leaves(list(states.values())) if isinstance(leaf, Tensor)]
     num_bytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     # the main rank alone makes one
-    return free_memory(torch.device("cpu")) * local_world_size() > 2 * num_bytes
+    return free_memory(torch.device("cpu")) * local_world_size() > 4 * num_bytes
 
 
 @contextmanager

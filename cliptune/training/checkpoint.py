@@ -1,4 +1,4 @@
-"""A run's files, what its checkpoints hold and when they are written."""
+"""A run's files, and how its checkpoints are written and found."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from typing import Any
 
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
-from cliptune.model.lora import base_fingerprint, save_adapter
-from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import has_link, read_json_object, remove_partial_files, size_on_disk
 from cliptune.runtime.lock import exclusive
 from cliptune.runtime.messages import one_line
-from cliptune.training.background import BackgroundThread, HostCopies, has_room_for_copy, no_forks
-from cliptune.training.intervals import Interval
+from cliptune.training.background import BackgroundThread, HostCopies, has_room_for_copies, no_forks
 from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -158,164 +155,22 @@ def _shown_size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-class Saver:
-    """Saves a run's state: what a checkpoint holds, and when it is due within an epoch.
-
-    Every rank calls its methods, since a sharded model's tensors are put together by all of them; the main one writes.
-
-    Args:
-        files: of the run.
-        trainer: a `trainer.MultimodalTrainer`.
-        about: what every checkpoint of the run holds beside: its `run_id`, its `config`, its `val_images`, ...
-        keep: how many states to resume from there are.
-        complete: adds what a checkpoint lacks, when it is written.
-        background: states are written in a thread, see `CheckpointWriter`; None: in place.
-        every_steps: steps between two states within an epoch; None: none is due by steps.
-        every_seconds: or the time between them; None: none is due by time.
-        clock: tells the time, in seconds.
-    """
-
-    def __init__(  # noqa: PLR0913  (what a run chooses and tests choose otherwise)
-        self,
-        files: RunFiles,
-        trainer: Any,
-        *,
-        about: dict[str, Any],
-        keep: int = 1,
-        complete: Complete | None = None,
-        background: Callable[[State], Complete] | None = None,
-        every_steps: int | None = None,
-        every_seconds: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.files, self.trainer, self.about = files, trainer, about
-        towers = {name: value for name, value in trainer.model.named_parameters() if name.startswith("backbone.")}
-        are_fixed = not any(parameter.requires_grad for parameter in towers.values())
-        fixed = [name for name in trainer.model.state_dict() if name.startswith("backbone.")] if are_fixed else []
-        self._writer = CheckpointWriter(
-            files, run_id=about.get("run_id", ""), fixed=fixed, keep=keep, complete=complete,
-            save_adapter=self._save_adapter, background=background, clock=clock,
-        )  # fmt: skip
-        self._learned = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-        self._base: str | None = None
-        self._last_place: object = None
-        self._interval = Interval(every_steps=every_steps, every_seconds=every_seconds, clock=clock)
-
-    def is_due(self, step: int) -> bool:
-        """Tell whether a state should be saved after this step, in all ranks or in none.
-
-        Raises:
-            OSError: a file could not be written since.
-        """
-        self._writer.check()
-        return self._interval.is_due(step)
-
-    def save(self, state: RunState, *, best: bool = False) -> None:
-        """Save the state to resume from, and at first the model as loaded; `best`: save the model as the best one, too.
-
-        Raises:
-            FloatingPointError: steps that are not read yet are not finite.
-            OSError: a file cannot be written, or could not since the last call.
-        """
-        self.trainer.settle()
-        with state.wall_time.inside("saving"):
-            self._save(state, best=best)
-        self._last_place = _place(state)
-        self._interval.restart()
-
-    def has_saved(self, state: RunState) -> bool:
-        """Tell whether nothing has come since the last `save`."""
-        return self._last_place == _place(state)
-
-    def _save(self, state: RunState, *, best: bool) -> None:
-        content = self._model(state)
-        # the model as loaded stays for the run's life; it is the best one, too, until an epoch is better
-        states = {self.files.loaded: content} if state.epoch == 0 else {}
-        # the best after the last: were the last alone written, the best could be made of it
-        states[self.files.last] = {**content, "run_state": state.state_dict(), **self.trainer.state_dict()}
-        states |= {self.files.best: content} if best else {}
-        if best and self.trainer.model.lora is not None:
-            states[self.files.adapter] = dict(states[self.files.last])
-        if is_main():
-            self._writer.save(states)
-
-    def restore(self, path: Path, content: dict[str, Any]) -> RunState:
-        """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards.
-
-        Raises:
-            ValueError: its optimiser's state is of other parameters, or damaged; names the file.
-        """
-        try:
-            self.trainer.load_state_dict(content)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            reason = f"its optimiser's state does not fit its model ({type(error).__name__}: {one_line(error)})"
-            raise ValueError(f"{path}: damaged, or written by other means than this toolkit: {reason}") from None
-        if path.resolve() == self.files.last.resolve():
-            self._writer.last_step = content["global_step"]
-        state = RunState.from_state_dict(content["run_state"], self.trainer.model.device)
-        content.clear()  # the optimiser has its own copies
-        return state
-
-    @contextmanager
-    def of_run(self, state: RunState) -> Iterator[None]:
-        """Write what waits when the run ends, however it does."""
-        try:
-            yield
-        finally:
-            self.flush(state)
-
-    def flush(self, state: RunState) -> None:
-        """Bring all that was saved to the disk.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        with state.wall_time.inside("saving"):
-            self._writer.flush()
-
-    def _save_adapter(self, state: State) -> None:
-        """Write what of the best model was learned, small, beside it; of the model itself no tensor is read."""
-        model = self.trainer.model
-        held, learned = {**state["model_state_dict"], **state["weights_state_dict"]}, state["average_state_dict"]
-        if self._base is None:
-            self._base = base_fingerprint(held)
-        tensors = {name: learned.get(name, held[name]) for name in self._learned}
-        about = {"base": self._base, "model_name": model.architecture.name, "run_id": self.about.get("run_id", "")}
-        save_adapter(self.files.adapter, tensors, model.lora, about=about)
-
-    def _model(self, state: RunState) -> dict[str, Any]:
-        model = self.trainer.model
-        return {
-            **self.about,
-            "epoch": state.epoch,
-            "global_step": state.step,
-            "metrics": state.history[-1],
-            "model_state_dict": self.trainer.model_state(),
-            "architecture": model.architecture.to_dict(),
-            "starts_random": model.starts_random,
-            "holds_batchnorm": model.holds_batchnorm,
-        }
-
-
-def _place(state: RunState) -> object:
-    return state.epoch, state.step, state.num_batches, len(state.history)
-
-
 class CheckpointWriter:
     """Writes a run's checkpoints; where most of the model never changes, no more often than is worth the time.
 
     With frozen towers an epoch can take less time than writing their weights once more. There, states that come sooner
     after a write than 20 times its duration are copied, and written with the next that does not, or by `flush`.
 
-    With a `background` states are copied to main memory, and a thread writes the copies, one call's after the other's:
-    the next one waits for it, and so does `flush`. If main memory has no room for the copies they are written in place.
+    With a `background` states are copied to main memory, and a thread writes the copies. What comes while it works
+    waits in the same way; where several states are kept, the caller waits for the thread instead, so that each is
+    written. If main memory has no room for the copies they are written in place.
 
     Args:
         files: the run's.
         run_id: the run's, as its checkpoints have it.
         fixed: names of the model's tensors that never change; none: every state is written at once.
         keep: how many states to resume from there are; those before the last as `step_<step>.pth`.
-        complete: adds what a state lacks, when it is written; None: nothing.
+        complete: adds to a state what it lacks and its model tells, when it is written; None: nothing.
         save_adapter: writes `files.adapter` of a state.
         background: makes, of the first state, what takes the place of `complete` in a thread; None: there is none.
         clock: tells the time, in seconds.
@@ -353,25 +208,23 @@ class CheckpointWriter:
         Raises:
             OSError: a file cannot be written, or could not by the thread.
         """
-        self.check()
-        wait = bool(self.fixed) and (self._thread.is_busy or self._clock() < self._next_write)
-        if not wait:
+        self._thread.check()
+        if self.keep > 1 and not self.fixed:
             self._thread.wait()
         self._begin_background(states)
+        wait = self._must_wait()
         copies = self._copied(states) if wait or self._is_in_background else None
         self._waiting = _replaced(self._waiting, states if copies is None else copies)
-        if wait and copies is not None:
-            return
-        self._thread.wait()
-        self._collect()
-        if self._is_in_background:
-            self._thread.start(self._write)
-        else:
-            self._write()
+        if copies is None:
+            self.flush()
+        elif not wait:
+            self._start()
 
     def check(self) -> None:
-        """Raise the error of the thread, if there is one; waits for nothing."""
+        """Raise the error of the thread, if there is one; let it write what waits, if it has nothing to do."""
         self._thread.check()
+        if self._is_in_background and self._waiting and not self._must_wait():
+            self._start()
 
     def flush(self) -> None:
         """Write what waits, and wait for the thread.
@@ -383,12 +236,19 @@ class CheckpointWriter:
         self._collect()
         self._write()
 
+    def _must_wait(self) -> bool:
+        return self._thread.is_busy or (bool(self.fixed) and self._clock() < self._next_write)
+
+    def _start(self) -> None:
+        self._collect()
+        self._thread.start(self._write)
+
     def _begin_background(self, states: Mapping[Path, State]) -> None:
         """With the first states: find out whether they fit into main memory, and make what completes them there."""
         background, self._background = self._background, None
         if background is None:
             return
-        if has_room_for_copy(states):
+        if has_room_for_copies(states):
             self.complete, self._is_in_background = background(next(iter(states.values()))), True
         else:
             logger.warning("checkpoints are written between the steps: main memory has no room for a copy of the state")
@@ -410,25 +270,31 @@ class CheckpointWriter:
         self._copies.wait()
         start = self._clock()
         written: dict[int, Path] = {}
+        completed: dict[int, State] = {}
         for path in list(self._writing):
             state = self._writing[path]
             if (same := written.get(id(state))) is not None and has_link(same, path):
                 del self._writing[path]
                 continue
             written[id(state)] = path
-            self._write_one(path, state)
+            self._write_one(path, state, completed)
             del self._writing[path]
         end = self._clock()
         self._next_write = end + TIMES_ITS_DURATION * (end - start)
 
-    def _write_one(self, path: Path, state: State) -> None:
+    def _write_one(self, path: Path, state: State, completed: dict[int, State]) -> None:
+        """Write a file; `completed`: what was added to states by their models, which are often the same."""
         if path == self.files.adapter:
             assert self._save_adapter is not None
             self._save_adapter(state)
             return
         if self.complete is not None:
-            with no_forks():
-                state = self.complete(state)
+            model = id(state["model_state_dict"])
+            if model not in completed:
+                with no_forks():
+                    whole = self.complete(state)
+                completed[model] = {key: value for key, value in whole.items() if value is not state.get(key)}
+            state = {**state, **completed[model]}
         if path == self.files.last:
             self._save_last(state)
         else:

@@ -18,9 +18,10 @@ from clip_model import MultimodalTrainer, add_self_test, self_tester
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.model.lora import add_lora
 from cliptune.training.background import BackgroundThread, HostCopies, no_forks
-from cliptune.training.checkpoint import CheckpointWriter, RunFiles, Saver
+from cliptune.training.checkpoint import CheckpointWriter, RunFiles
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
+from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
 from tests.helpers.models import FP32, make_batch, make_model, small_architectures
 from tests.helpers.runs import assert_same
@@ -124,12 +125,38 @@ def test_a_state_is_as_it_was_when_it_was_saved(tmp_path: Path) -> None:
     assert gate.entered.wait(30)
     assert not files.last.exists()
     gate.opened.set()
-    writer.save({files.last: state_of(2, weights)})  # waits for the one before
-    assert gate.written[:1] == [1]
-    assert load_checkpoint(files.last)["model_state_dict"]["w"].max() <= 1
     writer.flush()
-    assert gate.written == [1, 2]
-    assert load_checkpoint(files.last)["model_state_dict"]["w"].tolist() == [1, 1, 1]
+    assert load_checkpoint(files.last)["model_state_dict"]["w"].tolist() == [0, 0, 0]
+
+
+def test_what_comes_while_the_thread_works_waits_and_the_newest_is_written(tmp_path: Path) -> None:
+    gate, weights, files = Gate(), torch.zeros(3), RunFiles(tmp_path)
+    writer = CheckpointWriter(files, background=gate)
+    for step in range(1, 6):  # nobody waits for the gate
+        best = {files.best: state_of(step, weights)} if step == 3 else {}
+        writer.save({files.last: state_of(step, weights), **best})
+        weights += 1
+    gate.opened.set()
+    for _ in range(1000):  # steps
+        writer.check()
+        if len(gate.written) == 3:
+            break
+        time.sleep(0.01)
+    assert gate.written == [1, 3, 5]  # without a flush
+    writer.flush()
+    assert load_checkpoint(files.best)["model_state_dict"]["w"].tolist() == [2, 2, 2]
+    assert load_checkpoint(files.last)["model_state_dict"]["w"].tolist() == [4, 4, 4]
+
+
+def test_where_several_states_are_kept_each_is_written(tmp_path: Path) -> None:
+    gate, files = Gate(), RunFiles(tmp_path)
+    gate.opened.set()
+    writer = CheckpointWriter(files, keep=3, background=gate)
+    for step in range(1, 6):
+        writer.save({files.last: state_of(step, torch.zeros(3))})
+    writer.flush()
+    assert gate.written == [1, 2, 3, 4, 5]
+    assert [load_checkpoint(path)["global_step"] for path in files.states()] == [5, 4, 3]
 
 
 def test_models_that_are_one_are_one_file(tmp_path: Path) -> None:
@@ -139,7 +166,7 @@ def test_models_that_are_one_are_one_file(tmp_path: Path) -> None:
     model = state_of(0, torch.zeros(3))
     writer.save({files.loaded: model, files.last: {**model}, files.best: model})
     writer.flush()
-    assert gate.written == [0, 0]
+    assert gate.written == [0]  # one self-test for all
     assert files.loaded.stat().st_ino == files.best.stat().st_ino != files.last.stat().st_ino
 
 
@@ -226,6 +253,35 @@ def test_the_self_test_beside_training_leaves_the_process_as_it_is(monkeypatch: 
     assert torch.equal(torch.get_rng_state(), random_states[1])
     assert_same(trainer.model.state_dict(), before)
     assert_same(found[0], want)
+
+
+@pytest.mark.slow
+def test_the_self_test_beside_a_compiler_disturbs_neither() -> None:
+    model = make_model("ViT-Mini")
+    content = {"model_state_dict": model.state_dict(), "architecture": model.architecture.to_dict()}
+    complete, want = self_tester(content), add_self_test(content)["self_test"]
+    images, _, _ = make_batch(model, 6)
+    thread, ended = BackgroundThread("test"), threading.Event()
+
+    def compute() -> list[State]:
+        found = []
+        while not ended.is_set():
+            found.append(complete(content)["self_test"])
+        return found
+
+    found: list[State] = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda x: model.project_image(model.run_image_tower(x)), backend="aot_eager")
+    thread.start(lambda: found.extend(compute()))
+    for _ in range(3):
+        compiled(images).sum().backward()
+    ended.set()
+    thread.wait()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # while something compiles, modules take the way of programs that are recorded, which rounds otherwise
+    for name in ("image_features", "text_features"):
+        assert all(torch.allclose(each[name], want[name], rtol=0, atol=1e-6) for each in found), name
 
 
 def test_a_process_is_not_forked_in_the_middle_of_a_product() -> None:
