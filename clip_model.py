@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -406,7 +406,27 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     """
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
-        self_test = compute_self_test(model)
+        return _completed(state, model, compute_self_test(model))
+
+
+def self_tester(state: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Make what completes a run's states as `add_self_test` does, in a thread beside the one that trains.
+
+    To build a model draws random numbers and changes the default device, which belong to the whole process. So it is
+    built here, once, with tensors of its own, and takes each state's weights.
+    """
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in state["model_state_dict"].items()}
+    with torch.random.fork_rng(devices=[]):
+        model = CLIPModel(pretrained=own_weights({**state, "model_state_dict": weights}, "this checkpoint")).eval()
+
+    def complete(state: dict[str, Any]) -> dict[str, Any]:
+        model.load_state_dict(state["model_state_dict"])
+        return _completed(state, model, compute_self_test(model, is_alone=False))
+
+    return complete
+
+
+def _completed(state: dict[str, Any], model: CLIPModel, self_test: dict[str, Any]) -> dict[str, Any]:
     return {
         **state,
         "activation": model.architecture.activation,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class MultimodalTrainer:
 
     Attributes:
         global_step: steps so far, with those that were skipped.
+        interruptible: makes a context for the part of a step that may be given up, since it updates no weight.
     """
 
     def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
@@ -75,6 +76,7 @@ class MultimodalTrainer:
         )
         self.average = None if ema is None else WeightAverage(model, ema)
         self.global_step = 0
+        self.interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def train_step(
         self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None, caption_ids: Tensor | None = None
@@ -95,7 +97,13 @@ class MultimodalTrainer:
             MemoryError: one pair does not fit into memory.
         """
         statistics = StatisticsSnapshot(self.model)
-        result = self.grad_cache.backward(images, tokens, image_ids, caption_ids)
+        try:
+            with self.interruptible():
+                result = self.grad_cache.backward(images, tokens, image_ids, caption_ids)
+        except BaseException:  # a signal: as if the step had not begun
+            statistics.restore()
+            self.model.zero_grad(set_to_none=True)
+            raise
         if result is None:
             return None
         unscale_gradient(self.scaler, self.optimizer)
