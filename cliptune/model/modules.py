@@ -231,7 +231,9 @@ class Block(openai.ResidualAttentionBlock):
         """Take sequences `[L, B, width]`, or packed rows `[N, width]` with their layout."""
         if layout is None:
             return _checkpointed(self, super().forward, x)
-        return _checkpointed(self, _program(_run_block, dynamic=True) if compiled else _run_block, self, x, layout)
+        # of texts, whose number of rows changes from batch to batch, `dynamic` makes one program for all
+        run = _program(_run_block, dynamic=layout.causal or x.is_cuda) if compiled else _run_block
+        return _checkpointed(self, run, self, x, layout)
 
     def is_as_built(self, attn_mask: Tensor | None) -> bool:
         """Tell whether nothing in it needs to see whole sequences."""

@@ -12,6 +12,8 @@ from cliptune.model.architectures import GELU_TANH, QUICK_GELU, Architecture
 from cliptune.model.attention import QuickGELU
 from cliptune.runtime.openai_clip import import_clip
 
+WHOLE_ON = {"cuda"}
+"""Devices for which a whole tower is compiled: a CPU has no launches to save, and its compiler takes minutes."""
 CLASS_ARGUMENTS = (
     "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length",
     "vocab_size", "transformer_width", "transformer_heads", "transformer_layers",
@@ -92,10 +94,13 @@ def layers_of(backbone: Any) -> list[nn.Module]:
 def set_compiled(backbone: Any, compiled: bool) -> None:
     """Let both towers run by `torch.compile`, or no longer.
 
-    A tower is one program; where checkpointing or FSDP has to do something between layers, each block of a transformer
-    but the last is one, and a ResNet is none.
+    A tower is one program on `WHOLE_ON`; elsewhere, and where checkpointing or FSDP has to do something between layers,
+    each block of a transformer but the last is one, the same for all, and a ResNet is none.
     """
-    by_layer = compiled and any(layer.checkpointed or hasattr(layer, "unshard") for layer in layers_of(backbone))
+    by_layer = compiled and (
+        backbone.text_projection.device.type not in WHOLE_ON
+        or any(layer.checkpointed or hasattr(layer, "unshard") for layer in layers_of(backbone))
+    )
     backbone.compiled = compiled and not by_layer
     for tower in (backbone.visual, backbone):
         if hasattr(tower, "transformer"):

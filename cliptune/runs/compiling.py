@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cliptune.model.cost import cost_of
+from cliptune.model.towers import WHOLE_ON
 from cliptune.runs.data import num_views
 from cliptune.runtime.device import compiler_issue
 from cliptune.runtime.distributed import world_size
@@ -56,7 +57,8 @@ def chooses_to_compile(
     if issue is not None:
         logger.warning("--compile: no compiler works here (%s); going on without", issue)
         return False
-    logger.info("towers are %scompiled: %s%s", "" if is_on else "not ", reason, _extent(config, model) if is_on else "")
+    extent = _extent(config, model, device) if is_on else ""
+    logger.info("towers are %scompiled: %s%s", "" if is_on else "not ", reason, extent)
     return is_on
 
 
@@ -73,11 +75,14 @@ def runs_no_tower(config: Config, model: Any) -> bool:
     return len(model.frozen_towers) == 2 and num_views(config) > 0
 
 
-def _extent(config: Config, model: Any) -> str:
+def _extent(config: Config, model: Any, device: torch.device) -> str:
     """Say what is compiled where it is not each tower as a whole; see `towers.set_compiled`."""
     is_sharded = config.run.parallel == "fsdp" and world_size() > 1
-    if not (config.training.gradient_checkpointing or is_sharded):
+    is_checkpointed = config.training.gradient_checkpointing
+    if device.type in WHOLE_ON and not (is_checkpointed or is_sharded):
         return "; the first step waits for it"
-    cause = "FSDP shards" if is_sharded else "checkpointing repeats"
     only = "" if model.architecture.is_vit else " of the text tower alone"
-    return f"; block by block{only}, since {cause} them one by one"
+    cause = "FSDP shards them one by one" if is_sharded else "checkpointing repeats them one by one"
+    if not (is_sharded or is_checkpointed):
+        cause = "a whole tower takes the compiler minutes on this device"
+    return f"; block by block{only}, since {cause}"

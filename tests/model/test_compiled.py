@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import sdpa_kernel
 
 from clip_model import CLIPModel
-from cliptune.model import attention, modules
+from cliptune.model import attention, modules, towers
 from cliptune.model.lora import add_lora
 from cliptune.model.modules import VisionTransformer
 from cliptune.runtime.device import compiler_issue
@@ -21,6 +21,12 @@ from tests.model.test_attention import plain_varlen, random_tokens
 __all__ = ["small_architectures"]
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile whole towers here, as on a GPU."""
+    monkeypatch.setattr(towers, "WHOLE_ON", {"cpu"})
 
 
 @pytest.fixture
@@ -66,6 +72,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
+@pytest.mark.usefixtures("whole")
 def test_a_tower_is_compiled_once_whatever_comes(name: str, counter: Any) -> None:
     model = make_model(name)
     generator = torch.Generator().manual_seed(0)
@@ -91,6 +98,7 @@ def test_a_tower_is_compiled_once_whatever_comes(name: str, counter: Any) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole")
 def test_packed_attention_is_compiled_once_and_adapters_too(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_stand_in_for_pytorchs_operation(monkeypatch)
     model = make_model("ViT-Mini")
@@ -144,6 +152,7 @@ def use_stand_in_for_pytorchs_operation(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
+@pytest.mark.usefixtures("whole")
 def test_compiled_towers_give_what_others_give(name: str, dtype: torch.dtype) -> None:
     if compiler_issue(CPU) is not None:
         pytest.skip("no C++ compiler")
@@ -165,17 +174,23 @@ def test_compiled_towers_give_what_others_give(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.slow
-def test_what_is_checkpointed_is_compiled_block_by_block(counter: Any) -> None:
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("cause", ["checkpointing", "device"])
+def test_some_are_compiled_block_by_block(cause: str, counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("ViT-Mini")
     tokens = random_tokens(4, torch.Generator().manual_seed(0))
     wanted = run(model, tokens)
-    model.checkpoint_gradients()
+    if cause == "checkpointing":
+        model.checkpoint_gradients()
+    else:
+        monkeypatch.setattr(towers, "WHOLE_ON", {"cuda"})
     model.compile_towers()
     assert not model.backbone.compiled
     assert_close(run(model, tokens), wanted, 1e-5)
     assert counter.frame_count == 2  # all but the last of each tower, which has two
 
 
+@pytest.mark.usefixtures("whole")
 def test_towers_that_are_sharded_or_touched_are_not_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("ViT-Mini")
     model.compile_towers()
@@ -207,6 +222,7 @@ def test_the_choice_of_kernels_is_part_of_a_program() -> None:
     assert torch.allclose(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query), atol=1e-6)
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_compiler_that_fails_is_said_once_and_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,7 +1,7 @@
 """Whether a run compiles its towers."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def test_it_pays_in_a_long_run_on_a_gpu(caplog: pytest.LogCaptureFixture) -> Non
     assert not choose("--compile", "false")
     assert not caplog.text
     assert choose("--compile", device=CPU, num_samples=10)
+    assert "towers are compiled: --compile true; block by block, since a whole tower takes the compiler" in caplog.text
 
 
 def test_the_estimate_grows_with_what_is_computed() -> None:
@@ -142,10 +143,10 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
 ) -> None:
     counter = CompileCounterWithBackend("eager")
     torch.compiler.reset()
-    small.setattr(modules, "_program", cache(lambda function: torch.compile(function, backend=counter)))
+    small.setattr(modules, "_program", cache(partial(torch.compile, backend=counter)))
     flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--precision", "fp32"]
     assert main([*flags, "--num_epochs", "1", "--compile"]) == 0
-    assert counter.frame_count == 2
+    assert counter.frame_count >= 2  # a block of each tower; images of a smaller batch have their own
     assert "\nprecision: fp32, compiled\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())
     assert (results["run"]["precision"], results["config"]["training"]["compile"]) == ("fp32, compiled", "true")
