@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         results["precisions"][precision] = {
             "seconds": {name: timing.seconds for name, timing in timings.items()},
             "matrix_rate": rate,
-            "floor_seconds": flops / rate,
+            "floor_seconds": None if math.isnan(flops) else flops / rate,
         }
     write_json(options.json, results)
     return 0
@@ -149,22 +150,25 @@ class Inputs:
         return next(self._tokens)
 
 
-def make_trainer(model_name: str, device: torch.device, *, parallel: str = "ddp", **training: Any) -> MultimodalTrainer:
-    """Make what `train.py` trains with, of random weights, placed as its flags say.
+def make_trainer(
+    model: str | CLIPModel, device: torch.device, *, parallel: str = "ddp", **training: Any
+) -> MultimodalTrainer:
+    """Make what `train.py` trains with, placed as its flags say.
 
     Args:
-        model_name: of the model.
+        model: its name, for random weights; or the model.
         device: where it is trained.
         parallel: how several ranks share it.
         training: settings of training, by their flags' names, where they are not the defaults.
     """
+    if isinstance(model, str):
+        model = CLIPModel(model, pretrained="none")
     config = Config(
-        model=ModelSettings(name=model_name, pretrained="none"),
+        model=ModelSettings(name=model.architecture.name, pretrained="none"),
         training=TrainingSettings(**training),
-        run=RunSettings(parallel=parallel),  # type: ignore[arg-type]
+        run=RunSettings(parallel=parallel),
     )
     precision = resolve_precision(config.training.precision, device)
-    model = CLIPModel(model_name, pretrained="none")
     runner, micro_batch_size = place_model(config, model, precision=precision, device=device)
     optimizer = build_optimizer(model, learning_rate=RATE, backbone_lr_scale=1.0, weight_decay=DECAY)
     return MultimodalTrainer(
@@ -176,7 +180,7 @@ def ours(
     model_name: str, inputs: Inputs, device: torch.device, precision: str, *, compiled: bool | None = None
 ) -> Step:
     """Make one step of `MultimodalTrainer`, as `train.py` runs it; compiled or not: None: as it would choose."""
-    chosen = {} if compiled is None else {"compile": compiled}
+    chosen: dict[str, Any] = {} if compiled is None else {"compile": compiled}
     trainer = make_trainer(
         model_name, device, precision=precision, batch_size=inputs.num_pairs,
         gradient_checkpointing=inputs.checkpointed, **chosen,
