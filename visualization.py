@@ -44,7 +44,9 @@ def _draw(argv: list[str] | None) -> int:
         from cliptune.report.page import NAME, write_report  # noqa: PLC0415  (--help needs none of it)
 
         page = (results_path.parent if output_dir is None else output_dir) / NAME
-        drawn.append(write_report(results_path, page, images=settings.report == "full"))
+        drawn.append(
+            write_report(results_path, page, images=settings.report == "full", umap=settings.feature_map == "umap")
+        )
     for path in drawn:
         print(printable(str(path)))
     return 0

@@ -61,8 +61,8 @@ HELP_GROUPS = {
         "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
     ),
     "shards": ("to_shards", "shard_size"), "export": ("to", "overwrite", "onnx_files", "quantize"),
-    "output": ("report", "suspects", "track", "checkpoint_every", "keep_checkpoints", "log_interval", "log_level",
-               "profile"),
+    "output": ("report", "map", "suspects", "track", "checkpoint_every", "keep_checkpoints", "log_interval",
+               "log_level", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 

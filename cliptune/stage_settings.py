@@ -158,6 +158,17 @@ class VisualizationSettings(Settings):
     suspects: Literal["train"] | None = Field(
         None, description="train: list training pairs that look mislabelled to the best model, in results/suspects.csv"
     )
+    feature_map: Literal["pca", "umap"] = Field(
+        "pca",
+        description="how the report lays out features in a plane; umap: with umap-learn, which takes longer",
+        json_schema_extra={"flag": "map"},
+    )
+
+    @model_validator(mode="after")
+    def _map_is_of_a_report(self) -> VisualizationSettings:
+        if self.feature_map == "umap" and self.report == "none":
+            raise ValueError("map umap is about the report: add --report")
+        return self
 
 
 class SearchSettings(Settings):

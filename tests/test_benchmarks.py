@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import visualization
 from benchmarks import (
     data_pipeline,
     drawn_worlds,
@@ -14,6 +15,7 @@ from benchmarks import (
     folds,
     frozen_training,
     index_memory,
+    label_noise,
     large_batch,
     near_duplicates,
     retrieval,
@@ -24,6 +26,7 @@ from benchmarks import (
     verdict_coverage,
 )
 from benchmarks.timing import Timing, print_table, ratio, take_turns
+from cliptune.data.suspects import read_suspects
 from cliptune.features.metrics import rank_metrics
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
@@ -174,6 +177,21 @@ def test_a_loading_process_does_not_copy_the_index(tmp_path: Path) -> None:
     grown = index_memory.in_new_process(index_memory.measure_walk, path).kept
     # a list of as many strings, counted references and all, is copied as a whole: 5 MiB
     assert grown < 2 * 2**20
+
+
+@pytest.mark.slow
+def test_swapped_captions_stand_out_to_a_model_that_was_trained_on_them(tmp_path: Path) -> None:
+    flags = ["--num_images", "600", "--val_images", "150", "--epochs", "8", "--rates", "5"]
+    assert label_noise.main([*flags, "--work_dir", str(tmp_path), "--json", str(tmp_path / "x.json")]) == 0
+    rows = {row["split"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    assert (rows["train"]["pairs"], rows["train"]["wrong"]) == (1200, 60)
+    assert rows["train"]["auroc"] > 0.95
+    # the list that a person looks at has the same pairs, and most of it is right
+    results = tmp_path / "5" / "run" / "results"
+    assert visualization.main(["--results", str(results / "training_results.json"), "--suspects", "train"]) == 0
+    listed = read_suspects(results / "suspects.csv")
+    assert len(listed) == rows["train"]["listed"]
+    assert rows["train"]["right"] > max(45, 0.7 * len(listed))
 
 
 @pytest.mark.slow

@@ -80,19 +80,20 @@ class Analysis(NamedTuple):
     map: Map
 
 
-def analyse(queries: Queries, thumbnails: Thumbnails) -> Analysis:
+def analyse(queries: Queries, thumbnails: Thumbnails, *, umap: bool = False) -> Analysis:
     """Look at the features of the best model.
 
     Args:
         queries: with answers.
         thumbnails: take the images.
+        umap: see `feature_map`.
     """
     found = queries.answers["best" if "best" in queries.answers else "loaded"]
     images, texts = (found[f"{name}_features"].astype(np.float32) for name in ("image", "text"))
     return Analysis(
         _mislabelled(queries, thumbnails, images, texts),
         [_hubs(queries, thumbnails, way, found[f"{way}_ids"]) for way in ("t2i", "i2t")],
-        _map(feature_map(images, texts, max_points=NUM_POINTS)),
+        _map(feature_map(images, texts, max_points=NUM_POINTS, umap=umap)),
     )
 
 

@@ -27,7 +27,7 @@ class Item(NamedTuple):
     score: float | None = None
     """Cosine with the query."""
     mark: str = ""
-    """`right`, `same` (the very words of the right one), or nothing."""
+    """`right`, `same` (the words of the right one, or a copy of its image), or nothing."""
 
 
 class Card(NamedTuple):
@@ -101,7 +101,7 @@ def _kinds(queries: Queries, way: str, *, is_trained: bool) -> Iterator[_Kind]:
     same[[row for row in missed.tolist() if answers[row] >= 0 and _is_same(queries, way, row, int(answers[row]))]] = (
         True
     )
-    note = "The first answer has the very words of the right one, and counts as an error all the same."
+    note = "The first answer has the words of the right one, or belongs to a copy of its image, and counts as an error."
     yield _Kind("duplicates", "Duplicates counted as errors", note, same, -after)
 
 

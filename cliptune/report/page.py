@@ -48,20 +48,21 @@ class Row(NamedTuple):
     """Low, gain and high between -1 and 1, for the drawing."""
 
 
-def write_report(results_path: Path, output: Path | None = None, *, images: bool = True) -> Path:
+def write_report(results_path: Path, output: Path | None = None, *, images: bool = True, umap: bool = False) -> Path:
     """Write the page of a training run.
 
     Args:
         results_path: its `training_results.json`; what lies beside it, `retrieval.npz` and `data_check.json`, is shown.
         output: the page; None: `report.html` beside the results.
         images: False: with captions and names alone, so that no image leaves its place by accident.
+        umap: lay out the map of features with UMAP in place of PCA.
 
     Returns:
         The page.
 
     Raises:
         FileNotFoundError: no such results file.
-        ValueError: not the results of a training run.
+        ValueError: not the results of a training run; `umap` and its package is not installed.
         OSError: the page cannot be written.
     """
     results = read(results_path)
@@ -69,14 +70,14 @@ def write_report(results_path: Path, output: Path | None = None, *, images: bool
         raise ValueError(f"{results_path}: a report is of a training run; of an evaluation there are figures alone")
     output = results_path.with_name(NAME) if output is None else output
     thumbnails = Thumbnails(enabled=images)
-    values = _values(results, results_path.parent, thumbnails)
+    values = _values(results, results_path.parent, thumbnails, umap=umap)
     # what was not made is known only after all else was collected
     values |= {"thumbnails": thumbnails.made, "images": _images_said(thumbnails, images)}
     write_text(output, _render("report.html", **values))
     return output
 
 
-def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails) -> dict[str, Any]:
+def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails, *, umap: bool) -> dict[str, Any]:
     best = shown_epoch(results.best_epoch)
     best_name = f"epoch {best}" if results.best_epoch else "as loaded"
     best_step = next(record.step for record in comparable(results.history) if record.epoch == results.best_epoch)
@@ -94,7 +95,7 @@ def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails) -> d
         "curves": charts.curves(results),
         "history": _history(results),
         "time": _time(getattr(results, "wall_time", None)),
-        **_queries_said(queries, thumbnails, best_name),
+        **_queries_said(queries, thumbnails, best_name, umap=umap),
         "density": charts.densities(
             histograms.baseline if results.best_epoch else None, histograms.best, name=best_name
         ),
@@ -106,7 +107,7 @@ def _values(results: TrainingResults, folder: Path, thumbnails: Thumbnails) -> d
     }
 
 
-def _queries_said(queries: Queries | Missing, thumbnails: Thumbnails, best_name: str) -> dict[str, Any]:
+def _queries_said(queries: Queries | Missing, thumbnails: Thumbnails, best_name: str, *, umap: bool) -> dict[str, Any]:
     if isinstance(queries, Missing):
         return {"no_queries": queries.reason, "galleries": [], "ways": WAYS, "has_captions": True, "analysis": None}
     reason = lacking(queries)
@@ -116,7 +117,7 @@ def _queries_said(queries: Queries | Missing, thumbnails: Thumbnails, best_name:
         "galleries": found,
         "ways": WAYS,
         "has_captions": queries.has_captions,
-        "analysis": None if reason else analyse(queries, thumbnails),
+        "analysis": None if reason else analyse(queries, thumbnails, umap=umap),
     }
 
 

@@ -18,7 +18,7 @@ from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import INDEX_NAME, open_shards
 from cliptune.preprocess.transforms import clip_transform, train_transform
 from tests.helpers.datasets import make_shards, make_tar, png_bytes
-from tests.helpers.launch import torchrun
+from tests.helpers.launch import run_ranks
 from tests.helpers.ranks import as_rank
 
 CPU = torch.device("cpu")
@@ -240,7 +240,7 @@ def test_a_run_on_shards(shard_run: Path, tmp_path: Path) -> None:
 def test_two_ranks_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_run / "train", tmp_path / "train", ignore=shutil.ignore_patterns(INDEX_NAME))
     data = ["--data_dir", f"{tmp_path}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
-    done = torchrun(2, "train.py", *data, *FLAGS, "--num_workers", "2", "--output_dir", str(tmp_path))
+    done = run_ranks(2, "train.py", *data, *FLAGS, "--num_workers", "2", "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("counted the samples of 3 shards") == 1
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())

@@ -1,8 +1,11 @@
-"""Start real processes with `torchrun`, over gloo on the CPU."""
+"""Start a stage in several ranks, over gloo on the CPU: with `torchrun`, or faster."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,3 +23,23 @@ def environment() -> dict[str, str]:
 def torchrun(world_size: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = torchrun_command(world_size, script, *arguments)
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+
+
+def run_ranks(world_size: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Do what `torchrun` does, with ranks that need not import PyTorch once more."""
+    server = _rank_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
+        job = {"script": str(ROOT / script), "arguments": arguments, "world_size": world_size}
+        server.stdin.write(json.dumps({**job, "stdout": stdout.name, "stderr": stderr.name}) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+
+
+@functools.cache
+def _rank_server() -> "subprocess.Popen[str]":
+    """It ends when its input does, with this process."""
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "rank_server.py")]
+    return subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

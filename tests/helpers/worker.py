@@ -54,7 +54,7 @@ from tests.helpers.losses import reference_loss
 from tests.helpers.models import FP32, SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
-STEPS = 20
+STEPS = 9
 LOSSES = list(product(("infonce", "siglip"), POSITIVES))
 SIZES = (21, 21, 2)
 """Pairs of the batches, in turn: none of them divides among 2 and 3, and the last leaves some with nothing."""

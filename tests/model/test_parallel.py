@@ -14,7 +14,7 @@ from clip_model import CLIPModel
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.parallel import can_shard, clip_gradient, parallel_model
 from cliptune.preprocess.tokens import tokenize
-from tests.helpers.launch import torchrun
+from tests.helpers.launch import run_ranks
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, assert_same_gradients, make_model, small_architectures
 from tests.helpers.worker import train, train_adapted
 
@@ -33,7 +33,7 @@ def one_process() -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_train_as_one_does(world_size: int, one_process: dict[str, Any], tmp_path: Path) -> None:
     """DDP and FSDP2, in micro-batches (and there with a whole state taken over half-way) and without."""
-    done = torchrun(world_size, "tests/helpers/worker.py", "train", str(tmp_path))
+    done = run_ranks(world_size, "tests/helpers/worker.py", "train", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     files = sorted(tmp_path.glob("*.pt"))
     assert len(files) == (6 if can_shard() else 3)
@@ -57,7 +57,7 @@ def test_processes_train_as_one_does(world_size: int, one_process: dict[str, Any
 @pytest.mark.slow
 def test_processes_train_adapters_as_one_does(tmp_path: Path) -> None:
     """With rates by layer; with DDP an average as well, which shards go without."""
-    done = torchrun(2, "tests/helpers/worker.py", "adapted", str(tmp_path))
+    done = run_ranks(2, "tests/helpers/worker.py", "adapted", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     files = sorted(tmp_path.glob("*.pt"))
     assert len(files) == (2 if can_shard() else 1)
@@ -77,7 +77,7 @@ def test_processes_train_adapters_as_one_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_losses_over_processes_are_those_of_their_definition(tmp_path: Path) -> None:
     """With every kind of positives, some of them in other ranks; under DDP and FSDP2."""
-    done = torchrun(3, "tests/helpers/worker.py", "losses", str(tmp_path))
+    done = run_ranks(3, "tests/helpers/worker.py", "losses", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

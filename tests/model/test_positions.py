@@ -15,7 +15,7 @@ from clip_model import CLIPModel, add_self_test
 from cliptune.model.checkpoint_file import save_checkpoint
 from cliptune.model.positions import resize_image_positions, resize_text_positions
 from data_loader import create_sample_dataset
-from tests.helpers.launch import torchrun
+from tests.helpers.launch import run_ranks
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, small_architectures
 from tests.helpers.peers import OpenClip, assert_same_features
 
@@ -204,7 +204,7 @@ def test_a_run_goes_by_all_that_its_weights_were_made_with(parallel: str | None,
     if parallel is None:
         assert run(train.main, *flags) == 0
     else:
-        done = torchrun(2, "train.py", *map(str, flags), "--parallel", parallel)
+        done = run_ranks(2, "train.py", *map(str, flags), "--parallel", parallel)
         assert done.returncode == 0, done.stderr
     checkpoint = torch.load(out / "model-checkpoint" / "best_model.pth", weights_only=True)
     model = CLIPModel(pretrained=out / "model-checkpoint" / "last_model.pth")

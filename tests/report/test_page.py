@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -230,3 +231,22 @@ def test_an_evaluation_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text(json.dumps(evaluation_values()))
     assert visualization.main(["--results", str(path), "--report"]) == 2
     assert "a report is of a training run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_map_is_by_umap_where_it_is_asked_for(no_figures: None, tmp_path: Path) -> None:
+    pytest.importorskip("umap")
+    results = make_run(tmp_path, num_images=20)
+    assert visualization.main(["--results", str(results), "--report", "--map", "umap"]) == 0
+    assert "(UMAP)" in results.with_name("report.html").read_text(encoding="utf-8")
+
+
+def test_a_map_by_umap_needs_its_package_and_a_report(
+    no_figures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = make_run(tmp_path)
+    assert visualization.main(["--results", str(results), "--map", "umap"]) == 2
+    assert "map umap is about the report: add --report" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "umap", None)
+    assert visualization.main(["--results", str(results), "--report", "--map", "umap"]) == 2
+    assert "pip install umap-learn" in capsys.readouterr().err

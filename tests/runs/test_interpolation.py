@@ -19,7 +19,7 @@ from cliptune.runs.interpolation import ALPHAS, Ends, Point, choose, estimated_g
 from cliptune.runs.watch import Found, Seen
 from cliptune.training.checkpoint import RunFiles
 from evaluation import main as evaluate_main
-from tests.helpers.launch import torchrun
+from tests.helpers.launch import run_ranks
 from tests.helpers.runs import SMALL, assert_same, small_runs
 from train import main
 from visualization import draw_figures
@@ -256,7 +256,7 @@ def test_several_ranks_look_back_together(parallel: str, sample_dir: Path, tmp_p
     data = ["--data_dir", str(sample_dir), "--watch_data", str(watched), "--output_dir", str(tmp_path)]
     training = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3", "--num_epochs", "2"]
     more = ["--num_workers", "0", "--precision", "fp32", "--interpolate", "--parallel", parallel]
-    done = torchrun(2, "train.py", *data, *training, *more)
+    done = run_ranks(2, "train.py", *data, *training, *more)
     assert done.returncode == 0, done.stderr
     found = results_of(RunFiles(tmp_path))
     points = found["interpolation"]["points"]

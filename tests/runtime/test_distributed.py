@@ -17,7 +17,7 @@ import torch
 import evaluation
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runtime import distributed
-from tests.helpers.launch import environment, torchrun, torchrun_command
+from tests.helpers.launch import environment, run_ranks, torchrun, torchrun_command
 from train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,19 +53,19 @@ def one_process(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.slow
 def test_processes_exchange_what_they_have(tmp_path: Path) -> None:
-    done = torchrun(3, "tests/helpers/worker.py", "exchange", str(tmp_path))
+    done = run_ranks(3, "tests/helpers/worker.py", "exchange", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_merged_ranks_of_several_processes_are_those_of_the_definition(tmp_path: Path) -> None:
-    done = torchrun(3, "tests/helpers/worker.py", "merge", str(tmp_path))
+    done = run_ranks(3, "tests/helpers/worker.py", "merge", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_full_memory_in_one_process_is_so_in_all(tmp_path: Path) -> None:
-    done = torchrun(2, "tests/helpers/worker.py", "memory", str(tmp_path))
+    done = run_ranks(2, "tests/helpers/worker.py", "memory", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "out of memory with micro-batches of 4 pairs: going on with 2" in done.stderr
 
@@ -94,14 +94,14 @@ def test_a_run_of_two_processes_is_that_of_one(one_process: Path, sample_dir: Pa
 def test_a_sharded_run_is_that_of_one_and_resumes_it(one_process: Path, sample_dir: Path, tmp_path: Path) -> None:
     flags = run_flags(sample_dir, tmp_path, "--parallel", "fsdp", "--gradient_checkpointing")
     flags[flags.index("--num_epochs") + 1] = "1"
-    done = torchrun(3, "train.py", *flags, "--warmup_fraction", "0")
+    done = run_ranks(3, "train.py", *flags, "--warmup_fraction", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     single = tmp_path / "single"
     flags = run_flags(sample_dir, single, "--warmup_fraction", "0")
     flags[flags.index("--num_epochs") + 1] = "1"
     assert main(flags) == 0
     assert_same_history(history(tmp_path), history(single))
-    done = torchrun(2, "train.py", "--output_dir", str(single), "--resume", "--num_epochs", "2", "--parallel", "fsdp")
+    done = run_ranks(2, "train.py", "--output_dir", str(single), "--resume", "--num_epochs", "2", "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming at epoch 1, step 3 from" in done.stderr
     assert [entry["epoch"] for entry in history(single)] == [0, 1, 2]
@@ -112,7 +112,7 @@ def test_frozen_features_are_shared_out(sample_dir: Path, tmp_path: Path) -> Non
     frozen = ("--freeze_backbone", "--feature_views", "2")
     single = tmp_path / "single"
     assert main(run_flags(sample_dir, single, *frozen)) == 0
-    done = torchrun(2, "train.py", *run_flags(sample_dir, tmp_path, *frozen))
+    done = run_ranks(2, "train.py", *run_flags(sample_dir, tmp_path, *frozen))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_history(history(tmp_path), history(single))
 
@@ -126,7 +126,7 @@ def test_frozen_features_are_shared_out(sample_dir: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_ranks_share_the_work_of_frozen_towers(tmp_path: Path) -> None:
-    done = torchrun(2, "tests/helpers/worker.py", "features", str(tmp_path))
+    done = run_ranks(2, "tests/helpers/worker.py", "features", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -134,7 +134,7 @@ def test_ranks_share_the_work_of_frozen_towers(tmp_path: Path) -> None:
 def test_a_shared_evaluation_gives_the_same_numbers(one_process: Path, tmp_path: Path) -> None:
     flags = ["--checkpoint", str(one_process / "model-checkpoint" / "best_model.pth"), "--encode_batch_size", "2"]
     assert evaluation.main([*flags, "--output_dir", str(tmp_path / "one")]) == 0
-    done = torchrun(3, "evaluation.py", *flags, "--output_dir", str(tmp_path / "three"))
+    done = run_ranks(3, "evaluation.py", *flags, "--output_dir", str(tmp_path / "three"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("RSum") == 1
     one, three = (
@@ -147,7 +147,7 @@ def test_a_shared_evaluation_gives_the_same_numbers(one_process: Path, tmp_path:
 @pytest.mark.slow
 def test_a_process_that_fails_ends_all_with_its_error(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = torchrun(2, "tests/helpers/worker.py", "fail", str(tmp_path))
+    done = run_ranks(2, "tests/helpers/worker.py", "fail", str(tmp_path))
     assert done.returncode != 0
     assert "worker.py (rank 1): error: process one has no data" in done.stderr
     assert time.monotonic() - start < 60
