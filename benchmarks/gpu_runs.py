@@ -288,7 +288,9 @@ def training_rate(options: Namespace, data: Path, name: str, flags: Sequence[str
     epochs = ["--num_epochs", "2" if options.quick else "4", "--val_split", "0.1" if options.quick else "0.01235"]
     cache = ["--cache_dir", str(options.work / f"{name}_cache")]
     shutil.rmtree(cache[1], ignore_errors=True)
-    train(options, output, data, [*sizes, *epochs, *cache, *flags])
+    # a run as short as this one would not be compiled by itself, and the steps that it is compared with are
+    compiled = ["--compile"] if options.device.startswith("cuda") else []
+    train(options, output, data, [*sizes, *epochs, *cache, *compiled, *flags])
     shutil.rmtree(cache[1], ignore_errors=True)  # gigabytes
     return rate_of((output / "logs" / "train.log").read_text(encoding="utf-8"))
 

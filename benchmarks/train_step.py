@@ -16,6 +16,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
 
 RATE, DECAY = 1e-5, 0.01
+MANY_SAMPLES = 1_000_000
+"""Of an epoch: a run that is worth whatever takes a while to prepare."""
 Step = Callable[[], object]
 
 
@@ -169,7 +172,9 @@ def make_trainer(
         run=RunSettings(parallel=parallel),
     )
     precision = resolve_precision(config.training.precision, device)
-    runner, micro_batch_size = place_model(config, model, precision=precision, device=device)
+    # what `--compile auto` goes by, where there is one
+    length = {"num_samples": MANY_SAMPLES} if "num_samples" in signature(place_model).parameters else {}
+    runner, micro_batch_size = place_model(config, model, precision=precision, device=device, **length)
     optimizer = build_optimizer(model, learning_rate=RATE, backbone_lr_scale=1.0, weight_decay=DECAY)
     return MultimodalTrainer(
         model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=micro_batch_size, parallel=runner

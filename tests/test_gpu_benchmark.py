@@ -98,6 +98,42 @@ def test_parts_are_named_in_the_order_that_matters(capsys: pytest.CaptureFixture
     assert "no part is called nonsense; there are correctness, stall" in capsys.readouterr().err
 
 
+class GivenFigures:
+    """Stands in for a `Runner` on a GPU: measurements give what they are given, and rows are collected."""
+
+    is_gpu, quick, step_rate = True, False, None
+
+    def __init__(self, **seconds: list[float]) -> None:
+        self.seconds = {name.replace("_and_", "+"): values for name, values in seconds.items()}
+        self.rows: list[Row] = []
+        self.tell = self.rows.append
+
+    def captions(self) -> str:
+        return "captions.json"
+
+    def figures(self, script: str, *flags: object, **_: object) -> dict[str, Any]:
+        names = str(flags[flags.index("--cases") + 1]).split(",")
+        seconds = {name: self.seconds[name] for name in names if name in self.seconds}
+        return {"precisions": {"bf16": {"seconds": seconds, "floor_seconds": 0.01}}}
+
+    def note_step_rate(self, rate: float) -> None:
+        self.step_rate = rate  # type: ignore[assignment]
+
+
+def test_a_step_is_told_beside_its_peers() -> None:
+    run = GivenFigures(ours=[0.05, 0.04, 0.05], open_clip=[0.11, 0.10, 0.10], open_clip_and_compile=[0.06, 0.06, 0.06])
+    gpu_parts.vit_b32(run)  # type: ignore[arg-type]
+    told_rows = {row.name.removeprefix("ViT-B/32, batch 512, bf16"): (row.value, row.verdict) for row in run.rows}
+    assert told_rows == {
+        ", default flags": (512 / 0.05, "met"),
+        ": share of the floor": (pytest.approx(20), ""),
+        ": ours over open_clip": (pytest.approx(2.2), "met"),  # 2.2, 2.5, 2.0: each turn's own
+        ", default flags beside a compiled peer": (512 / 0.05, "met"),
+        ": ours over open_clip+compile": (pytest.approx(1.2), "missed"),
+    }
+    assert run.step_rate == 512 / 0.05
+
+
 SCRIPT = f"""
 import json, subprocess, sys, time
 print({MARK!r} + json.dumps({{"name": "told before", "value": 1.0}}), flush=True)
