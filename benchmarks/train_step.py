@@ -125,13 +125,11 @@ def make_cases(
     """Make the turns of the cases; says which are skipped, since their packages are not installed."""
     cases: dict[str, Step] = {}
     for name in filter(None, options.cases.split(",")):
-        inputs = Inputs(images, tokens, checkpointed=options.gradient_checkpointing)
+        inputs = Inputs(images, tokens, steps=options.steps, checkpointed=options.gradient_checkpointing)
         try:
-            step = MAKERS[name](options.model, inputs, device, precision)
+            cases[name] = MAKERS[name](options.model, inputs, device, precision)
         except ImportError as error:
             print(f"{name} is skipped: {error}")
-            continue
-        cases[name] = lambda step=step: [step() for _ in range(options.steps)]  # type: ignore[misc]
     return cases
 
 
@@ -141,16 +139,21 @@ class Inputs:
     Args:
         images: float `[B, 3, R, R]`.
         tokens: `[batches, B, L]`.
-        checkpointed: the step saves memory by gradient checkpointing.
+        steps: of a turn.
+        checkpointed: a step saves memory by gradient checkpointing.
     """
 
-    def __init__(self, images: Tensor, tokens: Tensor, *, checkpointed: bool = False) -> None:
-        self.images, self.num_pairs, self.checkpointed = images, len(images), checkpointed
+    def __init__(self, images: Tensor, tokens: Tensor, *, steps: int = 1, checkpointed: bool = False) -> None:
+        self.images, self.num_pairs, self.steps, self.checkpointed = images, len(images), steps, checkpointed
         self._tokens: Iterator[Tensor] = itertools.cycle(tokens.unbind())
 
     def next_tokens(self) -> Tensor:
         """Return the tokens of the next batch, `[B, L]`."""
         return next(self._tokens)
+
+    def turn(self, step: Step) -> Step:
+        """Make a turn of a step."""
+        return lambda: [step() for _ in range(self.steps)]
 
 
 def make_trainer(
@@ -184,7 +187,7 @@ def make_trainer(
 def ours(
     model_name: str, inputs: Inputs, device: torch.device, precision: str, *, compiled: bool | None = None
 ) -> Step:
-    """Make one step of `MultimodalTrainer`, as `train.py` runs it; compiled or not: None: as it would choose."""
+    """Make steps of `MultimodalTrainer`, as `train.py` runs it; compiled or not: None: as it would choose."""
     chosen: dict[str, Any] = {} if compiled is None else {"compile": compiled}
     trainer = make_trainer(
         model_name, device, precision=precision, batch_size=inputs.num_pairs,
@@ -194,13 +197,13 @@ def ours(
     images = inputs.images
     if device.type == "cuda":
         images = (64 * images + 128).clamp(0, 255).to(torch.uint8)
-    return lambda: trainer.train_step(images, inputs.next_tokens(), ids)
+    return inputs.turn(lambda: trainer.train_step(images, inputs.next_tokens(), ids))
 
 
 def open_clip_step(
     model_name: str, inputs: Inputs, device: torch.device, precision: str, *, compiled: bool = False
 ) -> Step:
-    """Make one step of open_clip's own training loop, with its default optimiser."""
+    """Make steps of open_clip's own training loop, with its default optimiser."""
     import open_clip  # noqa: PLC0415
     from open_clip_train.train import train_one_epoch  # noqa: PLC0415
 
@@ -217,10 +220,10 @@ def open_clip_step(
     )  # fmt: skip
 
     class Loader:
-        num_batches, num_samples = 1, inputs.num_pairs
+        num_batches, num_samples = inputs.steps, inputs.steps * inputs.num_pairs
 
         def __iter__(self) -> Iterator[Any]:
-            return iter([(inputs.images, inputs.next_tokens())])
+            return ((inputs.images, inputs.next_tokens()) for _ in range(inputs.steps))
 
     data = {"train": Namespace(dataloader=Loader(), set_epoch=lambda epoch: None)}
     loss = open_clip.ClipLoss()
@@ -228,7 +231,7 @@ def open_clip_step(
 
 
 def transformers_step(model_name: str, inputs: Inputs, device: torch.device, precision: str) -> Step:
-    """Make one step of Hugging Face's `CLIPModel`, with the padding that its processor gives (to the longest text)."""
+    """Make steps of Hugging Face's `CLIPModel`, with the padding that its processor gives (to the longest text)."""
     from transformers import CLIPConfig  # noqa: PLC0415
     from transformers import CLIPModel as HuggingFaceModel  # noqa: PLC0415
 
@@ -254,11 +257,11 @@ def transformers_step(model_name: str, inputs: Inputs, device: torch.device, pre
         result: Tensor = model(**texts, pixel_values=inputs.images, return_loss=True).loss
         return result
 
-    return _plain_step(list(model.parameters()), loss, device, precision)
+    return inputs.turn(_plain_step(list(model.parameters()), loss, device, precision))
 
 
 def clip_step(model_name: str, inputs: Inputs, device: torch.device, precision: str) -> Step:
-    """Make one step of the loop that everybody writes on OpenAI's package: 77 positions, AdamW as it comes."""
+    """Make steps of the loop that everybody writes on OpenAI's package: 77 positions, AdamW as it comes."""
     sizes = {key: getattr(ARCHITECTURES[model_name], key) for key in CLASS_ARGUMENTS}
     model = import_clip().model.CLIP(**sizes).float().to(device)
     labels = torch.arange(inputs.num_pairs, device=device)
@@ -267,7 +270,7 @@ def clip_step(model_name: str, inputs: Inputs, device: torch.device, precision: 
         per_image, per_text = model(inputs.images, inputs.next_tokens().to(device))
         return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
 
-    return _plain_step(list(model.parameters()), loss, device, precision)
+    return inputs.turn(_plain_step(list(model.parameters()), loss, device, precision))
 
 
 def _plain_step(parameters: list[Any], loss: Callable[[], Tensor], device: torch.device, precision: str) -> Step:

@@ -89,7 +89,7 @@ def test_another_file_is_no_table(tmp_path: Path, content: str | None, capsys: p
 
 def test_parts_are_named_in_the_order_that_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(gpu_parts.PARTS)[:3] == ["correctness", "stall", "vit_b32"]
-    assert len(gpu_parts.PARTS) == 14
+    assert len(gpu_parts.PARTS) == 15
     assert gpu.parse(["ranks", "stall"]).parts == ["ranks", "stall"]
     assert gpu.parse([]).parts == []
     with pytest.raises(SystemExit) as stopped:
@@ -101,7 +101,8 @@ def test_parts_are_named_in_the_order_that_matters(capsys: pytest.CaptureFixture
 class GivenFigures:
     """Stands in for a `Runner` on a GPU: measurements give what they are given, and rows are collected."""
 
-    is_gpu, quick, step_rate = True, False, None
+    is_gpu, quick = True, False
+    step_rate: float | None = None
 
     def __init__(self, **seconds: list[float]) -> None:
         self.seconds = {name.replace("_and_", "+"): values for name, values in seconds.items()}
@@ -117,7 +118,7 @@ class GivenFigures:
         return {"precisions": {"bf16": {"seconds": seconds, "floor_seconds": 0.01}}}
 
     def note_step_rate(self, rate: float) -> None:
-        self.step_rate = rate  # type: ignore[assignment]
+        self.step_rate = rate
 
 
 def test_a_step_is_told_beside_its_peers() -> None:
