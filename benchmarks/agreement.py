@@ -76,10 +76,10 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--precisions", default="fp32,bf16,fp16")
     parser.add_argument("--checks", nargs="*", choices=["plain", "compiled"], default=["plain", "compiled"])
     parser.add_argument("--models", default="ViT-B/32,RN50")
-    parser.add_argument("--quick", action="store_true", help="a small ViT alone, nothing compiled")
+    parser.add_argument("--quick", action="store_true", help="a small ViT alone, bf16, nothing compiled")
     options = parser.parse_args(argv)
     if options.quick:
-        options.models, options.checks = "ViT-Ti/32", ["plain"]
+        options.models, options.precisions, options.checks = "ViT-Ti/32", "bf16", ["plain"]
     return options
 
 

@@ -34,6 +34,8 @@ from benchmarks.rows import FAILED, SKIPPED, Row, table, told, write_line
 ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 178
 """Of a part, all its measurements together."""
+PATIENCE = 10
+"""Times as long a try with `--quick` may take, since it measures nothing and may run on a busy machine."""
 WORK = ROOT / "benchmarks" / "gpu_work"
 CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda",
@@ -116,6 +118,7 @@ class Runner:
     def __init__(self, options: Namespace) -> None:
         self.device, self.quick = options.device, options.quick
         self.failures = 0
+        self._patience = PATIENCE if options.quick else 1
         self._options = options
         self._about: dict[str, str] = {}
         self._part, self._ends = "", 0.0
@@ -142,7 +145,7 @@ class Runner:
 
     def measure(self, part: str) -> None:
         """Run all measurements of a part."""
-        self._part, self._ends = part, time.monotonic() + PART_SECONDS
+        self._part, self._ends = part, time.monotonic() + PART_SECONDS * self._patience
         PARTS[part](self)
 
     def tell(self, row: Row) -> None:
@@ -203,7 +206,7 @@ class Runner:
         left = self._ends - time.monotonic()
         if left < 5:
             return [], "no time is left of the part's three minutes"
-        return self._run(f"{self._part}_{log or script}", command, seconds=min(seconds, left))
+        return self._run(f"{self._part}_{log or script}", command, seconds=min(seconds * self._patience, left))
 
     def _run(self, log: str, arguments: Sequence[str], *, seconds: float) -> tuple[list[str], str | None]:
         """Run Python; tell the rows that it prints as they come.

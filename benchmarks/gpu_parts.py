@@ -34,7 +34,7 @@ def correctness(run: Runner) -> None:
 
 def stall(run: Runner) -> None:
     """The slowest step over the median one, captions of random lengths."""
-    model = ["--model", SMALL, "--batch_size", "8", "--steps", "12"] if run.quick else ["--model", LARGE]
+    model = ["--model", SMALL, "--batch_size", "4", "--steps", "6"] if run.quick else ["--model", LARGE]
     for name in ("false", "true") if run.is_gpu else ("default",):
         run.rows("step_times.py", *model, "--compile", name, seconds=95, name=f"compile {name}")
 
