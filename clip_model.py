@@ -317,7 +317,9 @@ class CLIPModel(nn.Module):
 
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
-        pixels = normalize(images.to(self.device, non_blocking=True), self.architecture.mean, self.architecture.std)
+        # batches from the image cache have their channels last; a compiled tower is compiled for one order
+        images = images.to(self.device, non_blocking=True).contiguous()
+        pixels = normalize(images, self.architecture.mean, self.architecture.std)
         output: Tensor = self.backbone.encode_image(pixels)
         return output
 

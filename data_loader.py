@@ -148,7 +148,9 @@ class ImageTextDataset(Dataset[Sample]):
             finish = self._open(path)
         except (ValueError, OSError) as error:
             return sample._replace(issue=image_issue(path, error))
-        with seeded(self._transform_seed(image_index, index)):
+        if isinstance(self.transform, PixelTransform) and self.transform.is_final:  # it draws nothing
+            return sample._replace(image=finish())
+        with seeded(self._transform_seed(image_index, index)):  # which takes a quarter of the time from the cache
             return sample._replace(image=finish())
 
     def _open(self, path: str) -> Callable[[], Tensor]:

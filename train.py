@@ -258,7 +258,7 @@ def _fit(
                 journal.begin_epoch(state)
                 if batches is None:  # else the epoch goes on after an evaluation within it
                     epoch = data.loader.epoch(state.epoch, start=state.num_batches) if state.epoch else ()
-                    batches = stop.interruptible_items(epoch)
+                    batches = stop.interruptible_items(trainer.fed(epoch))
                 is_due = partial(_is_validation_due, validation, state, steps_per_epoch=len(data.loader))
                 for step in trainer.steps(items_until(is_due, batches)):
                     state.add(step)

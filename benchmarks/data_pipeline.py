@@ -5,6 +5,7 @@ python benchmarks/data_pipeline.py --json data_pipeline.json
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import Timing, machine, print_table, ratio, take_turns, write_json
 from clip_model import CLIPModel
 from cliptune.cli import parse_settings, run_stage
+from cliptune.data.cached_loader import CachedLoader
+from cliptune.data.loaders import TrainLoader
 from cliptune.data.row_store import ImageCache
 from cliptune.preprocess.moments import CLIP_MEAN, CLIP_STD
 from cliptune.preprocess.transforms import (
@@ -35,9 +38,12 @@ from cliptune.preprocess.transforms import (
 )
 from cliptune.runtime.device import resolve_device
 from cliptune.settings import DEFAULT_MODEL_NAME, PositiveInt, Settings
+from data_loader import ImageTextDataset
 
 BASE = "torchvision"
 EXACT = "ours"
+ITEM_BY_ITEM, BATCH_AT_ONCE = "image by image", "a batch at once"
+CAPTIONS = 16  # of an image, each an item of the epoch
 FIDELITY = ("mean_levels", "max_levels", "mean_cosine", "min_cosine")
 COLUMNS = ["", "images/s", "spread", "times as fast", "as"]
 
@@ -101,12 +107,16 @@ def measure(name: str, paths: Sequence[Path], model: CLIPModel, *, cache_dir: Pa
     print_table(title, [COLUMNS, *(_row(case, timings, len(paths)) for case in cases)])
     decoders = take_turns(_decoders(paths), repeats=repeats)
     print_table("decoding alone", [COLUMNS[:3], *(_row(case, decoders, len(paths))[:3] for case in decoders)])
+    feeds = take_turns(_feeds(paths, resolution, cache_dir), repeats=repeats)
+    feed_rows = [_row(case, feeds, CAPTIONS * len(paths))[:3] for case in feeds]
+    print_table("batches of images and tokens from the image cache", [COLUMNS[:3], *feed_rows])
+    print(f"a batch at once is {ratio(feeds, BATCH_AT_ONCE, ITEM_BY_ITEM):.1f} times as fast as image by image")
     fidelity = _fidelity(cases, model)
     print(f"\npixels as torchvision's: {'every bit' if fidelity['exact_is_equal'] else 'NO'}")
     mean, largest, cosine, lowest = (fidelity[f"fast_{key}"] for key in FIDELITY)
     print(f"--fast_decode: pixels off by {mean:.2f} of 255 on average, {largest:.0f} at most")
     print(f"--fast_decode: feature cosine {cosine:.6f} on average, {lowest:.6f} at least")
-    seconds = {case: timing.seconds for case, timing in {**timings, **decoders}.items()}
+    seconds = {case: timing.seconds for case, timing in {**timings, **decoders, **feeds}.items()}
     return {"name": name, "num_images": len(paths), "megabytes": megabytes, "seconds": seconds, **fidelity}
 
 
@@ -131,6 +141,27 @@ def _cached(
 
     load()  # the first epoch
     return load
+
+
+def _feeds(paths: Sequence[Path], resolution: int, folder: Path) -> dict[str, Callable[[], object]]:
+    """Load an epoch of training from the cache, image by image as a worker does, and as a full cache allows."""
+    words = ["a", "photo", "of", "something", "that", "nobody", "has", "seen", "before", "in", "this", "light"]
+    rows = [
+        {"image": str(path.resolve()), "captions": [f"{' '.join(words[i % 12 :])} {i}" for i in range(CAPTIONS)]}
+        for path in paths
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    dataset = ImageTextDataset(folder / "data.json", transform=clip_transform(resolution), captions="all")
+    dataset.cache_images(folder)
+    options: Any = {"batch_size": 128, "num_workers": 0, "device": torch.device("cpu")}
+    plain, cached = TrainLoader(dataset, **options), CachedLoader(dataset, **options)
+
+    def load(loader: TrainLoader) -> None:
+        for _ in loader.epoch(1):
+            pass
+
+    return {ITEM_BY_ITEM: partial(load, plain), BATCH_AT_ONCE: partial(load, cached)}
 
 
 def _usual_steps(resolution: int) -> Any:

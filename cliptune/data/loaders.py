@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.table import IntArray
 from cliptune.data.workers import make_loader
 from cliptune.preprocess.tokens import CONTEXT_LENGTH
+from cliptune.runtime.ahead import one_ahead
 from cliptune.runtime.distributed import rank_slice
 
 PIECE_SIZE = 64  # samples: a worker hands over no more at a time
@@ -180,32 +182,58 @@ class TrainLoader:
             dataset,
             batch_sampler=_Pieces(self.batches, piece_size),
             num_workers=num_workers,
-            device=device,
             collate_fn=self.collate,
             persistent=True,
+            own_random=device.type == "cuda",
         )
+        self.pin_memory = device.type == "cuda"
+        self.in_thread = self.pin_memory and self.loader.num_workers > 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from index `start` on; the same for the same seed, whatever came before."""
+        yield from joined_batches(partial(self._joined, epoch, start), in_thread=self.in_thread)
+
+    def _joined(self, epoch: int, start: int, stopped: Callable[[], bool]) -> Iterator[Batch]:
         self.batches.epoch, self.batches.start = epoch, start
         self.dataset.set_epoch(epoch)
-        pieces = iter(self.loader)
+        pieces = takewhile(lambda _: not stopped(), self.loader)
         for items in self.batches:
             num_items = len(items[rank_slice(len(items))])
             if not num_items:
                 yield self.collate([])
                 continue
             num_pieces = -(-num_items // self.piece_size)
-            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
+
+
+def joined_batches(joined: Callable[[Callable[[], bool]], Iterator[Batch]], *, in_thread: bool) -> Iterator[Batch]:
+    """Join batches, for a GPU in a thread, which copies one into pinned memory while the one before is used.
+
+    Not where the main process loads by itself: a transform draws from random states that all threads share.
+
+    Args:
+        joined: yields batches, given what tells it to stop.
+        in_thread: a batch ahead.
+    """
+    return one_ahead(joined) if in_thread else joined(lambda: False)
+
+
+def pinned(batch: Batch) -> Batch:
+    """Put what a GPU gets of a batch into memory from which it copies by itself; the CPU reads the tokens."""
+    return batch._replace(
+        images=batch.images.pin_memory(),
+        image_ids=batch.image_ids.pin_memory(),
+        caption_ids=batch.caption_ids.pin_memory(),
+    )
 
 
 def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin_memory: bool) -> Batch:
     """Make one batch of the next `num_items` items, which are the next `num_pieces` pieces; holds it and one piece."""
     if num_pieces == 1:
-        return next(pieces)
+        return pinned(next(pieces)) if pin_memory else next(pieces)
     images, end = torch.empty(0), 0
     parts: list[Batch] = []
     for _ in range(num_pieces):
@@ -220,4 +248,5 @@ def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin
         parts.append(piece._replace(images=torch.empty(0)))
     ids = ("tokens", "image_ids", "caption_ids", "caption_indices")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ids}
-    return Batch(images=images[:end], issues=[issue for part in parts for issue in part.issues], **joined)
+    batch = Batch(images=images[:end], issues=[issue for part in parts for issue in part.issues], **joined)
+    return pinned(batch) if pin_memory else batch

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import reduce
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,8 @@ KEY_BYTES = 16
 RECORD = np.dtype([("key", f"S{KEY_BYTES}"), ("seal", "<u8")])
 """What `.keys` holds of each row. The seal is 0 for a row that was never written, else its checksum plus 1."""
 
+_SEEKING = nullcontext() if hasattr(os, "preadv") else threading.Lock()
+"""Windows reads at a position that all threads share. Elsewhere a lock could be forked while it is held."""
 BLOCK_BYTES = 1 << 23
 """How much `holds` reads at once."""
 
@@ -150,6 +155,37 @@ class RowStore:
         whole: BoolArray = seals == _seals(keys, rows)
         return rows, whole
 
+    def read_into(self, indices: IntArray, keys: Keys, *parts: Rows) -> BoolArray:
+        """Read rows to where they are wanted, in one copy from the system's cache of the disk; safe in threads.
+
+        Args:
+            indices, keys: `[N]` each.
+            parts: what a row consists of, one after another: `[N, bytes]` each.
+
+        Returns:
+            As `read`, which are whole, bool `[N]`; what the others' parts hold is nobody's.
+
+        Raises:
+            OSError: the files are gone, or the disk fails.
+        """
+        seals, file = self._read_records(indices)["seal"], self._open().rows
+        whole = np.zeros(len(indices), dtype=bool)
+        for number, index in enumerate(indices.tolist()):
+            row = [part[number : number + 1] for part in parts]
+            _read(file, index * self.row_bytes, *row)
+            # at once, while it is in the processor's cache
+            whole[number] = seals[number] == _seals(keys[number : number + 1], *row)[0]
+        return whole
+
+    def written(self, indices: IntArray) -> BoolArray:
+        """Tell which rows were ever written, bool `[N]`.
+
+        Raises:
+            OSError: as `read`.
+        """
+        written: BoolArray = self._read_records(indices)["seal"] != 0
+        return written
+
     def holds(self, indices: IntArray, keys: Keys, *, valid: Callable[[Rows], BoolArray] | None = None) -> BoolArray:
         """Tell which rows are whole, bool `[N]`; reads all of those that were ever written, and warns of damaged ones.
 
@@ -160,7 +196,7 @@ class RowStore:
         Raises:
             OSError: as `read`.
         """
-        whole: BoolArray = self._read_records(indices)["seal"] != 0
+        whole = self.written(indices)
         written, block = np.flatnonzero(whole), max(1, BLOCK_BYTES // self.row_bytes)
         for start in range(0, len(written), block):
             part = written[start : start + block]
@@ -182,8 +218,9 @@ class RowStore:
         records["key"], records["seal"] = keys, _seals(keys, rows)
         for start, end in _runs(indices):
             for file, content in ((files.rows, rows), (files.keys, records)):
-                file.seek(int(indices[start]) * content[0].nbytes)
-                _write(file, content[start:end].tobytes())
+                with _SEEKING:
+                    file.seek(int(indices[start]) * content[0].nbytes)
+                    _write(file, content[start:end].tobytes())
 
     def reopen(self) -> None:
         """Look at the files anew: a file system over the network shows only then what other machines have written."""
@@ -286,6 +323,39 @@ class ImageCache:
         self._write(index, key_array, np.concatenate([new_header, pixels.reshape(-1)])[None])
         return pixels, size
 
+    def load_many(self, paths: Sequence[str], pixels: Pixels) -> BoolArray:
+        """Read cached images to where they are wanted; safe in threads, as `load` is not.
+
+        Args:
+            paths: of N images.
+            pixels: uint8 `[N, side, side, 3]`, contiguous.
+
+        Returns:
+            Which of them are cached as their files are now, bool `[N]`; the others are `load`'s.
+        """
+        digests = list(map(digest, paths))
+        rows, headers = np.array([self._row_of[key] for key in digests]), np.zeros(len(paths), dtype=HEADER)
+        try:
+            found = self._store.read_into(
+                rows, as_keys(digests), headers.view(np.uint8).reshape(len(paths), -1), pixels.reshape(len(paths), -1)
+            )
+        except OSError as error:
+            self._warn(error)
+            return np.zeros(len(paths), dtype=bool)
+        for number in np.flatnonzero(found).tolist():
+            try:
+                found[number] = headers["stamp"][number].tobytes() == digest(paths[number], *file_stamp(paths[number]))
+            except OSError:  # the file is gone
+                found[number] = False
+        return found
+
+    def count_missing(self) -> int:
+        """Count the images that nobody has cached yet; all of them where the disk fails."""
+        try:
+            return len(self._row_of) - int(self._store.written(np.array(list(self._row_of.values()))).sum())
+        except OSError:
+            return len(self._row_of)
+
     def _decode(self, path: str, content: bytes) -> tuple[Pixels, tuple[int, int]]:
         try:
             image = self.transform.load(content)
@@ -321,23 +391,26 @@ def _runs(indices: IntArray) -> Iterator[tuple[int, int]]:
     yield from zip([0, *ends], ends, strict=False)
 
 
-def _seals(keys: Keys, rows: Rows) -> NDArray[np.uint64]:
-    """Return the checksum over key and row, plus 1, of each; uint64 `[N]`."""
+def _seals(keys: Keys, *parts: Rows) -> NDArray[np.uint64]:
+    """Return the checksum over key and row, plus 1, of each; uint64 `[N]`. A row may come in several parts."""
     content = keys.tobytes()  # an element alone would lose the zeros at its end
     starts = range(0, len(content), KEY_BYTES)
     checksums = (
-        zlib.crc32(row, zlib.crc32(content[at : at + KEY_BYTES])) + 1 for at, row in zip(starts, rows, strict=True)
+        reduce(lambda checksum, part: zlib.crc32(part, checksum), row, zlib.crc32(content[at : at + KEY_BYTES])) + 1
+        for at, *row in zip(starts, *parts, strict=True)
     )
-    return np.fromiter(checksums, dtype=np.uint64, count=len(rows))
+    return np.fromiter(checksums, dtype=np.uint64, count=len(keys))
 
 
-def _read(file: FileIO, start: int, into: NDArray[Any]) -> None:
-    """Read from a place in a file; what is behind its end is left as it is."""
+def _read(file: FileIO, start: int, *into: NDArray[Any]) -> None:
+    """Read from a place in a file, into one array after another; what is behind its end is left as it is."""
     if hasattr(os, "preadv"):
-        os.preadv(file.fileno(), [into.data], start)
-    else:  # Windows
+        os.preadv(file.fileno(), [part.data for part in into], start)
+        return
+    with _SEEKING:
         file.seek(start)
-        file.readinto(into.data)
+        for part in into:
+            file.readinto(part.data)
 
 
 def _write(file: Any, content: Any) -> None:

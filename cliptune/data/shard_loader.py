@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from cliptune.data.issues import Issue, image_issue
-from cliptune.data.loaders import PIECE_SIZE, Batch, EpochBatches, Sample, caption_id, collate, join_pieces
+from cliptune.data.loaders import (
+    PIECE_SIZE,
+    Batch,
+    EpochBatches,
+    Sample,
+    caption_id,
+    collate,
+    join_pieces,
+    joined_batches,
+)
 from cliptune.data.pairs import DataSource, Pairs
 from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
@@ -125,9 +134,11 @@ class ShardLoader:
             context_length=context_length,
         )  # fmt: skip
         self.loader = make_loader(
-            self.stream, num_workers=num_workers, device=device, persistent=True,
+            self.stream, num_workers=num_workers, persistent=True, own_random=device.type == "cuda",
             collate_fn=partial(collate, context_length=context_length),
         )  # fmt: skip
+        self.pin_memory = device.type == "cuda"
+        self.in_thread = self.pin_memory and self.loader.num_workers > 0
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -140,13 +151,16 @@ class ShardLoader:
         Raises:
             ValueError: a shard holds more samples than its index says.
         """
+        yield from joined_batches(partial(self._joined, epoch, start), in_thread=self.in_thread)
+
+    def _joined(self, epoch: int, start: int, stopped: Callable[[], bool]) -> Iterator[Batch]:
         self.stream.set_epoch(epoch, start)
-        pieces = iter(self.loader)
+        pieces = takewhile(lambda _: not stopped(), self.loader)
         for step in range(start, len(self)):
             num_items = self.plan.own_before(step + 1) - self.plan.own_before(step)
             # PyTorch takes a piece of each worker in turn, and each has as many: the next ones are this step's
             num_pieces = self.plan.num_workers * self.plan.pieces_of(step)
-            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.loader.pin_memory)
+            yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
 
 
 class _Plan(NamedTuple):

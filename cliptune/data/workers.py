@@ -56,8 +56,13 @@ def shared_number() -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, 8), dtype=torch.int64)[0]
 
 
-def fitting_workers(num_workers: int) -> int:
-    """Return how many of these workers can be started here; say once why it is fewer."""
+def fitting_workers(num_workers: int, *, others: int = 0) -> int:
+    """Return how many of these workers can be started here; say once why it is fewer.
+
+    Args:
+        num_workers: that are wanted.
+        others: workers that will be started beside them, for which room is left.
+    """
     if num_workers == 0:
         return 0
     try:
@@ -68,9 +73,10 @@ def fitting_workers(num_workers: int) -> int:
         _say_once("no shared memory (%s), so no workers: the main process loads by itself; %s", error, IN_A_CONTAINER)
         return 0
     by_files = max(_free_descriptors() - FILES_RESERVED, 0) // FILES_PER_WORKER
-    found = min(num_workers, by_files, _free_memory() // WORKER_BYTES)
+    by_memory = _free_memory() // WORKER_BYTES
+    found = min(num_workers, max(min(by_files, by_memory) - others, 0))
     if found < num_workers:
-        what = "too few files may be open (ulimit -n)" if found == by_files else f"{SHARED_MEMORY} is too small"
+        what = "too few files may be open (ulimit -n)" if by_files <= by_memory else f"{SHARED_MEMORY} is too small"
         _say_once("%s for %d workers: going on with %d", what, num_workers, found)
     return found
 
@@ -79,11 +85,12 @@ def make_loader(
     dataset: Any,
     *,
     num_workers: int,
-    batch_sampler: Iterable[list[int]] | None = None,
+    batch_sampler: Iterable[list[Any]] | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
     persistent: bool = False,
+    own_random: bool = False,
 ) -> Loader:
     """Make a loader whose workers leave SIGINT and SIGTERM to the main process.
 
@@ -95,6 +102,7 @@ def make_loader(
         device: where the batches will be used; a GPU copies from pinned memory while it computes. None: nowhere.
         collate_fn: makes a batch of samples, or of what an item is where there are no batches; None: PyTorch's.
         persistent: keep the workers from one epoch to the next.
+        own_random: draw the workers' seeds from a generator of its own, for a loader that another thread runs.
 
     Raises:
         KilledWorkerError: by the loader's iterator, once a worker is gone.
@@ -112,6 +120,7 @@ def make_loader(
         pin_memory=device is not None and device.type == "cuda",
         persistent_workers=persistent and num_workers > 0,
         worker_init_fn=_begin_worker,
+        generator=torch.Generator() if own_random else None,
     )
 
 
@@ -130,6 +139,10 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self._received() if self.num_workers else super().__iter__()
+
+    def end_workers(self) -> None:
+        """End workers that were kept; the next iteration starts others."""
+        self._iterator = None
 
     def _received(self) -> Iterator[Any]:
         items = self._start()
@@ -172,7 +185,7 @@ class Loader(DataLoader[Any]):
 def _end_workers(loader: weakref.ref[Loader]) -> None:
     """Let workers end with the program; the SIGTERM that they would get otherwise they heed after half a minute."""
     if (found := loader()) is not None:
-        found._iterator = None
+        found.end_workers()
 
 
 class _Failed(NamedTuple):

@@ -16,9 +16,10 @@ import PIL
 import torch
 from torch import Tensor
 
+from cliptune.data.caption_table import caption_table
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue, image_issue
-from cliptune.data.loaders import Batch, TrainLoader, caption_id
+from cliptune.data.loaders import Batch, TrainLoader
 from cliptune.data.pairs import Pairs
 from cliptune.data.row_store import KEY_BYTES, Keys, RowStore, as_keys, digest
 from cliptune.data.table import Strings
@@ -26,7 +27,6 @@ from cliptune.features.distinct import tokens_of
 from cliptune.features.encode import Encoder, EncodingModel
 from cliptune.features.tower_outputs import Compute, PairOutputs, TowerOutputs
 from cliptune.preprocess.decode import read_ends
-from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import Precision
@@ -203,8 +203,8 @@ class FeatureLoader:
         self._augment = augment
         self._num_epochs = num_epochs
         self._views: dict[int, TowerOutputs | None] = {}
-        # a step on cached outputs is so short that hashing its captions anew each epoch would show; -1: not yet known
-        self._caption_ids = np.full(self.dataset.pairs.num_pairs, -1, dtype=np.int64)
+        # a step on cached outputs is so short that hashing its captions anew each epoch would show
+        self._captions = caption_table(self.dataset.pairs, self.dataset.context_length)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -232,19 +232,12 @@ class FeatureLoader:
         readable = images.rows[image_ids] >= 0
         issues = [images.issues[index] for index in image_ids[~readable].tolist()]
         image_ids, caption_indices = image_ids[readable], caption_indices[readable]
-        captions = self.dataset.pairs.captions
-        if texts is None:
-            tokens = tokenize([captions[index] for index in caption_indices.tolist()], self.dataset.context_length)[0]
-        else:
-            tokens = texts[caption_indices]
-        new = caption_indices[self._caption_ids[caption_indices] < 0]
-        self._caption_ids[new] = [caption_id(captions[index]) for index in new.tolist()]
         return Batch(
             images=images[image_ids],
-            tokens=tokens,
+            tokens=self._captions.tokens(caption_indices) if texts is None else texts[caption_indices],
             image_ids=torch.from_numpy(image_ids),
             issues=issues,
-            caption_ids=torch.from_numpy(self._caption_ids[caption_indices]),
+            caption_ids=self._captions.ids(caption_indices),
             caption_indices=torch.from_numpy(caption_indices),
         )
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliptune.data.cached_loader import reader_of
 from cliptune.data.issues import Issue
+from cliptune.data.kept_workers import KeptWorkers
 from cliptune.data.loaders import Batch, SampleDataset, collate
 from cliptune.data.pairs import Pairs
 from cliptune.data.workers import make_loader
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 IMAGES_IN_FP32, TEXTS_IN_FP32 = 16, 64
 """Of a forward pass in float32, see `Encoder.images_at_once`; more are no faster on a processor (ViT-B/32)."""
+
+IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 32, 16
+"""Fewer are no work for a worker: starting one takes as long as the main process needs for some 15 photos (eight
+took 0.4 s beside a GPU). One that is kept is started once for many evaluations."""
 
 Run = Callable[[Tensor], Tensor]
 """A method of the model, such as `encode_image`, on one batch."""
@@ -110,6 +116,7 @@ class Encoder:
         batch_size: images or texts that are encoded at once; not in float32, see `images_at_once`.
         num_workers: of the image loader; None: chosen for the machine.
         image_cache_dir: folder where decoded images are cached; None: they are not. The features are the same.
+        kept: workers that are kept from one data set's evaluation to the next; None: each starts its own.
     """
 
     model: EncodingModel
@@ -118,6 +125,7 @@ class Encoder:
     batch_size: int
     num_workers: int | None = None
     image_cache_dir: Path | None = None
+    kept: KeptWorkers | None = None
 
     @property
     def images_at_once(self) -> int:
@@ -151,15 +159,7 @@ class Encoder:
         """
         model = self.model
         batches, num_rounds = _deal(items.split(self.images_at_once), across_ranks=across_ranks)
-        num_workers = default_num_workers(model.device) if self.num_workers is None else self.num_workers
-        indices = [batch.tolist() for batch in batches]
-        # a batch is one worker's work: for a single one none need be started
-        num_workers = min(num_workers, len(indices)) if len(indices) > 1 else 0
-        loaded = iter(
-            make_loader(
-                dataset, batch_sampler=indices, num_workers=num_workers, device=model.device, collate_fn=collate
-            )
-        )
+        loaded = self._loaded(dataset, [batch.tolist() for batch in batches])
         blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
         for _ in progress_bar(range(num_rounds), desc=desc):
             batch = next(loaded, None)
@@ -170,6 +170,41 @@ class Encoder:
                 self._run(run, blank)  # the other ranks may need this rank's shard of the weights for their batch
             if batch is not None:
                 yield batch, None
+
+    def open_images(self, pairs: Pairs) -> SampleDataset:
+        """Open images to be encoded, cached if they are to be; with `kept` the same data set each time."""
+        resolution = self.model.image_resolution
+
+        def make() -> ImageDataset:
+            dataset = self.open_dataset(pairs, transform=clip_transform(resolution))
+            if self.image_cache_dir is not None:
+                try:
+                    dataset.cache_images(self.image_cache_dir)
+                except OSError as error:  # a disk that has filled up since the run began does not end it
+                    _warn_once(f"images to be encoded are not cached: {error}")
+            return dataset
+
+        return make() if self.kept is None else self.kept.open((pairs, resolution), make)
+
+    def _loaded(self, dataset: SampleDataset, batches: list[list[int]]) -> Iterator[Batch]:
+        """Load batches: from the image cache if all are there, else with as many workers as there is work for."""
+        device = self.model.device
+        num_workers = default_num_workers(device) if self.num_workers is None else self.num_workers
+        reader = reader_of(dataset, num_threads=num_workers, device=device)
+        if reader is not None and reader.is_ready():
+            if self.kept is not None:
+                self.kept.end()  # they have nothing to do any more
+            return reader.batches(batches)
+        kept = self.kept if self.kept is not None and self.kept.holds(dataset) else None
+        per_worker = IMAGES_PER_WORKER if kept is None else IMAGES_PER_KEPT_WORKER
+        # a batch is one worker's work: for a single one none need be started
+        most = min(len(batches), sum(map(len, batches)) // per_worker)
+        num_workers = min(num_workers, most) if most > 1 else 0
+        if kept is not None and num_workers:
+            return kept.load(dataset, batches, num_workers=num_workers, device=device)
+        return iter(
+            make_loader(dataset, batch_sampler=batches, num_workers=num_workers, device=device, collate_fn=collate)
+        )
 
     def run_texts(self, tokens: Tokens, run: Run, *, across_ranks: bool, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Run texts through the model, each once, on this rank.
@@ -354,12 +389,7 @@ def _run_images(
 ) -> tuple[Tensor, Tensor]:
     """Encode some images; return the features of those that could be read, and their indices, sorted."""
     model = encoder.model
-    dataset = encoder.open_dataset(pairs, transform=clip_transform(model.image_resolution))
-    if encoder.image_cache_dir is not None:
-        try:
-            dataset.cache_images(encoder.image_cache_dir)
-        except OSError as error:  # a disk that has filled up since the run began does not end it
-            _warn_once(f"images to be encoded are not cached: {error}")
+    dataset = encoder.open_images(pairs)
     found = _FeatureRows(len(items), encoder)
     for batch, features in encoder.run_images(
         dataset, items, model.encode_image, across_ranks=True, desc="encode images"

@@ -40,6 +40,9 @@ class PixelTransform(ABC):
         max_pixels: an image of more is refused; nor is a larger one made on the way.
     """
 
+    is_final = False
+    """Whether `shrink` gives the pixels of the result, and nothing is drawn: `finish` only puts the channels first."""
+
     def __init__(
         self, resolution: int, *, shrunk_side: int, fast_decode: bool = False, max_pixels: int = MAX_PIXELS
     ) -> None:
@@ -73,6 +76,8 @@ class PixelTransform(ABC):
 
 class CenterTransform(PixelTransform):
     """CLIP's own (`clip.clip._transform`): bicubic resize of the short side, centre crop; what is cached is final."""
+
+    is_final = True
 
     def __init__(self, resolution: int, *, fast_decode: bool = False, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(resolution, shrunk_side=resolution, fast_decode=fast_decode, max_pixels=max_pixels)

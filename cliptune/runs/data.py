@@ -12,10 +12,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
+from cliptune.data.cached_loader import CachedLoader
 from cliptune.data.findings import data_findings
 from cliptune.data.folds import Folds, read_folds
 from cliptune.data.identity import Hashes, file_identities
 from cliptune.data.issues import Issue
+from cliptune.data.kept_workers import KeptWorkers
 from cliptune.data.loaders import TrainLoader
 from cliptune.data.near_duplicates import no_copies
 from cliptune.data.pairs import DataSource, Pairs, holds_only_placeholders
@@ -404,7 +406,7 @@ def open_data(
     image_cache_dir = cache_dir / "images" if settings.cache_images else None
     encoder = Encoder(
         model, dataset_class, precision=precision, batch_size=min(max(training.batch_size, 64), 256),
-        num_workers=workers, image_cache_dir=image_cache_dir,
+        num_workers=workers, image_cache_dir=image_cache_dir, kept=KeptWorkers(),
     )  # fmt: skip
     cache = None
     if _caches_features(config, model):
@@ -426,7 +428,7 @@ def open_data(
         )
         if image_cache_dir is not None:
             dataset.cache_images(image_cache_dir)
-        loader = TrainLoader(dataset, **options)
+        loader = (TrainLoader if image_cache_dir is None else CachedLoader)(dataset, **options)
         if cache is not None:
             # pixels of a tower that moves are augmented anew in every epoch
             dataset.num_views = num_views(config) if "image" in model.frozen_towers else 0

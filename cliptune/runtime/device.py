@@ -199,13 +199,18 @@ def keep_freed_memory() -> None:
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Choose the number of workers: on a GPU machine its cores up to 8, beside CPU training few or none.
+    """Choose the number of workers of a rank: on a GPU machine all cores but one, beside CPU training few or none.
 
     There every core computes, and a worker loads images many times as fast as a ViT-B/32 trains on them: with none at
     all, a step on two cores waits for about a hundredth of its time.
     """
     cores = num_cores()
-    return min(8, cores) if device.type == "cuda" else min(4, cores // 4)
+    if device.type != "cuda":
+        return min(4, cores // 4)
+    # Beside a GPU every core decodes: a ViT-B/32 takes several thousand pairs a second, and a core decodes hundreds of
+    # photos. One is left to the main process, which launches kernels and joins batches; more workers than 16 give it
+    # more than it can hand on.
+    return max(1, min(16, cores // local_world_size() - 1))
 
 
 def num_cores() -> int:

@@ -22,6 +22,7 @@ from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import EpochResult, EpochTotals, Step, StepResult, StepWatch
 from cliptune.training.optim import load_scaler_state, load_scheduler_state, rates_of
+from cliptune.training.prefetch import fed
 
 MAX_LOGIT_SCALE = math.log(100)  # as in section 2.5 of CLIP's paper
 
@@ -143,6 +144,15 @@ class MultimodalTrainer:
             if result is not None:
                 self.watch.add(result, image_ids, seconds=seconds)
             yield Step(result, issues, seconds, waited)
+
+    def fed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Copy the images of a batch to a GPU while the step before it runs, see `prefetch.fed`."""
+
+        def is_whole(images: Tensor) -> bool:
+            size = self.grad_cache.size
+            return size is None or len(images) <= size
+
+        return fed(batches, self.model.device, is_whole=is_whole)
 
     def settle(self) -> None:
         """Read the numbers of all steps so far, and give every rank the mean of all ranks' BatchNorm statistics.

@@ -115,6 +115,16 @@ def test_an_epoch_goes_on_from_a_batch(tmp_path: Path, num_workers: int) -> None
     assert [indices_in(batch) for batch in loader.epoch(1)] == whole
 
 
+def test_batches_joined_in_a_thread_are_the_same(tmp_path: Path) -> None:
+    loader = loader_of(make_shards(tmp_path, 30, 11), num_workers=2)
+    want = list(loader.epoch(1))
+    loader.in_thread = True
+    for got, expected in zip(loader.epoch(1), want, strict=True):
+        assert torch.equal(got.images, expected.images)
+        assert torch.equal(got.image_ids, expected.image_ids)
+    assert [len(batch.images) for batch in loader.epoch(1, start=1)] == [len(batch.images) for batch in want[1:]]
+
+
 def test_what_is_random_about_a_sample_is_the_same_however_the_work_is_split(sample_dir: Path, tmp_path: Path) -> None:
     assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(tmp_path), "--shard_size", "20"]) == 0
     data_dir = f"{tmp_path}/{{00000..00002}}.tar"

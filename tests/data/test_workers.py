@@ -113,6 +113,12 @@ def test_there_are_as_many_workers_as_files_allow(
     assert caplog.text.count("ulimit -n") == (expected < 8)
 
 
+def test_room_is_left_for_other_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, expected in ((1000, 8), (32 + 110, 3), (32 + 50, 0)):
+        monkeypatch.setattr(workers, "_free_descriptors", lambda free=free: free)
+        assert fitting_workers(8, others=8) == expected
+
+
 def test_files_are_counted() -> None:
     before = workers._free_descriptors()
     with Path(os.devnull).open():
@@ -183,6 +189,68 @@ class Deadly(Dataset[int]):
         if index == 20:
             os.kill(os.getpid(), signal.SIGKILL)
         return index
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_batches_joined_in_a_thread_are_the_same(in_thread: bool, sample_dir: Path) -> None:
+    dataset = ImageTextDataset(sample_dir, transform=clip_transform(32))
+    want = {
+        epoch: list(TrainLoader(dataset, batch_size=24, num_workers=0, device=CPU).epoch(epoch)) for epoch in (1, 2)
+    }
+    loader = TrainLoader(dataset, batch_size=24, num_workers=2, device=CPU, piece_size=5)
+    loader.in_thread = in_thread
+    early = loader.epoch(1)
+    next(early)
+    early.close()  # type: ignore[attr-defined]
+    for epoch in (1, 2):
+        for got, expected in zip(loader.epoch(epoch), want[epoch], strict=True):
+            for field in ("images", "tokens", "image_ids", "caption_ids", "caption_indices"):
+                assert torch.equal(getattr(got, field), getattr(expected, field))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [1, 8])
+def test_beside_a_gpu_a_batch_is_pinned_once_and_not_by_the_loader(
+    pieces: int, sample_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[tuple[int, ...]] = []
+    empty = torch.empty
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tuple(tensor.shape))
+        return tensor
+
+    def make(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return empty(*shape, **options)  # without a GPU there is no pinned memory
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch, "empty", make)
+    dataset = ImageTextDataset(sample_dir, transform=clip_transform(32))
+    gpu = torch.device("cuda")
+    loader = TrainLoader(dataset, batch_size=24, num_workers=2, device=gpu, piece_size=24 // pieces)
+    assert (loader.loader.pin_memory, loader.in_thread) == (False, True)
+    assert not TrainLoader(
+        dataset, batch_size=24, num_workers=0, device=gpu
+    ).in_thread  # transforms share its random state
+    state = torch.get_rng_state()
+    assert [len(batch.images) for batch in loader.epoch(1)] == [24, 24, 12]
+    assert torch.equal(torch.get_rng_state(), state)  # which the step draws from meanwhile
+    assert sorted(pinned) == sorted([(24, 3, 32, 32), (24,), (24,)] * 2 + [(12, 3, 32, 32), (12,), (12,)])
+
+
+class DeadlyPairs(ImageTextDataset):
+    def __getitem__(self, index: int) -> Any:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_said_through_the_thread(sample_dir: Path) -> None:
+    loader = TrainLoader(DeadlyPairs(sample_dir), batch_size=24, num_workers=2, device=CPU, piece_size=6)
+    loader.in_thread = True
+    with pytest.raises(KilledWorkerError, match="try fewer --num_workers"):
+        list(loader.epoch(1))
 
 
 @pytest.mark.slow

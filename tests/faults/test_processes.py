@@ -94,6 +94,7 @@ def test_a_killed_worker_is_one_line(
 ) -> None:
     for place in ("cliptune.preprocess.decode.read_bytes", "cliptune.data.doctor.read_bytes"):
         monkeypatch.setattr(place, die_in_a_worker)
+    monkeypatch.setattr("cliptune.features.encode.IMAGES_PER_WORKER", 16)
     more = ["--data_dir", str(sample_dir), "--num_workers", "2"]
     if stage == "evaluation":
         code = evaluation.main(

@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 
 import train
 from clip_model import MultimodalTrainer
+from cliptune.features import encode
 from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
 from data_loader import ImageTextDataset
@@ -82,6 +83,7 @@ def kill_worker(moment: str) -> None:
         if moment == "validation" and num_steps:
             ImageTextDataset.__getitem__ = die  # type: ignore[method-assign]
             Encoder.images_at_once = 2  # type: ignore[assignment, method-assign]  # several batches need workers
+            encode.IMAGES_PER_KEPT_WORKER = 1
         return run_images(self, *arguments, **options)
 
     def die(self: ImageTextDataset, index: int) -> Any:

@@ -28,6 +28,18 @@ def test_workers_leave_the_cores_to_training_on_the_cpu() -> None:
     assert default_num_workers(CPU) <= default_num_workers(torch.device("cuda"))
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (16, 1, 15), (64, 1, 16), (64, 8, 7), (8, 8, 1)]
+)
+def test_beside_a_gpu_all_cores_but_one_load(
+    cores: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cliptune.runtime.device.num_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert default_num_workers(torch.device("cuda")) == expected
+    assert default_num_workers(CPU) == min(4, cores // 4)
+
+
 def test_tf32_is_for_gpus_and_for_what_is_enclosed() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     with tf32(torch.device("cuda")):
