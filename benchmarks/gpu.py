@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.gpu_data import make_captions
 from benchmarks.gpu_parts import PARTS
 from benchmarks.rows import FAILED, SKIPPED, Row, table, told, write_line
 
@@ -194,8 +195,6 @@ class Runner:
 
     def captions(self) -> Path:
         """Return an index of captions with real lengths."""
-        from benchmarks.gpu_data import make_captions  # noqa: PLC0415  (imports PyTorch)
-
         path = self._work / "captions_8192.json"
         return path if path.exists() else make_captions(self._work, 8192)
 

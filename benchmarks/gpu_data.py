@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.data_pipeline import make_photo
-from cliptune.runtime.device import num_cores
 
 LENGTHS = {
     5: 42, 6: 185, 7: 503, 8: 1146, 9: 2438, 10: 3202, 11: 3627, 12: 4154, 13: 4264, 14: 4108, 15: 3729, 16: 3203,
@@ -64,12 +58,14 @@ def make_jpegs(folder: Path, number: int, *, size: tuple[int, int] = SIZE) -> Pa
         if len(missing) < 200:
             list(map(write, missing))
         else:
-            with multiprocessing.get_context("fork").Pool(num_cores()) as pool:  # they find the photos in memory
+            with multiprocessing.get_context("fork").Pool() as pool:  # they find the photos in memory
                 pool.map(write, missing, chunksize=64)
     return _write_index(folder / f"index_{size[0]}x{size[1]}_{number}.json", number, images)
 
 
 def _make_photos(folder: Path, number: int, size: tuple[int, int]) -> list[np.ndarray[Any, Any]]:
+    from benchmarks.data_pipeline import make_photo  # noqa: PLC0415  (imports PyTorch, and files may be there already)
+
     width, height = 3 * size[0] // 2, 3 * size[1] // 2
     paths = [folder / f"photo{index}.jpg" for index in range(number)]
     pixels = []

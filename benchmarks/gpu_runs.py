@@ -18,20 +18,18 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_data import make_jpegs
 from benchmarks.rows import FAILED, Row, tell
-from clip_model import CLIPModel
-from cliptune.preprocess.transforms import clip_transform
 from cliptune.recorded import WallTime
-from cliptune.runtime.device import num_cores
+
+if TYPE_CHECKING:
+    from cliptune.preprocess.transforms import PixelTransform
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = re.compile(r"epoch (\d+)/\d+, step \d+/\d+: .* ([\d.]+) pairs/s")
@@ -60,8 +58,8 @@ def parse(argv: list[str] | None) -> Namespace:
 def jpeg(options: Namespace) -> None:
     """Train from JPEG files; beside the lower of the rates of steps and of decoding on all cores."""
     data = feeding_data(options)
-    decoding = decoding_rate(data)
-    tell(Row(f"decoding alone, {num_cores()} cores", decoding, "images/s"))
+    decoding, cores = decoding_rate(data)
+    tell(Row(f"decoding alone, {cores} cores", decoding, "images/s"))
     rate = training_rate(options, data, "jpeg", [])
     tell(Row("whole training from JPEG files", rate, "pairs/s"))
     limit = min(decoding, options.step_rate or math.inf)
@@ -98,9 +96,7 @@ def start(options: Namespace) -> None:
     """
     weights = options.work / f"weights_{model_name(options).replace('/', '-')}.safetensors"
     if not weights.exists():
-        backbone = CLIPModel(model_name(options), pretrained="none").backbone
-        scale = {"logit_scale": torch.tensor(math.log(100))}
-        save_file({name: value.contiguous() for name, value in backbone.state_dict().items()} | scale, weights)
+        write_weights(weights, model_name(options))
     data, seconds = make_images(options, 64 if options.quick else 1000), []
     for _ in range(1 if options.quick else 2):
         output = options.work / "start"
@@ -109,6 +105,18 @@ def start(options: Namespace) -> None:
             seconds.append(run.wait_for(output / "logs" / "steps.jsonl"))
             run.stop()
     tell(Row("train.py to the end of its first step, warm disk", seconds[-1], "s", 15, 8, higher=False))
+
+
+def write_weights(path: Path, name: str) -> None:
+    """Write random weights by the names of OpenAI's model."""
+    import torch  # noqa: PLC0415  (this and the next: what most measurements need not import)
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    from clip_model import CLIPModel  # noqa: PLC0415
+
+    backbone = CLIPModel(name, pretrained="none").backbone
+    tensors = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    save_file(tensors | {"logit_scale": torch.tensor(math.log(100))}, path)
 
 
 def fp16(options: Namespace) -> None:
@@ -307,24 +315,28 @@ def rate_of(log: str) -> float:
     return len(speeds) / sum(1 / speed for speed in speeds)  # each line is of as many pairs
 
 
-def decoding_rate(data: Path) -> float:
-    """Return the images a second that all cores decode and bring to the model's size, and do nothing else."""
+def decoding_rate(data: Path) -> tuple[float, int]:
+    """Return the images a second that all cores decode and bring to the model's size, and how many cores these are."""
+    import torch  # noqa: PLC0415
+
+    from cliptune.preprocess.transforms import clip_transform  # noqa: PLC0415
+    from cliptune.runtime.device import num_cores  # noqa: PLC0415
+
     records = json.loads(data.read_text(encoding="utf-8"))
     paths = [str(data.parent / record["image_path"]) for record in records]
-    cores = num_cores()
+    cores, load = num_cores(), partial(decode, clip_transform(224))
     with multiprocessing.get_context("fork").Pool(cores, torch.set_num_threads, [1]) as pool:
-        pool.map(decode, paths[: 2 * cores], chunksize=2)  # compiles
+        pool.map(load, paths[: 2 * cores], chunksize=2)  # compiles
         begin = time.perf_counter()
-        pool.map(decode, paths, chunksize=max(len(paths) // (8 * cores), 1))
-        return len(paths) / (time.perf_counter() - begin)
+        pool.map(load, paths, chunksize=max(len(paths) // (8 * cores), 1))
+        return len(paths) / (time.perf_counter() - begin), cores
 
 
-def decode(path: str) -> None:
+def decode(transform: PixelTransform, path: str) -> None:
     """Load an image as training does."""
-    TRANSFORM(TRANSFORM.load(path))
+    transform(transform.load(path))
 
 
-TRANSFORM = clip_transform(224)
 MEASUREMENTS: dict[str, Callable[[Namespace], None]] = {
     each.__name__: each for each in (jpeg, cached, small_run, start, fp16, fp32, torchrun, sigterm)
 }
