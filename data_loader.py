@@ -39,6 +39,7 @@ from cliptune.data.shards import write_shards
 from cliptune.data.splits import separate_validation, split_pairs
 from cliptune.data.table import SPLITS
 from cliptune.data.workers import shared_number
+from cliptune.language.catalogue import language_of
 from cliptune.preprocess.decode import load_image
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform, Transform, clip_transform
@@ -187,13 +188,13 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 1 if `--check` found anything wrong.
     """
-    return run_stage(lambda: _inspect(argv), name="data_loader.py")
+    return run_stage(lambda: _inspect(argv), name="data_loader.py", argv=argv)
 
 
 def _inspect(argv: list[str] | None) -> int:
     settings, given = parse_settings(InspectSettings, argv, description=str(__doc__))
     setup_logging("info")
-    folder = Path(settings.data_dir)
+    folder, language = Path(settings.data_dir), language_of(settings.language)
     wants_sample = settings.num_samples is not None or not (
         "data_dir" in given or settings.data_dir != DEFAULT_DATA_DIR
     )
@@ -201,7 +202,7 @@ def _inspect(argv: list[str] | None) -> int:
         index = create_sample_dataset(
             folder, settings.num_samples or SAMPLE_SIZE, seed=settings.seed, exist_ok=settings.num_samples is None
         )
-        print(f"made sample data: {printable(str(index))}")
+        print(language.say(f"made sample data: {printable(str(index))}"))
     fraction = 1.0 if settings.check else settings.max_skipped_fraction
     source = DataSource(
         folder, settings.image_dir, settings.caption_key, fraction, image_key=settings.image_key,
@@ -211,18 +212,20 @@ def _inspect(argv: list[str] | None) -> int:
     val = None if settings.val_data is None else separate_validation(source, settings.val_data)
     if settings.check:
         found = check(pairs, val, settings)
-        print("\n".join(map(printable, found.lines)))
+        print(language.say_lines("\n".join(map(printable, found.lines))))
         return 1 if found.issues.count else 0
     if settings.to_shards is None:
-        print("\n".join(map(printable, describe_data(pairs, split_as_a_run(pairs, val, settings), settings))))
+        facts = describe_data(pairs, split_as_a_run(pairs, val, settings), settings)
+        print(language.say_lines("\n".join(map(printable, facts))))
     else:
         chosen = pairs if settings.split == "all" else split_as_a_run(pairs, val, settings)[settings.split]
-        _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
+        line = _write_shards(chosen, Path(settings.to_shards), shard_size=settings.shard_size, seed=settings.seed)
+        print(language.say(line))
     return 0
 
 
-def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> None:
-    """Write pairs as shards, in an order drawn from the seed, so that each shard is a mixture of all of them."""
+def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> str:
+    """Write pairs as shards, in an order drawn from the seed, so that each shard is a mixture; say what was written."""
     if not len(pairs):
         raise ValueError("no image in that split; try --split all")
     order = list(range(len(pairs)))
@@ -232,7 +235,7 @@ def _write_shards(pairs: Pairs, folder: Path, *, shard_size: int, seed: int) -> 
     for issue in issues:
         logger.warning("skipped: %s", issue)
     names = f"{shards.shards[0].url} to {shards.shards[-1].name}" if len(shards.shards) > 1 else shards.shards[0].url
-    print(f"written: {count(len(shards), 'image')} in {count(len(shards.shards), 'shard')}, {printable(names)}")
+    return f"written: {count(len(shards), 'image')} in {count(len(shards.shards), 'shard')}, {printable(names)}"
 
 
 if __name__ == "__main__":

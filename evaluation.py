@@ -42,6 +42,7 @@ from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
 from cliptune.features.tables import evaluation_report, metrics_html, metrics_table
 from cliptune.features.tower_outputs import PairOutputs
+from cliptune.language.catalogue import language_of
 from cliptune.results import of_evaluations
 from cliptune.runs.classes import Classification, class_report, class_tasks, classify_set, of_classes
 from cliptune.runs.evaluation import (
@@ -72,7 +73,7 @@ ENCODE_BATCH_SIZE = 64
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate models, print tables and write `results/evaluation_results.json`; returns the exit code."""
-    return run_stage(lambda: _evaluate_checkpoints(argv), name="evaluation.py")
+    return run_stage(lambda: _evaluate_checkpoints(argv), name="evaluation.py", argv=argv)
 
 
 def _evaluate_checkpoints(argv: list[str] | None) -> int:
@@ -117,7 +118,9 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
             times = {"started_at": started_at, "finished_at": now()}
             comparisons = [comparison for chosen in sets for comparison in compare_all(chosen, records)]
             values = [record.values for record in records]
-            print(class_report(classified) if classified else evaluation_report(values, comparisons))
+            language = language_of(settings.language)
+            report = class_report(classified) if classified else evaluation_report(values, comparisons)
+            print(language.say_lines(report))
             for message in [chosen.note() for chosen in chosen_sets] + [skipped.summary() if len(skipped) else None]:
                 if message is not None:
                     logger.warning(message)
@@ -125,7 +128,7 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
             path = Path(settings.output_dir) / "results" / name
             found = of_classes(classified, times) if classified else of_evaluations(values, comparisons, times=times)
             results.write(path, found)
-            print(f"written: {printable(str(path))}")
+            print(language.say(f"written: {printable(str(path))}"))
     return 0
 
 

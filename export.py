@@ -32,6 +32,7 @@ from cliptune.export.folder import MARKER, check_free, new_export
 from cliptune.export.forms import FORMS, Form, check_can_hold, check_installed
 from cliptune.export.verify import Differences, verify
 from cliptune.features.encode import Encoder
+from cliptune.language.catalogue import language_of
 from cliptune.model.self_test import compute_self_test
 from cliptune.model.weights import Weights
 from cliptune.runs.evaluation import Candidate, choose_images
@@ -51,7 +52,7 @@ BATCHES = (1, 7, 64)
 
 def main(argv: list[str] | None = None) -> int:
     """Export a checkpoint; returns the exit code."""
-    return run_stage(lambda: _export(argv), name="export.py")
+    return run_stage(lambda: _export(argv), name="export.py", argv=argv)
 
 
 def _export(argv: list[str] | None) -> int:
@@ -80,7 +81,7 @@ def _export(argv: list[str] | None) -> int:
         if model.logit_bias is not None:
             notes.append(f"Logits are scale * cosine + {model.logit_bias.item():.4f}, a sigmoid loss's bias.")
         _describe(form, about_model(candidate), weights, temporary, differences=differences, notes=notes)
-    _announce(form, folder, differences, notes)
+    print(language_of(settings.language).say_lines("\n".join(_announced(form, folder, differences, notes))))
     return 0
 
 
@@ -137,16 +138,15 @@ def _rsum(model: Any, pairs: Any, num_workers: int | None) -> float:
     return evaluate(encoder, pairs).metrics["rsum"]
 
 
-def _announce(form: Form, folder: Path, differences: Differences, notes: list[str]) -> None:
-    print(
+def _announced(form: Form, folder: Path, differences: Differences, notes: list[str]) -> list[str]:
+    shifted = "its preprocessing cuts out one pixel beside where CLIP does for some sizes: see README.md"
+    return [
         f"exported: {printable(str(folder))}, loaded by {form.name} in a process of its own; largest differences from "
-        f"the checkpoint: {differences} (at most {form.tolerance:g}, {form.tolerance:g} and 1/255)"
-    )
-    if differences.is_shifted:
-        print("its preprocessing cuts out one pixel beside where CLIP does for some sizes: see README.md")
-    for note in notes:
-        print(note)
-    print(f"{printable(str(folder / 'README.md'))} tells how to load it; its licence is to be filled in")
+        f"the checkpoint: {differences} (at most {form.tolerance:g}, {form.tolerance:g} and 1/255)",
+        *([shifted] if differences.is_shifted else []),
+        *notes,
+        f"{printable(str(folder / 'README.md'))} tells how to load it; its licence is to be filled in",
+    ]
 
 
 if __name__ == "__main__":

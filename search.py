@@ -31,6 +31,7 @@ import torch
 from clip_model import CLIPModel
 from cliptune.features.drift import generic_texts
 from cliptune.features.encode import Encoder
+from cliptune.language.catalogue import language_of
 from cliptune.runs.evaluation import Candidate
 from cliptune.runtime.device import resolve_device, resolve_precision
 from cliptune.runtime.logs import setup_logging
@@ -50,7 +51,7 @@ ENCODE_BATCH_SIZE = 64
 
 def main(argv: list[str] | None = None) -> int:
     """Print what queries find and write `results/search.html`, or open a page to ask on; returns the exit code."""
-    return run_stage(lambda: _search(argv), name="search.py")
+    return run_stage(lambda: _search(argv), name="search.py", argv=argv)
 
 
 def _search(argv: list[str] | None) -> int:
@@ -69,7 +70,10 @@ def _search(argv: list[str] | None) -> int:
             sample=lambda: encode_texts(encoder, generic_texts())[0],
             cache_prefix=index_file(Path(settings.images), cache_dir),
         )
-        server.serve(encoder, Searcher(index, lookup), listener, title=settings.images, top=settings.top)
+        server.serve(
+            encoder, Searcher(index, lookup), listener,
+            title=settings.images, top=settings.top, language=settings.language,
+        )  # fmt: skip
         return 0
     found = _find(
         encoder, Path(settings.images), settings.queries, settings.query_image, top=settings.top, cache_dir=cache_dir
@@ -79,8 +83,8 @@ def _search(argv: list[str] | None) -> int:
         return 0
     print(found)
     path = Path(settings.output_dir) / "results" / "search.html"
-    write_gallery(path, found.answers, found.index, folder=settings.images)
-    print(f"written: {printable(str(path))}")
+    write_gallery(path, found.answers, found.index, folder=settings.images, language=settings.language)
+    print(language_of(settings.language).say(f"written: {printable(str(path))}"))
     return 0
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cliptune.cli import Started, check_command_line, load_config, run_stage, stored_config
+from cliptune.cli import CONFIG_PATH, Started, check_command_line, load_config, run_stage, stored_config
 from cliptune.settings import Config, seconds_of, steps_of
 
 if __name__ == "__main__":
@@ -34,6 +34,7 @@ from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_t
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
+from cliptune.language.catalogue import language_of
 from cliptune.results import command_line, run_info
 from cliptune.runs.copies import copy_finder, main_finds_copies
 from cliptune.runs.data import (
@@ -83,7 +84,7 @@ logger = logging.getLogger("train")
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the settings say; returns the exit code."""
-    return run_stage(lambda: _train(argv), name="train.py")
+    return run_stage(lambda: _train(argv), name="train.py", argv=argv, config=CONFIG_PATH)
 
 
 def _train(argv: list[str] | None) -> int:
@@ -208,11 +209,12 @@ def _conclude(
         return
     own = judge(retrieval, state, test) if retrieval is not None else {} if whole is None else whole.values
     journal.conclude(state, found.values | own)
-    for figure in draw_figures(files.results):
+    for figure in draw_figures(files.results, language=config.run.language):
         logger.info("figure: %s", figure)
-    page = leave_report(files.results, config.run.report)
+    page = leave_report(files.results, config.run.report, language=config.run.language)
     report = () if page is None else (f"report: {printable(str(page))}",)
-    print("\n".join([journal.summary(state), *report, *(() if whole is None else whole.lines), *found.lines]))
+    lines = [journal.summary(state), *report, *(() if whole is None else whole.lines), *found.lines]
+    print(language_of(config.run.language).say_lines("\n".join(lines)))
 
 
 def _open_model(path: Path, *, device: torch.device) -> CLIPModel:

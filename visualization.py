@@ -20,9 +20,10 @@ if __name__ == "__main__":
     check_command_line(VisualizationSettings, str(__doc__))
 
 from cliptune import results as results_file
+from cliptune.language.catalogue import language_of
 from cliptune.report.bars import comparison_figure, evaluation_metrics_figure, model_metrics_figure
 from cliptune.report.curves import interpolation_figure, training_curves_figure
-from cliptune.report.style import DPI
+from cliptune.report.style import DPI, say_figure
 from cliptune.results import SeveralEvaluations, TrainingResults
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.messages import printable
@@ -30,7 +31,7 @@ from cliptune.runtime.messages import printable
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures of a results file; returns the exit code."""
-    return run_stage(lambda: _draw(argv), name="visualization.py")
+    return run_stage(lambda: _draw(argv), name="visualization.py", argv=argv)
 
 
 def _draw(argv: list[str] | None) -> int:
@@ -38,14 +39,15 @@ def _draw(argv: list[str] | None) -> int:
     output_dir = None if settings.output_dir is None else Path(settings.output_dir)
     results_path = Path(settings.results)
     if settings.suspects is not None:
-        print(_list_suspects(results_path))
-    drawn = draw_figures(results_path, output_dir)
+        print(language_of(settings.language).say_lines(_list_suspects(results_path)))
+    drawn = draw_figures(results_path, output_dir, language=settings.language)
     if settings.report != "none":
         from cliptune.report.page import NAME, write_report  # noqa: PLC0415  (--help needs none of it)
 
         page = (results_path.parent if output_dir is None else output_dir) / NAME
+        is_umap = settings.feature_map == "umap"
         drawn.append(
-            write_report(results_path, page, images=settings.report == "full", umap=settings.feature_map == "umap")
+            write_report(results_path, page, images=settings.report == "full", umap=is_umap, language=settings.language)
         )
     for path in drawn:
         print(printable(str(path)))
@@ -61,12 +63,13 @@ def _list_suspects(results_path: Path) -> str:
     return str(find_suspects(results_path, build=CLIPModel, open_dataset=ImageTextDataset))
 
 
-def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Path]:
+def draw_figures(results_path: Path, output_dir: Path | None = None, *, language: str = "en") -> list[Path]:
     """Draw what a results file holds: two or three figures of a training run, one of an evaluation or of several.
 
     Args:
         results_path: a `training_results.json` or `evaluation_results.json`.
         output_dir: where the PNG files go; None: beside the results.
+        language: of titles, labels and legends, `en` or `zh`.
 
     Returns:
         The files written.
@@ -88,6 +91,7 @@ def draw_figures(results_path: Path, output_dir: Path | None = None) -> list[Pat
     folder = results_path.parent if output_dir is None else output_dir
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
+        say_figure(figure, language_of(language))
         with atomic_writer(folder / name) as file:
             figure.savefig(file, format="png", dpi=DPI)
     return [folder / name for name in figures]

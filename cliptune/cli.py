@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
@@ -15,6 +15,8 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, Union, get_arg
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from cliptune.flag_names import meant_flag
+from cliptune.language.asked import language_asked, say_in
 from cliptune.runtime.files import read_json_object
 from cliptune.runtime.memory import explain_out_of_memory, out_of_memory, says_out_of_memory, try_imports
 from cliptune.runtime.messages import first_few, message_line, one_line, printable, shorten
@@ -30,7 +32,8 @@ MAY_CHANGE_ON_RESUME = {
     "watch_data", "interpolate", "compile", "num_epochs", "early_stopping_patience", "validate_every", "num_workers",
     "device", "precision", "output_dir", "cache_dir", "track",
     "micro_batch_size", "gradient_checkpointing", "parallel", "skip_nonfinite", "resume", "checkpoint_every",
-    "keep_checkpoints", "profile", "report", "log_interval", "log_level", "on_unreadable_image", "max_skipped_fraction",
+    "keep_checkpoints", "profile", "report", "log_interval", "log_level", "language", "on_unreadable_image",
+    "max_skipped_fraction",
 }  # fmt: skip
 """Flags that change how a run is computed or what it writes, but not what it is."""
 MAX_ISSUES = 10
@@ -62,7 +65,7 @@ HELP_GROUPS = {
     ),
     "shards": ("to_shards", "shard_size"), "export": ("to", "overwrite", "onnx_files", "quantize"),
     "output": ("report", "map", "suspects", "track", "checkpoint_every", "keep_checkpoints", "log_interval",
-               "log_level", "profile"),
+               "log_level", "language", "profile"),
 }  # fmt: skip
 """The groups of `--help` and their flags, in their order; a flag that stands nowhere comes last, under "more"."""
 
@@ -73,25 +76,6 @@ METAVARS = {
     "classes": "PATH", "templates": "FILE", "queries": "QUERY", "query_image": "FILE", "images": "DIR",
 }  # fmt: skip
 """What stands for a value in `--help`, where neither type nor name of the flag tells it."""
-
-RENAMED = {
-    "warmup_share": "warmup_fraction",
-    "max_bad_share": "max_skipped_fraction",
-    "on_bad_image": "on_unreadable_image",
-    "batch_size": "encode_batch_size",  # of evaluation.py alone: train.py has a batch_size
-}
-MEANT = {
-    "lr": "learning_rate", "bs": "batch_size", "batch": "batch_size", "wd": "weight_decay", "arch": "model_name",
-    "data": "data_dir", "train_data": "data_dir", "images": "image_dir", "workers": "num_workers",
-    "out": "output_dir", "save_dir": "output_dir", "logs": "output_dir", "checkpoint": "resume",
-    "checkpoint_path": "checkpoint", "ckpt": "checkpoint", "weights": "pretrained", "freeze": "freeze_backbone",
-    "grad_clip": "gradient_clip_norm", "grad_clip_norm": "gradient_clip_norm", "amp": "precision", "gpu": "device",
-    "grad_checkpointing": "gradient_checkpointing", "torchcompile": "compile", "resume_from": "resume",
-    "debug": "log_level", "verbose": "log_level", "image_size": "image_resolution", "resolution": "image_resolution",
-    "max_length": "context_length", "llrd": "layer_decay", "lora_r": "lora_rank", "lora": "lora_rank",
-    "ema_decay": "ema", "k": "top", "topk": "top", "top_k": "top", "num_results": "top", "image": "query_image",
-}  # fmt: skip
-"""What flags are called elsewhere, and here. Whole words of just one flag (`--epochs`) need no line."""
 
 
 class Flag(NamedTuple):
@@ -154,7 +138,8 @@ def parse_settings(settings: type[S], argv: list[str] | None, *, description: st
     """
     stage, given, unused = _parse_stage(settings, argv, description=description)
     if unused:
-        print(printable(f"keys of the config file that this stage does not use: {', '.join(unused)}"), file=sys.stderr)
+        notice = f"keys of the config file that this stage does not use: {', '.join(unused)}"
+        print(say_in(getattr(stage, "language", "en"))(printable(notice)), file=sys.stderr)
     return stage, given
 
 
@@ -231,11 +216,11 @@ def check_command_line(settings: type[Settings], description: str) -> None:
             _parse_stage(settings, None, description=description)
         return 0
 
-    name = Path(sys.argv[0]).name
-    code = run_stage(read, name=name) or run_stage(try_imports, name=name)
+    name, config = Path(sys.argv[0]).name, CONFIG_PATH if settings is Config else None
+    code = run_stage(read, name=name, config=config) or run_stage(try_imports, name=name, config=config)
     if code:
         sys.exit(code)
-    sys.excepthook = explain_out_of_memory
+    sys.excepthook = partial(explain_out_of_memory, say=say_in(language_asked(sys.argv[1:], config)))
 
 
 def override(config: Config, given: dict[str, Any]) -> Config:
@@ -298,8 +283,18 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, values_of in values.items() for name, value in values_of.items()}
 
 
-def run_stage(stage: Callable[[], int], *, name: str) -> int:
+def run_stage(
+    stage: Callable[[], int], *, name: str, argv: Sequence[str] | None = None, config: Path | None = None
+) -> int:
     """Run a stage's body; turn errors that a user can mend, and signals, into one line on stderr.
+
+    The line is in the language that the command asks for, also where the settings themselves are wrong.
+
+    Args:
+        stage: the body.
+        name: of the stage, with which the line begins.
+        argv: the flags; None: those of this process.
+        config: the config file that is read without `--config`.
 
     Returns:
         The stage's exit code; 2 for a wrong setting or a missing or malformed file, 1 for a non-finite loss, too little
@@ -308,24 +303,22 @@ def run_stage(stage: Callable[[], int], *, name: str) -> int:
     open_streams()
     rank = printable(os.environ.get("RANK", "0"))[:20]
     name += "" if rank == "0" else f" (rank {rank})"
+    say = say_in(language_asked(sys.argv[1:] if argv is None else argv, config))
     try:
-        with stoppable(name):
+        with stoppable(name, say=say):
             code = stage()
             sys.stdout.flush()  # on a disk that is full this fails, which Python itself would not tell
             return code
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, KilledWorkerError) as error:
-        logging.getLogger(name).debug("traceback", exc_info=True)
-        no_memory = says_out_of_memory(error)
-        message = out_of_memory(error) if no_memory else one_line(error)
-        print(f"{name}: error: {message_line(message)}", file=sys.stderr)
-        return 1 if no_memory or isinstance(error, FloatingPointError | KilledWorkerError) else 2
-    except RuntimeError as error:  # of PyTorch and of threads
-        if not says_out_of_memory(error):
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+        no_memory, killed = says_out_of_memory(error), isinstance(error, KilledWorkerError)
+        if isinstance(error, RuntimeError) and not (no_memory or killed):  # of PyTorch and of threads
             raise
-        print(f"{name}: error: {message_line(out_of_memory(error))}", file=sys.stderr)
-        return 1
+        logging.getLogger(name).debug("traceback", exc_info=True)
+        message = message_line(out_of_memory(error) if no_memory else one_line(error))
+        print(f"{name}: {say('error')}: {say(message)}", file=sys.stderr)
+        return 1 if no_memory or killed or isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as error:
-        print(f"{name}: {error if isinstance(error, Stopped) else 'stopped'}", file=sys.stderr)
+        print(f"{name}: {say(str(error) if isinstance(error, Stopped) else 'stopped')}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130
 
 
@@ -357,7 +350,7 @@ def _parse_flags(settings: type[Settings], argv: list[str] | None, *, descriptio
     found, unknown = _read_words(parser, settings, argv, unnamed_values)
     if unknown:
         word = unknown[0].partition("=")[0]
-        hint = _hint(word.lstrip("-"), {name: f"--{name}" for name in arguments}) or "; --help lists the flags"
+        hint = meant_flag(word.lstrip("-"), {name: f"--{name}" for name in arguments}) or "; --help lists the flags"
         raise ValueError(f"unknown flag {shorten(word)}{hint if word.startswith('-') else '; flags start with --'}")
     return vars(found)
 
@@ -431,23 +424,6 @@ def _metavar(name: str, field: FieldInfo) -> str:
     return "X" if float in options else name.rpartition("_")[2].upper() if str in options else "N"
 
 
-def _hint(name: str, known: dict[str, str]) -> str:
-    """Say which of the known names is meant, as it is shown; nothing where that would be a guess."""
-    name = shorten(name).lower().replace("-", "_")
-    if RENAMED.get(name) in known:
-        return f"; it is now {known[RENAMED[name]]}"
-    meant = MEANT.get(name, name)
-    words = set(name.split("_"))
-    # `epochs` is in num_epochs alone, so that is meant; `size` is in batch_size and in shard_size, so nobody knows
-    same_words = [flag for flag in known if words <= set(flag.split("_"))]
-    likely = [
-        *(flag for flag in (meant, MEANT.get(meant), RENAMED.get(meant)) if flag in known),
-        *(same_words if len(same_words) == 1 else []),
-        *difflib.get_close_matches(name, known, n=1, cutoff=0.75),
-    ]
-    return f"; did you mean {known[likely[0]]}?" if likely else ""
-
-
 def _validate(settings: type[S], values: dict[str, Any], given: dict[str, Any], *, source: Path | None) -> S:
     # flags are laid over the file's values, {"training": {"seed": 1}} and --seed 2 -> {"training": {"seed": "2"}};
     # pydantic then turns texts into numbers and checks everything at once
@@ -488,7 +464,7 @@ def _describe(error: ValidationError, flags: Iterable[Flag], given: dict[str, An
         in_file = f"{source or 'settings'}: {shorten('.'.join(key))}".rstrip(": ")
         where = f"--{names[key]}" if names.get(key) in given else in_file
         if issue["type"] == "extra_forbidden":
-            lines[where] = f"unknown key{_hint(loc[-1], known)}"
+            lines[where] = f"unknown key{meant_flag(loc[-1], known)}"
         elif issue["type"] == "value_error":
             lines[where] = str(issue["ctx"]["error"])
         else:

@@ -89,8 +89,10 @@ class Verdict(BaseModel):
         elif self.num_evaluations > 1:
             how += f"; the luck of being the best of {self.num_evaluations:,} evaluations is taken off"
         if self.num_earlier:
-            how += "; the best model of before the validation data changed is among them: its luck on images that both "
-            how += "have is not taken off"
+            how += (
+                "; the best model of before the validation data changed is among them: its luck on images that both "
+                "have is not taken off"
+            )
         how += "; equal captions and images count as one" if self.merged else ""
         gain = f"{self.rsum.gain:+.1f} (95% interval {self.rsum.low:+.1f} to {self.rsum.high:+.1f})"
         return f"{VERDICTS[self.verdict]}: RSum {gain} on {images}{how}"

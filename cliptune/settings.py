@@ -106,6 +106,10 @@ Activation = Annotated[
 Device = Annotated[str, Field(description="auto, cpu, cuda, cuda:1 or mps")]
 Report = Literal["full", "no-images", "none"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level that is logged")]
+LanguageName = Annotated[
+    Literal["en", "zh"],
+    Field(description="language of summary, figures, report and errors (logs stay English)"),
+]
 Seed = Annotated[
     int, Field(ge=0, lt=2**64, description="of the split, the order, captions, augmentation and sample data")
 ]
@@ -323,6 +327,7 @@ class RunSettings(Settings):
     )
     log_interval: PositiveInt = Field(10, description="steps between two log lines")
     log_level: LogLevel = "info"
+    language: LanguageName = "en"
 
     allow_data_change: bool = Field(
         False, description="resume although the data is not what the run was trained and validated on"

@@ -22,6 +22,7 @@ from cliptune.settings import (
     Fraction,
     ImageDir,
     ImageKey,
+    LanguageName,
     LogLevel,
     MaxSkippedFraction,
     NearDuplicates,
@@ -47,7 +48,7 @@ class InspectSettings(Settings):
     from_config = frozenset((
         "data_dir", "image_dir", "caption_key", "val_split", "split_seed", "near_duplicates",
         "val_data", "max_skipped_fraction", "num_workers", "seed", "model_name", "context_length", "batch_size",
-        "output_dir",
+        "output_dir", "language",
     ))  # fmt: skip
 
     data_dir: DataDir = DEFAULT_DATA_DIR
@@ -76,6 +77,7 @@ class InspectSettings(Settings):
     to_shards: str | None = Field(None, description="folder to write the data set to as shards")
     shard_size: PositiveInt = Field(1000, description="samples of a shard that to_shards writes")
     split: Split = Field("train", description="images that to_shards takes")
+    language: LanguageName = "en"
 
     @property
     def seed_of_split(self) -> int:
@@ -87,7 +89,9 @@ class EvaluationSettings(Settings):
     """Settings of the evaluation stage."""
 
     # not the data: a run's data_dir is what it was trained on, and without one its own validation images are taken
-    from_config = frozenset(("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level"))
+    from_config = frozenset(
+        ("max_skipped_fraction", "num_workers", "precision", "device", "output_dir", "log_level", "language")
+    )
     below_output_dir: ClassVar[dict[str, str]] = {"checkpoint": "model-checkpoint/best_model.pth"}
 
     checkpoint: Several = Field(
@@ -132,6 +136,7 @@ class EvaluationSettings(Settings):
     device: Device = "auto"
     output_dir: str = Field(".", description="folder whose results/ gets evaluation_results.json, or those of classes")
     log_level: LogLevel = "info"
+    language: LanguageName = "en"
 
     @model_validator(mode="after")
     def _check_classes(self) -> EvaluationSettings:
@@ -144,6 +149,7 @@ class EvaluationSettings(Settings):
 class VisualizationSettings(Settings):
     """Settings of the figure stage."""
 
+    from_config = frozenset(("language",))
     below_output_dir: ClassVar[dict[str, str]] = {"results": "results/training_results.json"}
 
     results: str = Field(
@@ -163,6 +169,7 @@ class VisualizationSettings(Settings):
         description="how the report lays out features in a plane; umap: with umap-learn, which takes longer",
         json_schema_extra={"flag": "map"},
     )
+    language: LanguageName = "en"
 
     @model_validator(mode="after")
     def _map_is_of_a_report(self) -> VisualizationSettings:
@@ -174,7 +181,7 @@ class VisualizationSettings(Settings):
 class SearchSettings(Settings):
     """Settings of the search stage."""
 
-    from_config = frozenset(("num_workers", "precision", "device", "output_dir", "cache_dir", "log_level"))
+    from_config = frozenset(("num_workers", "precision", "device", "output_dir", "cache_dir", "log_level", "language"))
     below_output_dir: ClassVar[dict[str, str]] = {"checkpoint": "model-checkpoint/best_model.pth"}
 
     queries: list[str] = Field(
@@ -206,6 +213,7 @@ class SearchSettings(Settings):
     output_dir: str = Field(".", description="folder whose results/ gets search.html")
     cache_dir: str | None = Field(None, description="folder for cached features; none: cache/ in output_dir")
     log_level: LogLevel = "info"
+    language: LanguageName = "en"
 
     @model_validator(mode="after")
     def _check_queries(self) -> SearchSettings:
@@ -227,7 +235,7 @@ def _as_export(value: list[str]) -> list[str]:
 class ExportSettings(Settings):
     """Settings of the export stage."""
 
-    from_config = frozenset(("num_workers", "log_level"))
+    from_config = frozenset(("num_workers", "log_level", "language"))
     below_output_dir: ClassVar[dict[str, str]] = {"checkpoint": "model-checkpoint/best_model.pth"}
 
     checkpoint: str = Field(
@@ -247,6 +255,7 @@ class ExportSettings(Settings):
     activation: Activation = None
     num_workers: NumWorkers = None
     log_level: LogLevel = "info"
+    language: LanguageName = "en"
 
     @property
     def form(self) -> str:

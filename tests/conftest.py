@@ -9,7 +9,24 @@ import pytest
 import torch
 
 from cliptune.data.sample_data import create_sample_dataset
+from cliptune.language.catalogue import Language, language_of
 from tests.helpers.runs import small_runs
+from tests.helpers.texts import english
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_that_is_printed_can_be_said() -> Iterator[None]:
+    """Whatever a stage prints in a test is looked up in Chinese as well: none of it may be left in English."""
+    say_lines = Language.say_lines
+
+    def also_in_chinese(self: Language, text: str) -> str:
+        left = english(say_lines(language_of("zh"), text)) if self.name == "en" else []
+        assert left == [], f"add to cliptune/language/zh/summary.json what is left of {text!r}"
+        return say_lines(self, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Language, "say_lines", also_in_chinese)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import pytest
 
 from cliptune.cli import (
     HELP_GROUPS,
-    MEANT,
-    RENAMED,
     flags_of,
     is_positional,
     load_config,
@@ -14,6 +12,7 @@ from cliptune.cli import (
     parse_settings,
     run_stage,
 )
+from cliptune.flag_names import MEANT, RENAMED
 from cliptune.settings import Config, Settings, seconds_of, steps_of
 from cliptune.stage_settings import (
     EvaluationSettings,

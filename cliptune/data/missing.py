@@ -36,7 +36,8 @@ def explain_missing(images: Strings, index_path: Path, root: Path) -> str:
             "img2dataset --output_format webdataset, and name its shards with --data_dir"
         )
     is_absolute = DRIVE.match(sample[0]) or sample[0][:1] in {"/", "\\"}
-    facts = [f"{shorten(sample[0])} is not {'there' if is_absolute else f'in {root}'}", *_in_common(sample)]
+    first = shorten(sample[0])
+    facts = [f"{first} is not there" if is_absolute else f"{first} is not in {root}", *_in_common(sample)]
     places = [index_path.parent, root, index_path.absolute().parent.parent]
     return f"{none} ({'; '.join(facts)}): {_way_out(sample[:: -(-len(sample) // _LOOKED_FOR)], places)}"
 
@@ -46,9 +47,10 @@ def _way_out(paths: Sequence[str], places: Sequence[Path]) -> str:
     folder = _likely_folder(paths, places)
     finder = ImageFinder(Path(folder), replaces_folders=True)
     number = sum(bool(finder.find(path)) for path in paths) if folder else 0
+    if number == len(paths):
+        return f"try --image_dir {folder}, which holds them"
     if number:
-        held = "holds them" if number == len(paths) else f"holds {number} of the {len(paths)} looked for"
-        return f"try --image_dir {folder}, which {held}"
+        return f"try --image_dir {folder}, which holds {number} of the {len(paths)} looked for"
     if folder:
         return f"{folder} has files of such names, but with other endings: the index must have those"
     for path in sorted(places[0].iterdir()):

@@ -215,8 +215,8 @@ def _read_files(source: DataSource) -> tuple[Rows, Issues, list[str]]:
     """Read the images of a folder or an index file, each once, and what is wrong with some; and the forms they had."""
     path = Path(source.data_dir)
     if not path.exists() or (path.is_dir() and holds_only_placeholders(path)):
-        what = "holds no data" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; `python data_loader.py` makes sample data in ./data")
+        what = f"{path} holds no data" if path.exists() else f"{path} does not exist"
+        raise FileNotFoundError(f"{what}; `python data_loader.py` makes sample data in ./data")
     if source.image_dir is not None and not Path(source.image_dir).is_dir():
         raise FileNotFoundError(f"--image_dir: no such folder: {source.image_dir}")
     rows, issues, forms = _read_rows(path, source)

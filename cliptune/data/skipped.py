@@ -101,7 +101,7 @@ class SkippedData:
             return
         self.write()
         shown = first_issues([*self.images.values(), *self.records], 3, total=len(self))
-        listed = f" (all are listed in {self.path})" if self.path is not None else ""
+        listed = f"; all are listed in {self.path}" if self.path is not None else ""
         raise ValueError(
             f"{len(self):,} of {self.total:,} images and records cannot be used: {shown}{listed}. At most "
             f"{self.max_fraction:g} of all may be skipped: mend them, or try a larger --max_skipped_fraction"

@@ -82,7 +82,7 @@ class TarSample(NamedTuple):
         if len(self.images) != 1:
             if self.images:
                 way_out = "name the one that is meant KEY.jpg, the others KEY.NAME.jpg"
-                raise ValueError(f"{len(self.images)} images among {self._members()}; {way_out}")
+                raise ValueError(f"{len(self.images)} images among {self._members()}: {way_out}")
             raise ValueError(f"no image among {self._members()}{self._apart(_is_text)}")
         return self.images[0]
 
@@ -107,8 +107,10 @@ class TarSample(NamedTuple):
         given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
         captions = tuple(check_text("caption", caption) for caption in given)
         if not captions:
-            where = f"among {self._members()}" if caption_key is None else f"under {caption_key!r}"
-            raise ValueError(f"no caption {where}{self._way_out(values)}")
+            way_out = self._way_out(values)
+            if caption_key is None:
+                raise ValueError(f"no caption among {self._members()}{way_out}")
+            raise ValueError(f"no caption under {caption_key!r}{way_out}")
         return captions
 
     def _json(self) -> Any:
@@ -123,7 +125,7 @@ class TarSample(NamedTuple):
         """Return the lines of the text, be it .txt or .outputs.txt."""
         texts = [ending for ending in self.texts if _last(ending) in TEXT_MEMBERS]
         if len(texts) > 1 and not any(ending in TEXT_MEMBERS for ending in texts):
-            raise ValueError(f"{len(texts)} texts among {self._members()}; name one: --caption_key {texts[0]}")
+            raise ValueError(f"{len(texts)} texts among {self._members()}: name one with --caption_key {texts[0]}")
         texts.sort(key=lambda ending: TEXT_MEMBERS.index(_last(ending)))
         return next(filter(any, (_lines(self.texts[ending]) for ending in texts)), [])
 

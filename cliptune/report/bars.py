@@ -12,6 +12,7 @@ from cliptune.recorded import Bounds, Verdict, shown_epoch
 from cliptune.report.palette import BEST, BLUE, GREY, INK, LOADED, MATCHED, UNMATCHED
 from cliptune.report.style import (
     MAX_NAME,
+    NAME,
     add_legend,
     drawable,
     finish,
@@ -92,11 +93,11 @@ def comparison_figure(results: SeveralEvaluations) -> Figure:
         axes.grid(visible=False)
         axes.set_xlabel("RSum, 95% interval (dotted: chance)")
         title, families = drawable(f"{shown(Path(key[0]).name, MAX_NAME)} ({shown(key[1], MAX_NAME)})")
-        axes.set_title(title, parse_math=False, fontfamily=families, loc="left", fontweight="bold", color=INK)
+        axes.set_title(title, parse_math=False, fontfamily=families, loc="left", fontweight="bold", color=INK, gid=NAME)
     texts = [drawable(_end_of(name)) for name in names]
     panels[0].set_yticks(range(len(names)), [text for text, _ in texts], parse_math=False)
     for tick, (_, families) in zip(panels[0].get_yticklabels(), texts, strict=True):
-        tick.set_fontfamily(families)
+        tick.set(fontfamily=families, gid=NAME)
     panels[0].set_ylim(-0.6, len(names) - 0.3)
     return figure
 

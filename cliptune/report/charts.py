@@ -70,7 +70,7 @@ def curves(results: TrainingResults) -> list[Chart]:
         value = getattr(chance, key, None)
         return Series("chance", "chance", [] if value is None else [(x, value) for x in span], is_level=True)
 
-    kind = "merged " if prefix else ""
+    kind = "Merged " if prefix else ""
     loss = [Series("training", "training", of("train_loss")), Series("validation", "validation", of("val_loss"))]
     r1 = [
         Series("image to text", "i2t", of(f"{prefix}i2t_r1")),
@@ -83,8 +83,8 @@ def curves(results: TrainingResults) -> list[Chart]:
     rsum = [Series("validation", "validation", of(f"{prefix}rsum")), *watched, at_chance(f"{prefix}rsum")]
     return [
         line_chart("Loss", "nats", "epoch", [*loss, at_chance("val_loss")]),
-        line_chart(f"{kind}R@1".capitalize(), "percent", "epoch", [*r1, at_chance(f"{prefix}i2t_r1")]),
-        line_chart(f"{kind}RSum".strip(), "of 600", "epoch", rsum),
+        line_chart(f"{kind}R@1", "percent", "epoch", [*r1, at_chance(f"{prefix}i2t_r1")]),
+        line_chart(f"{kind}RSum", "of 600", "epoch", rsum),
         _rates(results),
     ]
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from cliptune.language.catalogue import language_of
+from cliptune.language.pages import say_page
 from cliptune.recorded import SPLIT_NAMES, GainInterval, Verdict, WallTime, comparable, shown_epoch
 from cliptune.report import charts
 from cliptune.report.analysis import analyse, listed_suspects
@@ -48,7 +50,9 @@ class Row(NamedTuple):
     """Low, gain and high between -1 and 1, for the drawing."""
 
 
-def write_report(results_path: Path, output: Path | None = None, *, images: bool = True, umap: bool = False) -> Path:
+def write_report(
+    results_path: Path, output: Path | None = None, *, images: bool = True, umap: bool = False, language: str = "en"
+) -> Path:
     """Write the page of a training run.
 
     Args:
@@ -56,6 +60,7 @@ def write_report(results_path: Path, output: Path | None = None, *, images: bool
         output: the page; None: `report.html` beside the results.
         images: False: with captions and names alone, so that no image leaves its place by accident.
         umap: lay out the map of features with UMAP in place of PCA.
+        language: `en` or `zh`; what was recorded in English is shown in it, too.
 
     Returns:
         The page.
@@ -73,7 +78,7 @@ def write_report(results_path: Path, output: Path | None = None, *, images: bool
     values = _values(results, results_path.parent, thumbnails, umap=umap)
     # what was not made is known only after all else was collected
     values |= {"thumbnails": thumbnails.made, "images": _images_said(thumbnails, images)}
-    write_text(output, _render("report.html", **values))
+    write_text(output, say_page(_render("report.html", **values), language_of(language)))
     return output
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from cliptune.language.catalogue import Language
 from cliptune.recorded import SPLIT_NAMES, VERDICTS, shown_epoch
 from cliptune.report.palette import GREY, GRID, INK
 from cliptune.results import TrainingResults, selection_key
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
+NAME = "name"
+"""Marks a text (its gid) that is somebody's name for something, and the same in every language."""
 DPI = 100
 MAX_NAME, MAX_TITLE = 60, 200
 """Characters of a name from the file, and of a title."""
@@ -23,8 +30,10 @@ MAX_ROWS = 17
 """Of a legend with letters of the usual size; of more rows they are smaller."""
 TITLE_SIZE = 14.0
 """Points."""
+CJK_FONT = "Noto Sans CJK SC"
+"""The one to install where there is none."""
 CJK_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC",
+    CJK_FONT, "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC",
     "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
     "AR PL UMing CN", "Microsoft YaHei", "SimHei", "SimSun", "PingFang SC", "Hiragino Sans GB", "Hiragino Sans",
     "Heiti TC", "Yu Gothic", "Meiryo", "MS Gothic", "IPAGothic", "TakaoGothic", "Malgun Gothic",
@@ -83,6 +92,24 @@ def add_legend(owner: Axes | Figure, panels: Sequence[Axes], **options: Any) -> 
         text.set(text=letters, fontfamily=families, parse_math=False)
 
 
+def say_figure(figure: Figure, language: Language) -> None:
+    """Say a figure's titles, labels and legends in a language, as far as a font is there that has its letters."""
+    from matplotlib.text import Text  # noqa: PLC0415  (as above)
+
+    if language.name == "en":
+        return
+    texts = [each for each in figure.findobj(Text) if isinstance(each, Text) and each.get_gid() != NAME]
+    said = {each: language.say(each.get_text()) for each in texts}
+    fonts = {each: _fonts_for(text) for each, text in said.items() if text != each.get_text()}
+    if any(missing for missing, _ in fonts.values()):
+        _tell_once("figures are labelled in English: no font with Chinese letters is installed, such as %s")
+        return
+    for each, (_, families) in fonts.items():
+        each.set(text=said[each], fontfamily=families)
+    if figure.get_suptitle():  # whose size goes by its length
+        set_title(figure, figure.get_suptitle())
+
+
 def merged_prefix(results: TrainingResults) -> str:
     """Return what keys of the recalls begin with that a run has gone by: `merged_` where captions are classes."""
     return selection_key(results.baseline.model_dump()).removesuffix("rsum")
@@ -100,15 +127,43 @@ def headline(results: TrainingResults) -> str:
 
 def drawable(text: str) -> tuple[str, list[str]]:
     """Return a text with each letter escaped that no font has, which would be a box, and the fonts to draw it with."""
+    missing, families = _fonts_for(text)
+    if missing:
+        _tell_once("letters that no installed font has are drawn as codes: many are in a font such as %s")
+    return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in text), families
+
+
+def _fonts_for(text: str) -> tuple[set[int], list[str]]:
+    """Return the letters of a text that no font has, and the fonts to draw the others with."""
     from matplotlib import font_manager, rcParams  # noqa: PLC0415  (as above)
 
     families = list(rcParams["font.family"])
     default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     missing = set(map(ord, text)) - default.get_charmap().keys()
-    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist} if missing else {}
+    if not missing:
+        return missing, families
+    _add_new_fonts()
+    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist}
     for name in filter(paths.get, CJK_FONTS):
         with suppress(OSError, RuntimeError):  # matplotlib's list of fonts is cached: it may be gone since
             found = font_manager.get_font(paths[name]).get_charmap().keys()
             families += [] if missing.isdisjoint(found) else [name]
             missing -= found
-    return "".join(ascii(letter)[1:-1] if ord(letter) in missing else letter for letter in text), families
+    return missing, families
+
+
+@cache
+def _tell_once(message: str) -> None:
+    logger.warning(message, CJK_FONT)
+
+
+@cache
+def _add_new_fonts() -> None:
+    """Tell matplotlib of fonts that were installed after it made its list, which it keeps for good."""
+    from matplotlib import font_manager  # noqa: PLC0415  (as above)
+
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in font_manager.findSystemFonts():
+        if path not in known:
+            with suppress(OSError, RuntimeError, ValueError):  # no font, or one of a form that cannot be drawn
+                font_manager.fontManager.addfont(path)

@@ -23,6 +23,7 @@ from cliptune.data.folds import Folds
 from cliptune.data.snapshot import Snapshot, Snapshots, describe_change, take_snapshots
 from cliptune.features.verdict import Verdict
 from cliptune.folds_verdict import Fold, FoldsEvaluation, judge_folds, mean_evaluations
+from cliptune.language.catalogue import language_of
 from cliptune.recorded import GainInterval, shown_epoch
 from cliptune.results import FoldResult, FoldsResults
 from cliptune.runs.data import RunData, Splits, folder_of, found_again, located, read_folded, without_excluded
@@ -101,7 +102,7 @@ def run_folds(started: Started, run: Callable[[Started, Part], int]) -> int:
     """
     if world_size() > 1:
         raise ValueError("--folds trains one fold after another in one process: start it without torchrun")
-    files = RunFiles(Path(started.config.run.output_dir))
+    files, language = RunFiles(Path(started.config.run.output_dir)), language_of(started.config.run.language)
     with files.locked():
         record, started = _begin(started, files)
         config, cache_dir = started.config, files.cache
@@ -120,9 +121,11 @@ def run_folds(started: Started, run: Callable[[Started, Part], int]) -> int:
             del part
             gc.collect()  # its model, before the next one is made
             record = _with_fold(record, fold, folder)
+            print(language.say_lines(fold_line(record.folds[fold])), flush=True)
             _write(files, record)
             _drop_states(folder)
         record, whole = _judge(record, files)
+        print(language.say_lines("\n".join(["", *fold_table(record)])), flush=True)
         _write(files, record)
         part = Part(_splits(started, data, None), whole=whole)
         logger.info(
@@ -252,13 +255,12 @@ def _of_part(started: Started, files: RunFiles, own: dict[str, Any]) -> Started:
 
 
 def _with_fold(record: FoldsResults, fold: int, files: RunFiles) -> FoldsResults:
-    """Take in a fold that has ended, and say so."""
+    """Take in a fold that has ended."""
     values = Fold.read(files).results
     curve = [evaluation.rsum for evaluation in values.history]
     result = FoldResult(
         fold=fold + 1, run_id=values.run_id, num_images=values.num_images, num_texts=values.num_texts, curve=curve
     )
-    print(fold_line(result), flush=True)
     return record.model_copy(update={"folds": sorted([*record.folds, result], key=lambda each: each.fold)})
 
 
@@ -305,7 +307,6 @@ def _judge(record: FoldsResults, files: RunFiles) -> tuple[FoldsResults, Whole]:
             "no_verdict": reason,
         }
     )  # fmt: skip
-    print("\n".join(["", *fold_table(record)]), flush=True)
     values = {"verdict": verdict and verdict.model_dump(mode="json"), "no_verdict": reason}
     if not found.length:  # the model that stays is the one as loaded, of which a gain says nothing
         word = "" if verdict is None else f" (of the best, epoch {shown_epoch(best)}: RSum {verdict.rsum})"

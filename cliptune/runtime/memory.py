@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -67,10 +68,21 @@ def try_imports() -> int:
     return 0
 
 
-def explain_out_of_memory(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Stand for `sys.excepthook`: say in one line that an import did not fit into memory. Python ends with code 1."""
+def explain_out_of_memory(
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+    *,
+    say: Callable[[str], str] = str,
+) -> None:
+    """Stand for `sys.excepthook`: say in one line that an import did not fit into memory. Python ends with code 1.
+
+    Args:
+        kind, error, trace: what `sys.excepthook` is given.
+        say: returns a text in the user's language.
+    """
     if says_out_of_memory(error):
-        print(f"{Path(sys.argv[0]).name}: error: {out_of_memory(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {say('error')}: {say(out_of_memory(error))}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

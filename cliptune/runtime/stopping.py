@@ -85,7 +85,7 @@ class SignalWatcher:
 
 
 @contextmanager
-def stoppable(name: str, grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+def stoppable(name: str, grace_seconds: float = GRACE_SECONDS, *, say: Callable[[str], str] = str) -> Iterator[None]:
     """Let a signal raise `Stopped` in the enclosed work, whose clean-up runs; only in the main thread.
 
     A second SIGINT ends the process at once, and so does the end of the grace period: the work may be stuck in a
@@ -94,6 +94,7 @@ def stoppable(name: str, grace_seconds: float = GRACE_SECONDS) -> Iterator[None]
     Args:
         name: of the stage, for the line it then ends with.
         grace_seconds: how long the clean-up may take.
+        say: returns that line's text in the user's language.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -112,9 +113,9 @@ def stoppable(name: str, grace_seconds: float = GRACE_SECONDS) -> Iterator[None]
         nonlocal interrupts
         interrupts += number == signal.SIGINT
         if interrupts == 2:
-            _leave(name, number)
+            _leave(name, number, say)
         if not timers:
-            timers.append(threading.Timer(grace_seconds, _leave, [name, number]))
+            timers.append(threading.Timer(grace_seconds, _leave, [name, number, say]))
             timers[0].daemon = True
             timers[0].start()
 
@@ -145,8 +146,8 @@ def leave_at_signals() -> None:
         signal.signal(number, lambda number, _: _leave(name, number))
 
 
-def _leave(name: str, number: int) -> None:
+def _leave(name: str, number: int, say: Callable[[str], str] = str) -> None:
     try:
-        os.write(2, f"{name}: {Stopped(number)}\n".encode("utf-8", "backslashreplace"))
+        os.write(2, f"{name}: {say(str(Stopped(number)))}\n".encode("utf-8", "backslashreplace"))
     finally:
         os._exit(128 + number)

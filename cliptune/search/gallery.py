@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from cliptune.language.catalogue import language_of
+from cliptune.language.pages import say_page
 from cliptune.preprocess.decode import MAX_PIXELS, decode_image
 from cliptune.runtime.files import write_text
 from cliptune.runtime.messages import printable, shorten
@@ -33,13 +35,13 @@ class Answer(NamedTuple):
     matches: list[Match]
 
 
-def render(name: str, **values: Any) -> str:
-    """Fill in a page of the folder pages/; what is put into it is escaped."""
+def render(name: str, *, language: str = "en", **values: Any) -> str:
+    """Fill in a page of the folder pages/ in a language; what is put into it is escaped."""
     pages = Environment(
         loader=PackageLoader("cliptune.search", "pages"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return pages.get_template(name).render(values)
+    return say_page(pages.get_template(name).render(values), language_of(language))
 
 
 def thumbnail(image: str | Path | bytes, side: int = THUMBNAIL_SIDE, *, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -57,7 +59,9 @@ def thumbnail(image: str | Path | bytes, side: int = THUMBNAIL_SIDE, *, max_pixe
     return file.getvalue()
 
 
-def write_gallery(path: Path, answers: Sequence[Answer], index: ImageIndex, *, folder: str) -> None:
+def write_gallery(
+    path: Path, answers: Sequence[Answer], index: ImageIndex, *, folder: str, language: str = "en"
+) -> None:
     """Write a page with the images that each query found, as many of each as fit.
 
     Args:
@@ -65,6 +69,7 @@ def write_gallery(path: Path, answers: Sequence[Answer], index: ImageIndex, *, f
         answers: what the queries found.
         index: the images.
         folder: how its folder was called.
+        language: of the page.
 
     Raises:
         OSError: the page cannot be written.
@@ -83,7 +88,13 @@ def write_gallery(path: Path, answers: Sequence[Answer], index: ImageIndex, *, f
         for answer in answers[:MAX_THUMBNAILS]
     ]
     page = render(
-        "gallery.html", answers=shown, num_answers=len(answers), num_images=len(index.paths), folder=printable(folder)
+        "gallery.html",
+        answers=shown,
+        num_answers=len(answers),
+        num_images=len(index.paths),
+        folder=printable(folder),
+        language=language,
+        heading=language_of(language).say("Search"),
     )
     write_text(path, page)
 

@@ -25,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cliptune.features.encode import Encoder
+from cliptune.language.catalogue import language_of
 from cliptune.runtime.messages import count, printable
 from cliptune.search.gallery import render, thumbnail
 from cliptune.search.searcher import Match, Searcher, encode_image, encode_texts
@@ -95,14 +96,15 @@ class _Page:
     Images go by their number alone, so no path comes from a request. All that the model does is done in one thread.
     """
 
-    def __init__(self, encoder: Encoder, searcher: Searcher, *, title: str, top: int) -> None:
+    def __init__(self, encoder: Encoder, searcher: Searcher, *, title: str, top: int, language: str) -> None:
+        self._language = language_of(language)
         self._encoder, self._searcher = encoder, searcher
         self._model, self._images = _Worker(1), _Worker(2)
         self._files = {name: files("cliptune.search").joinpath(f"pages/{name}").read_bytes() for name in _CONTENT_TYPES}
         num_images = len(searcher.index.paths)
         self._html = render(
             "page.html", title=printable(title), images=count(num_images, "image"), top=min(top, MAX_TOP),
-            max_top=min(MAX_TOP, num_images), max_query=MAX_QUERY, note=searcher.lookup.note,
+            max_top=min(MAX_TOP, num_images), max_query=MAX_QUERY, note=searcher.lookup.note, language=language,
         )  # fmt: skip
         self._small = lru_cache(maxsize=NUM_REMEMBERED)(self._render_small)
 
@@ -128,7 +130,7 @@ class _Page:
             features, num_truncated = encode_texts(self._encoder, [query])
             length = self._encoder.model.architecture.context_length
             note = f"longer than the model's {length} tokens, and cut" if num_truncated else ""
-            return {**self._found(self._searcher.nearest(features, top)[0]), "note": note}
+            return {**self._found(self._searcher.nearest(features, top)[0]), "note": self._language.say(note)}
 
         return _json(await self._model.run(work))
 
@@ -203,7 +205,7 @@ class _Guard:
         await answer(scope, receive, send_guarded)
 
 
-def make_app(encoder: Encoder, searcher: Searcher, *, title: str, top: int) -> Starlette:
+def make_app(encoder: Encoder, searcher: Searcher, *, title: str, top: int, language: str = "en") -> Starlette:
     """Return the page's application.
 
     Args:
@@ -211,20 +213,22 @@ def make_app(encoder: Encoder, searcher: Searcher, *, title: str, top: int) -> S
         searcher: of the index.
         title: what the folder was called.
         top: images that a query gets at first.
+        language: of the page and of what it answers.
     """
+    said = language_of(language)
 
     async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, _Refused)
-        return _json({"error": error.reason}, error.status)
+        return _json({"error": said.say(error.reason)}, error.status)
 
     async def is_gone(_: Request, __: Exception) -> Response:
-        return _json({"error": "the upload was broken off"}, 400)
+        return _json({"error": said.say("the upload was broken off")}, 400)
 
     async def refuse_plainly(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _json({"error": error.detail}, error.status_code, error.headers)
 
-    page = _Page(encoder, searcher, title=title, top=top)
+    page = _Page(encoder, searcher, title=title, top=top, language=language)
     routes = [
         Route("/", page.page),
         Route("/page/{name}", page.file),
@@ -255,14 +259,17 @@ def open_port(port: int) -> socket.socket:
     return listener
 
 
-def serve(encoder: Encoder, searcher: Searcher, listener: socket.socket, *, title: str, top: int) -> None:
+def serve(
+    encoder: Encoder, searcher: Searcher, listener: socket.socket, *, title: str, top: int, language: str = "en"
+) -> None:
     """Serve the page until a signal ends it; see `make_app` and `open_port`."""
-    app = make_app(encoder, searcher, title=title, top=top)
+    app = make_app(encoder, searcher, title=title, top=top, language=language)
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_level="warning", log_config=None, access_log=False,
         server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
-    print(f"http://{HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+    ends = language_of(language).say("(Ctrl-C ends it)")
+    print(f"http://{HOST}:{listener.getsockname()[1]}/  {ends}", flush=True)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:

@@ -133,7 +133,7 @@ SAID: dict[str, tuple[Members, str, int]] = {
     ),
     "two texts": (
         of_each(("{}.jpg", b""), ("{}.de.txt", b"x"), ("{}.en.txt", b"x")),
-        "2 texts among .jpg, .de.txt, .en.txt; name one: --caption_key de.txt", 9,
+        "2 texts among .jpg, .de.txt, .en.txt: name one with --caption_key de.txt", 9,
     ),
     "another key": (
         pairs_of("{}.jpg", "{}.json", 9, '{{"prompt_en": "number {}", "url": 3}}'),

@@ -34,7 +34,7 @@ FLAGS += ["--precision", "fp32", "--checkpoint_every", "1", "--keep_checkpoints"
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
-    monkeypatch.setattr("train.draw_figures", lambda _: [])
+    monkeypatch.setattr("train.draw_figures", lambda *_, **__: [])
 
 
 def flags_for(data_dir: Path, output_dir: Path, num_epochs: int) -> list[str]:

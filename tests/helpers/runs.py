@@ -29,8 +29,8 @@ def small_runs() -> Iterator[pytest.MonkeyPatch]:
     """Let `train.main` know the small model and draw no figures, galleries or report: a run takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
-        patch.setattr("train.draw_figures", lambda _: [])
-        patch.setattr("train.leave_report", lambda *_: None)
+        patch.setattr("train.draw_figures", lambda *_, **__: [])
+        patch.setattr("train.leave_report", lambda *_, **__: None)
         patch.setattr("cliptune.runs.data.LiveGallery", lambda _: None)
         yield patch
 

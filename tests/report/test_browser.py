@@ -27,7 +27,7 @@ def small_address(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_page(tmp_path_factory.mktemp("run"), num_images=4)
 
 
-def write_page(folder: Path, *, num_images: int) -> str:
+def write_page(folder: Path, *, num_images: int, language: str = "en") -> str:
     results = make_run(folder, num_images=num_images)
     values = json.loads(results.read_text())
     recalls = {key: [1.0, -0.5, 1.5] for key in ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")}
@@ -37,7 +37,7 @@ def write_page(folder: Path, *, num_images: int) -> str:
     }  # fmt: skip
     values["wall_time"] = {"start": 1, "data": 2, "step": 30, "validation": 4, "saving": 5, "rest": 6}
     results.write_text(json.dumps(values))
-    return write_report(results).as_uri()
+    return write_report(results, language=language).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,22 @@ def test_it_is_readable_and_asks_nothing_of_a_network(browser: Any, small_addres
     assert watched.violations() == []
     assert watched.messages == []
     assert [url for url in watched.requests if not url.startswith("data:")] == [small_address]
+
+
+def test_the_page_in_chinese_is_as_sound(browser: Any, tmp_path: Path) -> None:
+    address = write_page(tmp_path, num_images=4, language="zh")
+    watched = Watched(browser, viewport={"width": 320, "height": 640})
+    watched.page.goto(address)
+    watched.page.evaluate("() => document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert watched.violations() == []
+    assert watched.messages == []
+    assert watched.width() == 320
+    assert [url for url in watched.requests if not url.startswith("data:")] == [address]
+    assert watched.page.evaluate("() => document.documentElement.lang") == "zh-CN"
+    plot = watched.page.locator(".plot").first
+    plot.focus()
+    watched.page.keyboard.press("Home")
+    assert (plot.get_attribute("aria-valuetext") or "").startswith("第 0 轮：验证")
 
 
 def test_every_gallery_opens_with_the_keyboard(browser: Any, address: str) -> None:

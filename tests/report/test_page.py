@@ -26,7 +26,7 @@ SECTIONS = ["numbers", "curves", "time", "queries", "suspects", "similarity", "m
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds, and are tested elsewhere."""
-    monkeypatch.setattr(visualization, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(visualization, "draw_figures", lambda *_, **__: [])
 
 
 class Page(HTMLParser):

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def index(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> ImageIn
     return read_index(encoder, folder / "data", cache_dir=folder / "cache")
 
 
-@pytest.fixture(scope="module")
-def address(encoder: Encoder, index: ImageIndex) -> Iterator[str]:
+@contextmanager
+def serving(encoder: Encoder, index: ImageIndex, **options: Any) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(encoder, Searcher(index), title="scenes", top=10)
+    app = make_app(encoder, Searcher(index), title="scenes", top=10, **options)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -54,6 +55,26 @@ def address(encoder: Encoder, index: ImageIndex) -> Iterator[str]:
     server.should_exit = True
     thread.join()
     app.state.close()
+
+
+@pytest.fixture(scope="module")
+def address(encoder: Encoder, index: ImageIndex) -> Iterator[str]:
+    with serving(encoder, index) as address:
+        yield address
+
+
+def test_the_page_in_chinese_is_as_sound(browser: Any, encoder: Encoder, index: ImageIndex) -> None:
+    with serving(encoder, index, language="zh") as address:
+        watched = Watched(browser, **LOOKS[1])
+        watched.page.goto(address)
+        watched.page.get_by_label("描述你要找的内容").fill("a red heart")
+        watched.page.get_by_role("status").filter(has_text="“a red heart”：10 张图像，用时").wait_for()
+        watched.page.locator(".like").first.click()
+        watched.page.get_by_role("status").filter(has_text="相似的 10 张图像").wait_for()
+        assert watched.violations() == []
+        assert watched.messages == []
+        assert watched.width() == 320
+        watched.context.close()
 
 
 def best(index: ImageIndex, encoder: Encoder, text: str) -> str:

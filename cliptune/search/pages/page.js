@@ -4,6 +4,9 @@ const byId = (id) => document.getElementById(id);
 const query = byId("query"), file = byId("file"), asked = byId("asked"), status = byId("status");
 const results = byId("results"), more = byId("more"), card = byId("card");
 const firstTop = Number(document.body.dataset.top), maxTop = Number(document.body.dataset.maxTop);
+// the page's words, in its language; {0}, {1}, ... are values
+const words = Object.fromEntries([...byId("words").content.children].map((each) => [each.dataset.key, each.textContent]));
+const say = (key, ...values) => words[key].replace(/\{(\d)\}/g, (_, index) => values[index]);
 const DELAY = 150; // milliseconds without a key before a text is looked for
 
 let top_ = firstTop;     // how many images are asked for
@@ -11,7 +14,8 @@ let ask = null;          // the question that is shown: top -> [address, options
 let pending = null;      // what breaks off the request that is under way
 let timer = 0;
 
-async function run(question, label) {
+// `about`: what was asked, as a key of the words and a value
+async function run(question, about) {
   clearTimeout(timer);
   if (pending) pending.abort(); // an answer that comes late would be to another question
   const own = pending = new AbortController();
@@ -24,23 +28,24 @@ async function run(question, label) {
     const answer = await response.json();
     if (own !== pending) return;
     if (!response.ok) throw new Error(answer.error);
-    show(answer, label, Math.round(performance.now() - start));
+    show(answer, about, Math.round(performance.now() - start));
   } catch (error) {
     if (own !== pending || error.name === "AbortError") return;
     results.replaceChildren();
     more.hidden = true;
-    status.textContent = error instanceof TypeError ? "search.py does not answer: is it still running?" : error.message;
+    status.textContent = error instanceof TypeError ? say("none") : error.message;
   } finally {
     if (own === pending) results.classList.remove("stale");
   }
 }
 
-function show(answer, label, milliseconds) {
+function show(answer, about, milliseconds) {
   results.replaceChildren(...answer.results.map(toCard));
   more.hidden = answer.results.length < top_ || top_ >= maxTop;
-  more.onclick = () => { top_ = Math.min(2 * top_, maxTop); run(ask, label); };
-  const number = answer.results.length === 1 ? "1 image" : `${answer.results.length} images`;
-  status.textContent = `${number} ${label}, in ${milliseconds} ms${answer.note ? ` (the text is ${answer.note})` : ""}`;
+  more.onclick = () => { top_ = Math.min(2 * top_, maxTop); run(ask, about); };
+  const number = answer.results.length === 1 ? say("image") : say("images", answer.results.length);
+  const found = say(about[0], number, about[1], milliseconds);
+  status.textContent = answer.note ? `${found} ${say("cut", answer.note)}` : found;
 }
 
 function toCard(found) {
@@ -55,7 +60,7 @@ function toCard(found) {
   // a long path breaks behind its folders
   name.append(...found.path.split(/(?<=\/)/).flatMap((part) => [part, document.createElement("wbr")]));
   const like = item.querySelector(".like");
-  like.setAttribute("aria-label", `More like this: ${found.path}`);
+  like.setAttribute("aria-label", say("more", found.path));
   like.onclick = () => askLike(found);
   return item;
 }
@@ -65,20 +70,21 @@ function askText() {
   if (!text) { clear(); return; }
   top_ = firstTop;
   asked.hidden = true;
-  run((top) => [`/search?${new URLSearchParams({ query: text, top })}`, {}], `for “${text}”`);
+  run((top) => [`/search?${new URLSearchParams({ query: text, top })}`, {}], ["text", text]);
 }
 
 function askLike(found) {
   top_ = firstTop;
   showAsked(`/images/${found.image}/small`, found.path);
-  run((top) => [`/like/${found.image}?top=${top}`, {}], `like ${found.path}`);
+  run((top) => [`/like/${found.image}?top=${top}`, {}], ["like", found.path]);
   window.scrollTo({ top: 0 });
 }
 
 function askImage(blob) {
   top_ = firstTop;
-  showAsked(URL.createObjectURL(blob), blob.name || "pasted image");
-  run((top) => [`/search?top=${top}`, { method: "POST", body: blob }], `like ${blob.name || "the pasted image"}`);
+  const name = blob.name || say("pasted");
+  showAsked(URL.createObjectURL(blob), name);
+  run((top) => [`/search?top=${top}`, { method: "POST", body: blob }], ["like", name]);
 }
 
 function showAsked(address, name) {
