@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cliptune.model.weights import Weights, find_weights, own_weights
 from cliptune.model.zero_shot import class_probabilities, logits_of
 from cliptune.preprocess.tokens import tokenize
 from cliptune.preprocess.transforms import clip_transform, normalize
+from cliptune.runtime.device import to_device
 from cliptune.runtime.messages import count, shown
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.sigmoid_loss import INITIAL_BIAS, SigmoidLoss
@@ -289,7 +290,7 @@ class CLIPModel(nn.Module):
         return class_probabilities(self, images, names, templates)
 
     def compile_towers(self) -> None:
-        """Use `torch.compile` for the transformer layers in training; the first step then takes longer."""
+        """Use `torch.compile` for both towers in training, see `towers.set_compiled`; the first step takes longer."""
         self.is_compiled = True
         self.train(self.training)
 
@@ -318,7 +319,7 @@ class CLIPModel(nn.Module):
     def run_image_tower(self, images: Tensor) -> Tensor:
         """Turn pixels `[B, 3, R, R]` (uint8, or float and normalised) into the tower's output `[B, embed_dim]`."""
         # batches from the image cache have their channels last; a compiled tower is compiled for one order
-        images = images.to(self.device, non_blocking=True).contiguous()
+        images = to_device(images, self.device).contiguous()
         pixels = normalize(images, self.architecture.mean, self.architecture.std)
         output: Tensor = self.backbone.encode_image(pixels)
         return output
@@ -405,7 +406,27 @@ def add_self_test(state: dict[str, Any]) -> dict[str, Any]:
     """
     with torch.random.fork_rng(devices=[]):
         model = CLIPModel(pretrained=own_weights(state, "this checkpoint"))
-        self_test = compute_self_test(model)
+        return _completed(state, model, compute_self_test(model))
+
+
+def self_tester(state: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Make what completes a run's states as `add_self_test` does, in a thread beside the one that trains.
+
+    To build a model draws random numbers and changes the default device, which belong to the whole process. So it is
+    built here, once, with tensors of its own, and takes each state's weights.
+    """
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in state["model_state_dict"].items()}
+    with torch.random.fork_rng(devices=[]):
+        model = CLIPModel(pretrained=own_weights({**state, "model_state_dict": weights}, "this checkpoint")).eval()
+
+    def complete(state: dict[str, Any]) -> dict[str, Any]:
+        model.load_state_dict(state["model_state_dict"])
+        return _completed(state, model, compute_self_test(model, is_alone=False))
+
+    return complete
+
+
+def _completed(state: dict[str, Any], model: CLIPModel, self_test: dict[str, Any]) -> dict[str, Any]:
     return {
         **state,
         "activation": model.architecture.activation,

@@ -222,7 +222,8 @@ def evaluate(
     encoded = encode_pairs(encoder, pairs, cached=cached, on_unreadable_image=on_unreadable_image)
     features = encoded.image_features, encoded.text_features, encoded.text_to_image
     model = encoder.model
-    device = model.device if model.device.type == "cuda" else torch.device("cpu")  # ranks need float64
+    # ties need products that repeat bit by bit, which other devices are not known to give
+    device = model.device if model.device.type == "cuda" else torch.device("cpu")
     ranks = retrieval_ranks(*features, device=device)
     num_images, num_texts = len(encoded.image_features), len(encoded.text_features)
     merged = merged_ranks(

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test
+from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test, self_tester
 from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
@@ -53,6 +53,7 @@ from cliptune.runs.model import find_run_weights, make_model, place_model
 from cliptune.runs.other_data import Anew, go_on_with_other_data
 from cliptune.runs.recipe import apply_recipe
 from cliptune.runs.report import leave_report
+from cliptune.runs.saving import make_saver, works_in_background
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runs.watch import watching
@@ -66,13 +67,13 @@ from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
 from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
-from cliptune.training.checkpoint import RunFiles, Saver
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.intervals import Interval, items_until
 from cliptune.training.journal import Journal, RunPlan, describe_model
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.run_models import settle_models, verify_best
+from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
 from cliptune.training.tracking import Tracker, tracking
 from data_loader import ImageTextDataset
@@ -129,7 +130,9 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         if not begin_log(part, files, config.run.log_level):
             set_aside_earlier_run(files, config, resumed)
 
-        parallel, micro_batch_size = place_model(config, model, precision=precision, device=device)
+        parallel, micro_batch_size = place_model(
+            config, model, precision=precision, device=device, num_samples=len(splits["train"]), resumed=resumed
+        )
         loss, val_loss = make_losses(config, splits["train"], {} if resumed is None else resumed.content)
         data = watching(
             open_data(
@@ -145,7 +148,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
         about = about_run(
             config, started, resumed, snapshots=snapshots, positives=loss.positives, val_images=data.val.paths
         )
-        saver = _make_saver(config, trainer, files=files, about=about)
+        saver = make_saver(config, trainer, files=files, about=about, complete=add_self_test, self_tester=self_tester)
         state, anew = _begin(config, trainer, saver, data, resumed=resumed, snapshots=snapshots, began=began)
         if whole is None:
             retrieval = open_retrieval(
@@ -251,6 +254,7 @@ def _fit(
     validation = Interval(every_steps=steps_of(every), every_seconds=seconds_of(every))
     batches: Iterator[Any] | None = None
     profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
+    trainer.interruptible = stop.within_step
     with stop, journal, saver.of_run(state), profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
@@ -323,8 +327,10 @@ def _end_early(end: Stopped | KilledWorkerError, data: RunData, *, state: RunSta
     """Save the state after the last step and say so; return a signal's exit code, or raise the error."""
     if isinstance(end, KilledWorkerError) and world_size() > 1:  # the other ranks are in the middle of a step
         raise end
-    if state.history and state.totals is not None:  # between two epochs it is saved already
+    # between two epochs it is saved already
+    if state.history and state.totals is not None and not saver.has_saved(state):
         saver.save(state)
+    saver.flush(state)
     where = f"at epoch {state.epoch}, step {state.step}, which are saved: --resume goes on from there"
     what = "stopped" if isinstance(end, KilledWorkerError) else str(end)
     logger.info("%s %s", what, where if state.history else "before anything was trained")
@@ -371,18 +377,6 @@ def _make_trainer(
             name_samples=data.name_samples,
         ),
         ema=settings.ema,
-    )
-
-
-def _make_saver(config: Config, trainer: MultimodalTrainer, *, files: RunFiles, about: dict[str, Any]) -> Saver:
-    return Saver(
-        files,
-        trainer,
-        about=about,
-        keep=config.run.keep_checkpoints,
-        complete=add_self_test,
-        every_steps=steps_of(config.run.checkpoint_every),
-        every_seconds=seconds_of(config.run.checkpoint_every),
     )
 
 
@@ -444,7 +438,7 @@ def _open_journal(
         validate_every_seconds=seconds_of(settings.validate_every),
     )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
-    precision = trainer.grad_cache.precision.name
+    precision = trainer.grad_cache.precision.name + (", compiled" if model.is_compiled else "")
     about = {
         "run_id": run_id,
         "config": config.model_dump(),
@@ -462,7 +456,7 @@ def _open_journal(
     }
     journal = Journal(
         saver.files, state, plan=plan, watch=trainer.watch, about=about, device=model.device,
-        interval=config.run.log_interval, tracker=tracker,
+        interval=config.run.log_interval, tracker=tracker, in_background=works_in_background(model.device),
     )  # fmt: skip
     train, val = data.train, data.val
     extent = f"in {len(train.shards)} shards" if isinstance(train, Shards) else f"({train.num_pairs} pairs)"

@@ -206,8 +206,8 @@ def check_command_line(settings: type[Settings], description: str) -> None:
         settings: the stage's settings.
         description: what the stage does, for `--help`: its docstring.
     """
-
     name_all_files()
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by PyTorch's import: what MPS has not runs on CPU
 
     def read() -> int:
         if settings is Config:

@@ -478,7 +478,7 @@ def run_info(
     Args:
         command: from `command_line`.
         device: of this process.
-        precision: as resolved, such as `bf16`.
+        precision: as resolved, such as `bf16`, or `bf16, compiled`.
         world_size: processes of the run.
         model_name: of the model that runs, `model.architecture.name`.
         model_settings: `model.architecture.to_dict()`.

@@ -115,6 +115,10 @@ Seed = Annotated[
 ]
 
 
+WRITTEN_OUT = BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool | str) else value)
+"""Of a switch with a third choice: reads JSON's true and false, and what was stored before there was one."""
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
 
@@ -132,7 +136,8 @@ class Settings(BaseModel):
             # pydantic takes true for 1, so {"batch_size": true} would train with batches of one pair
             for key, value in values.items():
                 field = cls.model_fields.get(key)
-                if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                is_switch = field is not None and (field.annotation is bool or WRITTEN_OUT in field.metadata)
+                if isinstance(value, bool) and field is not None and not is_switch:
                     raise ValueError(f"{key}: {json.dumps(value)} is not a value for this setting")
         return values
 
@@ -293,7 +298,12 @@ class TrainingSettings(Settings):
         False, description="after training, average the weights as loaded with the best ones and keep the best average"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has it, else fp32 (fp16 on old GPUs)")
-    compile: bool = Field(False, description="torch.compile for the transformer layers; meant for GPUs")
+    compile: Annotated[Literal["auto", "true", "false"], WRITTEN_OUT] = Field(
+        "auto",
+        description="torch.compile for the towers in training; auto: on a CUDA device, in a run that is long enough to "
+        "pay for it",
+        json_schema_extra={"bare": "true"},
+    )
     seed: Seed = 42
 
 

@@ -129,7 +129,9 @@ class EvaluationSettings(Settings):
     )
     activation: Activation = None
     encode_batch_size: PositiveInt = Field(
-        64, description="images or texts encoded at once; in fp32 always 16 or 64, so that no number depends on it"
+        64,
+        description="images or texts encoded at once, on a GPU at least 256 or 1024; in fp32 a fixed number, "
+        "so that no result depends on it",
     )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")
@@ -205,7 +207,9 @@ class SearchSettings(Settings):
     port: Annotated[int, Field(ge=0, lt=2**16)] = Field(8000, description="port of the page; 0: any that is free")
     activation: Activation = None
     encode_batch_size: PositiveInt = Field(
-        64, description="images encoded at once; in fp32 always 16, so that no score depends on it"
+        64,
+        description="images encoded at once, on a GPU at least 256; in fp32 a fixed number, "
+        "so that no score depends on it",
     )
     num_workers: NumWorkers = None
     precision: Precision | None = Field(None, description="none: as in the checkpoint's run, auto for other weights")

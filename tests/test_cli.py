@@ -1,10 +1,13 @@
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from cliptune.cli import (
     HELP_GROUPS,
+    check_command_line,
     flags_of,
     is_positional,
     load_config,
@@ -246,7 +249,8 @@ def test_help_shows_choices_kinds_and_defaults(capsys: pytest.CaptureFixture[str
         "--checkpoint_every N|TIME",
         "passes over the training images (default: 50)",
         "none (default): the backbone's own",
-        "meant for GPUs (default: false)",
+        "keep the best average (default: false)",
+        "in a run that is long enough to pay for it (default: auto)",
     ):
         assert part in text
 
@@ -396,3 +400,14 @@ def test_words_without_a_flag_are_refused_where_none_is_meant() -> None:
         parse_settings(EvaluationSettings, ["--split", "val", "heart"], description="")
     with pytest.raises(ValueError, match="unknown flag --jsn; did you mean --json"):
         parse_settings(SearchSettings, ["heart", "--jsn"], description="")
+
+
+@pytest.mark.parametrize(("before", "wanted"), [(None, "1"), ("0", "0")])
+def test_what_mps_has_not_runs_on_the_cpu(before: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", before or "")
+    if before is None:
+        monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")
+    check_command_line(Config, "")
+    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == wanted

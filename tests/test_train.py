@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from cliptune.training import memory
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
 from evaluation import Evaluation, evaluate
-from tests.helpers.runs import SMALL, assert_same_runs, lines_of, signal_at, small_runs
+from tests.helpers.runs import SMALL, assert_same_runs, lines_of, signal_at, small_runs, work_in_background
 from train import main
 
 FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
@@ -225,6 +226,17 @@ def disk_full(run: Broken) -> None:
     assert run.resume() == 0
 
 
+def stopped_by_signals_in_background(run: Broken) -> None:
+    """As on a GPU."""
+    work_in_background(run.patch)
+    stopped_by_signals(run)
+
+
+def disk_full_in_background(run: Broken) -> None:
+    work_in_background(run.patch)
+    disk_full(run)
+
+
 def resumed_from_a_copy(run: Broken) -> None:
     """Every epoch's end and every fourth step was saved; one of the states goes on in another folder."""
     files = RunFiles(run.whole)
@@ -246,6 +258,9 @@ def resumed_from_a_copy(run: Broken) -> None:
         ("siglip", stopped_by_signals),
         ("augmented", last_file_damaged),
         ("augmented", disk_full),
+        ("augmented", stopped_by_signals_in_background),
+        ("both frozen", stopped_by_signals_in_background),
+        ("augmented", disk_full_in_background),
         ("many states", resumed_from_a_copy),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
@@ -265,6 +280,19 @@ def test_a_run_that_is_broken_off_and_resumed_is_the_unbroken_one(
     folder = tmp_path / ("again" if fault is resumed_from_a_copy else "broken")
     fault(Broken(flags, folder, unbroken, small, capsys))
     assert_same_runs(folder, unbroken)
+
+
+@pytest.mark.slow
+def test_the_wall_time_of_a_run_with_threads_adds_up(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    work_in_background(small)
+    start = time.monotonic()
+    assert main(small_flags(sample_dir, tmp_path)) == 0
+    elapsed = time.monotonic() - start
+    spent = json.loads(RunFiles(tmp_path).results.read_text())["wall_time"]
+    assert 0.7 * elapsed < sum(spent.values()) <= elapsed + 0.01  # the rest comes after the results
+    assert spent["saving"] > 0
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,14 +25,24 @@ from cliptune.features.distinct import Distinct, Tokens, distinct
 from cliptune.features.tower_outputs import PairOutputs, TowerOutputs
 from cliptune.model.architectures import Architecture
 from cliptune.preprocess.transforms import clip_transform
-from cliptune.runtime.device import Precision, autocast, default_num_workers
+from cliptune.runtime.device import (
+    Precision,
+    autocast,
+    default_num_workers,
+    is_out_of_memory,
+    release_memory,
+    to_device,
+)
 from cliptune.runtime.distributed import gather_rows, rank, world_size
 from cliptune.runtime.logs import progress_bar
 
 logger = logging.getLogger(__name__)
 
-IMAGES_IN_FP32, TEXTS_IN_FP32 = 16, 64
-"""Of a forward pass in float32, see `Encoder.images_at_once`; more are no faster on a processor (ViT-B/32)."""
+IMAGES_AT_ONCE, TEXTS_AT_ONCE = {"cpu": 16, "cuda": 256}, {"cpu": 64, "cuda": 1024}
+"""Of a forward pass in float32 by the type of device, see `Encoder.images_at_once`: more are no faster on a processor
+(ViT-B/32), and fewer do not fill a GPU, whose kernels take as long to launch for one image as for many."""
+IMAGES_OF_A_WORKER = 32
+"""That a worker hands over at once to a GPU: many workers then have a part in each of its large batches."""
 
 IMAGES_PER_WORKER, IMAGES_PER_KEPT_WORKER = 32, 16
 """Fewer are no work for a worker: starting one takes as long as the main process needs for some 15 photos (eight
@@ -113,7 +124,8 @@ class Encoder:
         model: on its device.
         open_dataset: makes a data set of `(pairs, transform=..., seed=...)`, as `data_loader.ImageTextDataset` does.
         precision: of the forward passes.
-        batch_size: images or texts that are encoded at once; not in float32, see `images_at_once`.
+        batch_size: images or texts that are encoded at once; on a GPU at least `IMAGES_AT_ONCE` and `TEXTS_AT_ONCE`;
+            it does not count in float32, see `images_at_once`.
         num_workers: of the image loader; None: chosen for the machine.
         image_cache_dir: folder where decoded images are cached; None: they are not. The features are the same.
         kept: workers that are kept from one data set's evaluation to the next; None: each starts its own.
@@ -135,12 +147,18 @@ class Encoder:
         text's feature is off by 1e-7, enough to turn ranks that nearly tie. Exact numbers must not hang on that, so in
         float32 what runs together is always the same.
         """
-        return IMAGES_IN_FP32 if self.precision.dtype is None else self.batch_size
+        return self._at_once(IMAGES_AT_ONCE)
 
     @property
     def texts_at_once(self) -> int:
         """Texts of one forward pass, as `images_at_once`."""
-        return TEXTS_IN_FP32 if self.precision.dtype is None else self.batch_size
+        return self._at_once(TEXTS_AT_ONCE)
+
+    def _at_once(self, fixed: Mapping[str, int]) -> int:
+        kind = self.model.device.type
+        if self.precision.dtype is None:
+            return fixed.get(kind, fixed["cpu"])
+        return max(self.batch_size, fixed[kind] if kind == "cuda" else 0)
 
     def run_images(
         self, dataset: SampleDataset, items: Tensor, run: Run, *, across_ranks: bool, desc: str
@@ -159,10 +177,11 @@ class Encoder:
         """
         model = self.model
         batches, num_rounds = _deal(items.split(self.images_at_once), across_ranks=across_ranks)
-        loaded = self._loaded(dataset, [batch.tolist() for batch in batches])
+        pieces = [piece for batch in batches for piece in batch.split(self._images_of_a_worker)]
+        loaded = self._loaded(dataset, [piece.tolist() for piece in pieces])
         blank = torch.zeros(1, 3, model.image_resolution, model.image_resolution, dtype=torch.uint8)
-        for _ in progress_bar(range(num_rounds), desc=desc):
-            batch = next(loaded, None)
+        for number in progress_bar(range(num_rounds), desc=desc):
+            batch = self._joined(loaded, len(batches[number])) if number < len(batches) else None
             if batch is not None and len(batch.image_ids):
                 yield batch, self._run(run, batch.images)
                 continue
@@ -170,6 +189,23 @@ class Encoder:
                 self._run(run, blank)  # the other ranks may need this rank's shard of the weights for their batch
             if batch is not None:
                 yield batch, None
+
+    @property
+    def _images_of_a_worker(self) -> int:
+        return min(self.images_at_once, IMAGES_OF_A_WORKER) if self.model.device.type == "cuda" else self.images_at_once
+
+    def _joined(self, pieces: Iterator[Batch], num_images: int) -> Batch | None:
+        """Put the next pieces together on the device, each copied there while the next one is loaded."""
+        device, num_pieces = self.model.device, -(-num_images // self._images_of_a_worker)
+        parts = [piece._replace(images=to_device(piece.images, device)) for piece in islice(pieces, num_pieces)]
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        readable = [piece for piece in parts if len(piece.image_ids)] or parts[:1]
+        joined = {
+            name: torch.cat([getattr(piece, name) for piece in readable])
+            for name in Batch._fields if name != "issues"
+        }  # fmt: skip
+        return Batch(issues=[issue for piece in parts for issue in piece.issues], **joined)
 
     def open_images(self, pairs: Pairs) -> SampleDataset:
         """Open images to be encoded, cached if they are to be; with `kept` the same data set each time."""
@@ -245,9 +281,18 @@ class Encoder:
         return features
 
     def _run(self, run: Run, inputs: Tensor) -> Tensor:
-        # not inference_mode: FSDP's buffers would be unfit for training afterwards
-        with torch.no_grad(), autocast(self.model.device, self.precision):
-            return run(inputs)
+        try:
+            # not inference_mode: FSDP's buffers would be unfit for training afterwards
+            with torch.no_grad(), autocast(self.model.device, self.precision):
+                return run(inputs)
+        except Exception as error:
+            # the ranks of a sharded model must run it equally often
+            if not is_out_of_memory(error) or len(inputs) == 1 or hasattr(self.model, "unshard"):
+                raise
+        # below the handler, which holds on to the tensors of what failed
+        _warn_once(f"out of memory with {len(inputs)} at once: encoding halves, whose last digits may differ")
+        release_memory(self.model.device)
+        return torch.cat([self._run(run, half) for half in inputs.chunk(2)])
 
 
 class Encoded(NamedTuple):
@@ -431,7 +476,8 @@ class _FeatureRows:
     """Features on their way from the device to main memory; the device goes on while they are copied."""
 
     def __init__(self, num_all: int, encoder: Encoder) -> None:
-        self.on_gpu = encoder.model.device.type == "cuda"
+        self.device = encoder.model.device
+        self.on_gpu = self.device.type == "cuda"
         # a rank has its part of the batches, rounded up to a whole one
         num_own = num_all // world_size() + 2 * max(encoder.images_at_once, encoder.texts_at_once)
         self.rows = torch.empty(min(num_all, num_own), encoder.model.projection_dim, pin_memory=self.on_gpu)
@@ -446,7 +492,7 @@ class _FeatureRows:
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
         """Return all ranks' features `[N, D]` in the order of their indices, and the indices `[N]`."""
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)  # once, for all copies
         indices, rows = gather_rows(torch.cat(self.indices)), gather_rows(self.rows[: self.end])
         order = torch.argsort(indices)
         return rows[order], indices[order]

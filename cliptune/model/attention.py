@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cliptune.runtime.messages import one_line
 from cliptune.runtime.recording import is_recorded, is_transformed
+
+logger = logging.getLogger(__name__)
 
 GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """All but cuDNN's, which PyTorch prefers on newer GPUs, and which takes about a second for every new shape."""
@@ -31,6 +36,9 @@ class Layout(NamedTuple):
     """Indices of the rows that the last layer is wanted for, `[batch]`; None: all."""
     used: Tensor | None = None
     """Which positions of the padded batch hold a row that the pooled one may see, `[batch, length]`; None: all."""
+    starts: Tensor | None = None
+    """Index of each sequence's first row, and N: int32 `[batch + 1]`. With it attention sees the rows themselves, of
+    sequences of at most `length`; without it they are padded."""
 
     def pad(self, rows: Tensor) -> Tensor:
         """Return `[batch, length, width]`, 0 where there is no row."""
@@ -91,7 +99,13 @@ class Attention(nn.MultiheadAttention):
         return projected
 
     def _packed(self, rows: Tensor, layout: Layout) -> Tensor:
-        qkv = layout.pad(self._adapt(F.linear(rows, self.in_proj_weight, self.in_proj_bias), rows))
+        projected = self._adapt(F.linear(rows, self.in_proj_weight, self.in_proj_bias), rows)  # [N, 3 * width]
+        if layout.starts is not None:
+            parts = projected.unflatten(1, (3, self.num_heads, -1)).unbind(1)  # three of [N, heads, d]
+            ends = (layout.starts, layout.starts, layout.length, layout.length)
+            window = (-1, 0) if layout.causal else (-1, -1)
+            return cast(Tensor, _varlen_attn(*parts, *ends, window_size=window)).flatten(1)
+        qkv = layout.pad(projected)
         heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # three of [B, heads, L, d]
         # Causal is enough for padded texts: padding stands behind a text, where none of its tokens looks. What padding
         # itself gets there is thrown away by `unpad`.
@@ -106,11 +120,78 @@ class Attention(nn.MultiheadAttention):
         split = (self.num_heads, -1)
         pooled = rows[layout.pooled]
         query = self._adapt(F.linear(pooled, weights[0], biases[0]), pooled, slice(None, width))
+        pairs = self._adapt(F.linear(rows, weights[1], biases[1]), rows, slice(width, None))  # [N, 2 * width]
+        if layout.starts is not None:
+            key, value = pairs.unflatten(1, (2, *split)).unbind(1)  # [N, heads, d] each
+            # sequences of one query each, which sees all keys of its own: it stands last in it, or nothing is hidden
+            each = torch.arange(len(pooled) + 1, dtype=torch.int32, device=rows.device)
+            ends = (each, layout.starts, 1, layout.length)
+            return cast(Tensor, _varlen_attn(query.unflatten(1, split), key, value, *ends)).flatten(1)
         query = query.unflatten(1, split).unsqueeze(2)  # [B, heads, 1, d]
-        pairs = layout.pad(self._adapt(F.linear(rows, weights[1], biases[1]), rows, slice(width, None)))
-        key, value = pairs.unflatten(2, (2, *split)).permute(2, 0, 3, 1, 4).unbind()  # [B, heads, L, d] each
+        key, value = (
+            layout.pad(pairs).unflatten(2, (2, *split)).permute(2, 0, 3, 1, 4).unbind()
+        )  # [B, heads, L, d] each
         mask = None if layout.used is None else layout.used[:, None, None, :]
         return attend(query, key, value, mask=mask).flatten(1)  # [B, width]
+
+
+@cache
+def can_attend_packed(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether attention runs on packed rows here; tries it once, forwards and backwards.
+
+    Args:
+        device: where the rows are.
+        dtype: that attention computes in.
+        head_dim: width of a head.
+    """
+    # what FlashAttention 2 takes: it asks for a multiple of 8, and beyond 128 its backward pass depends on the card
+    if device.type != "cuda" or dtype not in {torch.float16, torch.bfloat16} or head_dim % 8 or head_dim > 128:
+        return False
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        _load_varlen_attn()
+        is_right = try_packed_attention(device, dtype, head_dim)
+        reason = "it gives other numbers than the plain product"
+    except Exception as error:  # of a kernel that is not there, in many forms
+        is_right, reason = False, one_line(error)
+    if not is_right:
+        logger.info("texts are padded for attention: packed attention does not work here (%s)", reason)
+    return is_right
+
+
+_varlen_attn: Any = None
+"""`torch.nn.attention.varlen.varlen_attn`, once it is known to work."""
+
+
+def _load_varlen_attn() -> None:
+    # PyTorch 2.10 and later have it; it imports the compiler, which takes a second
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+
+    global _varlen_attn  # noqa: PLW0603
+    _varlen_attn = varlen_attn
+
+
+def try_packed_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether packed attention and its gradients are the plain product's, on two short sequences."""
+    lengths, heads = [3, 2], 2
+    starts = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # no random numbers, which a run counts on
+        values = torch.arange(5 * 3 * heads * head_dim, dtype=torch.float32, device=device).sin()
+        packed, plain = (values.to(dtype).view(5, 3, heads, head_dim).requires_grad_() for _ in range(2))
+        found = _varlen_attn(*packed.unbind(1), starts, starts, 8, 8, window_size=(-1, 0))  # [5, heads, d]
+        wanted = []
+        for sequence in plain.float().split(lengths):  # [length, 3, heads, d]
+            query, key, value = sequence.permute(1, 2, 0, 3).unbind()  # [heads, length, d] each
+            seen = torch.ones(len(sequence), len(sequence), dtype=torch.bool, device=device).tril()
+            wanted.append((attention_weights(query, key, mask=seen) @ value).transpose(0, 1))
+        outputs = found.float(), torch.cat(wanted)
+        gradients = [
+            torch.autograd.grad(output.square().sum(), given)[0].float()
+            for output, given in zip(outputs, (packed, plain), strict=True)
+        ]
+    return all(torch.allclose(got, want, rtol=0.02, atol=0.02) for got, want in (outputs, gradients))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:

@@ -62,6 +62,7 @@ class _Fields(BaseModel):
     micro_batch_size: Annotated[int, Field(gt=0, lt=2**63)] | None = None
     starts_random: bool = False
     holds_batchnorm: bool = False
+    compiled: bool | None = None
 
 
 def check_fields(content: dict[str, Any], path: str | Path, *, needs: Collection[str] = ()) -> None:

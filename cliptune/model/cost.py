@@ -17,13 +17,20 @@ class Cost(NamedTuple):
 
     Attributes:
         num_parameters: of both towers and projections.
-        pair_flops: operations of the forward pass of an image and a text; the backward pass has twice as many.
+        image_flops: operations of the forward pass of an image; the backward pass has twice as many.
+        text_flops: the same of a text.
         pair_values: numbers that are kept of a pair for the backward pass.
     """
 
     num_parameters: int
-    pair_flops: float
+    image_flops: float
+    text_flops: float
     pair_values: float
+
+    @property
+    def pair_flops(self) -> float:
+        """Operations of the forward pass of an image and a text."""
+        return self.image_flops + self.text_flops
 
     @property
     def state_bytes(self) -> int:
@@ -39,10 +46,9 @@ def cost_of(architecture: Architecture, *, text_tokens: float) -> Cost:
         text_tokens: of a text, on average; padding costs nothing.
     """
     width, layers = architecture.transformer_width, architecture.transformer_layers
-    parts = [_transformer(width, layers, text_tokens), _image(architecture)]
+    text, image = _transformer(width, layers, text_tokens), _image(architecture)
     embeddings = (architecture.vocab_size + architecture.context_length) * width + width * architecture.embed_dim
-    num_parameters, flops, values = (sum(column) for column in zip(*parts, strict=True))
-    return Cost(int(num_parameters + embeddings), flops, values)
+    return Cost(int(text[0] + image[0] + embeddings), image[1], text[1], text[2] + image[2])
 
 
 Parts = tuple[float, float, float]

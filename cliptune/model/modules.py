@@ -16,6 +16,7 @@ Importing this imports OpenAI's `clip`, which reads its vocabulary: only a model
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -26,13 +27,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cliptune.model.attention import GPU_LENGTH_MULTIPLE, Attention, Layout, QuickGELU, attend
+from cliptune.model.attention import (
+    GPU_LENGTH_MULTIPLE,
+    Attention,
+    Layout,
+    QuickGELU,
+    attend,
+    can_attend_packed,
+)
 from cliptune.model.batchnorm import held_statistics
+from cliptune.runtime.device import to_device
+from cliptune.runtime.messages import one_line
 from cliptune.runtime.openai_clip import import_clip
 from cliptune.runtime.recording import is_recorded
 
 import_clip()  # first of all, since it needs help
 from clip import model as openai  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 
 class Backbone(openai.CLIP):
@@ -41,12 +53,19 @@ class Backbone(openai.CLIP):
     text_pooling = "largest"
     end_token: int | None = None
     """As `Architecture` has them; `causal` is what its transformer's mask says."""
+    compiled = False
+    """Whether each tower runs as one compiled program."""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Run the image tower on normalised pixels `[B, 3, R, R]`: `[B, embed_dim]`."""
-        if not isinstance(self.visual, VisionTransformer):
+        visual, is_vit = self.visual, isinstance(self.visual, VisionTransformer)
+        if not is_vit:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, self.visual(pixels.to(next(self.visual.parameters(), pixels).dtype)))
+        pixels = pixels.to(next(visual.parameters(), pixels).dtype)
+        is_plain = runs_plainly(pixels) or is_touched(visual) or (is_vit and not visual._is_as_built())
+        if is_plain or not self._is_compiled_for(pixels):
+            return cast(Tensor, visual(pixels))
+        return self._run_program(_run_vit if is_vit else _run_resnet, visual, pixels)
 
     def encode_text(self, tokens: Tensor, *, length_multiple: int | None = None) -> Tensor:
         """Run the text tower.
@@ -75,10 +94,29 @@ class Backbone(openai.CLIP):
         else:
             if length_multiple is None:
                 length_multiple = GPU_LENGTH_MULTIPLE if device.type == "cuda" else 1
+                length_multiple = None if causal and self._attends_packed() else length_multiple
             packed, positions, layout = pack(tokens, ends, device, causal=causal, length_multiple=length_multiple)
-            rows = self.token_embedding(packed) + F.embedding(positions, self.positional_embedding)  # [N, width]
-            pooled = self.ln_final(self.transformer(rows, layout))
+            if self._is_compiled_for(tokens):
+                return self._run_program(_run_texts, self, packed, positions, *_parts_of(layout))
+            return self.run_packed(packed, positions, layout)
         return cast(Tensor, pooled @ self.text_projection)
+
+    def run_packed(self, packed: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Run the text tower on what `pack` returns: `[B, embed_dim]`."""
+        rows = self.token_embedding(packed) + F.embedding(positions, self.positional_embedding)  # [N, width]
+        return cast(Tensor, self.ln_final(self.transformer(rows, layout)) @ self.text_projection)
+
+    def _is_compiled_for(self, batch: Tensor) -> bool:
+        return self.compiled and len(batch) > 1  # one sample would be a program by itself: a size of 1 is special
+
+    def _run_program(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
+        """Run a tower as a compiled program; without one from the first time on that the compiler fails."""
+        try:
+            return _run_compiled(function, *given)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            logger.warning("the compiler fails on this model (%s); going on without", one_line(error))
+            self.compiled = False
+        return function(*given)
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Return the position that each text is pooled at."""
@@ -87,6 +125,13 @@ class Backbone(openai.CLIP):
         if self.text_pooling == "largest":  # the end-of-text token has the largest id
             return tokens.argmax(dim=-1)
         return tokens.new_full(tokens.shape[:1], 0 if self.text_pooling == "first" else self.context_length - 1)
+
+    def _attends_packed(self) -> bool:
+        weight = self.text_projection
+        kind = weight.device.type
+        is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if is_cast else weight.dtype
+        return can_attend_packed(weight.device, dtype, self.transformer.resblocks[0].attn.head_dim)
 
     def _is_text_as_built(self) -> bool:
         embedding, norm = self.token_embedding, self.ln_final
@@ -105,6 +150,10 @@ class VisionTransformer(openai.VisionTransformer):
         if runs_plainly(x) or not self._is_as_built():
             x = self._start(self.conv1(x).flatten(2).transpose(1, 2))
             return self._finish(self.transformer(x.transpose(0, 1)).transpose(0, 1))
+        return self.run_rows(x)
+
+    def run_rows(self, x: Tensor) -> Tensor:
+        """Do the same where nothing needs to see whole sequences."""
         x = self._start(self._patches(x))  # [B, 1 + patches, width]
         batch, length = x.shape[:2]
         # the class token is the first of each image
@@ -152,6 +201,7 @@ class Transformer(openai.Transformer):
     attn_mask: Tensor | None = None
     """That all its blocks are built with."""
     compiled = False
+    """Whether each block is a compiled program."""
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Run all blocks; with a layout the last one runs for its pooled rows alone."""
@@ -181,8 +231,7 @@ class Block(openai.ResidualAttentionBlock):
         """Take sequences `[L, B, width]`, or packed rows `[N, width]` with their layout."""
         if layout is None:
             return _checkpointed(self, super().forward, x)
-        # of texts, whose number of rows changes from batch to batch, `dynamic` makes one program for all
-        return _checkpointed(self, _compiled(layout.causal) if compiled else _run_block, self, x, layout)
+        return _checkpointed(self, _program(_run_block, dynamic=True) if compiled else _run_block, self, x, layout)
 
     def is_as_built(self, attn_mask: Tensor | None) -> bool:
         """Tell whether nothing in it needs to see whole sequences."""
@@ -205,12 +254,6 @@ def _run_block(block: Block, rows: Tensor, layout: Layout) -> Tensor:
     mixed, _ = block.attn(block.ln_1(rows), layout=layout)
     rows = (rows if layout.pooled is None else rows[layout.pooled]) + mixed
     return cast(Tensor, rows + block.mlp(block.ln_2(rows)))
-
-
-@cache
-def _compiled(dynamic: bool) -> Callable[..., Tensor]:
-    """Compile what a block does, when the first one runs; all blocks of a tower share the result."""
-    return torch.compile(_run_block, dynamic=dynamic)
 
 
 class LayerNorm(openai.LayerNorm):
@@ -245,6 +288,61 @@ class AttentionPool2d(openai.AttentionPool2d):
         return cast(Tensor, self.c_proj(attend(query, key, value).flatten(1)))
 
 
+def _run_vit(visual: VisionTransformer, pixels: Tensor) -> Tensor:
+    return visual.run_rows(pixels)
+
+
+def _run_resnet(visual: openai.ModifiedResNet, pixels: Tensor) -> Tensor:
+    return cast(Tensor, visual(pixels))
+
+
+def _run_texts(
+    backbone: Backbone,
+    packed: Tensor,
+    positions: Tensor,
+    pooled: Tensor,
+    indices: Tensor | None,
+    used: Tensor | None,
+    starts: Tensor | None,
+    length: int | None,
+) -> Tensor:
+    """Do as `Backbone.run_packed`; whatever changes from batch to batch is a tensor's size."""
+    length = used.shape[1] if length is None and used is not None else length
+    causal = backbone.transformer.attn_mask is not None
+    layout = Layout(pooled.shape[0], cast(int, length), indices, causal, pooled, used, starts)
+    return backbone.run_packed(packed, positions, layout)
+
+
+def _parts_of(layout: Layout) -> tuple[Any, ...]:
+    """Return a layout as `_run_texts` takes it: as the same kinds of values for all batches of a model."""
+    pooled, starts = cast(Tensor, layout.pooled), layout.starts
+    if starts is not None or not layout.causal:  # whose length is the same for all batches
+        return pooled, None, None, starts, layout.length
+    indices, used = layout.indices, layout.used
+    if indices is None:  # texts that happen to be equally long
+        indices = torch.arange(layout.batch * layout.length, device=pooled.device)
+        used = torch.ones(layout.batch, layout.length, dtype=torch.bool, device=pooled.device)
+    return pooled, indices, used, None, None
+
+
+def _run_compiled(function: Callable[..., Tensor], module: nn.Module, *given: Any) -> Tensor:
+    """Run a function of a tower and its inputs as a compiled program, which is one for all sizes of batches.
+
+    A program of fixed sizes would be faster by little, and a last smaller batch, or a micro-batch that is halved when
+    memory runs out, would be compiled anew, for as long as a minute.
+    """
+    for value in given:
+        if isinstance(value, Tensor):
+            # pixels have fixed sides; whether a position is used is told by batch and length
+            torch._dynamo.maybe_mark_dynamic(value, (0, 1) if value.dtype == torch.bool else 0)
+    return _program(function)(module, *given)
+
+
+@cache
+def _program(function: Callable[..., Tensor], *, dynamic: bool | None = None) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=dynamic)
+
+
 OWN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     openai.CLIP: Backbone,
     openai.VisionTransformer: VisionTransformer,
@@ -259,7 +357,7 @@ OWN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def pack(
-    tokens: Tensor, ends: Tensor, device: torch.device, *, causal: bool, length_multiple: int
+    tokens: Tensor, ends: Tensor, device: torch.device, *, causal: bool, length_multiple: int | None
 ) -> tuple[Tensor, Tensor, Layout]:
     """Put the tokens of texts, up to the position that each is pooled at, one after another.
 
@@ -268,7 +366,7 @@ def pack(
         ends: positions, `[B]`.
         device: where the result is wanted.
         causal: whether what stands behind a position changes nothing there; else all tokens are needed.
-        length_multiple: of what attention pads them to.
+        length_multiple: of what attention pads them to; None: it sees them packed.
 
     Returns:
         Ids and positions, `[N]` each, and their layout.
@@ -278,18 +376,32 @@ def pack(
     #   used      [[1, 1, 1], [1, 1, 0]]        -> indices [0, 1, 2, 3, 4] of its flat form
     #   packed    [s, a, e, s, e]               positions [0, 1, 2, 0, 1]   pooled [2, 4] (the two e)
     lengths = ends + 1 if causal else torch.full_like(ends, tokens.shape[1])  # [B]
+    if length_multiple is None:
+        return _pack_causal(tokens, lengths, device)
     length = min(-(-int(lengths.max()) // length_multiple) * length_multiple, tokens.shape[1])
     used = torch.arange(length, device=tokens.device) < lengths[:, None]  # [B, length]
     indices = used.flatten().nonzero().squeeze(1)  # [N], N tokens in all
     packed, positions = tokens[:, :length].flatten()[indices], indices % length
     pooled = lengths.cumsum(0) - lengths + ends
     packed, positions, indices, pooled, used = (
-        index.to(device, non_blocking=True) for index in (packed, positions, indices, pooled, used)
+        to_device(index, device) for index in (packed, positions, indices, pooled, used)
     )
     is_full = len(packed) == len(tokens) * length
     # a causal text's pooled row comes last, so the causal mask hides nothing from it: only the padding must be hidden
     layout = Layout(len(tokens), length, None if is_full else indices, causal, pooled, None if is_full else used)
     return packed, positions, layout
+
+
+def _pack_causal(tokens: Tensor, lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Layout]:
+    """Pack causal texts, which are pooled at their last token, for attention that needs no padding."""
+    used = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [B, L]
+    starts = F.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
+    indices = used.flatten().nonzero().squeeze(1)  # [N]
+    packed, positions, starts, pooled = (
+        to_device(index, device) for index in (tokens[used], indices % tokens.shape[1], starts.int(), starts[1:] - 1)
+    )
+    # the length is that of the tokens, not of these texts: kernels go by it, and so there is one shape for all batches
+    return packed, positions, Layout(len(tokens), tokens.shape[1], None, True, pooled, None, starts)
 
 
 def runs_plainly(x: Tensor) -> bool:

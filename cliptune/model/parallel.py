@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,6 +135,21 @@ def _check_moments(optimizer: torch.optim.Optimizer, parameters: list[Any], stat
                 raise ValueError(f"{name} of parameter {index} has the shape {list(value.shape)}")
             if is_tensor and not value.isfinite().all():
                 raise ValueError(f"{name} of parameter {index} is not finite")
+
+
+def unscale_gradient(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Divide all gradients by the scale of the loss, and let the scaler note whether any, in any rank, is not finite.
+
+    It takes no shards together with tensors that are whole, so it gets each kind as the parameters of an optimiser.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kinds = [[parameter for parameter in parameters if _is_shard(parameter) == sharded] for sharded in (True, False)]
+    if not all(kinds):
+        scaler.unscale_(optimizer)
+        return
+    parts: list[Any] = [SimpleNamespace(param_groups=[{"params": kind}]) for kind in kinds]
+    for part in parts:
+        scaler.unscale_(part)
 
 
 def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

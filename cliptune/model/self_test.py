@@ -8,6 +8,8 @@ computes them again.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ HEIGHT, WIDTH = 40, 56
 TEXTS = ["a photo of a dog", "Two small red boats, 3 people & a café by the river"]
 
 
-def compute_self_test(model: Any) -> dict[str, Any]:
+def compute_self_test(model: Any, *, is_alone: bool = True) -> dict[str, Any]:
     """Compute a model's proof, for its checkpoint.
 
     Args:
         model: a `CLIPModel`, float32; comes back in the mode it came in.
+        is_alone: no other thread computes. Otherwise settings of the whole process stay as they are, and the model must
+            be on the CPU, whose products are exact unless somebody has lowered the precision of all.
 
     Returns:
         `pixels` uint8 `[2, 3, 40, 56]` (RGB, not preprocessed), `texts`, and the unit-norm `image_features` and
@@ -38,7 +42,7 @@ def compute_self_test(model: Any) -> dict[str, Any]:
         FloatingPointError: features that are not finite.
     """
     self_test = {"pixels": _patterns(), "texts": TEXTS}
-    image_features, text_features = _encode(model, self_test)
+    image_features, text_features = _encode(model, self_test, is_alone=is_alone)
     if not (image_features.isfinite().all() and text_features.isfinite().all()):
         raise FloatingPointError("the weights give features that are not finite: they are not saved")
     return {**self_test, "image_features": image_features, "text_features": text_features}
@@ -98,14 +102,20 @@ def _patterns() -> Tensor:
     return torch.stack(images).to(torch.uint8)
 
 
-def _encode(model: Any, self_test: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _encode(model: Any, self_test: dict[str, Any], *, is_alone: bool = True) -> tuple[Tensor, Tensor]:
     transform = clip_transform(model.image_resolution)
     images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self_test["pixels"]]
     training = model.training
     model.eval()
     # whatever training allows itself: the tolerance is for float32 with all its bits
-    with torch.no_grad(), exact_products(), torch.autocast(model.device.type, enabled=False):
+    with torch.no_grad(), _undisturbed(model.device) if is_alone else nullcontext():
         image_features = model.encode_image(torch.stack([transform(image) for image in images]))
         text_features = model.encode_text(self_test["texts"])
     model.train(training)
     return image_features.cpu(), text_features.cpu()
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    with exact_products(), torch.autocast(device.type, enabled=False):
+        yield

@@ -90,10 +90,16 @@ def layers_of(backbone: Any) -> list[nn.Module]:
 
 
 def set_compiled(backbone: Any, compiled: bool) -> None:
-    """Let the transformers run their blocks by `torch.compile`, or no longer."""
+    """Let both towers run by `torch.compile`, or no longer.
+
+    A tower is one program; where checkpointing or FSDP has to do something between layers, each block of a transformer
+    but the last is one, and a ResNet is none.
+    """
+    by_layer = compiled and any(layer.checkpointed or hasattr(layer, "unshard") for layer in layers_of(backbone))
+    backbone.compiled = compiled and not by_layer
     for tower in (backbone.visual, backbone):
         if hasattr(tower, "transformer"):
-            tower.transformer.compiled = compiled
+            tower.transformer.compiled = by_layer
 
 
 def _make_activation(name: str) -> nn.Module:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from cliptune.report.thumbnails import small_image
 from cliptune.runtime.messages import one_line, printable, shorten
 
 logger = logging.getLogger("train")
+
+T = TypeVar("T")
 
 NUM_QUERIES, NUM_ANSWERS = 6, 3
 SIDE, GAP, LETTERS = 112, 8, 13
@@ -50,6 +52,13 @@ class Answer(NamedTuple):
     """Key of `MARKS`."""
 
 
+class Found(NamedTuple):
+    """Captions, by their rows, with the best images of each."""
+
+    texts: list[int]
+    answers: list[list[Answer]]
+
+
 class LiveGallery:
     """Draw what a few captions of a data set find, the same ones every time.
 
@@ -62,14 +71,23 @@ class LiveGallery:
         images = np.linspace(0, max(len(pairs) - 1, 0), min(NUM_QUERIES, len(pairs))).astype(np.int64)
         self._pairs, self._queries, self._left = pairs, pairs.starts[np.unique(images)], max_galleries
 
-    def draw(self, encoded: Encoded) -> Gallery | None:
-        """Return the picture of an evaluation; None: no more are drawn, or none can be, which is a warning."""
+    def find(self, encoded: Encoded) -> Found | None:
+        """Return what the captions find in an evaluation; None: no more is drawn, or none can be, which is a warning.
+
+        It has what `draw` needs, which may go on in another thread.
+        """
         self._left -= 1
-        if self._left < 0:
+        return self._attempt(lambda: Found(*self._answers(encoded))) if self._left >= 0 else None
+
+    def draw(self, found: Found) -> Gallery | None:
+        """Return the picture; None: there is nothing to draw, or it cannot be, which is a warning."""
+        if not found.texts:
             return None
+        return self._attempt(lambda: _drawn([self._pairs.captions[text] for text in found.texts], found.answers))
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
         try:
-            texts, answers = self._answers(encoded)
-            return _drawn([self._pairs.captions[text] for text in texts], answers) if texts else None
+            return work()
         except Exception as error:  # whatever it is: the run is worth more than a picture of it
             logger.warning("no more retrievals are drawn for TensorBoard: %s", one_line(error))
             self._left = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,14 +15,16 @@ from cliptune.model.lora import add_lora, is_adapter
 from cliptune.model.parallel import parallel_model
 from cliptune.model.positions import resized
 from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_weights
-from cliptune.runs.data import num_views
+from cliptune.runs.compiling import chooses_to_compile, runs_no_tower
 from cliptune.runs.loss import settle_bias
 from cliptune.runs.start import Resumed
-from cliptune.runtime.device import Precision, can_compile
+from cliptune.runtime.device import Precision
 from cliptune.runtime.distributed import world_size
 from cliptune.runtime.messages import one_line
 from cliptune.settings import DEFAULT_MODEL_NAME, Config
 from cliptune.training.memory import fitting_size
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
@@ -87,14 +90,31 @@ def _go_on_with_weights(model: Any, resumed: Resumed) -> None:
 
 
 def place_model(
-    config: Config, model: Any, *, precision: Precision, device: torch.device
+    config: Config,
+    model: Any,
+    *,
+    precision: Precision,
+    device: torch.device,
+    num_samples: int,
+    resumed: Resumed | None = None,
 ) -> tuple[nn.Module | None, int | None]:
-    """Bring the model to its device, or its shards to their ranks.
+    """Bring the model to its device, or its shards to their ranks; decide whether it is compiled.
+
+    Args:
+        config: of the run.
+        model: a `CLIPModel`.
+        precision: of its towers.
+        device: this rank's.
+        num_samples: of an epoch.
+        resumed: what the run goes on from.
 
     Returns:
         What runs it in several ranks, and how many pairs a rank has in memory at once; None: all of its part.
     """
-    if config.training.compile and can_compile(device):
+    if precision.dtype is None and device.type == "cuda":
+        logger.info("precision fp32: in training, products in the towers round their factors to TF32, of 10 bits")
+    began = None if resumed is None else resumed.content.get("compiled")
+    if chooses_to_compile(config, model, device=device, num_samples=num_samples, began=began):
         model.compile_towers()
     if config.training.gradient_checkpointing:
         model.checkpoint_gradients()
@@ -103,6 +123,8 @@ def place_model(
     size: Any = config.training.micro_batch_size
     if size == "auto":
         own_pairs = -(-config.training.batch_size // world_size())
-        runs_no_tower = len(model.frozen_towers) == 2 and num_views(config)  # their outputs are cached
-        size = None if runs_no_tower else fitting_size(model, precision=precision, most=own_pairs, device=device)
+        has_average = config.training.ema is not None
+        size = None if runs_no_tower(config, model) else fitting_size(
+            model, precision=precision, most=own_pairs, device=device, has_average=has_average
+        )  # fmt: skip
     return parallel_model(model, config.run.parallel, device), size

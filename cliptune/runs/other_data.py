@@ -13,8 +13,8 @@ from cliptune.recorded import shown_epoch
 from cliptune.runs.data import RunData
 from cliptune.runtime.distributed import broadcast, is_main
 from cliptune.runtime.messages import count
-from cliptune.training.checkpoint import Saver
 from cliptune.training.run_models import evaluate_both, give_way
+from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
 
 logger = logging.getLogger("train")

@@ -71,6 +71,32 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     return _PRECISIONS[name]
 
 
+_WITHOUT_FLOAT64 = {"mps"}
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the type in which long sums are added up on a device: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+PINNED_BYTES = 2**24
+"""Up to which a tensor is put into pinned memory on its way to a CUDA device; larger ones are there, or move seldom."""
+
+
+def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Bring a tensor to a device; to a CUDA device while the CPU goes on.
+
+    From memory that is not pinned a copy of more than 64 KB would wait for all that the device has to do before. To
+    Apple's GPUs, too, PyTorch would copy later, but from memory that may hold something else by then (pytorch/pytorch
+    issue 189690).
+    """
+    if device.type != "cuda":
+        return values.to(device, dtype)
+    if values.device.type == "cpu" and values.nbytes <= PINNED_BYTES and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, dtype, non_blocking=True)
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Run the enclosed forward pass in `precision`; parameters stay float32."""
     if precision.dtype is None:
@@ -78,15 +104,20 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=precision.dtype)
 
 
-def can_compile(device: torch.device) -> bool:
-    """Tell whether `torch.compile` works here (it needs a C++ compiler, or Triton on a GPU); warn if not."""
+def without_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Run what is enclosed as it would run outside of `autocast`, whose copies of the weights stay for the rest."""
+    return nullcontext() if precision.dtype is None else torch.autocast(device.type, enabled=False)
+
+
+def compiler_issue(device: torch.device) -> str | None:
+    """Say why `torch.compile` does not work here (it needs a C++ compiler, or Triton on a GPU); None: it does."""
     try:
-        torch.compile(_double)(torch.ones(2, device=device))
+        x = torch.ones(2, device=device, requires_grad=True)
+        with torch.enable_grad():
+            torch.compile(_double)(x).sum().backward()
     except Exception as error:  # compilers fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logger.warning("--compile: no compiler works here (%s); going on without", reason)
-        return False
-    return True
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
@@ -133,11 +164,27 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peak
 
 
+FULL_MEMORY = (
+    "can't allocate memory",  # the CPU
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # beside the allocator
+    "MPS backend out of memory",
+)  # fmt: skip
+"""What PyTorch says of memory that is full where it has no exception of its own for it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that a device or the main memory is full."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch on a CPU
+        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL_MEMORY)
     )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what PyTorch's allocator keeps of freed tensors on a GPU, which may be in pieces of the wrong sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:

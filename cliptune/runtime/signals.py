@@ -17,6 +17,9 @@ from cliptune.runtime.stopping import GRACE_SECONDS, SIGNALS, SignalWatcher, Sto
 
 T = TypeVar("T")
 
+STEP_SECONDS = 4.0
+"""How long a step may go on after a signal before it is given up."""
+
 
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGHUP while it is entered, instead of ending the process.
@@ -27,20 +30,22 @@ class StopSignals:
 
     Args:
         grace_seconds: how long ranks have to agree.
+        step_seconds: how long `within_step` waits for the end of the work.
 
     Attributes:
         signal_number: of the first signal that came to this rank; 0: none.
     """
 
-    def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(self, grace_seconds: float = GRACE_SECONDS, step_seconds: float = STEP_SECONDS) -> None:
         self.signal_number = 0
-        self.grace_seconds = grace_seconds
-        self._interruptible = False
+        self.grace_seconds, self.step_seconds = grace_seconds, step_seconds
+        self._interruptible, self._is_patient = False, False
         self._agreed = threading.Event()
         self._handlers: dict[int, Any] = {}
         self._process = os.getpid()
         self._watcher = SignalWatcher(self._notice)
         self._num_interrupts, self._waits = 0, False
+        self._is_late, self._is_raised = False, False
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -70,13 +75,43 @@ class StopSignals:
         try:
             if self.signal_number:
                 raise Stopped(self.signal_number)
-            yield
-        except Exception:
-            if self.signal_number:  # what a library made of the exception
-                raise Stopped(self.signal_number) from None
-            raise
+            with self._translated():
+                yield
         finally:
             self._interruptible = False
+
+    @contextmanager
+    def within_step(self) -> Iterator[None]:
+        """Let the enclosed work come to its end, unless that takes more than `step_seconds` after a signal.
+
+        It must be able to put back what it has changed, as a step can until it updates the weights. Usually it is done
+        in time; while kernels are compiled for it, it may take a minute. Only in a single process: several would have
+        to agree on which step is the last, and do that at its end.
+
+        Raises:
+            Stopped: the work is given up.
+        """
+        if world_size() > 1:
+            yield
+            return
+        self._is_patient = True
+        try:
+            with self._translated():
+                yield
+        finally:
+            self._is_patient = False
+            if self._is_raised:
+                self._agreed.set()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raise `Stopped` for what a library made of it."""
+        try:
+            yield
+        except Exception:
+            if self._is_raised:
+                raise Stopped(self.signal_number) from None
+            raise
 
     def interruptible_items(self, items: Iterable[T]) -> Iterator[T]:
         """Yield what an iterable gives; the wait for each may be interrupted, as by `interruptible`."""
@@ -101,20 +136,31 @@ class StopSignals:
             raise Stopped(signal_number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process or self.signal_number:  # a loader's worker leaves it to the main process
+        if os.getpid() != self._process:  # a loader's worker leaves it to the main process
             return
-        self.signal_number = number
-        if self._interruptible:
-            raise Stopped(number)
+        is_first = not self.signal_number
+        self.signal_number = self.signal_number or number
+        if (is_first and self._interruptible) or (self._is_late and self._is_patient):
+            self._is_raised = True
+            raise Stopped(self.signal_number)
 
     def _notice(self, number: int) -> None:
         """Take a signal in the watcher's thread, which runs whatever the main one waits for."""
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts == 2:
             os._exit(128 + number)
-        if world_size() > 1 and not self._waits:
+        if not self._waits:
             self._waits = True
-            threading.Thread(target=self._leave_unless_agreed, args=(number,), daemon=True).start()
+            wait = self._leave_unless_agreed if world_size() > 1 else self._hurry
+            threading.Thread(target=wait, args=(number,), daemon=True).start()
+
+    def _hurry(self, _: int) -> None:
+        """Have `_note` called again in the main thread, until that stops."""
+        while not self._agreed.wait(self.step_seconds):
+            self._is_late = True
+            if self._is_patient and hasattr(signal, "pthread_kill"):
+                # ends a wait in the system as well, which a flag would not; SIGTERM, as a second SIGINT says more
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _leave_unless_agreed(self, number: int) -> None:
         if not self._agreed.wait(self.grace_seconds):

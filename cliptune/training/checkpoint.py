@@ -1,8 +1,7 @@
-"""A run's files, what its checkpoints hold and when they are written."""
+"""A run's files, and how its checkpoints are written and found."""
 
 from __future__ import annotations
 
-import copy
 import errno
 import logging
 import re
@@ -15,15 +14,16 @@ from typing import Any
 
 from cliptune.model.checkpoint_fields import CONFIG_KEYS, STATE_KEYS, check_fields
 from cliptune.model.checkpoint_file import load_checkpoint, read_value, save_checkpoint
-from cliptune.model.lora import base_fingerprint, save_adapter
-from cliptune.runtime.distributed import is_main
 from cliptune.runtime.files import has_link, read_json_object, remove_partial_files, size_on_disk
 from cliptune.runtime.lock import exclusive
 from cliptune.runtime.messages import one_line
-from cliptune.training.intervals import Interval
+from cliptune.training.background import BackgroundThread, HostCopies, has_room_for_copies, no_forks
 from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+Complete = Callable[[State], State]
 
 TIMES_ITS_DURATION = 20
 STATE_NAME = re.compile(r"step_\d{8,}\.pth")
@@ -155,135 +155,24 @@ def _shown_size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-class Saver:
-    """Saves a run's state: what a checkpoint holds, and when it is due within an epoch.
-
-    Every rank calls its methods, since a sharded model's tensors are put together by all of them; the main one writes.
-
-    Args:
-        files: of the run.
-        trainer: a `trainer.MultimodalTrainer`.
-        about: what every checkpoint of the run holds beside: its `run_id`, its `config`, its `val_images`, ...
-        keep: how many states to resume from there are.
-        complete: adds what a checkpoint lacks, when it is written.
-        every_steps: steps between two states within an epoch; None: none is due by steps.
-        every_seconds: or the time between them; None: none is due by time.
-        clock: tells the time, in seconds.
-    """
-
-    def __init__(
-        self,
-        files: RunFiles,
-        trainer: Any,
-        *,
-        about: dict[str, Any],
-        keep: int = 1,
-        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-        every_steps: int | None = None,
-        every_seconds: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.files, self.trainer, self.about = files, trainer, about
-        towers = {name: value for name, value in trainer.model.named_parameters() if name.startswith("backbone.")}
-        are_fixed = not any(parameter.requires_grad for parameter in towers.values())
-        fixed = [name for name in trainer.model.state_dict() if name.startswith("backbone.")] if are_fixed else []
-        self._writer = CheckpointWriter(
-            files, run_id=about.get("run_id", ""), fixed=fixed, keep=keep, complete=complete, clock=clock
-        )
-        self._base: str | None = None
-        self._interval = Interval(every_steps=every_steps, every_seconds=every_seconds, clock=clock)
-
-    def is_due(self, step: int) -> bool:
-        """Tell whether a state should be saved after this step, in all ranks or in none."""
-        return self._interval.is_due(step)
-
-    def save(self, state: RunState, *, best: bool = False) -> None:
-        """Save the state to resume from, and at first the model as loaded; `best`: save the model as the best one, too.
-
-        Raises:
-            FloatingPointError: steps that are not read yet are not finite.
-            OSError: a file cannot be written.
-        """
-        self.trainer.settle()
-        with state.wall_time.inside("saving"):
-            self._save(state, best=best)
-        self._interval.restart()
-
-    def _save(self, state: RunState, *, best: bool) -> None:
-        content = self._model(state)
-        # the model as loaded stays for the run's life; it is the best one, too, until an epoch is better
-        states = {self.files.loaded: content} if state.epoch == 0 else {}
-        # the best after the last: were the last alone written, the best could be made of it
-        states[self.files.last] = {**content, "run_state": state.state_dict(), **self.trainer.state_dict()}
-        states |= {self.files.best: content} if best else {}
-        if is_main():
-            self._writer.save(states)
-            if best and self.trainer.model.lora is not None:
-                self._save_adapter(states[self.files.last])
-
-    def restore(self, path: Path, content: dict[str, Any]) -> RunState:
-        """Go on from a checkpoint, whose weights the model has already; `content` is empty afterwards.
-
-        Raises:
-            ValueError: its optimiser's state is of other parameters, or damaged; names the file.
-        """
-        try:
-            self.trainer.load_state_dict(content)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            reason = f"its optimiser's state does not fit its model ({type(error).__name__}: {one_line(error)})"
-            raise ValueError(f"{path}: damaged, or written by other means than this toolkit: {reason}") from None
-        if path.resolve() == self.files.last.resolve():
-            self._writer.last_step = content["global_step"]
-        state = RunState.from_state_dict(content["run_state"], self.trainer.model.device)
-        content.clear()  # the optimiser has its own copies
-        return state
-
-    @contextmanager
-    def of_run(self, state: RunState) -> Iterator[None]:
-        """Write what waits when the run ends, however it does."""
-        try:
-            yield
-        finally:
-            with state.wall_time.inside("saving"):
-                self._writer.flush()
-
-    def _save_adapter(self, state: dict[str, Any]) -> None:
-        """Write what of the best model was learned, small, beside it."""
-        model = self.trainer.model
-        held, learned = {**state["model_state_dict"], **state["weights_state_dict"]}, state["average_state_dict"]
-        if self._base is None:
-            self._base = base_fingerprint(held)
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        tensors = {name: learned.get(name, held[name]) for name in names}
-        about = {"base": self._base, "model_name": model.architecture.name, "run_id": self.about.get("run_id", "")}
-        save_adapter(self.files.adapter, tensors, model.lora, about=about)
-
-    def _model(self, state: RunState) -> dict[str, Any]:
-        model = self.trainer.model
-        return {
-            **self.about,
-            "epoch": state.epoch,
-            "global_step": state.step,
-            "metrics": state.history[-1],
-            "model_state_dict": self.trainer.model_state(),
-            "architecture": model.architecture.to_dict(),
-            "starts_random": model.starts_random,
-            "holds_batchnorm": model.holds_batchnorm,
-        }
-
-
 class CheckpointWriter:
     """Writes a run's checkpoints; where most of the model never changes, no more often than is worth the time.
 
     With frozen towers an epoch can take less time than writing their weights once more. There, states that come sooner
     after a write than 20 times its duration are copied, and written with the next that does not, or by `flush`.
 
+    With a `background` states are copied to main memory, and a thread writes the copies. What comes while it works
+    waits in the same way; where several states are kept, the caller waits for the thread instead, so that each is
+    written. If main memory has no room for the copies they are written in place.
+
     Args:
         files: the run's.
         run_id: the run's, as its checkpoints have it.
         fixed: names of the model's tensors that never change; none: every state is written at once.
         keep: how many states to resume from there are; those before the last as `step_<step>.pth`.
-        complete: adds what a state lacks, when it is written; None: nothing.
+        complete: adds to a state what it lacks and its model tells, when it is written; None: nothing.
+        save_adapter: writes `files.adapter` of a state.
+        background: makes, of the first state, what takes the place of `complete` in a thread; None: there is none.
         clock: tells the time, in seconds.
 
     Attributes:
@@ -298,52 +187,118 @@ class CheckpointWriter:
         run_id: str = "",
         fixed: Collection[str] = (),
         keep: int = 1,
-        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        complete: Complete | None = None,
+        save_adapter: Callable[[State], None] | None = None,
+        background: Callable[[State], Complete] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.files, self.fixed, self.keep, self.complete, self._clock = files, fixed, keep, complete, clock
         self.last_step: int | None = None
         self.own = {path for path in files.states() if read_value(path, "run_id", "") == run_id}
-        self._waiting: dict[Path, dict[str, Any]] = {}
+        self._save_adapter, self._background, self._is_in_background = save_adapter, background, False
+        self._copies, self._thread = HostCopies(fixed), BackgroundThread("checkpoints")
+        self._waiting: dict[Path, State] = {}
+        self._writing: dict[Path, State] = {}
+        """The thread's while it works; afterwards what an error has left."""
         self._next_write = clock()
 
-    def save(self, states: Mapping[Path, dict[str, Any]]) -> None:
+    def save(self, states: Mapping[Path, State]) -> None:
         """Write states in their order, or let copies of them wait in place of those for the same files.
 
         Raises:
-            OSError: a file cannot be written.
+            OSError: a file cannot be written, or could not by the thread.
         """
-        wait = bool(self.fixed) and self._clock() < self._next_write
-        copies = {id(state): self._copied(state) if wait else state for state in states.values()}
-        for path, state in states.items():
-            self._waiting.pop(path, None)  # so that the order is this call's
-            self._waiting[path] = copies[id(state)]
-        if not wait:
+        self._thread.check()
+        if self.keep > 1 and not self.fixed:
+            self._thread.wait()
+        self._begin_background(states)
+        wait = self._must_wait()
+        copies = self._copied(states) if wait or self._is_in_background else None
+        self._waiting = _replaced(self._waiting, states if copies is None else copies)
+        if copies is None:
             self.flush()
+        elif not wait:
+            self._start()
+
+    def check(self) -> None:
+        """Raise the error of the thread, if there is one; let it write what waits, if it has nothing to do."""
+        self._thread.check()
+        if self._is_in_background and self._waiting and not self._must_wait():
+            self._start()
 
     def flush(self) -> None:
-        """Write what waits.
+        """Write what waits, and wait for the thread.
 
         Raises:
             OSError: a file cannot be written.
         """
+        self._thread.wait()
+        self._collect()
+        self._write()
+
+    def _must_wait(self) -> bool:
+        return self._thread.is_busy or (bool(self.fixed) and self._clock() < self._next_write)
+
+    def _start(self) -> None:
+        self._collect()
+        self._thread.start(self._write)
+
+    def _begin_background(self, states: Mapping[Path, State]) -> None:
+        """With the first states: find out whether they fit into main memory, and make what completes them there."""
+        background, self._background = self._background, None
+        if background is None:
+            return
+        if has_room_for_copies(states):
+            self.complete, self._is_in_background = background(next(iter(states.values()))), True
+        else:
+            logger.warning("checkpoints are written between the steps: main memory has no room for a copy of the state")
+
+    def _copied(self, states: Mapping[Path, State]) -> dict[Path, State] | None:
+        """Copy states to main memory; None if that cannot be done, and the thread has nothing to do any more."""
+        try:
+            return self._copies.take(states)
+        except (RuntimeError, MemoryError) as error:  # pinned memory may end before all memory does
+            self._is_in_background = False
+            logger.warning("checkpoints are written between the steps from here on: %s", one_line(error))
+            return None
+
+    def _collect(self) -> None:
+        """Put together what is to be written now: what an error has left, and what waits."""
+        self._writing, self._waiting = _replaced(self._writing, self._waiting), {}
+
+    def _write(self) -> None:
+        self._copies.wait()
         start = self._clock()
         written: dict[int, Path] = {}
-        for path in list(self._waiting):
-            state = self._waiting[path]
+        completed: dict[int, State] = {}
+        for path in list(self._writing):
+            state = self._writing[path]
             if (same := written.get(id(state))) is not None and has_link(same, path):
-                del self._waiting[path]
+                del self._writing[path]
                 continue
             written[id(state)] = path
-            if self.complete is not None:
-                state = self.complete(state)
-            if path == self.files.last:
-                self._save_last(state)
-            else:
-                save_checkpoint(path, state)
-            del self._waiting[path]
+            self._write_one(path, state, completed)
+            del self._writing[path]
         end = self._clock()
         self._next_write = end + TIMES_ITS_DURATION * (end - start)
+
+    def _write_one(self, path: Path, state: State, completed: dict[int, State]) -> None:
+        """Write a file; `completed`: what was added to states by their models, which are often the same."""
+        if path == self.files.adapter:
+            assert self._save_adapter is not None
+            self._save_adapter(state)
+            return
+        if self.complete is not None:
+            model = id(state["model_state_dict"])
+            if model not in completed:
+                with no_forks():
+                    whole = self.complete(state)
+                completed[model] = {key: value for key, value in whole.items() if value is not state.get(key)}
+            state = {**state, **completed[model]}
+        if path == self.files.last:
+            self._save_last(state)
+        else:
+            save_checkpoint(path, state)
 
     def _save_last(self, state: dict[str, Any]) -> None:
         """Write the newest state; leave the one before under its own name, and delete those that are too many."""
@@ -362,10 +317,10 @@ class CheckpointWriter:
         for path in self.own & (set(others) - set(before[: self.keep - 1])):
             path.unlink(missing_ok=True)
 
-    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
-        tensors = state["model_state_dict"]
-        # the memo of deepcopy: what is fixed counts as copied already, and is shared
-        return copy.deepcopy(state, {id(tensors[name]): tensors[name] for name in self.fixed})
+
+def _replaced(earlier: Mapping[Path, State], states: Mapping[Path, State]) -> dict[Path, State]:
+    """Return earlier states with others in place of those for the same files; the order is that of the others."""
+    return {path: state for path, state in earlier.items() if path not in states} | dict(states)
 
 
 def check_state(content: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import platform
+import threading
 import time
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +53,7 @@ class EventFile:
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # TensorBoard reads a folder's files in their names' order
         name = f"events.out.tfevents.{seconds:010d}.{platform.node()}.{os.getpid()}.{nanoseconds}"
-        self.path, self._failed = folder / name, False
+        self.path, self._failed, self._lock = folder / name, False, threading.Lock()
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -68,6 +69,10 @@ class EventFile:
         self._write(Event(step=step, summary=Summary(value=[value])))
 
     def _write(self, event: Event) -> None:
+        with self._lock:  # images come from another thread
+            self._append(event)
+
+    def _append(self, event: Event) -> None:
         if self._failed:
             return
         try:

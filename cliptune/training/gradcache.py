@@ -10,9 +10,11 @@ With several ranks each does this for its own pairs, and the last backward pass 
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,10 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cliptune.model.batchnorm import StatisticsSnapshot, held_statistics
 from cliptune.model.parallel import is_sharded
-from cliptune.runtime.device import Precision, autocast, is_out_of_memory, tf32
+from cliptune.runtime.device import (
+    Precision,
+    autocast,
+    is_out_of_memory,
+    release_memory,
+    tf32,
+    to_device,
+    without_autocast,
+)
 from cliptune.runtime.distributed import any_rank, gather_sizes, world_size
 from cliptune.runtime.rng import RandomState
 from cliptune.training.loss import ContrastiveLoss
+from cliptune.training.prefetch import Copier, SideStream
 from cliptune.training.sigmoid_loss import SigmoidLoss
 
 logger = logging.getLogger(__name__)
@@ -90,6 +101,9 @@ class GradCache:
             )
         self.model, self.loss, self.precision, self.size, self.scaler = model, loss, precision, size, scaler
         self.parallel = model if parallel is None else parallel
+        # copies the next micro-batch's pixels to a GPU while one is computed
+        self.copier: Copier | None = SideStream(model.device) if model.device.type == "cuda" else None
+        self._begun: dict[int, tuple[Tensor, Any]] = {}
         # the towers of a sharded model gather weights: there no rank can tell the others that its memory is full
         self.towers_are_collective = world_size() > 1 and not isinstance(self.parallel, DistributedDataParallel)
 
@@ -129,8 +143,8 @@ class GradCache:
             self.size = size // 2
             logger.warning("out of memory with micro-batches of %d pairs: going on with %d", size, self.size)
             before.restore()
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            gc.collect()  # what failed within a backward pass may hold tensors in circles
+            release_memory(self.model.device)
 
     @torch.no_grad()
     def start_bias(
@@ -158,14 +172,13 @@ class GradCache:
         return True
 
     def _batch(self, images: Tensor, tokens: Tensor, image_ids: Tensor | None, caption_ids: Tensor | None) -> _Batch:
-        ids = (
-            None if each is None else each.to(self.model.device, non_blocking=True) for each in (image_ids, caption_ids)
-        )
+        ids = (None if each is None else to_device(each, self.model.device) for each in (image_ids, caption_ids))
         return _Batch(images, tokens, *ids)
 
     def _backward(self, batch: _Batch, chunks: list[slice]) -> tuple[Tensor, Tensor]:
         """Attempt a step in these micro-batches; returns loss and accuracy."""
         *early, last = chunks
+        self._begun = {}  # of what an attempt before has left
         encoded = self._attempt(lambda: self._encode_all(batch, early, last), collective=self.towers_are_collective)
         after = _Snapshot(self.model)
         loss, accuracy, gradients = self._attempt(lambda: self._loss(batch, encoded), collective=True)
@@ -175,18 +188,23 @@ class GradCache:
                 own = [gradient[chunk] for gradient in gradients]  # [chunk, D] each
             else:
                 own = [torch.zeros_like(feature) for feature in features]
-            with tf32(self.model.device):
+            device = self.model.device
+            with tf32(device), without_autocast(device, self.precision):
                 torch.autograd.backward(features, own)
 
         def replay(index: int, *, synchronised: bool) -> None:
             # as it was before the first run: dropout draws the same masks, and the graph is that of the same features
             encoded[index].before.restore()
-            take_back(early[index], self._encode(batch, early[index], synchronised=synchronised))
+            ahead = early[index + 1] if index + 1 < len(early) else None
+            take_back(early[index], self._encode(batch, early[index], synchronised=synchronised, ahead=ahead))
 
         def replay_all_but_one() -> None:
             take_back(last, encoded.pop().features)  # first, so that its graph is gone before another is built
-            for index in range(len(early) - 1):
-                replay(index, synchronised=False)
+            # one autocast around all, so that they use the same copies of the weights; of shards nobody is to hold all
+            is_whole = not self.towers_are_collective
+            with autocast(self.model.device, self.precision) if is_whole else nullcontext():
+                for index in range(len(early) - 1):
+                    replay(index, synchronised=False)
 
         # the ranks' gradients are added up in one backward pass alone, which is the last; B = 8 in threes:
         # encode [0:3], [3:6] without a graph, [6:8] with one; loss; backward [6:8]; replay [0:3]; replay [3:6] and add
@@ -203,19 +221,38 @@ class GradCache:
         encoded = []
         # one autocast around all, so that they use the same copies of the weights
         with torch.no_grad(), autocast(self.model.device, self.precision):
-            for chunk in early:
+            for chunk, ahead in pairwise([*early, last]):
                 before = _Snapshot(self.model)
-                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False), before))
-        return [*encoded, _Encoded(self._encode(batch, last, synchronised=not early), _Snapshot(self.model))]
+                encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False, ahead=ahead), before))
+        features = self._encode(batch, last, synchronised=not early, ahead=early[0] if early else None)
+        return [*encoded, _Encoded(features, _Snapshot(self.model))]
 
-    def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool) -> _Features:
-        """Run the towers on a micro-batch; `synchronised`: its backward pass is the one that adds up all ranks'."""
+    def _encode(self, batch: _Batch, chunk: slice, *, synchronised: bool, ahead: slice | None = None) -> _Features:
+        """Run the towers on a micro-batch.
+
+        Args:
+            batch: whose it is.
+            chunk: its pairs.
+            synchronised: its backward pass is the one that adds up all ranks'.
+            ahead: the micro-batch that comes next.
+        """
         images, tokens = batch.inputs(chunk, self.model.image_resolution)
         run, device = self.parallel if synchronised else self.model, self.model.device
         is_blank = chunk.start >= chunk.stop
         with tf32(device), autocast(device, self.precision), held_statistics(self.model) if is_blank else nullcontext():
-            features: _Features = run(images.to(device, non_blocking=True), tokens)
+            features: _Features = run(self._copied(images, chunk, batch, ahead), tokens)
         return features
+
+    def _copied(self, images: Tensor, chunk: slice, batch: _Batch, ahead: slice | None) -> Tensor:
+        """Bring a micro-batch's pixels to the device, and begin to copy those of the next one."""
+        begun = self._begun.pop(chunk.start, None)
+        pixels = to_device(images, self.model.device) if begun is None else begun[0]
+        if self.copier is not None:
+            if begun is not None:
+                self.copier.finish(*begun)
+            if ahead is not None and ahead.start < ahead.stop:
+                self._begun[ahead.start] = self.copier.start(batch.images[ahead])
+        return pixels
 
     def _loss(self, batch: _Batch, encoded: list[_Encoded]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return loss and accuracy of the whole batch, and the gradients of this rank's features."""

@@ -23,6 +23,7 @@ from cliptune.runtime.files import atomic_writer, write_text
 from cliptune.runtime.logs import SHOWN_BY_BAR, progress_bar, reopen_log_file
 from cliptune.runtime.messages import first_few, printable, shown
 from cliptune.training.advice import chance_loss, is_at_chance, no_better_epoch
+from cliptune.training.background import BackgroundThread
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.events import EventFile
 from cliptune.training.meters import Step, StepRecord, StepWatch
@@ -75,9 +76,10 @@ class Journal:
         device: the model's, whose memory is told.
         interval: steps between two log lines.
         tracker: is told what TensorBoard is, and the verdict.
+        in_background: pictures are drawn in a thread, while the run goes on.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a run chooses and tests choose otherwise)
         self,
         files: RunFiles,
         state: RunState,
@@ -88,6 +90,7 @@ class Journal:
         device: torch.device,
         interval: int,
         tracker: Tracker,
+        in_background: bool = False,
     ) -> None:
         self.files, self.plan, self.watch, self.about, self._tracker = files, plan, watch, about, tracker
         self.device, self.interval = device, interval
@@ -113,6 +116,7 @@ class Journal:
         self._steps: Any = None
         self._events: Any = None
         self._written: set[Path] = set()
+        self._thread = BackgroundThread("pictures") if in_background else None
         if is_main():
             # a run that is resumed at step 40 was killed at step 47: 41 to 47 come again
             _drop_later_steps(files.steps, state.step)
@@ -129,6 +133,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.flush()
+        if self._thread is not None:
+            self._thread.wait()
         self._bar.close()
         if self._steps is not None:
             self._steps.close()
@@ -208,8 +214,17 @@ class Journal:
 
     def show_answers(self, gallery: Any, encoded: Any, step: int) -> None:
         """Let a `report.live_gallery.LiveGallery`, if there is one, draw for TensorBoard what features find."""
-        if gallery is not None and is_main() and (drawn := gallery.draw(encoded)) is not None:
-            self._events.add_image("retrieval", drawn, step)
+        if gallery is None or not is_main() or (found := gallery.find(encoded)) is None:
+            return
+
+        def draw() -> None:
+            if (drawn := gallery.draw(found)) is not None:
+                self._events.add_image("retrieval", drawn, step)
+
+        if self._thread is None:
+            draw()
+        else:
+            self._thread.start(draw)
 
     def _tell(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -275,6 +290,7 @@ class Journal:
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
         spent = WallTime.model_validate(self._wall_time).sentence()
+        spent += f"\nprecision: {self.about['run'].precision}"
         lines.append(f"\n{spent}\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
         return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from cliptune.runtime.device import widest_float
 from cliptune.runtime.distributed import all_max, all_sum
 from cliptune.training.pair_logits import POSITIVES, SLICE_LOGITS, Hits, PairLogits, Pairs
 
@@ -188,7 +189,8 @@ def _row_and_column_sums(logits: PairLogits, targets: _Targets) -> _Sums:
     if logits.across_ranks:
         top = all_max(column_sums.clone())
         column_sums = top + all_sum((column_sums - top).exp()).log()
-    parts = torch.stack([(row_sums + column_sums[logits.own] - wanted).double().sum(), hits.count().double()])
+    wide = widest_float(row_sums.device)
+    parts = torch.stack([(row_sums + column_sums[logits.own] - wanted).to(wide).sum(), hits.count().to(wide)])
     loss, accuracy = logits.total(parts).float() / (2 * num_pairs)
     return _Sums(row_sums, column_sums, loss, accuracy)
 

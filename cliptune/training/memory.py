@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,19 +17,83 @@ from torch.utils._pytree import tree_leaves
 
 from cliptune.model.batchnorm import held_statistics
 from cliptune.model.depth import layers_above
-from cliptune.runtime.device import Precision, autocast, free_memory, tf32
+from cliptune.runtime.device import Precision, autocast, free_memory, is_out_of_memory, release_memory, tf32
 from cliptune.runtime.distributed import all_min, world_size
+from cliptune.training.pair_logits import MIN_ROWS, SLICE_LOGITS
 
 logger = logging.getLogger(__name__)
 
 FREE_MEMORY_FRACTION = 0.6
 """Of the free memory that is planned with: what allocators, other processes and later steps take is the rest."""
+CARD_FRACTION = 0.9
+"""The same of a GPU, whose allocator's own need the trial step shows: what fragments over many steps is the rest."""
+MAX_TRIALS = 6
+WORTH_A_TRIAL = 1.1
+"""Times as many pairs: what a larger size must promise."""
+TRIAL_MULTIPLE = 8
+"""Of a GPU's micro-batches: the tiles of its matrix products stay whole."""
+LOSS_FLOATS = 4
+"""Of each logit that the loss holds at once: logits, their exponentials, the gradient's, and masks."""
+
+
+class Card(Protocol):
+    """A GPU's memory, as planning sees it."""
+
+    def free(self) -> int:
+        """Return how many bytes are free for this process."""
+
+    def reset_peak(self) -> None:
+        """Give back what is cached, and begin to watch."""
+
+    def peak(self) -> int:
+        """Return the most bytes that have been held since `reset_peak`, but for those that were held then."""
+
+
+class CudaCard:
+    """The memory of a CUDA device, with what its allocator holds beside the tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._before = device, 0
+
+    def free(self) -> int:
+        """Return how many bytes are free for this process."""
+        return free_memory(self.device)
+
+    def reset_peak(self) -> None:
+        """Give back what is cached, and begin to watch."""
+        release_memory(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before = torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """Return the most bytes that have been held since `reset_peak`, but for those that were held then."""
+        return torch.cuda.max_memory_reserved(self.device) - self._before
+
+
+class Line(NamedTuple):
+    """Bytes that a step of n pairs takes: `fixed` + n * `pair`."""
+
+    fixed: float
+    pair: float
+
+    def fitting(self, room: float) -> int:
+        """Return how many pairs fit into so many bytes, at least one."""
+        return max(int((room - self.fixed) / max(self.pair, 1)), 1)
 
 
 def fitting_size(
-    model: Any, *, precision: Precision, most: int, device: torch.device, free_bytes: int | None = None
+    model: Any,
+    *,
+    precision: Precision,
+    most: int,
+    device: torch.device,
+    free_bytes: int | None = None,
+    has_average: bool = False,
 ) -> int | None:
-    """Estimate how many pairs fit into memory at once, from what the gradient of few of them takes.
+    """Find how many pairs fit into memory at once, from what the gradient of few of them takes.
+
+    On a CUDA device a step of blank pairs is tried at the estimated size, and the size adjusted by what it took. All
+    texts are as long as can be in it, so real batches take less.
 
     Args:
         model: a `CLIPModel`; on another device than `device`, if it will be sharded over the ranks.
@@ -34,38 +101,156 @@ def fitting_size(
         most: pairs of this rank's part of a batch.
         device: whose memory it is.
         free_bytes: how much of it there is; None: what is free now.
+        has_average: an average of the weights will be held, too.
 
     Returns:
-        A power of two; None if all fit. The smallest of all ranks'.
+        A power of two, or of what is tried the least number of equal parts; None if all fit. The smallest of all
+        ranks'.
     """
     # peak(n) is a line: 2 pairs 10 MB and 4 pairs 16 MB are 3 MB a pair, and 4 MB whatever the batch
     few, more = (peak_bytes(model, precision, num_pairs) for num_pairs in (2, 4))
     pair_bytes = max((more - few) / 2, 1)
-    fixed_bytes = few - 2 * pair_bytes
+    line = Line(few - 2 * pair_bytes, pair_bytes)
+    trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    if device.type == "cuda" and model.device.type == device.type and free_bytes is None:
+        # two moments of each trained parameter, which the first step will make
+        held = (2 + has_average) * trained_bytes + loss_bytes(most * world_size(), most, device)
+        size = fitting_on_card(
+            CudaCard(device),
+            lambda num_pairs: _try_step(model, precision, num_pairs),
+            line=line._replace(fixed=line.fixed + trained_bytes),  # the trial makes gradients
+            held_bytes=held,
+            most=most,
+        )
+        if size is not None:
+            logger.info("micro-batches of %d of %d pairs, as a step of blank pairs was found to fit", size, most)
+        return size
     # gradient and two moments of each trained parameter, which the first step will make
-    parameter_bytes = 3 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    parameter_bytes: float = 3 * trained_bytes
     if model.device.type != device.type:
         parameter_bytes = (parameter_bytes + sum(value.nbytes for value in model.parameters())) / world_size()
     free = free_memory(device) if free_bytes is None else free_bytes
-    room = FREE_MEMORY_FRACTION * free - fixed_bytes - parameter_bytes
-    fitting = int(all_min(torch.tensor(max(int(room / pair_bytes), 1))).item())
+    fitting = int(all_min(torch.tensor(line.fitting(FREE_MEMORY_FRACTION * free - parameter_bytes))).item())
     if fitting >= most:
         return None
-    size: int = 2 ** (fitting.bit_length() - 1)
+    size = 1 << (fitting.bit_length() - 1)
     logger.info("micro-batches of %d of %d pairs: a pair takes up to %.1f MB of memory", size, most, pair_bytes / 1e6)
     return size
 
 
-def peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
-    """Return the most bytes that the gradient of `num_pairs` pairs takes, but for the gradient itself."""
+def loss_bytes(num_pairs: int, num_rows: int, device: torch.device) -> int:
+    """Return what the loss of a batch takes beside the graph of its last micro-batch."""
+    slice_logits = max(SLICE_LOGITS.get(device.type, SLICE_LOGITS["cpu"]), MIN_ROWS * num_pairs)
+    return 4 * LOSS_FLOATS * min(num_rows * num_pairs, slice_logits)
+
+
+def fitting_on_card(
+    card: Card, try_step: Callable[[int], None], *, line: Line, held_bytes: int, most: int
+) -> int | None:
+    """Find how many pairs fit into a GPU's memory at once, by trying.
+
+    Args:
+        card: the GPU's memory.
+        try_step: makes the gradient of so many pairs, and drops it.
+        line: estimate of what it takes.
+        held_bytes: what a real step holds beside that.
+        most: pairs of this rank's part of a batch.
+
+    Returns:
+        The least number of equal parts that fit, in pairs of one; None if all fit. The smallest of all ranks'.
+    """
+    card.reset_peak()
+    room = CARD_FRACTION * card.free() - held_bytes
+    size = equal_part(most, line.fitting(room))
+    best, too_many = 0, most + 1
+    known: tuple[int, float] | None = None
+    for _ in range(MAX_TRIALS):
+        taken = _taken(card, try_step, size)
+        if taken is not None and taken <= room:
+            best = size
+        else:
+            too_many = size
+        if taken is None:
+            fitting = (best + size) // 2 if best else size // 4
+        else:  # a line through what was measured last, at first with the estimate of what none would take
+            others, others_taken = known or (0, min(line.fixed, taken / 2))
+            pair = (taken - others_taken) / (size - others)
+            known = size, taken
+            fitting = Line(taken - size * pair, pair).fitting(room)
+        size = equal_part(most, min(fitting, too_many - 1))
+        if too_many == 1 or (best and size < WORTH_A_TRIAL * best):
+            break
+    card.reset_peak()  # so that the run's own peak is what it says
+    fitting = int(all_min(torch.tensor(best or max(too_many // 2, 1))).item())
+    return None if fitting >= most else equal_part(most, fitting)
+
+
+def equal_part(most: int, fitting: int) -> int:
+    """Divide pairs into the least number of equal parts that fit: of 512 with room for 300 two of 256.
+
+    Parts of eight pairs and more are multiples of eight.
+    """
+    if fitting >= most:
+        return most
+    if fitting < TRIAL_MULTIPLE:
+        return max(fitting, 1)
+    whole = fitting // TRIAL_MULTIPLE * TRIAL_MULTIPLE
+    num_parts = -(-most // whole)
+    return -(-most // (num_parts * TRIAL_MULTIPLE)) * TRIAL_MULTIPLE
+
+
+def _taken(card: Card, try_step: Callable[[int], None], num_pairs: int) -> int | None:
+    """Return what a step takes of the card, in bytes; None: more than it has."""
+    card.reset_peak()
+    try:
+        try_step(num_pairs)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        full = True
+    else:
+        full = False
+    if full:  # below the handler, which holds on to the tensors of what failed
+        gc.collect()
+        return None
+    return card.peak()
+
+
+def _try_step(model: Any, precision: Precision, num_pairs: int) -> None:
+    """Make the gradient of blank pairs as a step does, and drop it."""
+    images, tokens = _blank_pairs(model, num_pairs)
+    try:
+        with _undisturbed(model):
+            with tf32(model.device), autocast(model.device, precision):
+                features = [feature for feature in model(images, tokens) if feature.requires_grad]
+            torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def _blank_pairs(model: Any, num_pairs: int) -> tuple[Tensor, Tensor]:
+    """Make black images, and texts as long as can be."""
     size, length = model.image_resolution, model.architecture.context_length
     images = torch.zeros(num_pairs, 3, size, size, dtype=torch.uint8, device=model.device)
     tokens = torch.ones(num_pairs, length, dtype=torch.int64)
     end = model.architecture.end_token
-    tokens[:, -1] = model.architecture.vocab_size - 1 if end is None else end  # texts as long as can be
-    live = LiveTensors()
+    tokens[:, -1] = model.architecture.vocab_size - 1 if end is None else end
+    return images, tokens
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Leave random numbers and running statistics as they are, and compile nothing for what runs inside."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with fork_rng(devices), held_statistics(model), torch.compiler.set_stance("force_eager"), live:
+    with fork_rng(devices), held_statistics(model), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
+    """Return the most bytes that the gradient of `num_pairs` pairs takes, but for the gradient itself."""
+    images, tokens = _blank_pairs(model, num_pairs)
+    live = LiveTensors()
+    with _undisturbed(model), live:
         with tf32(model.device), autocast(model.device, precision):
             features = model(images, tokens)
         # through all layers to the first parameters, and to no others: beside their gradients, which a batch of any

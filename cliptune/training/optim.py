@@ -147,12 +147,13 @@ def _set_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
 
 
 def load_scaler_state(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
-    """Let a loss scale go on from a stored state.
+    """Let a loss scale go on from a stored state; one of a run without begins anew.
 
     Raises:
         ValueError: a scale that there cannot be.
-        RuntimeError: there is none.
     """
+    if not state:  # the run was in bf16 or fp32 so far
+        return
     if scaler.is_enabled() and not all(
         type(value) in {int, float} and 0 <= value < math.inf for value in state.values()
     ):

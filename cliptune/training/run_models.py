@@ -14,7 +14,8 @@ from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.recorded import shown_epoch
 from cliptune.runtime.files import atomic_writer, has_link
 from cliptune.runtime.messages import count, one_line
-from cliptune.training.checkpoint import RunFiles, Saver
+from cliptune.training.checkpoint import RunFiles
+from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cliptune.runtime.device import widest_float
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.pair_logits import Hits, PairLogits, Pairs
 
@@ -96,9 +97,10 @@ class SigmoidLoss(ContrastiveLoss):
 
     def _sums(self, logits: PairLogits, bias: float) -> tuple[float, float, float]:
         """Count the logits that are not left out; add them up, and their probabilities."""
-        sums = torch.zeros(3, dtype=torch.float64, device=logits.images.device)
+        wide = widest_float(logits.images.device)
+        sums = torch.zeros(3, dtype=wide, device=logits.images.device)
         for _, values in logits.slices():
-            found = values[values != -math.inf].double()
+            found = values[values != -math.inf].to(wide)
             sums += torch.stack([torch.ones_like(found).sum(), found.sum(), (found + bias).sigmoid().sum()])
         counted, total, probability = logits.total(sums).tolist()
         return counted, total, probability
@@ -120,16 +122,17 @@ class _Sigmoid(torch.autograd.Function):
         logits = PairLogits(images, texts, logit_scale.exp(), pairs)
         num_pairs, hits = len(logits.texts), Hits(logits)
         of_images, of_texts = torch.zeros_like(logits.images), torch.zeros_like(logits.texts)
-        sums = torch.zeros(3, dtype=torch.float64, device=images.device)  # loss, hits, gradient of the bias
+        wide = widest_float(images.device)
+        sums = torch.zeros(3, dtype=wide, device=images.device)  # loss, hits, gradient of the bias
         needs_gradient = any(ctx.needs_input_grad)
         for rows, values in logits.slices(last=True):
             hits.add(rows, values)  # a bias changes no order
             alike = logits.alike(rows) if logits.has_more_positives else None
             signed = _negate_positives(logits, values.add_(logit_bias), rows, alike)  # -z s, [rows, B]
-            sums[0] += F.softplus(signed).sum(dtype=torch.float64)
+            sums[0] += F.softplus(signed).sum(dtype=wide)
             if needs_gradient:
                 weights = _negate_positives(logits, signed.sigmoid_(), rows, alike)  # -z sigmoid(-z s)
-                sums[2] += weights.sum(dtype=torch.float64)
+                sums[2] += weights.sum(dtype=wide)
                 torch.mm(weights, logits.texts, out=of_images[rows])
                 of_texts.addmm_(weights.T, logits.images[rows])
         sums[1] = hits.count() / 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cliptune.model.batchnorm import StatisticsSnapshot, running_statistics
 from cliptune.model.lora import adapted_weight, is_adapter, merged
-from cliptune.model.parallel import clip_gradient, load_optimizer_state, whole
+from cliptune.model.parallel import clip_gradient, load_optimizer_state, unscale_gradient, whole
 from cliptune.runtime.device import Precision
 from cliptune.runtime.distributed import average, rank
 from cliptune.runtime.rng import seed_step
@@ -46,6 +46,7 @@ class MultimodalTrainer:
 
     Attributes:
         global_step: steps so far, with those that were skipped.
+        interruptible: makes a context for the part of a step that may be given up, since it updates no weight.
     """
 
     def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
@@ -75,6 +76,7 @@ class MultimodalTrainer:
         )
         self.average = None if ema is None else WeightAverage(model, ema)
         self.global_step = 0
+        self.interruptible: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def train_step(
         self, images: Tensor, tokens: Tensor, image_ids: Tensor | None = None, caption_ids: Tensor | None = None
@@ -95,10 +97,16 @@ class MultimodalTrainer:
             MemoryError: one pair does not fit into memory.
         """
         statistics = StatisticsSnapshot(self.model)
-        result = self.grad_cache.backward(images, tokens, image_ids, caption_ids)
+        try:
+            with self.interruptible():
+                result = self.grad_cache.backward(images, tokens, image_ids, caption_ids)
+        except BaseException:  # a signal: as if the step had not begun
+            statistics.restore()
+            self.model.zero_grad(set_to_none=True)
+            raise
         if result is None:
             return None
-        self.scaler.unscale_(self.optimizer)
+        unscale_gradient(self.scaler, self.optimizer)
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         norm = clip_gradient(parameters, self.gradient_clip_norm)
         values = torch.stack([result.loss, result.accuracy, norm, self.model.logit_scale.detach().exp()])  # [4]
@@ -199,6 +207,7 @@ class MultimodalTrainer:
             "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             "micro_batch_size": self.grad_cache.size,
+            "compiled": self.model.is_compiled,
             "weights_state_dict": {name: state[name] for name in names},
             "average_state_dict": {} if self.average is None else dict(self.average.tensors),
         }

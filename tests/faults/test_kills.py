@@ -41,12 +41,22 @@ def flags_for(data_dir: Path, output_dir: Path, num_epochs: int) -> list[str]:
     return [*FLAGS, "--data_dir", str(data_dir), "--output_dir", str(output_dir), "--num_epochs", str(num_epochs)]
 
 
-def run(flags: list[str], fault: str, world_size: int = 1) -> subprocess.CompletedProcess[str]:
+def variables_of(fault: str, how: str = "in place") -> dict[str, str]:
+    fault_of = {"FAULT": fault} if fault else {}
+    return environment() | fault_of | ({"BACKGROUND": "1"} if how == "background" else {})
+
+
+def run(flags: list[str], fault: str, world_size: int = 1, how: str = "in place") -> subprocess.CompletedProcess[str]:
     alone = [sys.executable, str(ROOT / SCRIPT), *flags]
     command = alone if world_size == 1 else torchrun_command(world_size, SCRIPT, *flags)
-    variables = {**environment(), "FAULT": fault} if fault else environment()
     return subprocess.run(
-        command, env=variables, capture_output=True, text=True, check=False, timeout=300, start_new_session=True
+        command,
+        env=variables_of(fault, how),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        start_new_session=True,
     )
 
 
@@ -73,6 +83,30 @@ def test_a_signal_to_all_processes_of_a_run_saves_its_step(
     assert_same_runs(tmp_path, whole)
 
 
+@pytest.mark.parametrize(
+    ("fault", "step", "how"),
+    [("stuck:4", 3, "in place"), ("slow:1", 0, "background")],
+)
+def test_a_signal_is_answered_while_a_step_takes_long_or_a_file(
+    fault: str, step: int, how: str, whole: Path, sample_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / SCRIPT), *flags_for(sample_dir, tmp_path, 2)]
+    with subprocess.Popen(command, env=variables_of(fault, how), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line == "begun\n")
+        start = time.monotonic()
+        process.terminate()
+        errors = process.stderr.read()
+        assert process.wait() == 143, errors
+    assert time.monotonic() - start < 40, errors  # of the 60; 4 of them are waited for, the rest is the machine's load
+    found = re.search(r"stopped by SIGTERM at epoch 1, step (\d), which are saved", errors)
+    assert found is not None, errors
+    assert int(found[1]) == (step or int(found[1]))
+    assert load_checkpoint(RunFiles(tmp_path).last)["global_step"] == int(found[1])
+    assert main(["--output_dir", str(tmp_path), "--resume"]) == 0
+    assert_same_runs(tmp_path, whole)
+
+
 @pytest.mark.parametrize(("moment", "step"), [("4", 4), ("validation", 6)])
 def test_a_worker_that_is_killed_ends_a_run_whose_last_step_is_saved(
     moment: str, step: int, whole: Path, sample_dir: Path, tmp_path: Path
@@ -92,12 +126,13 @@ def test_a_worker_that_is_killed_ends_a_run_whose_last_step_is_saved(
 
 
 # in step 4; the files of three checkpoints before got a second name each, and that of epoch 0 two
+@pytest.mark.parametrize("how", ["in place", "background"])
 @pytest.mark.parametrize(("place", "index"), [("writing", 6), ("naming", 11)])
 def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_state_before(
-    place: str, index: int, whole: Path, sample_dir: Path, tmp_path: Path
+    place: str, index: int, how: str, whole: Path, sample_dir: Path, tmp_path: Path
 ) -> None:
     files = RunFiles(tmp_path)
-    done = run(flags_for(sample_dir, tmp_path, 2), f"kill:{index}:{place}")
+    done = run(flags_for(sample_dir, tmp_path, 2), f"kill:{index}:{place}", how=how)
     assert done.returncode == -signal.SIGKILL, done.stderr
     partial = [path.stat().st_size for path in files.last.parent.glob(".*.tmp")]
     assert len(partial) == 1
@@ -108,8 +143,11 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_state_before(
     assert_same_runs(tmp_path, whole)
 
 
-def test_a_run_that_is_killed_at_any_moment_is_the_unbroken_one_in_the_end(sample_dir: Path, tmp_path: Path) -> None:
-    moments = random.Random(0)
+@pytest.mark.parametrize("how", ["in place", "background"])
+def test_a_run_that_is_killed_at_any_moment_is_the_unbroken_one_in_the_end(
+    how: str, sample_dir: Path, tmp_path: Path
+) -> None:
+    moments = random.Random(how == "background")
     num_epochs = 2 * NUM_KILLS
     broken = RunFiles(tmp_path / "broken")
     more = ["--num_workers", str(2 * IS_LONG)]
@@ -117,7 +155,7 @@ def test_a_run_that_is_killed_at_any_moment_is_the_unbroken_one_in_the_end(sampl
     steps = [0]
     for _ in range(NUM_KILLS):
         command = [sys.executable, str(ROOT / SCRIPT), *flags, "--resume"]
-        with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, env=variables_of("", how), stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             next(line for line in process.stderr if line.startswith("peak rates"))
             time.sleep(moments.uniform(0.0, 1.0))
@@ -130,11 +168,12 @@ def test_a_run_that_is_killed_at_any_moment_is_the_unbroken_one_in_the_end(sampl
     assert_same_runs(broken.root, tmp_path / "whole")
 
 
-def test_processes_stop_after_the_same_step(sample_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["in place", "background"])
+def test_processes_stop_after_the_same_step(how: str, sample_dir: Path, tmp_path: Path) -> None:
     """Only one of them gets the signal."""
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     more = ["--num_workers", "0", "--micro_batch_size", "2"]
-    stopped = run([*flags_for(sample_dir, broken, 1), *more], "signal:1:4:SIGTERM", world_size=2)
+    stopped = run([*flags_for(sample_dir, broken, 1), *more], "signal:1:4:SIGTERM", 2, how)
     assert "exitcode  : 143" in stopped.stderr, stopped.stderr  # torchrun may end the other while Python shuts down
     assert "stopped by SIGTERM at epoch 1, step 4" in stopped.stderr
     assert load_checkpoint(RunFiles(broken).last)["global_step"] == 4

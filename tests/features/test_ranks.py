@@ -5,8 +5,10 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cliptune.features import ranks
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.features.similarity import similarity_histograms, similarity_means
+from tests.helpers.no_float64 import NoFloat64
 
 
 def oracle_ranks(scores: torch.Tensor, owners: list[int]) -> tuple[list[float], list[float]]:
@@ -25,22 +27,22 @@ def oracle_ranks(scores: torch.Tensor, owners: list[int]) -> tuple[list[float], 
     return i2t, t2i
 
 
-def assert_matches_oracle(images: torch.Tensor, texts: torch.Tensor, owners: list[int], **blocks: Any) -> None:
-    ranks = retrieval_ranks(images, texts, torch.tensor(owners), **blocks)
+def assert_matches_oracle(images: torch.Tensor, texts: torch.Tensor, owners: list[int], **options: Any) -> None:
+    found = retrieval_ranks(images, texts, torch.tensor(owners), **options)
     i2t, t2i = oracle_ranks(images @ texts.T, owners)
-    assert ranks.i2t.tolist() == i2t
-    assert ranks.t2i.tolist() == t2i
+    assert found.i2t.tolist() == i2t
+    assert found.t2i.tolist() == t2i
 
 
-@pytest.mark.parametrize("blocks", [{}, {"image_block": 64, "text_block": 64}, {"image_block": 64, "text_block": 128}])
+@pytest.mark.parametrize("options", [{}, {"blocks": (64, 64)}, {"blocks": (64, 128)}, {"counting": "flags"}])
 @pytest.mark.parametrize("seed", range(3))
-def test_ranks_against_brute_force_with_exact_ties(seed: int, blocks: dict[str, int]) -> None:
+def test_ranks_against_brute_force_with_exact_ties(seed: int, options: dict[str, Any]) -> None:
     """Small integers as features: every product is exact, and ties abound."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(-2, 3, (130, 6), generator=generator).float()
     owners = torch.randint(0, 120, (300,), generator=generator).tolist()  # several captions, some images without
     texts = (images[owners] + torch.randint(-1, 2, (300, 6), generator=generator)).float()
-    assert_matches_oracle(images, texts, owners, **blocks)
+    assert_matches_oracle(images, texts, owners, **options)
 
 
 @pytest.mark.parametrize("size", [2, 16, 512])
@@ -60,7 +62,89 @@ def test_ranks_do_not_depend_on_strips_or_cached_products(scores_at_once: int, m
     owners = torch.randint(0, 140, (200,), generator=generator).tolist()
     texts = (images[owners] + torch.randint(-1, 2, (200, 6), generator=generator)).float()
     sizes = {"scores_at_once": scores_at_once, "max_cached_bytes": max_cached_bytes}
-    assert_matches_oracle(images, texts, owners, image_block=96, text_block=64, **sizes)
+    assert_matches_oracle(images, texts, owners, blocks=(96, 64), **sizes)
+
+
+def a_gallery(num_images: int, num_texts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With ties, and images without a text."""
+    generator = torch.Generator().manual_seed(num_texts)
+    images = torch.randint(-3, 4, (num_images, 8), generator=generator).float()
+    owners = torch.randint(0, num_images, (num_texts,), generator=generator)
+    texts = images[owners] + torch.randint(-1, 2, (num_texts, 8), generator=generator)
+    return images, texts, owners
+
+
+@pytest.mark.parametrize(("num_images", "num_texts"), [(1, 1), (257, 300), (700, 2100), (2000, 300)])
+@pytest.mark.parametrize("blocks", [(256, 256), (512, 1024), (2048, 4096)])
+def test_a_gpus_way_of_counting_gives_the_same_ranks(num_images: int, num_texts: int, blocks: tuple[int, int]) -> None:
+    gallery = a_gallery(num_images, num_texts)
+    expected = retrieval_ranks(*gallery)
+    found = retrieval_ranks(*gallery, blocks=blocks, counting="flags", max_cached_bytes=0)
+    assert torch.equal(found.i2t, expected.i2t)
+    assert torch.equal(found.t2i, expected.t2i)
+
+
+@pytest.mark.slow
+def test_compiled_counting_gives_the_same_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    gallery = a_gallery(700, 2100)
+    expected = retrieval_ranks(*gallery)
+    with caplog.at_level("INFO"):
+        found = retrieval_ranks(*gallery, blocks=(512, 1024), counting="compiled")
+    assert "without torch.compile" not in caplog.text
+    assert torch.equal(found.i2t, expected.i2t)
+    assert torch.equal(found.t2i, expected.t2i)
+
+
+def test_counting_goes_on_where_nothing_compiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch.compile", lambda function, **options: broken)
+    gallery = a_gallery(300, 700)
+    with caplog.at_level("INFO"):
+        found = retrieval_ranks(*gallery, blocks=(256, 256), counting="compiled")
+    assert [record.message for record in caplog.records] == ["counting goes on without torch.compile: no C++ compiler"]
+    assert torch.equal(found.t2i, retrieval_ranks(*gallery).t2i)
+
+
+def test_only_large_galleries_of_a_gpu_are_compiled_for() -> None:
+    usual = ranks._usual_counting
+    assert usual(10**13, torch.device("cpu")) == "signs"
+    assert usual(10**9, torch.device("cuda:1")) == "flags"
+    assert usual(10**12, torch.device("cuda")) == "compiled"
+
+
+def test_features_move_to_a_gpu_as_a_whole_if_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Any] = []
+
+    def to_device(values: torch.Tensor, *where: Any) -> torch.Tensor:
+        moved.append(where)
+        return values
+
+    monkeypatch.setattr(ranks, "to_device", to_device)
+    device, images, texts = torch.device("cuda"), torch.ones(100, 4), torch.ones(200, 4)
+    for free, expected in ((4 * 4800, 2), (4 * 4799, 0)):  # a quarter of it is for them
+        monkeypatch.setattr("cliptune.features.ranks.free_memory", lambda device, free=free: free)
+        ranks._resident(images, texts, device=device)
+        assert moved == [(device, torch.float32)] * expected
+        moved.clear()
+    assert ranks._resident(images, texts, device=torch.device("cpu")) == (images, texts)
+
+
+def test_counting_by_flags_needs_no_float64() -> None:
+    images, texts, owners = a_gallery(300, 700)
+    products = ranks._Products(
+        images, texts, blocks=None, device=images.device, scores_at_once=1, max_cached_bytes=None, counting="flags"
+    )
+    best, own = torch.zeros(300), torch.zeros(700)
+    with NoFloat64("cpu", but=torch.ops.aten._to_copy.default):
+        own_scores = products.own_scores(owners, torch.arange(700))
+        halves = products.count_halves(best, own)
+    assert torch.equal(own_scores, (images[owners] * texts).sum(1))
+    scores = images @ texts.T
+    assert torch.equal(halves[0], ((scores > 0).int() + (scores >= 0).int()).sum(1).double())
 
 
 def test_ranks_of_half_precision_features_are_those_of_their_values() -> None:
@@ -105,9 +189,11 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_bounded_by_the_block() -> None:
     owners = torch.arange(5000).repeat_interleave(2)
     images, texts = torch.randn(5000, 8), torch.randn(10000, 8)
-    with LargestTensor() as largest:
-        retrieval_ranks(images, texts, owners)
-    assert largest.numel <= 1024 * 1024
+    ways: list[dict[str, Any]] = [{}, {"counting": "flags", "blocks": (512, 1024)}]
+    for options in ways:
+        with LargestTensor() as largest:
+            retrieval_ranks(images, texts, owners, **options)
+        assert largest.numel <= 1024 * 1024
     with LargestTensor() as largest:
         similarity_means(images, texts, owners)
     assert largest.numel <= texts.numel()
@@ -121,11 +207,11 @@ def test_a_collapsed_model_is_in_the_middle(num_images: int, per_image: int) -> 
     feature = normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)), dim=-1)
     owners = torch.arange(num_images).repeat_interleave(per_image)
     images, texts = feature.repeat(num_images, 1), feature.repeat(len(owners), 1)
-    shapes: list[dict[str, Any]] = [{}, {"image_block": 256, "text_block": 512}]
+    shapes: list[dict[str, Any]] = [{}, {"blocks": (256, 512)}, {"counting": "flags"}]
     for blocks in shapes:
-        ranks = retrieval_ranks(images, texts, owners, **blocks)
-        assert (ranks.i2t == 1 + (len(owners) - per_image) / 2).all()
-        assert (ranks.t2i == 1 + (num_images - 1) / 2).all()
+        found = retrieval_ranks(images, texts, owners, **blocks)
+        assert (found.i2t == 1 + (len(owners) - per_image) / 2).all()
+        assert (found.t2i == 1 + (num_images - 1) / 2).all()
 
 
 def test_order_of_texts_does_not_matter() -> None:

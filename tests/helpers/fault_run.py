@@ -4,7 +4,10 @@ FAULT=signal:1:4:SIGTERM python tests/helpers/fault_run.py ...
 
 sends it in step 4 to rank 1 with its workers; `kill:5:writing` is SIGKILL in the middle of the fifth
 checkpoint file, `kill:5:naming` before it gets its name; `worker:4` is SIGKILL to the loader workers in step 4,
-`worker:validation` to those of the first validation after training.
+`worker:validation` to those of the first validation after training; in `stuck:4` the text tower of step 4 takes a
+minute, as when it is compiled, and in `slow:2` every checkpoint file takes 2 s; both say when that begins.
+
+BACKGROUND=1 lets a thread write the checkpoints, as on a GPU.
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ import io
 import os
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from torch.utils.data import get_worker_info
 
 import train
-from clip_model import MultimodalTrainer
+from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.features import encode
 from cliptune.features.encode import Encoder
 from cliptune.model.architectures import ARCHITECTURES
+from cliptune.training import checkpoint
 from data_loader import ImageTextDataset
 from tests.helpers.models import SMALL_VIT
+from tests.helpers.runs import work_in_background
 
 
 def signal_in_step(rank: str, step: str, name: str) -> None:
@@ -95,10 +102,46 @@ def kill_worker(moment: str) -> None:
     Encoder.run_images = faulty_run  # type: ignore[method-assign]
 
 
+def stick_in_step(step: str) -> None:
+    train_step, run_text_tower = MultimodalTrainer.train_step, CLIPModel.run_text_tower
+    steps_done = 0
+
+    def note_step(self: MultimodalTrainer, *arguments: Any) -> Any:
+        nonlocal steps_done
+        steps_done = self.global_step
+        return train_step(self, *arguments)
+
+    def stick(self: CLIPModel, *arguments: Any, **options: Any) -> Any:
+        if self.training and steps_done + 1 == int(step):
+            print("begun", file=sys.stderr, flush=True)
+            time.sleep(60)
+        return run_text_tower(self, *arguments, **options)
+
+    MultimodalTrainer.train_step = note_step  # type: ignore[method-assign, assignment]
+    CLIPModel.run_text_tower = stick  # type: ignore[method-assign]
+
+
+def write_slowly(seconds: str) -> None:
+    save = checkpoint.save_checkpoint
+
+    def save_slowly(path: Path, state: dict[str, Any]) -> None:
+        if state["global_step"] >= 2:
+            print("begun", file=sys.stderr, flush=True)
+            time.sleep(float(seconds))
+        save(path, state)
+
+    checkpoint.save_checkpoint = save_slowly
+
+
 if __name__ == "__main__":
     ARCHITECTURES[SMALL_VIT.name] = SMALL_VIT
+    if "BACKGROUND" in os.environ:
+        work_in_background(pytest.MonkeyPatch())
     if "FAULT" in os.environ:
         kind, *arguments = os.environ["FAULT"].split(":")
-        faults: dict[str, Any] = {"signal": signal_in_step, "kill": kill_in_file, "worker": kill_worker}
+        faults: dict[str, Any] = {
+            "signal": signal_in_step, "kill": kill_in_file, "worker": kill_worker, "stuck": stick_in_step,
+            "slow": write_slowly,
+        }  # fmt: skip
         faults[kind](*arguments)
     sys.exit(train.main())

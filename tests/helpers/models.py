@@ -14,10 +14,12 @@ from clip_model import CLIPModel
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.towers import layers_of
 from cliptune.preprocess.tokens import tokenize
-from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.device import Precision, resolve_precision
 from cliptune.runtime.openai_clip import import_clip
 
 FP32 = resolve_precision("fp32", torch.device("cpu"))
+FP16 = Precision("fp16", torch.float16, scaled=True)
+"""On the CPU only tests train like this."""
 
 
 WORDS = (

@@ -35,6 +35,12 @@ def small_runs() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+def work_in_background(patch: pytest.MonkeyPatch) -> None:
+    """Let threads write checkpoints and draw pictures, as in a run on a GPU."""
+    for module in ("train", "cliptune.runs.saving"):
+        patch.setattr(f"{module}.works_in_background", lambda _: True)
+
+
 def signal_at(patch: pytest.MonkeyPatch, signals: dict[int, signal.Signals]) -> None:
     """Let signals arrive in the middle of steps."""
     train_step = MultimodalTrainer.train_step

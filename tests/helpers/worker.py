@@ -28,9 +28,9 @@ from cliptune.features.metrics import merged_ranks
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.lora import add_lora
-from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, whole
+from cliptune.model.parallel import can_shard, load_optimizer_state, parallel_model, unscale_gradient, whole
 from cliptune.runs.copies import main_finds_copies
-from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.device import Precision, resolve_precision
 from cliptune.runtime.distributed import (
     all_sum,
     any_rank,
@@ -51,7 +51,7 @@ from cliptune.training.optim import build_optimizer
 from cliptune.training.sigmoid_loss import SigmoidLoss
 from data_loader import ImageTextDataset
 from tests.helpers.losses import reference_loss
-from tests.helpers.models import FP32, SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
+from tests.helpers.models import FP16, FP32, SMALL_RESNET, SMALL_VIT, FullMemory, make_batch, make_model
 
 CPU = torch.device("cpu")
 STEPS = 9
@@ -86,7 +86,12 @@ def train(name: str, how: str, micro_batch_size: int | None, *, resume_at: int =
 
 
 def make_trainer(
-    name: str, how: str, micro_batch_size: int | None, *, weights: dict[str, Tensor] | None = None
+    name: str,
+    how: str,
+    micro_batch_size: int | None,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    precision: Precision = FP32,
 ) -> MultimodalTrainer:
     model = make_model(name)
     if weights is not None:
@@ -97,7 +102,7 @@ def make_trainer(
         model,
         ContrastiveLoss(),
         optimizer,
-        precision=resolve_precision("fp32", CPU),
+        precision=precision,
         micro_batch_size=micro_batch_size,
         parallel=parallel,
     )
@@ -165,6 +170,26 @@ def fill_the_memory_of_one(folder: Path) -> None:
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
+
+
+def scale_losses(folder: Path) -> None:
+    """Steps in float16 under DDP and FSDP2, and one whose gradient overflows in a shard of one rank alone."""
+    norms = []
+    for how in ("ddp", "fsdp") if can_shard() else ("ddp",):
+        trainer = make_trainer("ViT-Mini", how, 3, precision=FP16)
+        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 256.0})
+        result = trainer.train_step(*own_batch(trainer, 8))
+        assert result is not None
+        assert result.values.isfinite().all()
+        norms.append(result.values[2].item())
+        assert trainer.grad_cache.backward(*own_batch(trainer, 8)) is not None
+        gradient: Any = trainer.model.image_projection.weight.grad
+        if rank() == 1 or how == "ddp":
+            (gradient.to_local() if how == "fsdp" else gradient).fill_(torch.inf)
+        unscale_gradient(trainer.scaler, trainer.optimizer)
+        trainer.scaler.update()
+        assert trainer.scaler.get_scale() == 128
+    assert max(norms) <= 1.01 * min(norms)
 
 
 def compute_losses(folder: Path) -> None:
@@ -311,6 +336,7 @@ TASKS = {
     "train": train_every_way,
     "adapted": train_adapted_every_way,
     "memory": fill_the_memory_of_one,
+    "scaled": scale_losses,
     "exchange": exchange,
     "features": cache_features,
     "merge": merge_duplicates,

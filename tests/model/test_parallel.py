@@ -81,6 +81,12 @@ def test_losses_over_processes_are_those_of_their_definition(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
+def test_losses_are_scaled_in_several_processes(tmp_path: Path) -> None:
+    done = run_ranks(2, "tests/helpers/worker.py", "scaled", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def is_key_bias(name: str) -> bool:
     """Tell biases whose true gradient is zero, and which AdamW moves all the same, by rounding."""
     return name.endswith(("in_proj_bias", "k_proj.bias"))

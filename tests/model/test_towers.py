@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clip_model import CLIPModel
 from cliptune.model.architectures import ARCHITECTURES, Architecture
 from cliptune.model.attention import QuickGELU
 from cliptune.model.towers import build_backbone
 from cliptune.preprocess.tokens import tokenize
-from cliptune.runtime.device import can_compile
 from tests.helpers.models import own_forward, stir
 
 TEXTS = ["a dog", "a much longer text about a dog and a cat, on a mat", "word " * 90, "a", "two red circles"]
@@ -118,29 +116,3 @@ def test_quick_gelu_is_its_formula() -> None:
     assert torch.allclose(QuickGELU()(x), x * torch.sigmoid(1.702 * x))
     assert torch.autograd.gradcheck(QuickGELU(), x)
     assert torch.isfinite(QuickGELU()(torch.tensor([-1e4, 1e4]))).all()
-
-
-@pytest.mark.slow
-def test_compiled_layers_equal_the_others() -> None:
-    if not can_compile(torch.device("cpu")):
-        pytest.skip("no C++ compiler")
-    torch.manual_seed(0)
-    model = CLIPModel("ViT-Ti/32")
-    pixels, (tokens, _) = torch.randn(2, 3, 224, 224), tokenize(TEXTS)
-    plain = model(pixels, tokens[:2]), model(pixels, tokens)
-    model.compile_towers()
-    parameters = [p for key, p in model.named_parameters() if key.startswith("backbone.")]
-    for rows, (images, texts) in zip((tokens[:2], tokens), plain, strict=True):
-        got = model(pixels, rows)
-        assert_same(torch.cat([*got]), torch.cat([images, texts]), parameters)
-
-
-def test_without_a_compiler_there_is_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(function: Any) -> Any:
-        raise RuntimeError("no compiler found\nmore")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert not can_compile(torch.device("cpu"))
-    assert "--compile: no compiler works here (no compiler found); going on without" in caplog.text

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cliptune.data.pairs import Pairs, load_pairs
 from cliptune.features.encode import Encoded
 from cliptune.report import live_gallery
-from cliptune.report.live_gallery import MAX_BYTES, Answer, LiveGallery
+from cliptune.report.live_gallery import MAX_BYTES, Answer, Gallery, LiveGallery
 from cliptune.runtime.files import write_json
-from tests.helpers.runs import SMALL, small_runs
+from tests.helpers.runs import SMALL, small_runs, work_in_background
 from train import main
 
 CAPTIONS = ["a red heart", "一颗红心", "a red heart", "![x](http://example.invalid/x.png)", "a star", "<b>", "7", "8"]
@@ -44,6 +44,11 @@ def answers_of(pairs: Pairs, encoded: Encoded) -> dict[str, list[Answer]]:
     return dict(zip((Path(pairs.paths[text]).stem for text in texts), answers, strict=True))
 
 
+def drawn(gallery: LiveGallery, encoded: Encoded) -> Gallery | None:
+    found = gallery.find(encoded)
+    return None if found is None else gallery.draw(found)
+
+
 def test_the_best_images_are_marked_right_the_same_or_wrong(pairs: Pairs) -> None:
     features = torch.eye(8)
     features[2, 0], features[1, 0] = 0.5, 0.25  # image 2 has the caption of image 0
@@ -68,7 +73,7 @@ def test_the_captions_are_the_same_every_time_and_those_not_encoded_are_left_out
 
 def test_the_picture_is_small_and_its_text_is_not_read_as_markdown(pairs: Pairs) -> None:
     (Path(pairs.paths[4])).unlink()
-    gallery = LiveGallery(pairs).draw(encoded_of(pairs, torch.eye(8)))
+    gallery = drawn(LiveGallery(pairs), encoded_of(pairs, torch.eye(8)))
     assert gallery is not None
     assert len(gallery.jpeg) <= MAX_BYTES
     with Image.open(io.BytesIO(gallery.jpeg)) as image:
@@ -79,23 +84,32 @@ def test_the_picture_is_small_and_its_text_is_not_read_as_markdown(pairs: Pairs)
 
 def test_only_so_many_are_drawn(pairs: Pairs) -> None:
     gallery, encoded = LiveGallery(pairs, max_galleries=2), encoded_of(pairs, torch.eye(8))
-    assert [gallery.draw(encoded) is None for _ in range(4)] == [False, False, True, True]
+    assert [drawn(gallery, encoded) is None for _ in range(4)] == [False, False, True, True]
 
 
 def test_what_goes_wrong_is_said_once_and_ends_nothing(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(live_gallery, "drawable", lambda _: 1 / 0)
-    gallery = LiveGallery(pairs)
-    assert gallery.draw(encoded_of(pairs, torch.eye(8))) is gallery.draw(encoded_of(pairs, torch.eye(8))) is None
+    gallery, encoded = LiveGallery(pairs), encoded_of(pairs, torch.eye(8))
+    assert drawn(gallery, encoded) is drawn(gallery, encoded) is None
     assert caplog.text.count("no more retrievals are drawn") == 1
 
 
-@pytest.mark.parametrize(("report", "steps"), [("full", [0, 6]), ("no-images", [])])
+@pytest.mark.parametrize(
+    ("report", "steps", "how"),
+    [
+        ("full", [0, 6], "in place"),
+        ("no-images", [], "in place"),
+        pytest.param("full", [0, 6], "background", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_shows_each_evaluation_unless_images_must_not_travel(
-    report: str, steps: list[int], sample_dir: Path, tmp_path: Path
+    report: str, steps: list[int], how: str, sample_dir: Path, tmp_path: Path
 ) -> None:
     with small_runs() as patch:
+        if how == "background":
+            work_in_background(patch)
         patch.setattr("cliptune.runs.data.LiveGallery", LiveGallery)
         flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--num_epochs", "1"]
         assert main([*flags, "--report", report]) == 0

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cliptune.runtime.device import default_num_workers, peak_memory, resolve_device, resolve_precision, tf32
+from cliptune.runtime.device import (
+    default_num_workers,
+    is_out_of_memory,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+    tf32,
+    to_device,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -22,6 +30,58 @@ def test_devices_and_precisions_that_are_not_there_are_said() -> None:
         resolve_precision("fp16", CPU)
     assert resolve_precision("auto", CPU).name in {"bf16", "fp32"}
     assert not resolve_precision("bf16", CPU).scaled
+
+
+@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp16")])
+def test_an_old_gpu_trains_in_fp16(has_bf16: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def is_supported(*, including_emulation: bool) -> bool:
+        asked.append(including_emulation)  # emulated, it is slower than float32
+        return has_bf16
+
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", is_supported)
+    precision = resolve_precision("auto", torch.device("cuda"))
+    assert (precision.name, precision.scaled) == (name, name == "fp16")
+    assert asked == [False]
+    assert resolve_precision("fp16", torch.device("cuda")).scaled
+    assert resolve_precision("auto", torch.device("mps")).name == "fp32"
+
+
+def test_only_cuda_copies_while_the_cpu_goes_on_and_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def to(self: torch.Tensor, device: torch.device, dtype: torch.dtype | None, **options: bool) -> torch.Tensor:
+        seen.append(f"{device}, later" if options.get("non_blocking") else f"{device}")
+        return self
+
+    def pin(self: torch.Tensor) -> torch.Tensor:
+        seen.append(f"pin {self.nbytes}")
+        return self
+
+    monkeypatch.setattr("torch.Tensor.to", to)
+    monkeypatch.setattr("torch.Tensor.pin_memory", pin)
+    monkeypatch.setattr("torch.Tensor.is_pinned", lambda self: self.numel() == 2)
+    for name in ("cpu", "mps", "cuda:1"):
+        to_device(torch.ones(1), torch.device(name))
+    assert seen == ["cpu", "mps", "pin 4", "cuda:1, later"]
+    seen.clear()
+    for values in (torch.ones(2), torch.empty(2**22 + 1), torch.ones(1, device="meta")):
+        to_device(values, torch.device("cuda"))
+    assert seen == ["cuda, later"] * 3
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_full_memory_is_known_by_its_error(kind: type[Exception]) -> None:
+    messages = [
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 1 GB)",
+    ]
+    assert all(is_out_of_memory(kind(message)) for message in messages)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_workers_leave_the_cores_to_training_on_the_cpu() -> None:

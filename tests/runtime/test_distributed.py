@@ -220,3 +220,18 @@ def test_one_process_initialises_nothing_and_gets_back_what_it_gave() -> None:
         assert distributed.any_rank(True)
         assert not distributed.any_rank(False)
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda:1", "cpu:gloo,cuda:nccl"), ("cpu", "gloo")])
+def test_gpus_meet_over_nccl(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, timeout: calls.append(name))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
+    with distributed.process_group(torch.device(device)):
+        calls.append("run")
+    chosen = [torch.device(device)] if device != "cpu" else []  # before NCCL asks for it
+    assert calls == [*chosen, backend, "run", "barrier", "end"]

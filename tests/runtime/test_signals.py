@@ -63,6 +63,33 @@ def test_work_that_changes_nothing_stops_at_once() -> None:
     assert not reached
 
 
+def test_a_step_is_finished_unless_it_takes_long() -> None:
+    reached: list[str] = []
+    with StopSignals(step_seconds=0.2) as stop:
+        with stop.within_step():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            reached.append("the end of a short one")
+        time.sleep(0.5)  # what is no step is left alone, such as saving
+        reached.append("what comes between")
+        with pytest.raises(Stopped, match="SIGINT"), stop.within_step():
+            threading.Event().wait(10)  # for a lock, as for another thread that compiles
+            reached.append("the end of a long one")
+    assert reached == ["the end of a short one", "what comes between"]
+
+
+def test_what_a_library_makes_of_the_end_of_a_step_is_the_signal() -> None:
+    with StopSignals(step_seconds=0.1) as stop:
+        with pytest.raises(Stopped), stop.within_step():
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                time.sleep(10)
+            except BaseException:
+                raise RuntimeError("the compiler has failed") from None
+        with pytest.raises(ValueError, match="its own"), StopSignals().within_step():
+            raise ValueError("its own")
+
+
 def test_a_wait_for_the_next_item_stops_at_once_and_the_work_on_it_does_not() -> None:
     def slow() -> Iterator[int]:
         yield 1
@@ -84,10 +111,10 @@ def test_a_wait_for_the_next_item_stops_at_once_and_the_work_on_it_does_not() ->
 
 def test_in_several_processes_nothing_stops_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cliptune.runtime.signals.world_size", lambda: 2)
-    with StopSignals() as stop:
-        with stop.interruptible():
+    with StopSignals(step_seconds=0.01) as stop:
+        with stop.interruptible(), stop.within_step():
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
+            time.sleep(0.1)
         with pytest.raises(Stopped):
             stop.check()
 

@@ -12,10 +12,11 @@ import torch
 from clip_model import MultimodalTrainer, add_self_test
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runtime.files import read_json_object, write_json
-from cliptune.training.checkpoint import CheckpointWriter, RunFiles, Saver, load_newest_state
+from cliptune.training.checkpoint import CheckpointWriter, RunFiles, load_newest_state
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import StepResult
 from cliptune.training.optim import build_optimizer
+from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
 from tests.helpers.models import FP32, make_batch, make_model, small_architectures
 

@@ -1,14 +1,17 @@
 """Micro-batches against the whole batch: the gradient of every parameter, and what happens when memory is full."""
 
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_model import CLIPModel, MultimodalTrainer
-from cliptune.runtime.device import resolve_precision
+from cliptune.runtime.device import Precision, resolve_precision
 from cliptune.runtime.rng import RandomState
 from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
@@ -16,6 +19,7 @@ from cliptune.training.optim import build_optimizer
 from cliptune.training.sigmoid_loss import SigmoidLoss
 from tests.helpers.losses import reference_loss
 from tests.helpers.models import (
+    FP16,
     FP32,
     FullMemory,
     assert_same_gradients,
@@ -27,6 +31,12 @@ from tests.helpers.models import (
 )
 
 __all__ = ["small_architectures"]
+
+
+@pytest.fixture(autouse=True)
+def no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection goes through all that the other tests hold; what fails here is freed without."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
 
 
 def grad_cache(model: CLIPModel, loss: ContrastiveLoss, size: int | None) -> GradCache:
@@ -76,6 +86,45 @@ def test_the_gradient_is_the_whole_batchs(name: str, tolerance: float, dropout: 
     torch.manual_seed(5)
     assert_same_gradients(micro_batched(model, batch, size), wanted, tolerance)
     assert torch.equal(torch.get_rng_state(), state)  # as if every micro-batch had run once
+
+
+class NotedCopies:
+    """Copies that are right once they are finished."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.num_waiting = 0
+
+    def start(self, images: Tensor) -> tuple[Tensor, Any]:
+        self.log.append(f"copy {len(images)}")
+        self.num_waiting += 1
+        return torch.zeros_like(images), images
+
+    def finish(self, copied: Tensor, begun: Any) -> None:
+        self.num_waiting -= 1
+        copied.copy_(begun)
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.log.append(f"run {len(inputs[0])}")
+
+
+def test_the_pixels_of_the_next_micro_batch_are_copied_while_one_is_computed() -> None:
+    model = make_model("ViT-Mini")
+    batch = make_batch(model, 8)
+    wanted = micro_batched(model, batch, 3)
+    cache = grad_cache(model, ContrastiveLoss(), 3)
+    assert cache.copier is None  # on the CPU nothing is copied
+    cache.copier = copies = NotedCopies()
+    model.backbone.visual.register_forward_pre_hook(copies)
+    assert cache.backward(*batch) is not None
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients_of(model).items())
+    first_pass = ["copy 3", "run 3", "copy 2", "run 3", "copy 3", "run 2"]
+    assert copies.log == [*first_pass, "copy 3", "run 3", "run 3"]
+    assert copies.num_waiting == 0
+    FullMemory(model, pairs=2, at=1)  # with a copy on its way, of a size that does not come again
+    assert cache.backward(*batch) is not None
+    assert cache.size == 1
+    assert_same_gradients(gradients_of(model), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["temperature k times", "negatives of the chunk alone"])
@@ -202,9 +251,9 @@ def test_the_bias_begins_by_a_batch_and_nothing_else_moves(size: int) -> None:
         assert gradients_of(model)["logit_bias"].abs() < 1e-3
 
 
-def trainer_of(model: CLIPModel, size: int | None) -> MultimodalTrainer:
+def trainer_of(model: CLIPModel, size: int | None, *, precision: Precision = FP32, **options: Any) -> MultimodalTrainer:
     optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=1.0, weight_decay=0.1)
-    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, micro_batch_size=size)
+    return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=size, **options)
 
 
 @pytest.mark.slow
@@ -230,6 +279,98 @@ def test_full_memory_halves_the_micro_batch_and_repeats_the_step(
         results.append(model.state_dict())
     assert "out of memory with micro-batches of 8 pairs: going on with 4" in caplog.text
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+class _Failing(torch.autograd.Function):
+    """The identity, whose gradient `fail` may refuse."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, fail: Callable[[], None]) -> Tensor:
+        ctx.fail = fail
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.fail()
+        return gradients[0], None
+
+
+class FullOnce:
+    """Fails like a full memory at the nth call of a tower's forward or backward pass or of the loss, and never again.
+
+    Attributes:
+        kept: tensors that were alive when it failed, if they still are.
+        num_kept: how many of them are alive at the next call.
+    """
+
+    def __init__(self, trainer: MultimodalTrainer, where: str, at: int) -> None:
+        self.left, self.kept, self.num_kept = at, [], None  # type: int, list[weakref.ref[Tensor]], int | None
+        model: Any = trainer.model
+        loss: Any = trainer.grad_cache.loss
+        run, compute = model.run_image_tower, loss.with_accuracy
+
+        def tower(images: Tensor) -> Tensor:
+            features = run(images)
+            if where == "forward":
+                self(features)
+            return _Failing.apply(features, self) if where == "backward" else features  # type: ignore[no-any-return]
+
+        def with_accuracy(*features: Tensor, **options: Any) -> Any:
+            result = compute(*features, **options)
+            if where == "loss":
+                self(*features[:2])
+            return result
+
+        model.run_image_tower, loss.with_accuracy = tower, with_accuracy
+
+    def __call__(self, *held: Tensor) -> None:
+        if self.kept and self.num_kept is None:
+            self.num_kept = sum(each() is not None for each in self.kept)
+        self.left -= 1
+        if self.left == -1:
+            filled = torch.zeros(1000)  # in the frame of what fails
+            self.kept = [weakref.ref(tensor) for tensor in (filled, *held)]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "where", "at"),
+    [
+        ("ViT-Mini", FP16, "backward", 3),
+        ("ViT-Mini", FP16, "loss", 1),
+        ("RN-Ti", FP32, "forward", 5),
+        *(
+            pytest.param(name, precision, where, at, marks=pytest.mark.slow)
+            for name in ("ViT-Mini", "RN-Ti")
+            for precision in (FP16, FP32)
+            for where, at in [("forward", 4), ("forward", 5), ("backward", 2), ("backward", 3), ("loss", 1)]
+        ),
+    ],
+)
+def test_a_step_that_ran_out_of_memory_is_as_if_it_had_not(
+    name: str, precision: Precision, where: str, at: int
+) -> None:
+    """The second of two steps fails, in its first or second pass, the backward pass or the loss: 2 parts, 3 runs."""
+    found = []
+    for fails in (True, False):
+        model = make_model(name, holds_batchnorm=False, dropout=True)
+        batch = make_batch(model, 8)
+        trainer = trainer_of(model, 4, precision=precision)
+        if precision.scaled:
+            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "growth_interval": 2})
+        failing = FullOnce(trainer, where, at) if fails else None
+        torch.manual_seed(3)
+        for step in range(2):
+            if failing is None and step == 1:
+                trainer.grad_cache.size = 2
+            trainer.train_step(*batch)
+        if failing is not None:
+            assert failing.num_kept == 0  # their memory was free when the step was repeated
+        assert trainer.grad_cache.size == 2
+        found.append((model.state_dict(), trainer.scaler.state_dict(), torch.get_rng_state()))
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][2], found[1][2])
+    assert all(torch.equal(value, found[1][0][key]) for key, value in found[0][0].items())
 
 
 def test_the_statistics_of_a_step_that_is_repeated_are_counted_once() -> None:
@@ -275,3 +416,60 @@ def test_low_precision_comes_through_as_well() -> None:
         found.append(gradients_of(model))
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).norm() <= 0.1 * gradient.norm() + 1e-4, name
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of a tensor to another type."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.place, self.number = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.place
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_micro_batches_share_the_casts_of_the_weights(checkpointed: bool) -> None:
+    model = make_model("ViT-Mini")
+    if checkpointed:
+        model.checkpoint_gradients()
+    weight = model.backbone.transformer.resblocks[0].mlp.c_fc.weight
+    scaler, precision = torch.amp.GradScaler("cpu", enabled=False), resolve_precision("bf16", torch.device("cpu"))
+    found, numbers = [], []
+    for each_by_itself in (False, True):
+        cache = GradCache(model, ContrastiveLoss(), precision=precision, size=2, parallel=None, scaler=scaler)
+        cache.towers_are_collective = each_by_itself  # as it is for shards
+        with Casts(weight) as casts:
+            assert cache.backward(*make_batch(model, 10)) is not None
+        found.append(gradients_of(model))
+        numbers.append(casts.number)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+    # the first four without a graph, the last, three replays, and the one that adds up all ranks' gradients
+    assert numbers[0] == (6 if checkpointed else 4)
+    assert numbers[1] > numbers[0]
+
+
+def test_scaled_losses_give_the_gradient_and_a_step_that_overflows_changes_nothing() -> None:
+    half = Precision("fp16", torch.float16, scaled=True)
+    model = make_model("ViT-Mini")
+    batch = make_batch(model, 8)
+    wanted = micro_batched(model, batch, None)
+    trainer = MultimodalTrainer(
+        model, ContrastiveLoss(), build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=None, weight_decay=0.1),
+        precision=half, micro_batch_size=3, gradient_clip_norm=0,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    overflowing = trainer.train_step(*batch)
+    assert overflowing is not None
+    assert not overflowing.values.isfinite().all()
+    assert trainer.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**10})
+    assert trainer.train_step(*batch) is not None
+    found = gradients_of(model)  # unscaled
+    difference = torch.stack([(found[name] - want).norm() for name, want in wanted.items()]).norm()
+    assert difference < 0.02 * torch.stack([want.norm() for want in wanted.values()]).norm()
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

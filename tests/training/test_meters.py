@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor
 
 from clip_model import MultimodalTrainer
+from cliptune.model.lora import add_lora
+from cliptune.model.parallel import clip_gradient
 from cliptune.runtime.device import resolve_precision
+from cliptune.training.gradcache import GradCache
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.meters import OVERFLOWS_IN_A_ROW, EpochTotals, StepResult, StepWatch
-from cliptune.training.optim import build_optimizer, build_scheduler
-from tests.helpers.models import make_batch, make_model, small_architectures
+from cliptune.training.optim import build_optimizer, build_scheduler, load_scaler_state
+from cliptune.training.sigmoid_loss import SigmoidLoss
+from tests.helpers.models import FP16, make_batch, make_model, small_architectures
+from tests.helpers.no_float64 import NoFloat64
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -56,6 +62,79 @@ def test_a_bad_step_changes_no_weight_no_moment_no_statistic(name: str, fused: b
     trainer.train_step(*third)
     assert not any(torch.equal(a, b) for a, b in zip(before[:3], everything(trainer)[:3], strict=True))
     assert all(value.isfinite().all() for value in everything(trainer))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["ViT-Mini", pytest.param("RN-Ti", marks=pytest.mark.slow)])
+def test_an_overflow_in_fp16_costs_a_step_and_halves_the_scale(name: str, fused: bool) -> None:
+    """With clipping, adapters and an average, which must not see a gradient that is still scaled, or not finite."""
+    model = make_model(name, holds_batchnorm=name == "ViT-Mini")
+    add_lora(model, 4)
+    optimizer = build_optimizer(model, learning_rate=1e-3, backbone_lr_scale=0.3, weight_decay=0.1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not fused:
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    watch = StepWatch(scaled=True)
+    trainer = MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP16, watch=watch, ema=0.9)
+    batch = make_batch(model, 6)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**60})
+    assert trainer.average is not None
+    before = [value.clone() for value in (*everything(trainer), *trainer.average.tensors.values())]
+    skipped = next(trainer.steps([batch])).result
+    assert skipped is not None
+    assert skipped.loss.isfinite()
+    assert not skipped.values[2].isfinite()
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    assert not any(moment.any() for moment in moments)
+    after = [*model.parameters(), *model.buffers(), *trainer.average.tensors.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert trainer.scaler.get_scale() == 2.0**59
+    norms = []
+    for scale in (2.0**4, 2.0**8):  # what is trained with does not depend on it
+        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": scale})
+        result = trainer.grad_cache.backward(*batch)
+        trainer.scaler.unscale_(optimizer)
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]).item())
+        trainer.scaler.update()
+        assert result is not None
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    assert next(trainer.steps([batch])).result is not None
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=False))
+    assert [math.isfinite(record.gradient_norm) for record in watch.take()] == [False, True]  # it is counted
+
+
+def test_a_run_that_goes_on_in_fp16_begins_with_a_scale_of_its_own() -> None:
+    state = make_trainer().state_dict()["scaler_state_dict"]
+    scaler = torch.amp.GradScaler("cpu")
+    load_scaler_state(scaler, state)
+    assert scaler.get_scale() == 2.0**16
+    load_scaler_state(scaler, {**scaler.state_dict(), "scale": 4.0})
+    assert scaler.get_scale() == 4.0
+    with pytest.raises(ValueError, match="loss scale that is no number"):
+        load_scaler_state(scaler, {**scaler.state_dict(), "scale": math.nan})
+    load_scaler_state(torch.amp.GradScaler("cpu", enabled=False), scaler.state_dict())
+
+
+@pytest.mark.parametrize("make_loss", [
+    ContrastiveLoss, lambda: ContrastiveLoss(positives="caption"), SigmoidLoss,
+], ids=["infonce", "caption", "sigmoid"])  # fmt: skip
+def test_a_step_needs_no_float64(make_loss: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device is in the place of the GPU."""
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())  # it does not know this device
+    model, loss = make_model("ViT-Mini"), make_loss()
+    images, tokens, ids = make_batch(model, 8)
+    if loss.needs_bias:
+        model.learn_bias()
+    steps = GradCache(
+        model.to("meta"), loss, precision=FP32, size=3, parallel=None, scaler=torch.amp.GradScaler("cpu", enabled=False)
+    )
+    batch = (images, tokens, ids, torch.arange(8) // 2)
+    with NoFloat64("meta"), pytest.raises(TypeError, match="no float64"):  # it would be seen
+        steps.backward(*batch)
+    monkeypatch.setattr("cliptune.runtime.device._WITHOUT_FLOAT64", {"meta"})
+    with NoFloat64("meta"):
+        assert steps.backward(*batch) is not None
+        clip_gradient(model.parameters(), 1.0)
 
 
 def test_a_gradient_that_is_not_finite_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
