@@ -11,6 +11,8 @@ from benchmarks.rows import Row
 if TYPE_CHECKING:
     from benchmarks.gpu import Runner
 
+COUNTINGS = ["flags", "compiled"]
+"""Ways to count ranks on a GPU, see `retrieval`."""
 Bounds = tuple[float, float]
 """What a figure must reach, and what would be good."""
 SMALL, LARGE = "ViT-Ti/32", "ViT-B/32"
@@ -109,13 +111,18 @@ def ranks(run: Runner) -> None:
     sizes = [(500, 2500)] if run.quick else [(5000, 25000), (200_000, 1_000_000)]
     for images, texts in sizes:
         name = f"ranks, {images:,} x {texts:,}"
-        flags = ["--images", images, "--texts", texts, "--cases", "--repeats", 5 if images < 10_000 else 2]
+        flags = ["--images", images, "--texts", texts, "--repeats", 5 if images < 10_000 else 2]
+        flags += ["--cases", *(COUNTINGS if run.is_gpu else [])]
         found = run.figures("retrieval.py", *flags, seconds=60 if images < 10_000 else 115, name=name)
         if found is not None:
             ours, product = found["seconds"]["ours"], found["seconds"]["product in blocks"]
             over = statistics.median(a / b for a, b in zip(ours, product, strict=True))
             run.tell(Row(name, 1000 * statistics.median(ours), "ms", note=f"spread {spread(ours):.0%}"))
             run.tell(Row(f"{name}: over the bare product", over, "times", 1.3, 1.1, higher=False))
+            for counting in COUNTINGS:
+                if counting in found["seconds"]:
+                    median = statistics.median(found["seconds"][counting])
+                    run.tell(Row(f"{name}: counted by {counting}", 1000 * median, "ms"))
 
 
 def losses(run: Runner) -> None:

@@ -16,7 +16,6 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +174,7 @@ def make_trainer(
         run=RunSettings(parallel=parallel),
     )
     precision = resolve_precision(config.training.precision, device)
-    # what `--compile auto` goes by, where there is one
-    length = {"num_samples": MANY_SAMPLES} if "num_samples" in signature(place_model).parameters else {}
-    runner, micro_batch_size = place_model(config, model, precision=precision, device=device, **length)
+    runner, micro_batch_size = place_model(config, model, precision=precision, device=device, num_samples=MANY_SAMPLES)
     optimizer = build_optimizer(model, learning_rate=RATE, backbone_lr_scale=1.0, weight_decay=DECAY)
     return MultimodalTrainer(
         model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=micro_batch_size, parallel=runner
