@@ -4,7 +4,7 @@ python benchmarks/large_batch.py --json large_batch.json
 
 Each batch runs in a process of its own, in turns with a plain step of as many pairs as a micro-batch. `--predict`
 prints what the model of the cost says for many GPUs instead, from assumed speeds, which are flags. Started by
-`torchrun`, it measures a step of several processes.
+`torchrun`, it measures a step of several processes. With `--device cuda` the model of the cost is left out.
 """
 
 from __future__ import annotations
@@ -24,19 +24,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import Timing, in_new_process, machine, print_table, take_turns, write_json
-from benchmarks.train_step import step_flops
+from benchmarks.train_step import make_trainer, step_flops
 from clip_model import CLIPModel, MultimodalTrainer
 from cliptune.data.sample_data import distinct_scenes
 from cliptune.model.architectures import ARCHITECTURES
-from cliptune.model.parallel import parallel_model
 from cliptune.preprocess.tokens import tokenize
-from cliptune.runtime.device import keep_freed_memory, resolve_precision
+from cliptune.runtime.device import keep_freed_memory, resolve_device
 from cliptune.runtime.distributed import is_main, process_group, rank_slice, world_size
-from cliptune.training.loss import SLICE_LOGITS, ContrastiveLoss
+from cliptune.training.loss import SLICE_LOGITS
 from cliptune.training.memory import LiveTensors
-from cliptune.training.optim import build_optimizer
 
-CPU = torch.device("cpu")
 GB = 1e9
 
 
@@ -48,7 +45,9 @@ class Point(NamedTuple):
     plain_seconds: list[float]
     """Of a plain step of a micro-batch's size, a turn each."""
     peak: int
-    """Bytes of the process."""
+    """Bytes of the process, or of the GPU."""
+    micro: int
+    """Pairs of a micro-batch."""
 
     @property
     def times_plain(self) -> float:
@@ -56,9 +55,9 @@ class Point(NamedTuple):
         return Timing(self.seconds).median / self.batch / (Timing(self.plain_seconds).median / self.micro)
 
     @property
-    def micro(self) -> int:
-        """Return the pairs of a micro-batch."""
-        return min(self.batch, MICRO)
+    def over_plain(self) -> float:
+        """Return the pairs a second over a plain step's: all micro-batches but the last run forwards a second time."""
+        return (1 + max(1 - self.micro / self.batch, 0) / 3) / self.times_plain
 
 
 MICRO = 32
@@ -99,18 +98,22 @@ def main(argv: list[str] | None = None) -> int:
     if options.predict:
         print_predictions(options)
         return 0
-    with process_group(CPU):
+    device = resolve_device(options.device)
+    with process_group(device):
         if world_size() > 1:
             measure_processes(options)
             return 0
-    results: dict[str, Any] = {"machine": machine(), "options": vars(options), "models": {}}
+    results: dict[str, Any] = {"machine": machine(options.device), "options": vars(options), "models": {}}
     for name in options.models.split(","):
         model, *batches = name.split(":")
         sizes = [int(batch) for batch in batches] or [256, 1024]
-        costs = in_new_process(measure_costs, model, options)
+        costs = None if device.type == "cuda" else in_new_process(measure_costs, model, options)
         points = [in_new_process(measure, model, batch, options) for batch in sizes]
         report(model, costs, points, options)
-        results["models"][model] = {"costs": costs._asdict(), "points": [point._asdict() for point in points]}
+        results["models"][model] = {
+            "costs": None if costs is None else costs._asdict(),
+            "points": [{**point._asdict(), "over_plain": point.over_plain} for point in points],
+        }
     write_json(options.json, results)
     return 0
 
@@ -120,6 +123,11 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--models", default="ViT-B/32:256:1024,ViT-Ti/32:256:1024:4096", help="MODEL:BATCH:BATCH,...")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--micro_batch_size", type=lambda text: text if text == "auto" else int(text), default=MICRO,
+        help="of the large batches: pairs, or auto",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--quick", action="store_true", help="ViT-Ti/32 alone, batches of 64 and 128")
@@ -135,43 +143,44 @@ def parse(argv: list[str] | None) -> Namespace:
     return options
 
 
-def make_trainer(name: str, options: Namespace, micro: int | None) -> MultimodalTrainer:
+def build_trainer(name: str, batch: int, options: Namespace, micro: int | str) -> MultimodalTrainer:
     """Make what `train.py` trains with."""
     keep_freed_memory()
     torch.manual_seed(0)
-    model = CLIPModel(name, pretrained="none")
-    if options.gradient_checkpointing:
-        model.checkpoint_gradients()
-    parallel = parallel_model(model, options.parallel, CPU)
-    optimizer = build_optimizer(model, learning_rate=1e-5, backbone_lr_scale=1.0, weight_decay=0.01)
-    precision = resolve_precision(options.precision, CPU)
-    return MultimodalTrainer(
-        model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=micro, parallel=parallel
-    )
+    return make_trainer(
+        name, resolve_device(options.device), parallel=options.parallel, precision=options.precision,
+        batch_size=batch, micro_batch_size=micro, gradient_checkpointing=options.gradient_checkpointing,
+    )  # fmt: skip
 
 
-def make_batch(name: str, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(name: str, size: int, *, pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Make pictures of noise, and the sample data's captions."""
     resolution = ARCHITECTURES[name].image_resolution
     captions = [texts[0] for _, texts in distinct_scenes(64)]
     tokens, _ = tokenize([captions[number % len(captions)] for number in range(size)])
-    images = torch.empty(size, 3, resolution, resolution, dtype=torch.uint8).random_()
+    images = torch.empty(size, 3, resolution, resolution, dtype=torch.uint8, pin_memory=pin_memory).random_()
     return images, tokens, torch.arange(size)
 
 
 def measure(name: str, batch: int, options: Namespace) -> Point:
     """Take steps of a batch in turns with plain ones."""
-    trainer = make_trainer(name, options, MICRO)
-    large, small = make_batch(name, batch), make_batch(name, MICRO)
+    trainer = build_trainer(name, batch, options, options.micro_batch_size)
+    micro = min(trainer.grad_cache.size or batch, batch)
+    is_gpu = trainer.model.device.type == "cuda"
+    large, small = (make_batch(name, size, pin_memory=is_gpu) for size in (batch, micro))
     trainer.train_step(*small)
+    if is_gpu:  # so that no turn chooses kernels
+        trainer.train_step(*large)
     cases = {"plain": lambda: trainer.train_step(*small), "batch": lambda: trainer.train_step(*large)}
-    timings = take_turns(cases, repeats=options.repeats, warmup=0)
-    return Point(batch, timings["batch"].seconds, timings["plain"].seconds, peak())
+    timings = take_turns(cases, repeats=options.repeats, warmup=0, device=options.device)
+    most = torch.cuda.max_memory_reserved() if is_gpu else peak()
+    found = trainer.grad_cache.size or batch  # smaller than at first where memory ran out in a step
+    return Point(batch, timings["batch"].seconds, timings["plain"].seconds, most, min(found, micro))
 
 
 def measure_costs(name: str, options: Namespace) -> Costs:
     """Measure what the model of the cost is made of, from plain steps and the loss alone."""
-    trainer = make_trainer(name, options, None)
+    trainer = build_trainer(name, MICRO, options, MICRO)
     model, start = trainer.model, peak()
     half, full = make_batch(name, MICRO // 2), make_batch(name, MICRO)
     cases: dict[str, Callable[[], object]] = {"step": lambda: trainer.train_step(*full)}
@@ -206,39 +215,42 @@ def peak() -> int:
     return 1024 * kilobytes
 
 
-def report(name: str, costs: Costs, points: list[Point], options: Namespace) -> None:
+def report(name: str, costs: Costs | None, points: list[Point], options: Namespace) -> None:
     """Print one model's table."""
     rows = [["batch", "s/step", "model says", "a pair, times plain", "peak GB", "less pixels", "model says"]]
-    plain = Timing([seconds for point in points for seconds in point.plain_seconds])
-    rows.append([f"{MICRO}, plain", f"{plain.median:.2f}", f"{costs.seconds(MICRO, MICRO):.2f}", "1", "", "", ""])
+    if costs is not None:
+        plain = Timing([seconds for point in points for seconds in point.plain_seconds])
+        says = f"{costs.seconds(MICRO, MICRO):.2f}"
+        rows.append([f"{MICRO}, plain", f"{plain.median:.2f}", says, "1", "", "", ""])
     for point in points:
-        pixels = point.batch * costs.pixel_bytes
+        resolution = ARCHITECTURES[name].image_resolution
         rows.append(
             [
                 f"{point.batch}",
                 f"{Timing(point.seconds).median:.2f}",
-                f"{costs.seconds(point.batch, MICRO):.2f}",
+                "" if costs is None else f"{costs.seconds(point.batch, point.micro):.2f}",
                 f"{point.times_plain:.2f}",
                 f"{point.peak / GB:.2f}",
-                f"{(point.peak - pixels) / GB:.2f}",
-                f"{costs.peak(point.batch, MICRO) / GB:.2f}",
+                f"{(point.peak - 3 * point.batch * resolution**2) / GB:.2f}",
+                "" if costs is None else f"{costs.peak(point.batch, point.micro) / GB:.2f}",
             ]
         )
     ways = ", checkpointed" if options.gradient_checkpointing else ""
-    title = f"{name}, {options.precision}{ways}, micro-batches of {MICRO}"
-    measured = f"{costs.pair:.3f} s and {costs.pair_bytes / 1e6:.1f} MB a pair, {costs.fixed:.2f} s a step"
-    print_table(f"{title}: {measured}, {1e9 * costs.logit:.1f} ns a logit", rows)
+    title = f"{name}, {options.precision}{ways}, micro-batches of {points[0].micro}"
+    if costs is not None:
+        measured = f"{costs.pair:.3f} s and {costs.pair_bytes / 1e6:.1f} MB a pair, {costs.fixed:.2f} s a step"
+        title += f": {measured}, {1e9 * costs.logit:.1f} ns a logit"
+    print_table(title, rows)
 
 
 def measure_processes(options: Namespace) -> None:
     """Time a step of all processes together."""
     name, *batches = options.models.split(",")[0].split(":")
-    trainer = make_trainer(name, options, MICRO)
+    trainer = build_trainer(name, int(batches[0]), options, MICRO)
     images, tokens, ids = make_batch(name, int(batches[0]))
     own = rank_slice(len(ids))
-    timing = take_turns(
-        {"step": lambda: trainer.train_step(images[own], tokens[own], ids[own])}, repeats=options.repeats
-    )
+    steps = {"step": lambda: trainer.train_step(images[own], tokens[own], ids[own])}
+    timing = take_turns(steps, repeats=options.repeats, device=options.device)
     if is_main():
         seconds, number = timing["step"].median, world_size()
         print(f"{name}, batch {batches[0]}, {number} processes ({options.parallel}): {seconds:.2f} s a step")

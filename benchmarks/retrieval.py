@@ -29,9 +29,12 @@ from cliptune.features.ranks import Ranks, retrieval_ranks
 from cliptune.results import RECALLS
 from cliptune.runtime.device import resolve_device
 
-FLOOR_BLOCK = 1024
+FLOOR_BLOCKS = {"cpu": 1024, "cuda": 8192}
+"""Rows and columns of a block: small enough for a processor's cache, large enough to keep a GPU busy."""
 FLOORS = ["ours", "product in blocks"]
 CASES = ["whole product", "argsort", "topk"]
+COUNTINGS = ["flags", "compiled"]
+"""Ways of ours to count on a GPU, of which it takes one by itself."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="length of a feature (default: 512)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--cases", nargs="*", choices=CASES, default=CASES, help="besides ours and the product in blocks"
+        "--cases", nargs="*", choices=[*CASES, *COUNTINGS], default=CASES, help="besides ours and the product in blocks"
     )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each way in a process of its own")
@@ -90,14 +93,17 @@ def make_cases(features: tuple[Tensor, Tensor, Tensor], device: torch.device) ->
         "whole product": lambda: images @ texts.T,
         "argsort": lambda: ranks_by_argsort(images, texts, owners),
         "topk": lambda: recalls_by_topk(images, texts, owners),
+        "flags": lambda: retrieval_ranks(images, texts, owners, counting="flags"),
+        "compiled": lambda: retrieval_ranks(images, texts, owners, counting="compiled"),
     }
 
 
 def product_in_blocks(images: Tensor, texts: Tensor) -> None:
     """Multiply all, a block at a time into the same memory."""
-    scores = images.new_empty(FLOOR_BLOCK, FLOOR_BLOCK)
-    for rows in images.split(FLOOR_BLOCK):
-        for columns in texts.split(FLOOR_BLOCK):
+    block = FLOOR_BLOCKS.get(images.device.type, FLOOR_BLOCKS["cuda"])
+    scores = images.new_empty(block, block)
+    for rows in images.split(block):
+        for columns in texts.split(block):
             torch.mm(rows, columns.T, out=scores[: len(rows), : len(columns)])
 
 

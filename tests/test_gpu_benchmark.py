@@ -1,0 +1,341 @@
+"""`benchmarks/gpu.sh`: its parts, its lines and tables, what it does about failures; a try of all of it on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import agreement, gpu, gpu_data, gpu_parts, gpu_runs, loss_speed, step_times, train_step
+from benchmarks.rows import MARK, Row, table, told, write_line
+from cliptune.preprocess.tokens import tokenize
+from data_loader import ImageTextDataset
+from tests.helpers.models import SMALL_RESNET, SMALL_VIT, small_architectures  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows_of(printed: str) -> dict[str, Row]:
+    rows = [row for line in printed.splitlines() if (row := told(line)) is not None]
+    assert len({row.name for row in rows}) == len(rows)
+    return {row.name: row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict", "fails"),
+    [
+        (Row("x", 9100, must=9000, hope=13000), "met", False),
+        (Row("x", 13000, must=9000, hope=13000), "hope met", False),
+        (Row("x", 8999, must=9000, hope=13000), "missed", False),
+        (Row("x", 1.2, must=1.3, hope=1.1, higher=False), "met", False),
+        (Row("x", 1.31, must=1.3, hope=1.1, higher=False), "missed", False),
+        (Row("x", 0.1, must=0.2, higher=False, check=True), "PASS", False),
+        (Row("x", 0.3, must=0.2, higher=False, check=True), "FAIL", True),
+        (Row("x", float("nan"), must=0.2, higher=False, check=True), "FAIL", True),
+        (Row("x", 5.0), "", False),
+        (Row("x", state="skipped", note="why"), "skipped", False),
+        (Row("x", state="FAILED", note="why"), "FAILED", True),
+    ],
+)
+def test_a_figure_is_judged_by_what_it_must_be(row: Row, verdict: str, fails: bool) -> None:
+    assert (row.verdict, row.is_failure) == (verdict, fails)
+    assert verdict in row.line("part")
+
+
+def test_a_line_has_figure_bounds_and_note() -> None:
+    line = Row("a step", 9412.4, "pairs/s", 9000, 13000, note="spread 3%").line("vit_b32")
+    assert " ".join(line.split()) == "vit_b32 a step 9,412 pairs/s met at least: must 9,000, hope 13,000 spread 3%"
+
+
+def test_a_table_has_the_last_figure_of_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, about = tmp_path / "new" / "results.jsonl", {"card": "H100", "torch": "2.14"}
+    write_line(path, "stall", Row("a", 3.0, "times", 2, 1.3, higher=False), about)
+    write_line(path, "stall", Row("b", state="FAILED", note="no | memory"), about)
+    write_line(path, "stall", Row("a", 1.2, "times", 2, 1.3, higher=False, note="again"), about)
+    write_line(path, "ranks", Row("a", 7.0, "ms"), about)
+    assert gpu.main(["--table", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Measured on card H100, torch 2.14.",
+        "",
+        "| part | what | measured | must | hope | |",
+        "|---|---|---|---|---|---|",
+        "| stall | b | - |  |  | FAILED; no / memory |",
+        "| stall | a | 1.2 times | 2 | 1.3 | hope met; again |",
+        "| ranks | a | 7 ms |  |  |  |",
+    ]
+
+
+def test_a_table_of_two_machines_says_which_row_is_whose(tmp_path: Path) -> None:
+    for card in ("H100", "A100"):
+        write_line(tmp_path / "x", "stall", Row(f"on {card}", 1.0), {"card": card})
+    lines = table((tmp_path / "x").read_text().splitlines())
+    assert lines[:2] == ["Measured on card H100.", "Measured on card A100."]
+    assert lines[-1] == "| stall | on A100 | 1 |  |  | on card A100 |"
+
+
+@pytest.mark.parametrize("content", ["not JSON", "{}", '{"part": 1, "about": {}, "what": 2}', None])
+def test_another_file_is_no_table(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "x").write_text(content)
+    assert gpu.main(["--table", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith("gpu.py: error: --table")
+
+
+def test_parts_are_named_in_the_order_that_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(gpu_parts.PARTS)[:3] == ["correctness", "stall", "vit_b32"]
+    assert len(gpu_parts.PARTS) == 15
+    assert gpu.parse(["ranks", "stall"]).parts == ["ranks", "stall"]
+    assert gpu.parse([]).parts == []
+    with pytest.raises(SystemExit) as stopped:
+        gpu.parse(["stall", "nonsense"])
+    assert stopped.value.code == 2
+    assert "no part is called nonsense; there are correctness, stall" in capsys.readouterr().err
+
+
+class GivenFigures:
+    """Stands in for a `Runner` on a GPU: measurements give what they are given, and rows are collected."""
+
+    is_gpu, quick = True, False
+    step_rate: float | None = None
+
+    def __init__(self, **seconds: list[float]) -> None:
+        self.seconds = {name.replace("_and_", "+"): values for name, values in seconds.items()}
+        self.rows: list[Row] = []
+        self.tell = self.rows.append
+
+    def captions(self) -> str:
+        return "captions.json"
+
+    def figures(self, script: str, *flags: object, **_: object) -> dict[str, Any]:
+        names = str(flags[flags.index("--cases") + 1]).split(",")
+        seconds = {name: self.seconds[name] for name in names if name in self.seconds}
+        return {"precisions": {"bf16": {"seconds": seconds, "floor_seconds": 0.01}}}
+
+    def note_step_rate(self, rate: float) -> None:
+        self.step_rate = rate
+
+
+def test_a_step_is_told_beside_its_peers() -> None:
+    run = GivenFigures(ours=[0.05, 0.04, 0.05], open_clip=[0.11, 0.10, 0.10], open_clip_and_compile=[0.06, 0.06, 0.06])
+    gpu_parts.vit_b32(run)  # type: ignore[arg-type]
+    told_rows = {row.name.removeprefix("ViT-B/32, batch 512, bf16"): (row.value, row.verdict) for row in run.rows}
+    assert told_rows == {
+        ", default flags": (512 / 0.05, "met"),
+        ": share of the floor": (pytest.approx(20), ""),
+        ": ours over open_clip": (pytest.approx(2.2), "met"),  # 2.2, 2.5, 2.0: each turn's own
+        ", default flags beside a compiled peer": (512 / 0.05, "met"),
+        ": ours over open_clip+compile": (pytest.approx(1.2), "missed"),
+    }
+    assert run.step_rate == 512 / 0.05
+
+
+SCRIPT = f"""
+import json, subprocess, sys, time
+print({MARK!r} + json.dumps({{"name": "told before", "value": 1.0}}), flush=True)
+if "fail" in sys.argv:
+    raise ValueError("what is wrong")
+if "hang" in sys.argv:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print("child", child.pid, flush=True)
+    time.sleep(60)
+if "--json" in sys.argv:
+    open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps({{"seconds": 2}}))
+    print("open_clip is skipped: not installed")
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that measures parts made of a small script; returns exit code and results."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(gpu, "ABOUT", 'print("ABOUT " + \'{"card": "none"}\')')
+
+    def measure(**parts: Any) -> tuple[int, list[dict[str, Any]]]:
+        monkeypatch.setattr(gpu, "PARTS", parts)
+        path = tmp_path / "results.jsonl"
+        code = gpu.main(["--device", "cpu", "--work", str(tmp_path / "work"), "--json", str(path)])
+        return code, [json.loads(line) for line in path.read_text().splitlines()]
+
+    measure.script = str(tmp_path / "script.py")  # type: ignore[attr-defined]
+    return measure
+
+
+def test_after_a_failure_it_goes_on_and_ends_with_1(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    figures: list[Any] = []
+    code, rows = runs(
+        bad=lambda run: run.rows(runs.script, "fail", seconds=30, name="a measurement"),
+        good=lambda run: figures.append(run.figures(runs.script, seconds=30, name="another")),
+    )
+    assert code == 1
+    assert [(row["part"], row["name"], row["state"], row["note"]) for row in rows] == [
+        ("bad", "told before", "", ""),
+        ("bad", "a measurement", "FAILED", "ValueError: what is wrong"),
+        ("good", "told before", "", ""),
+        ("good", "another: open_clip", "skipped", "not installed"),
+    ]
+    assert figures == [{"seconds": 2}]
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first == "card none"
+    assert [line.split()[0] for line in lines] == ["bad", "bad", "good", "good"]
+    assert last.startswith("1 failed; results: ")
+
+
+def test_nothing_failed_is_exit_code_0(runs: Any) -> None:
+    assert runs(only=lambda run: run.rows(runs.script, seconds=30))[0] == 0
+
+
+def test_a_measurement_that_hangs_is_ended_with_what_it_started(runs: Any, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    code, rows = runs(slow=lambda run: run.rows(runs.script, "hang", seconds=1, name="a measurement"))
+    assert time.monotonic() - begin < 20
+    assert code == 1
+    assert [(row["name"], row["note"]) for row in rows] == [
+        ("told before", ""),
+        ("a measurement", "not done after 1 s"),
+    ]
+    output = (tmp_path / "work" / "logs" / "slow_a_measurement.txt").read_text()
+    child = int(output.split("child ")[1].split()[0])
+    for _ in range(100):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("its own process is still there")
+
+
+def test_a_part_has_three_minutes(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PART_SECONDS", 4)
+    _, rows = runs(late=lambda run: run.rows(runs.script, seconds=30))
+    assert [row["note"] for row in rows] == ["no time is left of the part's three minutes"]
+
+
+def test_a_device_that_is_not_there_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ABOUT", "raise RuntimeError(f'no {DEVICE}')")  # without importing PyTorch
+    assert gpu.main(["--device", "cuda:99", "--work", str(tmp_path), "--json", str(tmp_path / "x")]) == 1
+    assert capsys.readouterr().out.startswith("FAILED: --device cuda:99 cannot be used: RuntimeError: no cuda:99\n")
+
+
+def test_captions_are_as_long_as_flickrs() -> None:
+    captions = gpu_data.drawn_captions(4000)
+    tokens, _ = tokenize(captions)
+    lengths = (tokens != 0).sum(1)
+    assert lengths.tolist() == [len(caption.split()) + 2 for caption in captions]
+    assert lengths.float().mean().item() == pytest.approx(14.1, abs=0.3)
+    assert Counter(lengths.tolist()).keys() <= gpu_data.LENGTHS.keys()
+    assert len(set(captions)) > 0.99 * len(captions)
+    assert captions == gpu_data.drawn_captions(4000)
+
+
+def test_images_are_made_once_and_all_differ(tmp_path: Path) -> None:
+    index = gpu_data.make_jpegs(tmp_path, 6, size=(64, 48))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "jpegs_64x48").iterdir()}
+    assert len({path.read_bytes() for path in before}) == len(before) == 6
+    more = gpu_data.make_jpegs(tmp_path, 8, size=(64, 48))
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    assert (len(ImageTextDataset(index)), len(ImageTextDataset(more))) == (6, 8)
+
+
+def test_the_rate_of_a_run_is_that_of_its_later_epochs() -> None:
+    log = (
+        "INFO epoch 1/3, step 10/60: loss 3.466, rates head 1e-05, 10 pairs/s, 0:00:10 left\n"
+        "INFO epoch 2/3, step 20/60: loss 3.466, rates head 1e-05, 100 pairs/s, 0:00:10 left\n"
+        "INFO epoch 3/3, step 40/60: loss 3.466, rates head 1e-05, 300 pairs/s, 0:00:10 left\n"
+    )
+    assert gpu_runs.rate_of(log) == pytest.approx(150)  # as many pairs at either speed
+    with pytest.raises(RuntimeError, match="no line"):
+        gpu_runs.rate_of(log.splitlines()[0])
+
+
+@pytest.mark.parametrize("name", [SMALL_VIT.name, SMALL_RESNET.name])
+def test_a_step_on_the_cpu_agrees_with_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert agreement.main(["--models", name, "--checks", "plain", "--precisions", "fp32,fp16"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert {row.verdict for row in rows.values()} == {"PASS", "skipped"}
+    assert rows[f"{name}: micro-batches of 5 against 16 pairs, fp32"].value != 0
+    assert rows["texts up to their ends against 77 positions, fp32: gradient"].value < 1e-5  # type: ignore[operator]
+
+
+def test_a_gradient_that_is_another_is_seen() -> None:
+    right = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}
+    assert agreement.distance(right, right) == 0
+    assert agreement.distance(right | {"b": torch.tensor([0.5])}, right) == pytest.approx(0.1)
+    assert agreement.distance({"a": right["a"]}, right) == float("inf")
+    model = agreement.make_model(SMALL_VIT.name)
+    batch = agreement.make_batch(model)
+    _, expected = agreement.plain_gradient(model, batch)
+    fewer = tuple(each[:-1] for each in batch)
+    found = agreement.step_gradient(model, fewer, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
+    assert agreement.distance(found, expected) > agreement.AGAINST_CPU["fp32"]
+
+
+def test_every_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", SMALL_VIT.name, "--batch_size", "8", "--steps", "22", "--precision", "fp32"]
+    assert step_times.main(flags) == 0
+    rows = rows_of(capsys.readouterr().out)
+    slowest = rows["default flags: slowest step after the third over the median"]
+    assert slowest.value is not None and slowest.value >= 1
+    assert slowest.note.endswith("of 22")
+    assert rows["default flags: graphs compiled after the third step"].value == 0
+
+
+def test_losses_of_all_ways_are_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(loss_speed.WAYS, "too large", full)
+    assert loss_speed.main(["--sizes", "96", "--dim", "16", "--repeats", "1"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    for way in ("whole", "recomputed"):
+        assert rows[f"96 pairs: gradient against {way}'s"].verdict == "PASS"
+        assert rows[f"96 pairs: {way} over ours"].value is not None
+    assert rows["96 pairs: too large"].note == "does not fit into memory"
+
+
+def test_losses_in_several_slices_are_one() -> None:
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(50, 8), dim=-1).requires_grad_() for _ in range(2))
+    scale = torch.tensor(2.0)
+    sliced = loss_speed.recomputed(images, texts, scale, rows=16)
+    assert sliced.item() == pytest.approx(loss_speed.whole(images, texts, scale).item(), rel=1e-6)
+
+
+def test_a_peer_that_is_not_installed_is_skipped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> Any:
+        raise ModuleNotFoundError("No module named 'open_clip'")
+
+    monkeypatch.setitem(train_step.MAKERS, "open_clip", missing)
+    flags = ["--model", SMALL_VIT.name, "--batch_size", "4", "--batches", "2", "--steps", "3"]
+    options = train_step.parse([*flags, "--cases", "ours,open_clip"])
+    images, tokens = train_step.make_inputs(options, torch.device("cpu"))
+    assert tokens.shape == (2, 4, 77)
+    cases = train_step.make_cases(options, images, tokens, torch.device("cpu"), "fp32")
+    assert list(cases) == ["ours"]
+    steps = cases["ours"]()
+    assert isinstance(steps, list) and len(steps) == 3
+    assert "open_clip is skipped: No module named 'open_clip'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_parts_run_on_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", "--quick", "--work", str(tmp_path / "work")]
+    done = subprocess.run(
+        [*command, "--json", str(path)], env=os.environ | {"PYTHON": sys.executable}, text=True, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    failed = [line for line in done.stdout.splitlines() if "FAIL" in line]
+    assert (done.returncode, failed) == (0, []), done.stderr
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert list(dict.fromkeys(row["part"] for row in rows)) == list(gpu_parts.PARTS)
+    assert {row["note"] for row in rows if row["state"]} == {"needs CUDA"}
+    assert {row["part"] for row in rows if row["value"] is not None} == gpu_parts.PARTS.keys() - {"memory", "kinds"}
