@@ -66,6 +66,8 @@ def _list_suspects(results_path: Path) -> str:
 def draw_figures(results_path: Path, output_dir: Path | None = None, *, language: str = "en") -> list[Path]:
     """Draw what a results file holds: two or three figures of a training run, one of an evaluation or of several.
 
+    A figure of an interpolation that the results do not hold any more is deleted.
+
     Args:
         results_path: a `training_results.json` or `evaluation_results.json`.
         output_dir: where the PNG files go; None: beside the results.
@@ -94,6 +96,8 @@ def draw_figures(results_path: Path, output_dir: Path | None = None, *, language
         say_figure(figure, language_of(language))
         with atomic_writer(folder / name) as file:
             figure.savefig(file, format="png", dpi=DPI)
+    if isinstance(results, TrainingResults) and results.interpolation is None:
+        (folder / "interpolation.png").unlink(missing_ok=True)  # of an average that the run has set aside since
     return [folder / name for name in figures]
 
 

@@ -8,16 +8,19 @@ PYTHON=${PYTHON:-python3}
 FOLDER=${1:-$(mktemp -d)}
 
 "$PYTHON" -m venv "$FOLDER/venv"
-# each bound `name>=1.2` becomes `name==1.2`; the peers of the extra `bench` are left away, and their tests skip
+# each bound `name>=1.2` becomes `name==1.2`, of the toolkit and of what export.py and search.py need; the tests' own
+# tools are the newest, and the tests of what is not installed skip
 "$FOLDER/venv/bin/python" - >"$FOLDER/lowest.txt" <<'PY'
-import re
 from pathlib import Path
 
-listed = re.search(r"^dependencies = \[\n(.*?)^\]", Path("pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
-print("\n".join(line.replace(">=", "==") for line in re.findall(r'^    "([^"]+)"', listed, re.MULTILINE)))
+from pip._vendor import tomli
+
+project = tomli.loads(Path("pyproject.toml").read_text())["project"]
+extras = project["optional-dependencies"]
+print("\n".join(line.replace(">=", "==") for line in project["dependencies"] + extras["search"] + extras["export"]))
 PY
 # later versions of pyparsing warn of how matplotlib 3.8 calls them, and a test asks for no warning
-"$FOLDER/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  -r "$FOLDER/lowest.txt" hypothesis import-linter pytest pytest-cov "setuptools>=77" "pyparsing<3.3"
+"$FOLDER/venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$FOLDER/lowest.txt" \
+  httpx hypothesis import-linter ipykernel nbclient pandas pytest pytest-cov "setuptools>=77" "pyparsing<3.3"
 "$FOLDER/venv/bin/python" -m pip list --disable-pip-version-check
 "$FOLDER/venv/bin/python" -m pytest -m "not slow" -p no:cacheprovider

@@ -45,8 +45,11 @@ def test_figures_are_written(
 
 def test_redrawn_figures_are_the_same_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, training_values())
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "interpolation.png").touch()  # of an average that the results do not hold any more
     first, second = (visualization.draw_figures(path, tmp_path / name) for name in ("first", "second"))
     assert [figure.read_bytes() for figure in first] == [figure.read_bytes() for figure in second]
+    assert sorted((tmp_path / "first").iterdir()) == sorted(first)
 
 
 def test_figures_go_beside_the_results(tmp_path: Path) -> None:
