@@ -156,8 +156,12 @@ def _hero(rsum: GainInterval) -> dict[str, Any]:
     span = max(last - first, 1e-9)
     places = {name: round(12 + 376 * (value - first) / span, 1) for name, value in
               (("zero", 0.0), ("low", rsum.low), ("gain", rsum.gain), ("high", rsum.high))}  # fmt: skip
-    anchor = "start" if places["zero"] < 30 else "end" if places["zero"] > 370 else "middle"
-    return {**places, "anchor": anchor, "is_apart": abs(places["gain"] - places["zero"]) > 70}
+    # near an end of the line a text leans inwards, so that it is not cut there
+    anchors = {
+        f"{name}_anchor": "start" if places[name] < 30 else "end" if places[name] > 370 else "middle"
+        for name in ("zero", "gain")
+    }
+    return {**places, **anchors, "is_apart": abs(places["gain"] - places["zero"]) > 70}
 
 
 def _columns(results: TrainingResults) -> tuple[Metrics, Metrics, Any, str]:

@@ -27,12 +27,14 @@ def small_address(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_page(tmp_path_factory.mktemp("run"), num_images=4)
 
 
-def write_page(folder: Path, *, num_images: int, language: str = "en") -> str:
+def write_page(
+    folder: Path, *, num_images: int, language: str = "en", rsum: tuple[float, float, float] = (6.0, -2.0, 9.0)
+) -> str:
     results = make_run(folder, num_images=num_images)
     values = json.loads(results.read_text())
     recalls = {key: [1.0, -0.5, 1.5] for key in ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")}
     values["verdict"] = {
-        "verdict": "not distinguishable", "rsum": [6.0, -2.0, 9.0], "recalls": recalls, "split": "val", "epoch": 2,
+        "verdict": "not distinguishable", "rsum": rsum, "recalls": recalls, "split": "val", "epoch": 2,
         "num_evaluations": 3, "num_images": 30, "num_groups": 30,
     }  # fmt: skip
     values["wall_time"] = {"start": 1, "data": 2, "step": 30, "validation": 4, "saving": 5, "rest": 6}
@@ -70,6 +72,17 @@ def test_the_page_in_chinese_is_as_sound(browser: Any, tmp_path: Path) -> None:
     plot.focus()
     watched.page.keyboard.press("Home")
     assert (plot.get_attribute("aria-valuetext") or "").startswith("第 0 轮：验证")
+
+
+@pytest.mark.parametrize("rsum", [(382.4, 372.6, 392.3), (-382.4, -392.3, -372.6), (6.0, -2.0, 9.0)])
+def test_the_gains_line_holds_its_words(browser: Any, tmp_path: Path, rsum: tuple[float, float, float]) -> None:
+    watched = Watched(browser, viewport={"width": 320, "height": 640})
+    watched.page.goto(write_page(tmp_path, num_images=4, rsum=rsum))
+    line = watched.page.locator("svg.hero")
+    words = [box_of(text) for text in line.locator("text").all() if text.inner_html()]
+    assert len(words) == 2
+    left, right = box_of(line)["x"], box_of(line)["x"] + box_of(line)["width"]
+    assert all(left <= each["x"] and each["x"] + each["width"] <= right for each in words)
 
 
 def test_every_gallery_opens_with_the_keyboard(browser: Any, address: str) -> None:
