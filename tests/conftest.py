@@ -21,7 +21,7 @@ def _all_that_is_printed_can_be_said() -> Iterator[None]:
 
     def also_in_chinese(self: Language, text: str) -> str:
         left = english(say_lines(language_of("zh"), text)) if self.name == "en" else []
-        assert left == [], f"add to cliptune/language/zh/summary.json what is left of {text!r}"
+        assert left == [], f"no file of cliptune/language/zh has {left}, which a stage has printed"
         return say_lines(self, text)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -222,7 +222,7 @@ def read_samples(
             if last_position < start or not (is_image or _is_text(ending) or ending in asked):
                 return None
             if reason := _refusal(info, MAX_BYTES if is_image else MAX_TEXT_BYTES):
-                return _Refused(f".{ending} is {reason}")
+                return _Refused(f"its .{ending} is {reason}")
             if is_image and by_path:
                 return part_path(url, info.offset_data, info.size, info.name)
             return _content(tar, info)
