@@ -40,16 +40,16 @@ def _draw(argv: list[str] | None) -> int:
     results_path = Path(settings.results)
     if settings.suspects is not None:
         print(language_of(settings.language).say_lines(_list_suspects(results_path)))
-    drawn = draw_figures(results_path, output_dir, language=settings.language)
+    pages = []  # before the figures: of what it asks for, something may not be installed
     if settings.report != "none":
         from cliptune.report.page import NAME, write_report  # noqa: PLC0415  (--help needs none of it)
 
         page = (results_path.parent if output_dir is None else output_dir) / NAME
         is_umap = settings.feature_map == "umap"
-        drawn.append(
+        pages.append(
             write_report(results_path, page, images=settings.report == "full", umap=is_umap, language=settings.language)
         )
-    for path in drawn:
+    for path in [*draw_figures(results_path, output_dir, language=settings.language), *pages]:
         print(printable(str(path)))
     return 0
 

@@ -3,7 +3,7 @@
 benchmarks/gpu.sh                       all parts
 benchmarks/gpu.sh stall vit_b32         some
 benchmarks/gpu.sh --device cpu --quick  a try of the script itself, on tiny sizes
-python benchmarks/gpu.py --table benchmarks/gpu_work/results.jsonl
+benchmarks/gpu.sh --table benchmarks/gpu_work/results.jsonl
 
 A line for each figure as it comes, and a line of JSON in `--json`, whose tables `--table` prints. A part takes three
 minutes at most. After a failure it goes on; the exit code is 1 if anything has failed or is wrong, and 0 where a figure
@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for name in options.parts or PARTS:
         runner.measure(name)
-    print(
-        f"{runner.failures} failed; results: {options.json}; a table: python benchmarks/gpu.py --table {options.json}"
-    )
+    print(f"{runner.failures} failed; results: {options.json}; a table: benchmarks/gpu.sh --table {options.json}")
     return 1 if runner.failures else 0
 
 
@@ -86,13 +84,21 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
         description=str(__doc__).splitlines()[0], epilog=f"parts, in this order: {' '.join(PARTS)}", allow_abbrev=False
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="see below; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="see the end of this; default: all")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default: cuda)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tries the script, measures nothing")
-    parser.add_argument("--json", type=Path, default=WORK / "results.jsonl", help="file that results are added to")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for images, runs and compilers' caches")
+    parser.add_argument(
+        "--json", type=Path,
+        help="file that results are added to (default: results.jsonl, or with --quick quick.jsonl, in --work)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work", type=Path, default=WORK,
+        help="folder for images, runs and compilers' caches (default: benchmarks/gpu_work)",
+    )  # fmt: skip
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a table of such a file, and measure nothing")
     options = parser.parse_args(argv)
+    if options.json is None:
+        options.json = options.work / ("quick.jsonl" if options.quick else "results.jsonl")
     for name in options.parts:
         if name not in PARTS:
             parser.error(f"no part is called {name}; there are {', '.join(PARTS)}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 
 LENGTHS = {
     5: 42, 6: 185, 7: 503, 8: 1146, 9: 2438, 10: 3202, 11: 3627, 12: 4154, 13: 4264, 14: 4108, 15: 3729, 16: 3203,
@@ -64,6 +63,8 @@ def make_jpegs(folder: Path, number: int, *, size: tuple[int, int] = SIZE) -> Pa
 
 
 def _make_photos(folder: Path, number: int, size: tuple[int, int]) -> list[np.ndarray[Any, Any]]:
+    import simplejpeg  # noqa: PLC0415  (--help and --table need none of it)
+
     from benchmarks.data_pipeline import make_photo  # noqa: PLC0415  (imports PyTorch, and files may be there already)
 
     width, height = 3 * size[0] // 2, 3 * size[1] // 2
@@ -78,6 +79,8 @@ def _make_photos(folder: Path, number: int, size: tuple[int, int]) -> list[np.nd
 
 def _write_mixture(folder: Path, photos: list[np.ndarray[Any, Any]], size: tuple[int, int], index: int) -> None:
     """Write a file of two photos' parts laid over each other: another image for each index, quick to make."""
+    import simplejpeg  # noqa: PLC0415
+
     rng = np.random.default_rng(index)
     width, height = size
     parts = []

@@ -374,7 +374,7 @@ def _with_values(words: Sequence[str], switches: Collection[str]) -> list[str]:
     """Give switches their value where a word without a flag follows: `--json heart` is `--json=true heart`."""
     return [
         f"{word}=true" if word in switches and after not in {"true", "false"} else word
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip(words, [*words[1:], ""], strict=False)
     ]
 
 
@@ -461,8 +461,10 @@ def _describe(error: ValidationError, flags: Iterable[Flag], given: dict[str, An
     for issue in error.errors(include_url=False):
         loc = tuple(str(part) for part in issue["loc"])
         key = next((key for key in names if loc[: len(key)] == key), loc)  # of a union, `loc` names the option too
-        in_file = f"{source or 'settings'}: {shorten('.'.join(key))}".rstrip(": ")
-        where = f"--{names[key]}" if names.get(key) in given else in_file
+        in_file = ": ".join(str(part) for part in (source, shorten(".".join(key))) if part)
+        # what is wrong with several settings together names them: those that were given as flags are meant
+        meant = [names[key]] if key in names else [name for name in names.values() if name in issue["msg"].split()]
+        where = ", ".join(f"--{name}" for name in meant if name in given) or in_file
         if issue["type"] == "extra_forbidden":
             lines[where] = f"unknown key{meant_flag(loc[-1], known)}"
         elif issue["type"] == "value_error":
@@ -473,4 +475,4 @@ def _describe(error: ValidationError, flags: Iterable[Flag], given: dict[str, An
             wanted = "an object" if issue["type"] == "model_type" else wanted
             before = f"{lines[where].rpartition(', got ')[0]} or " if where in lines else "expected "
             lines[where] = f"{before}{wanted}, got {shorten(repr(issue['input']))}"
-    return [f"{where}: {message}" for where, message in lines.items()]
+    return [f"{where}: {message}".removeprefix(": ") for where, message in lines.items()]

@@ -306,10 +306,10 @@ class CheckFinding(Recorded):
     """One thing that `data_loader.py --check` found."""
 
     kind: str
+    name: str = ""  # of its row in the table
     number: Number | None
     text: str
-    advice: str
-    """What to do; empty: nothing."""
+    advice: str  # what to do; empty: nothing
     values: dict[str, Number] = {}
     """Numbers behind the text."""
 

@@ -92,7 +92,7 @@ def test_booleans_can_be_switched_both_ways(argv: list[str], expected: bool) -> 
         (["--precision", "fp64"], "--precision: expected 'auto'"),
         (["--config", "gone.json"], "no such file: gone.json"),
         (["stray"], "unknown flag stray"),
-        (["--freeze_backbone", "--freeze_tower", "text"], "choose one"),
+        (["--freeze_backbone", "--freeze_tower", "text"], "--freeze_backbone, --freeze_tower: freeze_backbone freezes"),
         (["--freeze_tower", "both"], "--freeze_tower: expected 'image' or 'text'"),
         (["--feature_views", "2", "--augment", "crop"], "needs a frozen image tower"),
         (["--feature_views", "1", "--freeze_tower", "text"], "needs a frozen image tower"),
@@ -411,3 +411,8 @@ def test_what_mps_has_not_runs_on_the_cpu(before: str | None, wanted: str, monke
         monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")
     check_command_line(Config, "")
     assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == wanted
+
+
+def test_a_command_without_a_word_is_told_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match=r"^nothing to look for"):
+        parse_settings(SearchSettings, [], description="")

@@ -404,11 +404,14 @@ def near_copies(near: IntArray, preference: Callable[[int], int]) -> Iterator[tu
 def table(findings: Sequence[Finding]) -> Iterator[str]:
     """Lay findings out for reading: the number, what it is, and what to do."""
     for finding in findings:
-        number = finding.number
-        text = "" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:g}"
-        yield f"{finding.name:18}{text:>10}  {finding.text}"
+        yield f"{finding.name:18}{number_of(finding.number):>10}  {finding.text}"
         if finding.advice:
             yield f"{'':30}-> {finding.advice}"
+
+
+def number_of(number: float | None) -> str:
+    """Show the number of a finding; nothing where its text says it."""
+    return "" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:g}"
 
 
 def _noun(number: int, singular: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from cliptune.data.diagnosis import number_of
 from cliptune.language.catalogue import language_of
 from cliptune.language.pages import say_page
 from cliptune.recorded import SPLIT_NAMES, GainInterval, Verdict, WallTime, comparable, shown_epoch
@@ -260,7 +261,9 @@ def _check(path: Path) -> dict[str, Any] | None:
     return {
         "failed": "",
         "summary": f"{images}, {texts}, {count(found.num_issues, 'issue')}; looked at on {found.finished_at[:10]}.",
-        "findings": [(_text(each.text), _text(each.advice)) for each in found.findings],
+        "findings": [
+            (_text(each.name), number_of(each.number), _text(each.text), _text(each.advice)) for each in found.findings
+        ],
     }
 
 

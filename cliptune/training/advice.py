@@ -70,7 +70,7 @@ def no_better_epoch(num_images: int, *, at_chance: bool = False) -> str:
     if num_images == 1:
         return "1 validation image cannot tell epochs apart: the model as loaded counts as best; hold out more images"
     if at_chance:
-        return f"no epoch beat the model as loaded, and that is at chance: see the warnings, and {LOOK_AT_PAIRS}"
+        return f"no epoch beat the model as loaded, and that is at chance: {LOOK_AT_PAIRS}"
     return "no epoch beat the model as loaded, which stays the best: lower --learning_rate"
 
 
@@ -141,9 +141,9 @@ def stuck_loss(losses: Sequence[float], chance: float) -> str | None:
     if len(latest) < STUCK_EPOCHS or not chance or min(latest) < (1 - STUCK_FRACTION) * chance:
         return None
     return (
-        f"the training loss has stayed at {latest[-1]:.3f} for {STUCK_EPOCHS} epochs, and {chance:.3f} is chance: "
-        "nothing is learned. Raise --learning_rate (or --backbone_lr_scale) if it is small, lower it if the loss was "
-        f"lower before, and {LOOK_AT_PAIRS}"
+        f"the training loss has not come below chance ({chance:.3f}) for {STUCK_EPOCHS} epochs: it is "
+        f"{latest[-1]:.3f}, and nothing is learned. Raise --learning_rate (or --backbone_lr_scale) if it is small, "
+        f"lower it if the loss was lower before, and {LOOK_AT_PAIRS}"
     )
 
 

@@ -290,7 +290,10 @@ class Journal:
         peak = ", ".join(f"{gb:.1f} GB ({key})" for key, gb in peak_memory(self.device).items())
         best_model, results_file = (printable(str(path)) for path in (self.files.best, self.files.results))
         spent = WallTime.model_validate(self._wall_time).sentence()
-        spent += f"\nprecision: {self.about['run'].precision}"
+        if (self.about.get("verdict") or {}).get("split") == "folds":
+            spent = f"{spent}, of the last run: what the folds took stands in their results"
+        if "compiled" in (precision := self.about["run"].precision):  # else the log's first lines have said it
+            spent += f"\nprecision: {precision}"
         lines.append(f"\n{spent}\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
         return "\n".join(lines)
 

@@ -207,12 +207,16 @@ def test_what_the_check_found_is_repeated(tmp_path: Path) -> None:
     found = {
         "started_at": "2026-01-01T10:00:00", "finished_at": "2026-01-01T10:00:09", "data": "./data", "num_images": 8,
         "num_texts": 16, "splits": {}, "num_issues": 1, "issues": [],
-        "findings": [{"kind": "a", "number": 2, "text": "2 images <b>twice</b>", "advice": "drop them"}],
+        "findings": [
+            {"kind": "a", "number": None, "text": "2 images <b>twice</b>", "advice": "drop them"},
+            {"kind": "b", "name": "95% half-width", "number": 40, "text": "points to either side", "advice": ""},
+        ],
     }  # fmt: skip
     results.with_name("data_check.json").write_text(json.dumps(found))
     text = " ".join(Page(write_report(results)).text.split())
     assert "8 images, 16 captions, 1 issue; looked at on 2026-01-01." in text
     assert "2 images <b>twice</b> drop them" in text
+    assert "95% half-width 40 points to either side" in text
 
 
 def test_what_goes_wrong_is_a_warning_with_the_command(

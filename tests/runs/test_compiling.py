@@ -161,4 +161,4 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
     small.setattr(model, "chooses_to_compile", note)
     assert main(["--output_dir", str(tmp_path), "--num_epochs", "2", "--resume", "--compile", "auto"]) == 0
     assert seen == [True]
-    assert "precision: fp32\n" in capsys.readouterr().out  # on a CPU `auto` never compiles
+    assert "precision" not in capsys.readouterr().out  # on a CPU `auto` never compiles
