@@ -17,8 +17,8 @@ Importing this imports OpenAI's `clip`, which reads its vocabulary: only a model
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, cast
 
@@ -55,6 +55,7 @@ class Backbone(openai.CLIP):
     """As `Architecture` has them; `causal` is what its transformer's mask says."""
     compiled = False
     """Whether each tower runs as one compiled program."""
+    compiler_has_failed = False
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Run the image tower on normalised pixels `[B, 3, R, R]`: `[B, embed_dim]`."""
@@ -115,7 +116,7 @@ class Backbone(openai.CLIP):
             return _run_compiled(function, *given)
         except torch._dynamo.exc.TorchDynamoException as error:
             logger.warning("the compiler fails on this model (%s); going on without", one_line(error))
-            self.compiled = False
+            self.compiled, self.compiler_has_failed = False, True
         return function(*given)
 
     def _ends(self, tokens: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ class Transformer(openai.Transformer):
         *blocks, last = self.resblocks
         all_rows = layout._replace(pooled=None, used=None)
         for block in blocks:
-            x = block(x, all_rows, compiled=self.compiled)
+            x = block(x, all_rows, compiled=self.compiled and layout.batch > 1)  # 1 would be a program by itself
         return cast(Tensor, last(x, layout))
 
     def is_as_built(self) -> bool:
@@ -337,7 +338,19 @@ def _run_compiled(function: Callable[..., Tensor], module: nn.Module, *given: An
         if isinstance(value, Tensor):
             # pixels have fixed sides; whether a position is used is told by batch and length
             torch._dynamo.maybe_mark_dynamic(value, (0, 1) if value.dtype == torch.bool else 0)
-    return _program(function)(module, *given)
+    with _backward_at_once():
+        return _program(function)(module, *given)
+
+
+@contextmanager
+def _backward_at_once() -> Iterator[None]:
+    """Compile a backward pass with its forward pass: here a compiler that fails can be left, and a signal is heard."""
+    settings = torch._functorch.config
+    if not hasattr(settings, "force_non_lazy_backward_lowering"):  # an older PyTorch
+        yield
+        return
+    with settings.patch(force_non_lazy_backward_lowering=True):
+        yield
 
 
 @cache

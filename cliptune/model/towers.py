@@ -101,7 +101,7 @@ def set_compiled(backbone: Any, compiled: bool) -> None:
         backbone.text_projection.device.type not in WHOLE_ON
         or any(layer.checkpointed or hasattr(layer, "unshard") for layer in layers_of(backbone))
     )
-    backbone.compiled = compiled and not by_layer
+    backbone.compiled = compiled and not by_layer and not backbone.compiler_has_failed
     for tower in (backbone.visual, backbone):
         if hasattr(tower, "transformer"):
             tower.transformer.compiled = by_layer

@@ -120,6 +120,7 @@ def place_model(
         model.checkpoint_gradients()
     if config.run.parallel != "fsdp" or world_size() == 1:  # a device may have no room for all of a sharded model
         model.to(device)
+        model.train(model.training)  # which programs it has depends on its device and its checkpointing
     size: Any = config.training.micro_batch_size
     if size == "auto":
         own_pairs = -(-config.training.batch_size // world_size())
@@ -127,4 +128,6 @@ def place_model(
         size = None if runs_no_tower(config, model) else fitting_size(
             model, precision=precision, most=own_pairs, device=device, has_average=has_average
         )  # fmt: skip
-    return parallel_model(model, config.run.parallel, device), size
+    runner = parallel_model(model, config.run.parallel, device)
+    model.train(model.training)  # and on its being sharded
+    return runner, size

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 END_SECONDS = 10
@@ -26,7 +28,8 @@ def one_ahead(make: Callable[[Callable[[], bool]], Iterator[T]]) -> Iterator[T]:
     wanted: SimpleQueue[None] = SimpleQueue()
     ready: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     stop = threading.Event()
-    thread = threading.Thread(target=_work, args=(make, wanted, ready, stop), name="one ahead", daemon=True)
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    thread = threading.Thread(target=_work, args=(make, wanted, ready, stop, gpu), name="one ahead", daemon=True)
     thread.start()
     wanted.put(None)
     try:
@@ -50,7 +53,10 @@ def _work(
     wanted: SimpleQueue[None],
     ready: SimpleQueue[tuple[str, Any]],
     stop: threading.Event,
+    gpu: int | None,
 ) -> None:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # a thread begins with the first one, and would take memory there
     try:
         items, end = make(stop.is_set), object()
         while True:

@@ -64,7 +64,9 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     """
     if name == "auto":
         if device.type == "cuda":
-            return _PRECISIONS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+            # of this device, which need not be the current one; `is_bf16_supported` tells of that
+            has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+            return _PRECISIONS["bf16" if has_bf16 else "fp16"]
         return _PRECISIONS["bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"]
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--precision fp16 needs a CUDA device, not {device.type}; try bf16 or fp32")
@@ -127,12 +129,14 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def tf32(device: torch.device) -> Iterator[None]:
     """Let float32 products on an NVIDIA GPU round their factors to TF32, of 10 bits, which is several times as fast."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
+    if device.type != "cuda" or torch.get_float32_matmul_precision() != "highest":
+        yield  # there is nothing to allow, or somebody has: of the two ways to say it only one may be used
+        return
+    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @contextmanager
@@ -166,7 +170,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 FULL_MEMORY = (
     "can't allocate memory",  # the CPU
-    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # beside the allocator
+    "CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # beside the allocator
     "MPS backend out of memory",
 )  # fmt: skip
 """What PyTorch says of memory that is full where it has no exception of its own for it."""

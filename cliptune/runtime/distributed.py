@@ -62,18 +62,18 @@ def rank_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the ranks that `torchrun` started; without it, do nothing.
+    """Join the ranks that `torchrun` started; without it, only make the device the current one.
 
     An error leaves at once, without waiting for the others: their next collective fails, or `torchrun` ends them.
     """
+    if device.type == "cuda" and device.index is not None:  # threads and libraries go by the current one
+        torch.cuda.set_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
     number_of_torchrun("RANK", below=number_of_torchrun("WORLD_SIZE", least=1))
     if "MASTER_PORT" in os.environ:
         number_of_torchrun("MASTER_PORT", below=2**16)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # two backends: numbers of the host go over gloo, so that agreeing on them waits for no GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     yield

@@ -98,8 +98,9 @@ class HostCopies:
     def _record(self, tensors: list[Tensor]) -> None:
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         if device is not None:
-            self._event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
-            self._event.record(torch.cuda.current_stream(device))
+            event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
+            event.record(torch.cuda.current_stream(device))
+            self._event = event  # after it is recorded: until then nothing waits for it
 
 
 def _on_host(tensor: Tensor) -> Tensor:

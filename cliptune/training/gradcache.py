@@ -143,6 +143,9 @@ class GradCache:
             self.size = size // 2
             logger.warning("out of memory with micro-batches of %d pairs: going on with %d", size, self.size)
             before.restore()
+            if isinstance(self.parallel, DistributedDataParallel):
+                # in the ranks whose forward pass came through, it takes the next backward pass for that one's
+                self.parallel.reducer._reset_state()
             gc.collect()  # what failed within a backward pass may hold tensors in circles
             release_memory(self.model.device)
 
@@ -219,8 +222,9 @@ class GradCache:
     def _encode_all(self, batch: _Batch, early: list[slice], last: slice) -> list[_Encoded]:
         """Run the towers on every micro-batch, on all but the last without a graph."""
         encoded = []
-        # one autocast around all, so that they use the same copies of the weights
-        with torch.no_grad(), autocast(self.model.device, self.precision):
+        # one autocast around all, so that they use the same copies of the weights; of shards nobody is to hold all
+        is_whole = not self.towers_are_collective
+        with torch.no_grad(), autocast(self.model.device, self.precision) if is_whole else nullcontext():
             for chunk, ahead in pairwise([*early, last]):
                 before = _Snapshot(self.model)
                 encoded.append(_Encoded(self._encode(batch, chunk, synchronised=False, ahead=ahead), before))

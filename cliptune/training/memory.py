@@ -113,8 +113,10 @@ def fitting_size(
     line = Line(few - 2 * pair_bytes, pair_bytes)
     trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     if device.type == "cuda" and model.device.type == device.type and free_bytes is None:
-        # two moments of each trained parameter, which the first step will make
-        held = (2 + has_average) * trained_bytes + loss_bytes(most * world_size(), most, device)
+        # two moments of each trained parameter, which the first step will make; and what DDP adds up gradients in,
+        # which are tensors beside it where they come from several micro-batches
+        copies = 2 + has_average + (world_size() > 1)
+        held = copies * trained_bytes + loss_bytes(most * world_size(), most, device)
         size = fitting_on_card(
             CudaCard(device),
             lambda num_pairs: _try_step(model, precision, num_pairs),

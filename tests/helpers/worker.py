@@ -156,20 +156,24 @@ def train_adapted_every_way(folder: Path) -> None:
 
 
 def fill_the_memory_of_one(folder: Path) -> None:
-    """All processes go on with the smaller micro-batch, as if they had from that step on."""
-    weights = []
-    for fails in (True, False):
-        trainer = make_trainer("ViT-Mini", "ddp", 4)
-        if fails and rank() == 1:
-            FullMemory(trainer.model, pairs=2, at=7)
-        for step in range(4):
-            if not fails and step == 1:
-                trainer.grad_cache.size = 2
-            train_step(trainer, 21)
-        assert trainer.grad_cache.size == 2
-        weights.append(trainer.model.state_dict())
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
+    """All processes go on with the smaller micro-batch, as if they had from that step on.
+
+    Also where the others' forward pass was the one whose backward pass adds up the gradients: a batch in one piece.
+    """
+    for size, smaller, at in ((4, 2, 7), (None, 5, 1)):  # it fails in the second step
+        weights = []
+        for fails in (True, False):
+            trainer = make_trainer("ViT-Mini", "ddp", size)
+            if fails and rank() == 1:
+                FullMemory(trainer.model, pairs=smaller, at=at)
+            for step in range(4):
+                if not fails and step == 1:
+                    trainer.grad_cache.size = smaller
+                train_step(trainer, 21)
+            assert trainer.grad_cache.size == smaller
+            weights.append(trainer.model.state_dict())
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        assert len(set(gather_values(weights[0]["image_projection.weight"].sum().item()))) == 1
 
 
 def scale_losses(folder: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.compilers import nop
 from torch.nn.attention import sdpa_kernel
 
 from clip_model import CLIPModel
@@ -236,5 +238,27 @@ def test_a_compiler_that_fails_is_said_once_and_left(
 
     monkeypatch.setattr(modules, "_program", lambda function: broken)
     for _ in range(2):
-        assert_close(run(model, tokens), wanted, 1e-6)
+        assert_close(run(model.train(), tokens), wanted, 1e-6)  # a run calls `train` after each evaluation
     assert caplog.text.count("the compiler fails on this model (Triton is missing") == 1
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.skipif(
+    not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"), reason="PyTorch compiles it later"
+)
+def test_a_backward_pass_that_cannot_be_compiled_is_left_as_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("ViT-Mini")
+    tokens = random_tokens(3, torch.Generator().manual_seed(0))
+    wanted = run(model, tokens)
+    model.compile_towers()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of resource: shared memory")
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=broken)
+    monkeypatch.setattr(modules, "_program", lambda function: torch.compile(function, backend=backend))
+    torch.compiler.reset()
+    assert_close(run(model, tokens), wanted, 1e-6)
+    assert "the compiler fails on this model" in caplog.text

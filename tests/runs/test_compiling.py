@@ -11,14 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from clip_model import CLIPModel
 from cliptune.cli import load_config
-from cliptune.model import modules
+from cliptune.model import modules, towers
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runs import compiling, model
 from cliptune.runs.compiling import PAYS_FROM, chooses_to_compile, run_operations
 from cliptune.runtime.device import compiler_issue
 from cliptune.settings import Config
-from tests.helpers.models import small_architectures
+from tests.helpers.models import FP32, small_architectures
 from tests.helpers.runs import SMALL
 from train import main
 
@@ -162,3 +162,12 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
     assert main(["--output_dir", str(tmp_path), "--num_epochs", "2", "--resume", "--compile", "auto"]) == 0
     assert seen == [True]
     assert "precision" not in capsys.readouterr().out  # on a CPU `auto` never compiles
+
+
+def test_what_is_compiled_goes_by_what_is_done_to_the_model_after_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "WHOLE_ON", {"cpu"})
+    for flags, is_whole in (((), True), (("--gradient_checkpointing",), False)):
+        made = CLIPModel("ViT-Mini", pretrained="none")
+        config = settings("--compile", "--micro_batch_size", "8", *flags)
+        model.place_model(config, made, precision=FP32, device=CPU, num_samples=8)
+        assert (made.backbone.compiled, made.backbone.transformer.compiled) == (is_whole, not is_whole)

@@ -87,3 +87,12 @@ def test_an_item_is_freed_when_it_was_used() -> None:
     gc.collect()
     assert first() is None
     assert len(list(items)) == 1
+
+
+def test_the_thread_is_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert list(one_ahead(lambda _: iter("ab"))) == ["a", "b"]
+    assert chosen == [3]

@@ -8,6 +8,7 @@ import torch
 
 from cliptune.runtime.device import (
     default_num_workers,
+    exact_products,
     is_out_of_memory,
     peak_memory,
     resolve_device,
@@ -32,18 +33,13 @@ def test_devices_and_precisions_that_are_not_there_are_said() -> None:
     assert not resolve_precision("bf16", CPU).scaled
 
 
-@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp16")])
-def test_an_old_gpu_trains_in_fp16(has_bf16: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-
-    def is_supported(*, including_emulation: bool) -> bool:
-        asked.append(including_emulation)  # emulated, it is slower than float32
-        return has_bf16
-
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", is_supported)
-    precision = resolve_precision("auto", torch.device("cuda"))
+@pytest.mark.parametrize(("index", "name"), [(0, "bf16"), (1, "fp16")])
+def test_an_old_gpu_trains_in_fp16(index: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever GPU stands beside it: here the current one has bf16 in hardware."""
+    capability = {0: (8, 0), 1: (7, 5)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability[device.index])
+    precision = resolve_precision("auto", torch.device("cuda", index))
     assert (precision.name, precision.scaled) == (name, name == "fp16")
-    assert asked == [False]
     assert resolve_precision("fp16", torch.device("cuda")).scaled
     assert resolve_precision("auto", torch.device("mps")).name == "fp32"
 
@@ -78,6 +74,8 @@ def test_full_memory_is_known_by_its_error(kind: type[Exception]) -> None:
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
         "MPS backend out of memory (MPS allocated: 1 GB)",
     ]
     assert all(is_out_of_memory(kind(message)) for message in messages)
@@ -104,9 +102,24 @@ def test_tf32_is_for_gpus_and_for_what_is_enclosed() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     with tf32(torch.device("cuda")):
         assert torch.backends.cuda.matmul.allow_tf32
-        with tf32(CPU):
-            assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32 == before
+    with tf32(CPU):
+        assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_notebook_allows_is_left_alone(device: str) -> None:
+    """Both settings of one flag would make PyTorch refuse to say what is allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with tf32(torch.device(device)):
+            pass
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_peak_memory_rises_with_what_is_held() -> None:

@@ -235,3 +235,8 @@ def test_gpus_meet_over_nccl(device: str, backend: str, monkeypatch: pytest.Monk
         calls.append("run")
     chosen = [torch.device(device)] if device != "cpu" else []  # before NCCL asks for it
     assert calls == [*chosen, backend, "run", "barrier", "end"]
+    # a single process has none to meet, and its threads go by the current GPU all the same
+    monkeypatch.delenv("RANK")
+    calls.clear()
+    with distributed.process_group(torch.device(device)):
+        assert calls == chosen
