@@ -71,6 +71,6 @@ def check_installed(form: Form) -> None:
     missing = [package for module, package in form.packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"--to {form.name} needs {', '.join(missing)}: pip install {' '.join(missing)} (for all forms: "
-            "pip install 'clip-finetuning-toolkit[export]')"
+            f"--to {form.name} needs {', '.join(missing)}: pip install {' '.join(missing)} (for all forms, in "
+            "the toolkit's folder: pip install '.[export]')"
         )
