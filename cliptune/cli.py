@@ -315,10 +315,10 @@ def run_stage(
             raise
         logging.getLogger(name).debug("traceback", exc_info=True)
         message = message_line(out_of_memory(error) if no_memory else one_line(error))
-        print(f"{name}: {say('error')}: {say(message)}", file=sys.stderr)
+        print(say(f"{name}: error: ") + say(message), file=sys.stderr)
         return 1 if no_memory or killed or isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as error:
-        print(f"{name}: {say(str(error) if isinstance(error, Stopped) else 'stopped')}", file=sys.stderr)
+        print(say(f"{name}: {error if isinstance(error, Stopped) else 'stopped'}"), file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else 130
 
 

@@ -38,7 +38,12 @@ MAX_PLACE = 1000
 SEPARATORS = (("\n", "\n"), ("; ", "；"), (". ", "。"), (" · ", " · "), (", ", "，"), (" and ", "和"))
 """At which a text is taken apart that is not known whole, and what joins its parts in Chinese."""
 ENDS = {".": "。", ":": "：", ";": "；", ",": "，"}
-WIDE_MARKS = tuple(ENDS.values())
+WIDE_MARKS = (*ENDS.values(), "？")
+_HAN = re.compile("[\u4e00-\u9fff]")
+_BEGINS_LATIN = re.compile(r"""[\w'"`/.<+−-]""", re.ASCII)
+_ENDS_LATIN = re.compile(r"""[\w'"`/>%]""", re.ASCII)
+_NAMES = re.compile(r"'[\w.-]*'(?:(?:, | or )'[\w.-]*')+")
+"""What a setting may be, as pydantic lists it."""
 OWN = {"\n", " · "}
 """Separators that we alone write: their parts are texts of their own, which may be one word."""
 NEEDS_ALL = {", ", " and "}
@@ -168,6 +173,8 @@ class Language:
         exact = self._catalogue[0]
         if text in exact and (not depth or " " in text):
             return exact[text]
+        if _NAMES.fullmatch(text):
+            return text.replace(", ", "、").replace(" or ", " 或 ")
         # a template may take what stands around a text as a value of its own: of several the one that leaves the least
         # English is right
         if said := [*self._as_list(text, depth), *self._as_whole(text, depth), *self._as_place(text, depth)]:
@@ -220,16 +227,20 @@ class Language:
         if not template.literals[0] and template.moves_first:  # "data.csv: row 3: 5 cells" begins with a place
             place, colon, values[0] = values[0].rpartition(": ")
             where = f"{self._said(place, depth + 1) or place}：" if colon else ""
-        return where + "".join(
-            each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
-            for each in template.said
-        )
+        pieces = []
+        for each in template.said:
+            said = each if isinstance(each, str) else self._say_value(values[each.place], each.kind, depth)
+            pieces.append((said, isinstance(each, str) or said != values[each.place]))
+        return where + _joined(pieces)
 
     def _say_parts(self, parts: Sequence[str], joined: str, depth: int, *, needs_all: bool) -> str | None:
         said = [self._said(part, depth) for part in parts]
         if not any(said) or (needs_all and not all(said)):
             return None
-        return joined.join(old if new is None else new for old, new in zip(parts, said, strict=True))
+        pieces = [(joined, True)]
+        for old, new in zip(parts, said, strict=True):
+            pieces += [(old if new is None else new, new is not None), (joined, True)]
+        return _joined(pieces[1:-1])
 
     def _say_value(self, value: str, kind: str, depth: int) -> str:
         if kind in {"r", "x"}:
@@ -284,6 +295,21 @@ def make_template(key: str, said: str) -> Template:
                 raise ValueError(f"{said!r}: {{{name}:{spec}}} is no value of {key!r}")
             parts.append(Value(int(name), spec or ""))
     return Template(tuple(literals), tuple(is_number), tuple(parts))
+
+
+def _joined(pieces: Sequence[tuple[str, bool]]) -> str:
+    """Join pieces of a text, each with whether we wrote it: what a person wrote stays as it is.
+
+    Our Chinese keeps a space from Latin letters beside it, and none after a wide mark: `应为 'auto'`, `；你`.
+    """
+    text, was_ours = "", False
+    for piece, is_ours in pieces:
+        added = piece.lstrip(" ") if is_ours and text.endswith(WIDE_MARKS) else piece
+        is_after = was_ours and _HAN.match(text[-1:]) and _BEGINS_LATIN.match(added)
+        is_before = is_ours and _HAN.match(added) and _ENDS_LATIN.match(text[-1:])
+        text += f" {added}" if is_after or is_before else added
+        was_ours = is_ours if added else was_ours
+    return text
 
 
 def _width(text: str) -> int:

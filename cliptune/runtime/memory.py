@@ -82,7 +82,7 @@ def explain_out_of_memory(
         say: returns a text in the user's language.
     """
     if says_out_of_memory(error):
-        print(f"{Path(sys.argv[0]).name}: {say('error')}: {say(out_of_memory(error))}", file=sys.stderr)
+        print(say(f"{Path(sys.argv[0]).name}: error: ") + say(out_of_memory(error)), file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

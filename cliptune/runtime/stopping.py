@@ -148,6 +148,7 @@ def leave_at_signals() -> None:
 
 def _leave(name: str, number: int, say: Callable[[str], str] = str) -> None:
     try:
-        os.write(2, f"{name}: {say(str(Stopped(number)))}\n".encode("utf-8", "backslashreplace"))
+        line = say(f"{name}: {Stopped(number)}")
+        os.write(2, f"{line}\n".encode("utf-8", "backslashreplace"))
     finally:
         os._exit(128 + number)

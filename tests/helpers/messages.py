@@ -63,7 +63,9 @@ NOT_SHOWN = {
     "cliptune/runs/other_data.py": ("the epoch under way", "the next epoch is", "the best model so far"),
     "cliptune/runs/watch.py": (", without {0}",),
     "cliptune/runs/evaluation.py": ("{0}: {1} of the {2} were trained on",),
-    "cliptune/runtime/device.py": ("can't allocate memory", "CUDA error:", "CUDA driver error:", "Triton Error", "MPS backend"),
+    "cliptune/runtime/device.py": (
+        "can't allocate memory", "CUDA error:", "CUDA driver error:", "Triton Error", "MPS backend",
+    ),
     "cliptune/runtime/logs.py": ("%(asctime)s",),
     "cliptune/runtime/memory.py": (
         "can't allocate memory", "annot allocate memory", "unable to mmap", "failed to map segment",

@@ -2,6 +2,7 @@ import json
 import re
 import time
 from importlib.resources import files
+from itertools import combinations
 
 import pytest
 
@@ -35,8 +36,8 @@ def test_a_whole_text_comes_before_templates_and_the_most_particular_template_fi
         {"{0} is wrong": "{0}有误", "it is wrong": "它有误", "{0} is wrong with {1}": "{1}的{0}有误"}
     ).say
     assert said("it is wrong") == "它有误"
-    assert said("this is wrong") == "this有误"
-    assert said("what is wrong with a.png") == "a.png的what有误"
+    assert said("this is wrong") == "this 有误"
+    assert said("what is wrong with a.png") == "a.png 的 what 有误"
 
 
 def test_values_may_be_in_another_order_or_twice() -> None:
@@ -60,8 +61,34 @@ def test_a_value_that_is_a_word_of_ours_is_said_where_the_translation_says_so() 
     }
     said = with_catalogue(entries).say
     assert said("the image features") == "图像特征"
-    assert said("the other features") == "other特征"
+    assert said("the other features") == "other 特征"
     assert said("the caption is 3 texts") == "描述是 3 texts"
+
+
+def test_our_chinese_keeps_a_space_from_latin_letters_and_none_after_a_wide_mark() -> None:
+    said = with_catalogue({
+        "expected {0} or {1}, got {2}": "应为{0}或{1}，得到的是{2:r}", "a valid integer": "整数",
+        "unknown name {0};{1} known: {2}": "未知的名称{0:r}；{1} 已知：{2}", "did you mean {0}?": "你想写的是{0:r}吗？",
+    }).say  # fmt: skip
+    assert said("expected 'auto', 'true' or 'false', got x") == "应为 'auto'、'true' 或 'false'，得到的是 x"
+    assert said("expected a valid integer or 'auto', got  x") == "应为整数或 'auto'，得到的是 x"
+    assert said("unknown name a; did you mean b? known: b, c") == "未知的名称 a；你想写的是 b 吗？已知：b, c"
+    assert said("unknown name 图 a; known: c") == "未知的名称图 a；已知：c"  # a person's text stays
+
+
+def test_what_an_evaluation_leaves_out_is_said_with_its_reason() -> None:
+    reasons = {
+        "1 record and 2 images that cannot be used": "无法使用的 1 条记录和 2 张图像",
+        "22 images that were trained on": "训练用过的 22 张图像",
+        "3 pairs that --exclude leaves out": "--exclude 排除的 3 对图文",
+    }
+    for size in range(1, 4):
+        for some in combinations(reasons, size):
+            for title, said in (("", ""), ("my set (all): ", "my set（全部）：")):
+                shown = ZH.say(f"{title}22 images, 44 texts (without {', and '.join(some)})")
+                assert shown.startswith(f"{said}22 张图像，44 条文本（不含"), shown
+                assert all(reasons[each] in shown for each in some), shown
+                assert "图像，和" not in shown
 
 
 def test_messages_inside_messages_and_lists_come_out_whole() -> None:

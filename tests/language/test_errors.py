@@ -198,9 +198,9 @@ def test_a_mistake_is_told_in_chinese(
 ) -> None:
     assert main(list(argv)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"\w+\.py: 错误: ", line)
+    assert re.match(r"\w+\.py：错误：", line)
     assert told in line
-    assert CHINESE.search(line.partition(": 错误: ")[2])
+    assert CHINESE.search(line.partition("：错误：")[2])
     assert not ENGLISH.search(line), line
 
 
@@ -228,16 +228,16 @@ def test_the_language_asked_for_is_found_whatever_else_is_wrong(folder: Path) ->
 
 def test_what_ends_a_stage_is_told_in_chinese(capsys: pytest.CaptureFixture[str]) -> None:
     ends: list[tuple[BaseException, int, str]] = [
-        (Stopped(signal.SIGTERM), 143, "train.py: 已由 SIGTERM 停止"),
-        (KeyboardInterrupt(), 130, "train.py: 已停止"),
+        (Stopped(signal.SIGTERM), 143, "train.py：已由 SIGTERM 停止"),
+        (KeyboardInterrupt(), 130, "train.py：已停止"),
         (
             KilledWorkerError(),
             1,
-            "train.py: 错误: 一个加载数据的工作进程被杀掉，可能是内存不足：请试试更少的 --num_workers",
+            "train.py：错误：一个数据加载进程被杀掉，可能是内存不足：请试试更少的 --num_workers",
         ),
-        (MemoryError(), 1, "train.py: 错误: 内存不足：请结束其他程序，提高 ulimit -v 或 -u，或换内存更大的机器"),
-        (PermissionError(errno.EACCES, "Permission denied", "a b.json"), 2, "train.py: 错误: 没有权限：'a b.json'"),
-        (ValueError("of a library, as it is"), 2, "train.py: 错误: of a library, as it is"),
+        (MemoryError(), 1, "train.py：错误：内存不足：请结束其他程序，提高 ulimit -v 或 -u，或换内存更大的机器"),
+        (PermissionError(errno.EACCES, "Permission denied", "a b.json"), 2, "train.py：错误：没有权限：'a b.json'"),
+        (ValueError("of a library, as it is"), 2, "train.py：错误：of a library, as it is"),
     ]
     for error, code, told in ends:
 
@@ -253,7 +253,7 @@ def test_keys_of_no_use_are_told_in_chinese(folder: Path, capsys: pytest.Capture
     assert data_loader.main(["--config", "run.json", "--data_dir", "none"]) == 2
     first, last = capsys.readouterr().err.splitlines()
     assert first == "这个阶段用不到配置文件中的这些键：training"
-    assert last.startswith("data_loader.py: 错误: none 里没有数据；")
+    assert last.startswith("data_loader.py：错误：none 里没有数据；")
 
 
 @pytest.mark.slow
@@ -267,6 +267,6 @@ def test_a_damaged_image_that_stops_a_run_is_told_in_chinese(
     with small_runs():
         assert train.main([*SMALL, *flags, "--on_unreadable_image", "fail", *ZH_FLAG]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"train\.py: 错误: 30 项图像和记录中有 1 项无法使用：.*\.png：不能作为图像读取：", line)
+    assert re.match(r"train\.py：错误：30 项图像和记录中有 1 项无法使用：.*\.png：不能作为图像读取：", line)
     assert f"全部列在 {tmp_path / 'results' / 'skipped.json'} 中。" in line
     assert not ENGLISH.search(line.partition("图像读取：")[0])
