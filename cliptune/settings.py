@@ -122,7 +122,8 @@ WRITTEN_OUT = BeforeValidator(lambda value: str(value).lower() if isinstance(val
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys are errors, numbers are not made from booleans."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # earlier versions of pydantic keep names that begin with `model_` to themselves
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     from_config: ClassVar[frozenset[str]] = frozenset()
     """Flags that a stage after training takes from a run's config file."""

@@ -62,7 +62,7 @@ class Backbone(openai.CLIP):
         visual, is_vit = self.visual, isinstance(self.visual, VisionTransformer)
         if not is_vit:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        pixels = pixels.to(next(visual.parameters(), pixels).dtype)
+        pixels = pixels.to(getattr(visual.conv1, "weight", pixels).dtype)
         is_plain = runs_plainly(pixels) or is_touched(visual) or (is_vit and not visual._is_as_built())
         if is_plain or not self._is_compiled_for(pixels):
             return cast(Tensor, visual(pixels))

@@ -45,7 +45,7 @@ _BEGINNINGS = (
     (rb"%PDF|%!PS|\xc5\xd0\xd3\xc6", f"a document: {_CONVERT}"),
     (rb"gimp xcf|8BPS\x00\x02|AT&TFORM", f"a format that Pillow does not read: {_CONVERT}"),
     (rb"(?s).{128}DICM", f"DICOM: {_CONVERT}"),
-    (rb"version https://git-lfs", "a pointer of Git LFS: fetch the image with git lfs pull"),
+    (rb"version https://git-lfs", "a pointer of Git LFS: fetch the image with `git lfs pull`"),
     (rb"\x1f\x8b|PK\x03\x04", "a compressed file: unpack it"),
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Attention on packed rows, by a plain stand-in for the operation that only a GPU has; its shapes."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ from tests.helpers.models import (
 __all__ = ["small_architectures"]
 
 Calls = list[tuple[int, int]]
+NEEDS_KERNEL = pytest.mark.skipif(
+    importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="this PyTorch has no packed attention"
+)
 
 
 def plain_varlen(
@@ -139,6 +143,7 @@ def test_packed_attention_sees_one_shape_whatever_the_lengths(packed: Calls) -> 
     assert set(packed) == {(77, 77), (1, 77)}  # of all layers but the last, and of the last
 
 
+@NEEDS_KERNEL
 def test_packed_attention_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [torch.device("cpu"), torch.float32, 32]
     assert not attention.can_attend_packed(*asked)
@@ -158,6 +163,7 @@ def test_packed_attention_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPat
     assert not check(cuda, torch.float16, 64)
 
 
+@NEEDS_KERNEL
 def test_packed_attention_that_fails_is_said_once_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
