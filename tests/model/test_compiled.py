@@ -224,14 +224,20 @@ def test_the_choice_of_kernels_is_part_of_a_program() -> None:
     assert torch.allclose(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query), atol=1e-6)
 
 
-@pytest.mark.usefixtures("whole")
-def test_a_compiler_that_fails_is_said_once_and_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def about_to_be_compiled() -> tuple[CLIPModel, Tensor, dict[str, Tensor]]:
+    """Return a model whose next run is compiled, texts, and what it gives without."""
     model = make_model("ViT-Mini")
     tokens = random_tokens(3, torch.Generator().manual_seed(0))
     wanted = run(model, tokens)
     model.compile_towers()
+    return model, tokens, wanted
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_compiler_that_fails_is_said_once_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokens, wanted = about_to_be_compiled()
 
     def broken(*_: Any) -> Any:
         raise torch._dynamo.exc.InternalTorchDynamoError("Triton is missing\nmore")
@@ -249,10 +255,7 @@ def test_a_compiler_that_fails_is_said_once_and_left(
 def test_a_backward_pass_that_cannot_be_compiled_is_left_as_well(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = make_model("ViT-Mini")
-    tokens = random_tokens(3, torch.Generator().manual_seed(0))
-    wanted = run(model, tokens)
-    model.compile_towers()
+    model, tokens, wanted = about_to_be_compiled()
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of resource: shared memory")
