@@ -24,7 +24,8 @@ from cliptune.data.pairs import Pairs
 from cliptune.data.row_store import KEY_BYTES, Keys, RowStore, as_keys, digest
 from cliptune.data.table import Strings
 from cliptune.features.distinct import tokens_of
-from cliptune.features.encode import Encoder, EncodingModel
+from cliptune.features.encode import Encoder
+from cliptune.features.needs import EncodingModel
 from cliptune.features.tower_outputs import Compute, PairOutputs, TowerOutputs
 from cliptune.preprocess.decode import read_ends
 from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
