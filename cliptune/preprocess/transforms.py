@@ -57,11 +57,12 @@ class PixelTransform(ABC):
         return f"{type(self).__name__}-{self.shrunk_side}-v{VERSION}" + ("-fast" if self.fast_decode else "")
 
     @abstractmethod
-    def spans(self, size: tuple[int, int]) -> tuple[Span, Span] | None:
-        """Say what becomes of columns and rows of an image of that width and height, which is all that happens to it.
+    def is_one_resize(self, size: tuple[int, int]) -> bool:
+        """Tell whether all that a call does to an image of that width and height is what `spans` says."""
 
-        A random transform draws here what a call draws. None, and nothing is drawn: a call does something else.
-        """
+    @abstractmethod
+    def spans(self, size: tuple[int, int]) -> tuple[Span, Span]:
+        """Say what becomes of columns and rows of an image; what is random about it is drawn, as a call draws it."""
 
     @abstractmethod
     def shrink(self, image: DecodedImage) -> Pixels:
@@ -89,21 +90,23 @@ class CenterTransform(PixelTransform):
     def __init__(self, resolution: int, *, fast_decode: bool = False, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(resolution, shrunk_side=resolution, fast_decode=fast_decode, max_pixels=max_pixels)
 
-    def spans(self, size: tuple[int, int]) -> tuple[Span, Span] | None:
-        """Say what is resized and cropped, unless Pillow has to."""
-        (width, height), side = size, self.resolution
+    def is_one_resize(self, size: tuple[int, int]) -> bool:
+        """Tell whether Pillow is not needed: from twice as high as wide on it may take the columns first."""
+        new_width, new_height = self._center(size)[0]
+        return new_width * new_height <= self.max_pixels and size[1] < 2 * size[0]
+
+    def spans(self, size: tuple[int, int]) -> tuple[Span, Span]:
+        """Say what is resized and cropped."""
         (new_width, new_height), (left, top) = self._center(size)
-        # from twice as high as wide on Pillow may take the columns first
-        if new_width * new_height > self.max_pixels or height >= 2 * width:
-            return None
-        return Span(0, width, new_width, left, side), Span(0, height, new_height, top, side)
+        side = self.resolution
+        return Span(0, size[0], new_width, left, side), Span(0, size[1], new_height, top, side)
 
     def shrink(self, image: DecodedImage) -> Pixels:
         """Resize and crop."""
         size, side = size_of(image), self.resolution
         if not isinstance(image, Image.Image):
-            if (spans := self.spans(size)) is not None:
-                return resize(image, *spans)
+            if self.is_one_resize(size):
+                return resize(image, *self.spans(size))
             image = Image.fromarray(image[..., :3])
         new_size, (left, top) = self._center(size)
         if new_size[0] * new_size[1] > self.max_pixels:
@@ -140,9 +143,13 @@ class CropTransform(PixelTransform):
         jitter = transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
         self.jitter = jitter if color else None
 
-    def spans(self, size: tuple[int, int]) -> tuple[Span, Span] | None:
-        """Draw a crop, unless colours vary as well."""
-        return None if self.jitter is not None else _part_spans(draw_crop(size), self.resolution)
+    def is_one_resize(self, size: tuple[int, int]) -> bool:
+        """Tell whether colours stay as they are."""
+        return self.jitter is None
+
+    def spans(self, size: tuple[int, int]) -> tuple[Span, Span]:
+        """Draw a crop."""
+        return _part_spans(draw_crop(size), self.resolution)
 
     def shrink(self, image: DecodedImage) -> Pixels:
         """Squeeze the whole image to a square."""
