@@ -36,8 +36,8 @@ def resize_batch(images: Sequence[Tensor], columns: Sequence[Span], rows: Sequen
 
     Returns:
         uint8 `[B, 3, rows.num_out, columns.num_out]`, on that device: for each what `resize` gives, bit for bit where a
-        result pixel has up to 32 source pixels a side (an image that shrinks to an eighth); beyond, up to rare
-        roundings.
+        result pixel has up to 32 source pixels in a row or column, as where an image shrinks to an eighth; beyond, up
+        to rare roundings.
     """
     across, down = _axis(columns, images[0].device), _axis(rows, images[0].device)
     shape = (len(images), 3, max(down.lengths), max(across.lengths))
