@@ -68,6 +68,11 @@ def jpeg(run: Runner) -> None:
     run.run("jpeg", *known_step_rate(run), seconds=170)
 
 
+def decode_gpu(run: Runner) -> None:
+    """The device's decoder of JPEGs: its rate, its difference from exact pixels, whole training with it."""
+    run.run("decode_gpu", *known_step_rate(run), seconds=170)
+
+
 def cached(run: Runner) -> None:
     """Whole training with `--cache_images` over the step rate."""
     run.run("cached", *known_step_rate(run), seconds=170)
@@ -143,8 +148,8 @@ def kinds(run: Runner) -> None:
 PARTS: dict[str, Callable[[Runner], None]] = {
     each.__name__: each
     for each in (
-        correctness, stall, vit_b32, peers, vit_l14, resnet50, jpeg, cached, large_batch, memory, small_run, start,
-        ranks, losses, kinds,
+        correctness, stall, vit_b32, peers, vit_l14, resnet50, jpeg, decode_gpu, cached, large_batch, memory, small_run,
+        start, ranks, losses, kinds,
     )
 }  # fmt: skip
 

@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_data import make_jpegs
-from benchmarks.rows import FAILED, Row, tell
+from benchmarks.rows import FAILED, SKIPPED, Row, tell
 from cliptune.recorded import WallTime
 
 if TYPE_CHECKING:
+    import torch
+
     from cliptune.preprocess.transforms import PixelTransform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +52,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("name", choices=list(MEASUREMENTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "gpu_work", help="folder for data and runs")
-    parser.add_argument("--step_rate", type=float, help="pairs a second of steps alone, for jpeg and cached")
+    parser.add_argument(
+        "--step_rate", type=float, help="pairs a second of steps alone, for jpeg, decode_gpu and cached"
+    )
     parser.add_argument("--quick", action="store_true", help="a small model, few and small images")
     return parser.parse_args(argv)
 
@@ -64,6 +68,52 @@ def jpeg(options: Namespace) -> None:
     tell(Row("whole training from JPEG files", rate, "pairs/s"))
     limit = min(decoding, options.step_rate or math.inf)
     tell(Row("the same over the lower of step rate and decoding rate", 100 * rate / limit, "%", must=85, hope=95))
+
+
+def decode_gpu(options: Namespace) -> None:
+    """Decode JPEG files on the device: how fast, how far from exact pixels; train so."""
+    import torch  # noqa: PLC0415  (this and the next: what most measurements need not import)
+
+    from cliptune.preprocess.jpeg_decoder import decoder_issue  # noqa: PLC0415
+
+    device = torch.device(options.device)
+    if (issue := decoder_issue(device)) is not None:
+        tell(Row("--decode gpu", state=SKIPPED, note=issue))
+        return
+    data = feeding_data(options)
+    decoding, mean, largest = decoded_on(device, paths_of(data)[: 32 if options.quick else 2048])
+    tell(Row("--decode gpu: decoding and resizing alone", decoding, "images/s"))
+    tell(Row("--decode gpu: mean difference from exact pixels", mean, "of 255"))
+    tell(Row("--decode gpu: largest difference from exact pixels", largest, "of 255"))
+    rate = training_rate(options, data, "decode_gpu", ["--decode", "gpu"])
+    tell(Row("whole training from JPEG files, --decode gpu", rate, "pairs/s"))
+    if options.step_rate:
+        tell(Row("the same, --decode gpu, over the step rate", 100 * rate / options.step_rate, "%"))
+
+
+def decoded_on(device: torch.device, paths: Sequence[str]) -> tuple[float, float, float]:
+    """Return images a second that a device decodes and resizes, and how far pixels are from exact ones, of 255.
+
+    The difference is the mean one and the largest.
+    """
+    import torch  # noqa: PLC0415
+
+    from cliptune.data.loaders import PIECE_SIZE  # noqa: PLC0415
+    from cliptune.preprocess.jpeg_decoder import JpegDecoder, LeavesJpegs  # noqa: PLC0415
+    from cliptune.preprocess.transforms import clip_transform  # noqa: PLC0415
+
+    leaves = LeavesJpegs(clip_transform(224))
+    parts = [leaves(leaves.load(path)) for path in paths]
+    pieces = [parts[start : start + PIECE_SIZE] for start in range(0, len(parts), PIECE_SIZE)]
+    decoder = JpegDecoder(device)
+    decoder.decode(pieces[0])  # which takes its time to begin
+    begin = time.perf_counter()
+    pixels = torch.cat([decoder.decode(piece)[0] for piece in pieces])
+    seconds = time.perf_counter() - begin
+    few = min(len(paths), 512)  # enough of them: the CPU takes its time for each
+    exact = torch.stack([leaves.inner(leaves.inner.load(path)) for path in paths[:few]])
+    difference = (pixels[:few].int() - exact.int()).abs()
+    return len(paths) / seconds, difference.float().mean().item(), float(difference.max())
 
 
 def cached(options: Namespace) -> None:
@@ -322,8 +372,7 @@ def decoding_rate(data: Path) -> tuple[float, int]:
     from cliptune.preprocess.transforms import clip_transform  # noqa: PLC0415
     from cliptune.runtime.device import num_cores  # noqa: PLC0415
 
-    records = json.loads(data.read_text(encoding="utf-8"))
-    paths = [str(data.parent / record["image_path"]) for record in records]
+    paths = paths_of(data)
     cores, load = num_cores(), partial(decode, clip_transform(224))
     with multiprocessing.get_context("fork").Pool(cores, torch.set_num_threads, [1]) as pool:
         pool.map(load, paths[: 2 * cores], chunksize=2)  # compiles
@@ -332,13 +381,19 @@ def decoding_rate(data: Path) -> tuple[float, int]:
         return len(paths) / (time.perf_counter() - begin), cores
 
 
+def paths_of(data: Path) -> list[str]:
+    """List the images of an index file."""
+    records = json.loads(data.read_text(encoding="utf-8"))
+    return [str(data.parent / record["image_path"]) for record in records]
+
+
 def decode(transform: PixelTransform, path: str) -> None:
     """Load an image as training does."""
     transform(transform.load(path))
 
 
 MEASUREMENTS: dict[str, Callable[[Namespace], None]] = {
-    each.__name__: each for each in (jpeg, cached, small_run, start, fp16, fp32, torchrun, sigterm)
+    each.__name__: each for each in (jpeg, decode_gpu, cached, small_run, start, fp16, fp32, torchrun, sigterm)
 }
 
 

@@ -61,7 +61,7 @@ HELP_GROUPS = {
     ),
     "speed and memory": (
         "precision", "micro_batch_size", "encode_batch_size", "gradient_checkpointing", "compile", "parallel",
-        "num_workers", "fast_decode", "cache_images", "feature_views", "cache_dir",
+        "num_workers", "fast_decode", "decode", "cache_images", "feature_views", "cache_dir",
     ),
     "shards": ("to_shards", "shard_size"), "export": ("to", "overwrite", "onnx_files", "quantize"),
     "output": ("report", "map", "suspects", "track", "checkpoint_every", "keep_checkpoints", "log_interval",

@@ -232,12 +232,27 @@ class DataSettings(Settings):
     max_skipped_fraction: MaxSkippedFraction = MAX_SKIPPED_FRACTION
     augment: Literal["none", "crop", "color"] = Field("none", description="random crops; color: colour changes as well")
     fast_decode: bool = Field(False, description="decode training JPEGs no larger than needed: faster, nearly the same")
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu", description="where training JPEGs are decoded; gpu: by a CUDA device, for fewer cores, nearly the same"
+    )
     cache_images: bool = Field(False, description="decode images once and cache them at the model's size (cache_dir)")
     feature_views: NonNegativeInt | None = Field(
         None,
         description="augmented views of an image cached by a frozen tower; none: 1, with augment 4; 0: cache nothing",
     )
     num_workers: NumWorkers = None
+
+    @model_validator(mode="after")
+    def _check_decode(self) -> DataSettings:
+        refused = {
+            "fast_decode": (self.fast_decode, "a GPU decodes at full size"),
+            "cache_images": (self.cache_images, "cached images are decoded once, exactly, by the CPU"),
+            "augment": (self.augment == "color", "color varies colours on the CPU, after decoding"),
+        }
+        for name, (value, reason) in refused.items():
+            if self.decode == "gpu" and value:
+                raise ValueError(f"decode gpu does not go with {name}: {reason}; leave one of the two away")
+        return self
 
     @property
     def allowed_skipped_fraction(self) -> float:

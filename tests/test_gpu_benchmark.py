@@ -89,7 +89,7 @@ def test_another_file_is_no_table(tmp_path: Path, content: str | None, capsys: p
 
 def test_parts_are_named_in_the_order_that_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(gpu_parts.PARTS)[:3] == ["correctness", "stall", "vit_b32"]
-    assert len(gpu_parts.PARTS) == 15
+    assert len(gpu_parts.PARTS) == 16
     assert gpu.parse(["ranks", "stall"]).parts == ["ranks", "stall"]
     assert gpu.parse([]).parts == []
     with pytest.raises(SystemExit) as stopped:
@@ -241,6 +241,20 @@ def test_images_are_made_once_and_all_differ(tmp_path: Path) -> None:
     more = gpu_data.make_jpegs(tmp_path, 8, size=(64, 48))
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
     assert (len(ImageTextDataset(index)), len(ImageTextDataset(more))) == (6, 8)
+
+
+def test_the_decoder_is_measured_against_exact_pixels(tmp_path: Path) -> None:
+    paths = gpu_runs.paths_of(gpu_data.make_jpegs(tmp_path, 6, size=(64, 48)))
+    rate, mean, largest = gpu_runs.decoded_on(torch.device("cpu"), paths)  # torchvision's stands in for the GPU's
+    assert rate > 0
+    assert 0 <= mean < 1
+    assert mean <= largest < 50
+
+
+def test_without_a_decoder_its_part_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_runs.main(["decode_gpu", "--device", "cpu", "--quick", "--work", str(tmp_path)]) == 0
+    row = rows_of(capsys.readouterr().out)["--decode gpu"]
+    assert (row.verdict, row.note) == ("skipped", "it needs a CUDA device, not cpu")
 
 
 def test_the_rate_of_a_run_is_that_of_its_later_epochs() -> None:

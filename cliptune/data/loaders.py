@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import random
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from cliptune.data.issues import Issue
+from cliptune.data.issues import Issue, image_issue
 from cliptune.data.pairs import Pairs
 from cliptune.data.table import IntArray
 from cliptune.data.workers import make_loader
+from cliptune.preprocess.jpeg_decoder import JpegPart, JpegsLeft
 from cliptune.preprocess.tokens import CONTEXT_LENGTH
 from cliptune.runtime.ahead import one_ahead
 from cliptune.runtime.distributed import rank_slice
@@ -28,8 +29,9 @@ PIECE_SIZE = 64  # samples: a worker hands over no more at a time
 class Sample(NamedTuple):
     """One image with one of its captions."""
 
-    image: Tensor | None
-    """`[3, R, R]`, uint8, or what the user's transform gives; None if the image cannot be read."""
+    image: Tensor | Any | None
+    """`[3, R, R]`, uint8, or what the user's transform gives; None if the image cannot be read; a `JpegPart`
+    where the loader's decoder is to make it."""
     tokens: Tensor
     """`[L]` int64, L the model's context length."""
     image_id: int
@@ -56,6 +58,8 @@ class Batch(NamedTuple):
     """`[B]` int64: `caption_id` of each caption."""
     caption_indices: Tensor
     """`[B]` int64: index of each caption in the data set."""
+    jpegs: JpegsLeft | None = None
+    """Those that are not decoded yet; `images` has none of them, and all others in their order."""
 
 
 def caption_id(caption: str) -> int:
@@ -124,17 +128,50 @@ class EpochBatches(Sampler[list[int]]):
 
 def collate(samples: Sequence[Sample], context_length: int = CONTEXT_LENGTH) -> Batch:
     """Put samples into a batch; those without an image leave it, and their issues are noted."""
-    images = [sample.image for sample in samples if sample.image is not None]
     readable = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in readable if isinstance(sample.image, Tensor)]
+    jpegs = {row: sample.image for row, sample in enumerate(readable) if isinstance(sample.image, JpegPart)}
     tokens = [sample.tokens for sample in readable]
     return Batch(
-        images=torch.stack(images) if readable else torch.empty(0),  # [B, 3, R, R]
+        images=torch.stack(images) if images else torch.empty(0),  # [B, 3, R, R]
         tokens=torch.stack(tokens) if readable else torch.empty(0, context_length, dtype=torch.int64),  # [B, L]
         image_ids=torch.tensor([sample.image_id for sample in readable], dtype=torch.int64),
         issues=[sample.issue for sample in samples if sample.issue is not None],
         caption_ids=torch.tensor([sample.caption_id for sample in readable], dtype=torch.int64),
         caption_indices=torch.tensor([sample.caption_index for sample in readable], dtype=torch.int64),
+        jpegs=JpegsLeft.packed(jpegs) if jpegs else None,
     )
+
+
+class Decoder(Protocol):
+    """Decodes JPEGs, such as `preprocess.jpeg_decoder.JpegDecoder`."""
+
+    def decode(self, parts: Sequence[JpegPart], /) -> tuple[Tensor, dict[int, ValueError]]:
+        """Return the pixels of at least one, uint8 `[J, 3, R, R]`, and by index why some have none."""
+
+
+def decoded(piece: Batch, decoder: Decoder) -> Batch:
+    """Decode the JPEGs that a piece still has; one that cannot be read leaves it, and its issue is noted."""
+    if piece.jpegs is None:
+        return piece
+    parts = piece.jpegs.unpacked()
+    pixels, errors = decoder.decode(list(parts.values()))
+    is_jpeg = torch.zeros(len(piece.tokens), dtype=torch.bool)
+    is_jpeg[list(parts)] = True
+    images = pixels
+    if len(piece.images):
+        images = torch.empty(len(is_jpeg), *pixels.shape[1:], dtype=pixels.dtype)  # [B, 3, R, R]
+        images[is_jpeg], images[~is_jpeg] = pixels, piece.images
+    piece = piece._replace(images=images, jpegs=None)
+    if not errors:
+        return piece
+    rows, kept = list(parts), torch.ones_like(is_jpeg)
+    kept[[rows[index] for index in errors]] = False
+    issues = [image_issue(parts[rows[index]].name, error) for index, error in errors.items()]
+    tensors: dict[str, Any] = {
+        name: value[kept] for name, value in piece._asdict().items() if isinstance(value, Tensor)
+    }
+    return piece._replace(issues=[*piece.issues, *issues], **tensors)
 
 
 class _Pieces(Sampler[list[int]]):
@@ -163,6 +200,7 @@ class TrainLoader:
         num_workers: of each rank; 0: the rank loads by itself.
         device: where the batches will be used.
         piece_size: samples that a worker loads at a time.
+        decoder: decodes what the data set's transform leaves encoded; None: nothing is left.
     """
 
     def __init__(
@@ -173,10 +211,12 @@ class TrainLoader:
         num_workers: int,
         device: torch.device,
         piece_size: int = PIECE_SIZE,
+        decoder: Decoder | None = None,
     ) -> None:
         self.dataset = dataset
         self.batches = EpochBatches(len(dataset), batch_size, seed=dataset.seed)
         self.piece_size = piece_size
+        self.decoder = decoder
         self.collate = partial(collate, context_length=dataset.context_length)
         self.loader = make_loader(
             dataset,
@@ -199,7 +239,7 @@ class TrainLoader:
     def _joined(self, epoch: int, start: int, stopped: Callable[[], bool]) -> Iterator[Batch]:
         self.batches.epoch, self.batches.start = epoch, start
         self.dataset.set_epoch(epoch)
-        pieces = takewhile(lambda _: not stopped(), self.loader)
+        pieces = pieces_of(self.loader, stopped, self.decoder)
         for items in self.batches:
             num_items = len(items[rank_slice(len(items))])
             if not num_items:
@@ -207,6 +247,12 @@ class TrainLoader:
                 continue
             num_pieces = -(-num_items // self.piece_size)
             yield join_pieces(pieces, num_items, num_pieces=num_pieces, pin_memory=self.pin_memory)
+
+
+def pieces_of(loader: Iterable[Batch], stopped: Callable[[], bool], decoder: Decoder | None) -> Iterator[Batch]:
+    """Yield pieces until somebody stops it, each decoded where it comes here: a thread ahead of its use, for a GPU."""
+    pieces = takewhile(lambda _: not stopped(), loader)
+    return pieces if decoder is None else (decoded(piece, decoder) for piece in pieces)
 
 
 def joined_batches(joined: Callable[[Callable[[], bool]], Iterator[Batch]], *, in_thread: bool) -> Iterator[Batch]:
@@ -247,6 +293,6 @@ def join_pieces(pieces: Iterator[Batch], num_items: int, *, num_pieces: int, pin
             end += len(piece.images)
         parts.append(piece._replace(images=torch.empty(0)))
     ids = ("tokens", "image_ids", "caption_ids", "caption_indices")
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in ids}
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in ids}
     batch = Batch(images=images[:end], issues=[issue for part in parts for issue in part.issues], **joined)
     return pinned(batch) if pin_memory else batch

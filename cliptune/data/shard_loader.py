@@ -7,7 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -19,18 +19,21 @@ from cliptune.data.issues import Issue, image_issue
 from cliptune.data.loaders import (
     PIECE_SIZE,
     Batch,
+    Decoder,
     EpochBatches,
     Sample,
     caption_id,
     collate,
     join_pieces,
     joined_batches,
+    pieces_of,
 )
 from cliptune.data.pairs import DataSource, Pairs
 from cliptune.data.shards import Shard, Shards, open_shards
 from cliptune.data.splits import separate_validation
 from cliptune.data.tar_samples import TarSample, read_samples
 from cliptune.data.workers import fitting_workers, make_loader, shared_number
+from cliptune.preprocess.jpeg_decoder import JpegPart
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
@@ -111,6 +114,7 @@ class ShardLoader:
         caption_key: key of the captions in each sample's JSON, or ending of its text file; None: the usual ones.
         shuffle_buffer: samples of each worker's buffer.
         context_length: tokens of a caption, the model's.
+        decoder: decodes what the transform leaves encoded; None: nothing is left.
     """
 
     def __init__(  # noqa: PLR0913  (what a notebook and a run choose differently)
@@ -125,8 +129,10 @@ class ShardLoader:
         caption_key: str | None = None,
         shuffle_buffer: int = SHUFFLE_BUFFER,
         context_length: int = CONTEXT_LENGTH,
+        decoder: Decoder | None = None,
     ) -> None:
         self.dataset = shards
+        self.decoder = decoder
         num_workers = fitting_workers(num_workers)
         self.plan = _Plan(len(shards), batch_size, distributed.rank(), distributed.world_size(), max(num_workers, 1))
         self.stream = _Stream(
@@ -155,7 +161,7 @@ class ShardLoader:
 
     def _joined(self, epoch: int, start: int, stopped: Callable[[], bool]) -> Iterator[Batch]:
         self.stream.set_epoch(epoch, start)
-        pieces = takewhile(lambda _: not stopped(), self.loader)
+        pieces = pieces_of(self.loader, stopped, self.decoder)
         for step in range(start, len(self)):
             num_items = self.plan.own_before(step + 1) - self.plan.own_before(step)
             # PyTorch takes a piece of each worker in turn, and each has as many: the next ones are this step's
@@ -284,6 +290,8 @@ class _Stream(IterableDataset[list[Sample]]):
         caption = captions[int(draw_bits(self.seed, epoch, item)[0] % np.uint64(len(captions)))]
         with seeded(int(draw_bits(self.seed, epoch, item, stream=1)[0] >> np.uint64(1))):
             pixels = self.transform(image)  # [3, R, R]
+        if isinstance(pixels, JpegPart):
+            pixels = pixels._replace(name=name)
         return Sample(pixels, tokenize([caption], self.context_length)[0][0], index, caption_id(caption), index)
 
 

@@ -246,10 +246,15 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _map_fields(item: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
-    """Change the fields of a named tuple that are of some kind."""
+    """Change the fields of a named tuple that are of some kind, and those of named tuples in it."""
     if not hasattr(item, "_fields"):
         return item
-    return item._replace(**{name: change(value) for name, value in item._asdict().items() if isinstance(value, kind)})
+    return item._replace(
+        **{
+            name: change(value) if isinstance(value, kind) else _map_fields(value, kind, change)
+            for name, value in item._asdict().items()
+        }
+    )
 
 
 def _prepared(tensor: Tensor) -> Tensor | _Piped:

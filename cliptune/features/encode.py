@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,9 +137,9 @@ class Encoder:
         if len(parts) < 2:
             return parts[0] if parts else None
         readable = [piece for piece in parts if len(piece.image_ids)] or parts[:1]
-        joined = {
+        joined: dict[str, Any] = {
             name: torch.cat([getattr(piece, name) for piece in readable])
-            for name in Batch._fields if name != "issues"
+            for name in Batch._fields if name not in {"issues", "jpegs"}
         }  # fmt: skip
         return Batch(issues=[issue for piece in parts for issue in piece.issues], **joined)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import simplejpeg
@@ -36,10 +36,23 @@ _OF_DECODER = {"WEBP": 8, "JPEG2000": 12, "AVIF": 4, "HEIF": 8}
 """Bytes of each pixel that a decoder keeps beside the result."""
 _KIND_OF_PAGE, _SUB_PAGES = 254, 330
 """TIFF's NewSubfileType and SubIFDs: where the first is 1, for a smaller copy, the other leads to the image itself."""
+MAX_LEFT_BYTES, MAX_LEFT_PIXELS = 2**20, 2**24
+"""Of a JPEG that is left encoded: many of them wait in memory, and some are decoded at once."""
 _PART = re.compile(r"(.+\.tar)@(\d+)\+(\d+)/.*", re.DOTALL)
 
 DecodedImage: TypeAlias = Image.Image | Pixels
 """Upright RGB: a Pillow image, or uint8 `[H, W, 4]` whose fourth channel is padding."""
+
+
+class EncodedJpeg(NamedTuple):
+    """A JPEG that any decoder makes nearly the same upright RGB image of."""
+
+    content: bytes
+    """Of its file."""
+    size: tuple[int, int]
+    """Width and height."""
+    name: str
+    """Its path; empty if only its bytes were given."""
 
 
 def part_path(archive: str, offset: int, size: int, name: str) -> str:
@@ -167,6 +180,28 @@ def decode_image(
     with _opened(source, max_pixels) as (image, data, name):
         pixels = _decode_jpeg(data, image, shortest_side)
         return to_rgb(image, data, name) if pixels is None else pixels
+
+
+def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> EncodedJpeg | DecodedImage:
+    """Leave a plain JPEG encoded, for a decoder elsewhere; decode any other image as `decode_image` does, which see."""
+    with _opened(source, max_pixels) as (image, data, name):
+        if _is_plain_jpeg(image, data):
+            return EncodedJpeg(data, image.size, "" if isinstance(source, bytes) else str(source))
+        pixels = _decode_jpeg(data, image, None)
+        return to_rgb(image, data, name) if pixels is None else pixels
+
+
+def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Tell whether all decoders take a file for the same image, and a whole one."""
+    if image.format != "JPEG" or image.mode not in {"RGB", "L"}:
+        return False
+    # the end-of-image marker: a decoder may fill what is missing without a word
+    is_whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
+    # three components are YCbCr nearly always; Adobe's marker, or the components' names, say that they are RGB
+    names = [layer[0] for layer in getattr(image, "layer", [])]
+    is_rgb = image.info.get("adobe_transform") == 0 or names == list(b"RGB")
+    is_small = len(data) <= MAX_LEFT_BYTES and image.width * image.height <= MAX_LEFT_PIXELS
+    return is_whole and is_small and not is_rgb and image.getexif().get(ExifTags.Base.Orientation) not in _UPRIGHT
 
 
 def image_format(data: bytes) -> str:

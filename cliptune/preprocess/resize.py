@@ -38,13 +38,15 @@ class Span(NamedTuple):
     num_out: int
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
+    """What each result pixel of a span is the weighted sum of."""
+
     starts: NDArray[np.int64]
     """`[N]`: first source pixel of each result pixel."""
     counts: NDArray[np.int64]
     """`[N]`: number of source pixels of each."""
     values: NDArray[np.int32]
-    """`[N, largest count]`, fixed point."""
+    """`[N, largest count]`, fixed point of `PRECISION_BITS`; 0 from each count on."""
 
 
 def resize(pixels: Pixels, columns: Span, rows: Span) -> Pixels:
@@ -60,7 +62,7 @@ def resize(pixels: Pixels, columns: Span, rows: Span) -> Pixels:
         where Pillow takes the rows first. Pillow 13 takes the columns first in some shapes that shrink more in height,
         among them images more than twice as high as wide; there some pixels differ, nearly all by 1.
     """
-    across, down = _weights(columns), _weights(rows)
+    across, down = weights_of(columns), weights_of(rows)
     # along the rows first, as Pillow: rounding between the passes makes the order visible in the pixels
     top, bottom = int(down.starts.min()), int((down.starts + down.counts).max())
     narrow = np.empty((bottom - top, columns.num_out, 4), dtype=np.uint8)  # [rows used, new width, 4]
@@ -76,9 +78,10 @@ def _lines(pixels: Pixels) -> Pixels:
 
 
 @lru_cache(maxsize=512)
-def _weights(span: Span) -> _Weights:
+def weights_of(span: Span) -> Weights:
+    """Weigh the source pixels of each result pixel of a span."""
     starts, counts, values = compiled(_weigh)(span.stop - span.start, span.size, span.first, span.num_out)
-    return _Weights(starts + span.start, counts, values)
+    return Weights(starts + span.start, counts, values)
 
 
 @lru_cache(maxsize=8)

@@ -57,6 +57,14 @@ class PixelTransform(ABC):
         return f"{type(self).__name__}-{self.shrunk_side}-v{VERSION}" + ("-fast" if self.fast_decode else "")
 
     @abstractmethod
+    def is_one_resize(self, size: tuple[int, int]) -> bool:
+        """Tell whether all that a call does to an image of that width and height is what `spans` says."""
+
+    @abstractmethod
+    def spans(self, size: tuple[int, int]) -> tuple[Span, Span]:
+        """Say what becomes of columns and rows of an image; what is random about it is drawn, as a call draws it."""
+
+    @abstractmethod
     def shrink(self, image: DecodedImage) -> Pixels:
         """Bring an image to uint8 `[shrunk_side, shrunk_side, 3]`."""
 
@@ -82,22 +90,37 @@ class CenterTransform(PixelTransform):
     def __init__(self, resolution: int, *, fast_decode: bool = False, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(resolution, shrunk_side=resolution, fast_decode=fast_decode, max_pixels=max_pixels)
 
+    def is_one_resize(self, size: tuple[int, int]) -> bool:
+        """Tell whether Pillow is not needed: from twice as high as wide on it may take the columns first."""
+        new_width, new_height = self._center(size)[0]
+        return new_width * new_height <= self.max_pixels and size[1] < 2 * size[0]
+
+    def spans(self, size: tuple[int, int]) -> tuple[Span, Span]:
+        """Say what is resized and cropped."""
+        (new_width, new_height), (left, top) = self._center(size)
+        side = self.resolution
+        return Span(0, size[0], new_width, left, side), Span(0, size[1], new_height, top, side)
+
     def shrink(self, image: DecodedImage) -> Pixels:
         """Resize and crop."""
-        width, height = size_of(image)
-        side = self.resolution
+        size, side = size_of(image), self.resolution
+        if not isinstance(image, Image.Image):
+            if self.is_one_resize(size):
+                return resize(image, *self.spans(size))
+            image = Image.fromarray(image[..., :3])
+        new_size, (left, top) = self._center(size)
+        if new_size[0] * new_size[1] > self.max_pixels:
+            return _resize_center(image, new_size, (left, top), side)
+        resized = image.resize(new_size, Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+    def _center(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the size that an image is brought to, and where its centre begins there, left and top."""
+        (width, height), side = size, self.resolution
         short = min(width, height)
         # torchvision's rounding: `int` for the size, `round` for the crop
         new_width, new_height = int(side * width / short), int(side * height / short)
-        left, top = round((new_width - side) / 2), round((new_height - side) / 2)
-        if new_width * new_height > self.max_pixels:
-            return _resize_center(image, (new_width, new_height), (left, top), side)
-        if not isinstance(image, Image.Image):
-            if height < 2 * width:
-                return resize(image, Span(0, width, new_width, left, side), Span(0, height, new_height, top, side))
-            image = Image.fromarray(image[..., :3])  # there Pillow may take the columns first
-        resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-        return np.asarray(resized.crop((left, top, left + side, top + side)))
+        return (new_width, new_height), (round((new_width - side) / 2), round((new_height - side) / 2))
 
     def finish(self, pixels: Pixels, size: tuple[int, int]) -> Tensor:
         """Put the channels first."""
@@ -119,6 +142,14 @@ class CropTransform(PixelTransform):
         super().__init__(resolution, shrunk_side=shrunk_side, fast_decode=fast_decode)
         jitter = transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
         self.jitter = jitter if color else None
+
+    def is_one_resize(self, size: tuple[int, int]) -> bool:
+        """Tell whether colours stay as they are."""
+        return self.jitter is None
+
+    def spans(self, size: tuple[int, int]) -> tuple[Span, Span]:
+        """Draw a crop."""
+        return _part_spans(draw_crop(size), self.resolution)
 
     def shrink(self, image: DecodedImage) -> Pixels:
         """Squeeze the whole image to a square."""
@@ -210,22 +241,25 @@ def draw_crop(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 def _resize_part(image: DecodedImage, box: tuple[float, float, float, float], side: int) -> Pixels:
     """Crop an image to whole pixels and resize it to uint8 `[side, side, 3]`."""
+    columns, rows = _part_spans(box, side)
+    if isinstance(image, Image.Image):
+        part = image.crop((columns.start, rows.start, columns.stop, rows.stop))
+        return np.asarray(part.resize((side, side), Image.Resampling.BICUBIC))
+    return resize(image, columns, rows)
+
+
+def _part_spans(box: tuple[float, float, float, float], side: int) -> tuple[Span, Span]:
     left, top = round(box[0]), round(box[1])
     right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
-    if isinstance(image, Image.Image):
-        part = image.crop((left, top, right, bottom))
-        return np.asarray(part.resize((side, side), Image.Resampling.BICUBIC))
-    return resize(image, Span(left, right, side, 0, side), Span(top, bottom, side, 0, side))
+    return Span(left, right, side, 0, side), Span(top, bottom, side, 0, side)
 
 
-def _resize_center(image: DecodedImage, new_size: tuple[int, int], start: tuple[int, int], side: int) -> Pixels:
+def _resize_center(image: Image.Image, new_size: tuple[int, int], start: tuple[int, int], side: int) -> Pixels:
     """Resize only the centre of a very long image: the whole would fill the memory (1 x 5000 as 224 x 1,120,000)."""
-    width, height = size_of(image)
+    width, height = image.size
     across, down = width / new_size[0], height / new_size[1]
     left, top = start[0] * across, start[1] * down
     box = (left, top, min(left + side * across, width), min(top + side * down, height))
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image[..., :3])
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
 
 

@@ -45,9 +45,11 @@ from cliptune.features.cache import FeatureCache, FeatureLoader
 from cliptune.features.encode import Encoder, PairOutputs
 from cliptune.model.checkpoint_file import holds_checkpoint, read_value
 from cliptune.model.parallel import is_sharded
+from cliptune.preprocess.jpeg_decoder import LeavesJpegs
 from cliptune.preprocess.transforms import train_transform
 from cliptune.report.live_gallery import LiveGallery
 from cliptune.runs.copies import CopyFinder, copy_finder
+from cliptune.runs.decoding import gpu_decoder
 from cliptune.runtime.device import Precision, default_num_workers
 from cliptune.runtime.messages import count, first_few, shown
 from cliptune.settings import DEFAULT_DATA_DIR, SAMPLE_SIZE, Config
@@ -414,8 +416,12 @@ def open_data(
         cache = FeatureCache(encoder, cache_dir / "features", identify=identify)
 
     transform = train_transform(model.image_resolution, settings.augment, fast_decode=settings.fast_decode)
+    decoder = gpu_decoder(config, model.device, reads_images=cache is None or "image" not in model.frozen_towers)
+    transform = transform if decoder is None else LeavesJpegs(transform)
     context_length = model.architecture.context_length
-    options: Any = {"batch_size": training.batch_size, "num_workers": workers, "device": model.device}
+    options: Any = {
+        "batch_size": training.batch_size, "num_workers": workers, "device": model.device, "decoder": decoder,
+    }  # fmt: skip
     loader: TrainLoader | FeatureLoader | ShardLoader
     if isinstance(train, Shards):
         loader = ShardLoader(

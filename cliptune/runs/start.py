@@ -13,7 +13,8 @@ from cliptune.cli import Started, resumed_config
 from cliptune.data.snapshot import Snapshots
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runs.data import earlier_data, folder_of, found_again, located
-from cliptune.runtime.distributed import barrier, is_main
+from cliptune.runs.decoding import require_decoder
+from cliptune.runtime.distributed import barrier, is_main, rank_device
 from cliptune.runtime.logs import setup_logging
 from cliptune.settings import Config
 from cliptune.training.checkpoint import RunFiles, check_state, load_newest_state
@@ -70,7 +71,8 @@ def open_run(started: Started, held: ExitStack, *, is_locked: bool = False) -> t
 
     Raises:
         FileNotFoundError: the checkpoint named is not there.
-        ValueError: it cannot be resumed from, a given flag may not change, or another run is writing there.
+        ValueError: it cannot be resumed from, a given flag may not change, another run is writing there, or no JPEG can
+            be decoded where a new run's settings say.
     """
     config, resumed = started.config, None
     resume = config.run.resume
@@ -90,7 +92,9 @@ def open_run(started: Started, held: ExitStack, *, is_locked: bool = False) -> t
         else:
             resumed = Resumed.checked(*found)
             config = resumed.settings(started)
-    if resumed is not None:
+    if resumed is None:
+        require_decoder(config, rank_device(config.run.device))
+    else:
         epoch, step = resumed.content["epoch"], resumed.content["global_step"]
         logger.info("resuming at epoch %d, step %d from %s", epoch, step, resumed.path)
     return config, files, resumed
