@@ -70,6 +70,9 @@ def jpeg(run: Runner) -> None:
 
 def decode_gpu(run: Runner) -> None:
     """The device's decoder of JPEGs: its rate, its difference from exact pixels, whole training with it."""
+    if not run.is_gpu:
+        run.skip("--decode gpu")
+        return
     run.run("decode_gpu", *known_step_rate(run), seconds=170)
 
 
