@@ -13,21 +13,6 @@ from cliptune.language.catalogue import Language, language_of
 from tests.helpers.runs import small_runs
 from tests.helpers.texts import english
 
-LONGEST = {
-    "test_gpu_benchmark.py",
-    "test_benchmarks.py",
-    "test_page.py",
-    "test_browser.py",
-    "test_compiled.py",
-    "test_compiling.py",
-}
-"""Files of tests with the longest single tests, which begin first: a core that ends with one leaves the others idle."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest begin; the order of the others stays."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _all_that_is_printed_can_be_said() -> Iterator[None]:
