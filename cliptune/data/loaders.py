@@ -29,9 +29,9 @@ PIECE_SIZE = 64  # samples: a worker hands over no more at a time
 class Sample(NamedTuple):
     """One image with one of its captions."""
 
-    image: Tensor | Any | None
+    image: Tensor | Any | None  # Any: a transform of the user's gives tensors, which need not be told from `JpegPart`s
     """`[3, R, R]`, uint8, or what the user's transform gives; None if the image cannot be read; a `JpegPart`
-    where the loader's decoder is to make it."""
+    that the loader's decoder has still to decode."""
     tokens: Tensor
     """`[L]` int64, L the model's context length."""
     image_id: int

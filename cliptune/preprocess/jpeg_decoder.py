@@ -18,7 +18,6 @@ import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from cliptune.preprocess.batch_resize import resize_batch
 from cliptune.preprocess.decode import DecodedImage, EncodedJpeg, decode_image, open_image
@@ -180,8 +179,12 @@ def decode_jpegs(contents: Sequence[Tensor], device: torch.device) -> list[Tenso
     """Decode JPEGs, uint8 `[bytes]` each, to uint8 `[3, H, W]` each on a device, by torchvision.
 
     Raises:
-        RuntimeError: it has no decoder for that device, or refuses one of the files.
+        ImportError: this torchvision has no decoders any more.
+        RuntimeError: it has none for that device, or refuses one of the files.
     """
+    # here, so that a torchvision without them fails this flag alone, not every import of a loader
+    from torchvision.io import ImageReadMode, decode_jpeg  # noqa: PLC0415
+
     images: list[Tensor] = decode_jpeg(list(contents), mode=ImageReadMode.RGB, device=device)
     return images
 

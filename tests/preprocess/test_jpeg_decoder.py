@@ -185,6 +185,12 @@ def test_a_decoder_that_is_not_there_is_told_with_the_reason(monkeypatch: pytest
     assert decoder_issue(cuda) is None
 
 
+def test_a_torchvision_without_decoders_fails_this_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    reason = str(decoder_issue(torch.device("cuda")))
+    assert reason.startswith("torchvision decodes no JPEG on cuda: cannot import name 'decode_jpeg'")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_torchvision_itself_has_no_decoder() -> None:
     assert str(decoder_issue(torch.device("cuda"))).startswith("torchvision decodes no JPEG on cuda: ")
