@@ -310,8 +310,9 @@ def _evaluate(
     means = state.train_means(steps_per_epoch=len(data.loader))
     journal.begin_validation()
     state.wall_time.enter("validation")
-    # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again
-    with stop.interruptible(), trainer.averaged():
+    # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again; only inside, since
+    # weights of which some are swapped with their average would be saved like this
+    with trainer.averaged(), stop.interruptible():
         evaluation, watched = data.validate(), data.watch.evaluate()
     data.skipped.agree()
     agreed = broadcast(evaluation.to_dict() | data.watch.records(watched))  # so that all ranks decide the same

@@ -25,6 +25,7 @@ from cliptune.model.self_test import TEXTS
 from cliptune.results import RECALL_KEYS
 from cliptune.runs.model import make_model
 from cliptune.training import memory
+from cliptune.training.average import WeightAverage
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
 from evaluation import Evaluation, evaluate
@@ -113,6 +114,7 @@ SETTINGS = {
     "image frozen": ["--freeze_tower", "image", "--augment", "color", "--feature_views", "2"],
     "both frozen": ["--freeze_backbone", "--augment", "crop", "--feature_views", "2"],
     "siglip": ["--loss", "siglip", "--positives", "caption"],
+    "averaged": ["--ema", "0.5"],
     "many states": ["--checkpoint_every", "4", "--keep_checkpoints", "9", "--profile", "2", "--log_interval", "3"],
 }
 
@@ -190,6 +192,34 @@ def stopped_in_validation(run: Broken) -> None:
     assert steps == [6, 7, 8, 9, 10, 11]
 
 
+def stopped_while_the_average_is_put_in_and_taken_out(run: Broken) -> None:
+    """Half of the weights are the average then, and the others are not."""
+
+    class Average(dict[str, torch.Tensor]):
+        swaps = 0.0
+        """Still to be seen before the signal."""
+
+        def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+            super().__setitem__(name, tensor)
+            before, Average.swaps = Average.swaps, Average.swaps - 1 / len(self)
+            if Average.swaps <= 0 < before:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    made = WeightAverage.__init__
+
+    def make(self: WeightAverage, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.tensors = Average(self.tensors)
+
+    run.patch.setattr(WeightAverage, "__init__", make)
+    # in and out to evaluate the model as loaded, in and out to save it, then in to evaluate epoch 1
+    Average.swaps = 4.5
+    assert run.start() == 143
+    Average.swaps = 1.5  # the evaluation comes again, and then out
+    assert run.resume() == 143
+    assert run.resume() == 0
+
+
 def last_file_damaged(run: Broken) -> None:
     """The newest state that is intact is taken, and nothing else reads the damaged one."""
     signal_at(run.patch, {5: signal.SIGTERM})
@@ -256,6 +286,7 @@ def resumed_from_a_copy(run: Broken) -> None:
         ("both frozen", stopped_by_signals),
         ("augmented", stopped_in_validation),
         ("siglip", stopped_by_signals),
+        ("averaged", stopped_while_the_average_is_put_in_and_taken_out),
         ("augmented", last_file_damaged),
         ("augmented", disk_full),
         ("augmented", stopped_by_signals_in_background),
