@@ -253,9 +253,9 @@ def _fit(
     every = settings.validate_every
     validation = Interval(every_steps=steps_of(every), every_seconds=seconds_of(every))
     batches: Iterator[Any] | None = None
-    profiler = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
+    profiling = step_profiler(config.run.profile if is_main() else 0, journal.files.trace, device)
     trainer.interruptible = stop.within_step
-    with stop, journal, saver.of_run(state), profiler:
+    with stop, journal, saver.of_run(state), profiling as profiler:
         try:
             # epoch 0 is the model as loaded: no step, and an evaluation that the others are compared with
             while (ending := state.ending(*limits)) is None:

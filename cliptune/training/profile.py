@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ KINDS = (
 )
 
 
-def step_profiler(num_steps: int, path: Path, device: torch.device) -> torch.profiler.profile:
-    """Make a profiler of some steps, to enter around them and to call `step` after each.
+@contextmanager
+def step_profiler(num_steps: int, path: Path, device: torch.device) -> Iterator[torch.profiler.profile]:
+    """Give a profiler of some steps within the block, whose `step` is called after each.
 
-    When it has them, or when it is left, it writes the trace and logs where the time went.
+    When it has them, or when the block ends, it writes the trace and logs where the time went, or that there was no
+    step to record.
 
     Args:
         num_steps: steps to record, after two others; 0: none.
@@ -45,12 +49,18 @@ def step_profiler(num_steps: int, path: Path, device: torch.device) -> torch.pro
 
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     schedule = torch.profiler.schedule(wait=NUM_BEFORE - 1, warmup=1, active=max(num_steps, 1), repeat=1)
-    return torch.profiler.profile(
+    with torch.profiler.profile(
         activities=activities,
         schedule=schedule if num_steps else lambda _: torch.profiler.ProfilerAction.NONE,
         on_trace_ready=write,
         acc_events=True,
-    )
+    ) as profiler:
+        yield profiler
+    if num_steps and profiler.step_num <= NUM_BEFORE:
+        logger.warning(
+            "--profile recorded nothing: the first %d steps are not recorded, and this start had %s",
+            NUM_BEFORE, count(profiler.step_num, "step"),
+        )  # fmt: skip
 
 
 def _fractions(profiler: torch.profiler.profile, *, on_gpu: bool) -> dict[str, float]:

@@ -33,9 +33,15 @@ def test_a_profile_is_of_the_steps_after_the_first_two(
     assert str(path) in message
 
 
-@pytest.mark.parametrize(("num_steps", "steps"), [(2, 1), (2, 2), (0, 5)])
-def test_too_few_steps_leave_no_profile(num_steps: int, steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "steps", "told"), [(2, 0, "0 steps"), (2, 1, "1 step"), (2, 2, "2 steps"), (0, 5, "")]
+)
+def test_too_few_steps_leave_no_profile_and_this_is_said(
+    num_steps: int, steps: int, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with step_profiler(num_steps, tmp_path / "trace.json", CPU) as profiler:
         for _ in range(steps):
             profiler.step()
     assert list(tmp_path.iterdir()) == []
+    said = f"--profile recorded nothing: the first 2 steps are not recorded, and this start had {told}"
+    assert [record.getMessage() for record in caplog.records] == ([said] if told else [])
