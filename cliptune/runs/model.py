@@ -111,6 +111,7 @@ def place_model(
     Returns:
         What runs it in several ranks, and how many pairs a rank has in memory at once; None: all of its part.
     """
+    _tell_unused(config, model)
     if precision.dtype is None and device.type == "cuda":
         logger.info("precision fp32: in training, products in the towers round their factors to TF32, of 10 bits")
     began = None if resumed is None else resumed.content.get("compiled")
@@ -131,3 +132,18 @@ def place_model(
     runner = parallel_model(model, config.run.parallel, device)
     model.train(model.training)  # and on its being sharded
     return runner, size
+
+
+def _tell_unused(config: Config, model: Any) -> None:
+    """Say which settings change nothing in this run."""
+    settings = config.training
+    if config.run.parallel == "fsdp" and world_size() == 1:
+        logger.info("--parallel fsdp: there is one rank, so nothing is sharded; torchrun starts several")
+    if settings.backbone_lr_scale is not None and len(model.frozen_towers) == 2:
+        logger.info(
+            "--backbone_lr_scale %g: both towers are frozen, so nothing trains at its rate", settings.backbone_lr_scale
+        )
+    if settings.gradient_checkpointing and runs_no_tower(config, model):
+        logger.info(
+            "--gradient_checkpointing: both towers are frozen and their outputs cached, so no step runs a layer"
+        )

@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from clip_model import CLIPModel
+from cliptune.cli import load_config
 from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.runs.model import place_model
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.state import RunState
+from tests.helpers.models import FP32, small_architectures
 from tests.helpers.runs import SMALL, assert_same_runs, lines_of, signal_at
 from train import main
+
+__all__ = ["small_architectures"]
 
 LORA = ["--lora_rank", "2", "--lora_alpha", "4"]
 EMA = ["--ema", "0.9"]
@@ -117,6 +122,30 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:  # fmt: skip
     assert main(flags_for(sample_dir, tmp_path, *flags)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--parallel", "fsdp"], ["--parallel fsdp: there is one rank"]),
+        (["--freeze_backbone", "--backbone_lr_scale", "0.5"], ["--backbone_lr_scale 0.5: both towers are frozen"]),
+        (["--freeze_backbone", "--gradient_checkpointing"], ["--gradient_checkpointing: both towers are frozen"]),
+        (["--freeze_backbone", "--gradient_checkpointing", "--feature_views", "0"], []),
+        (["--freeze_tower", "text", "--gradient_checkpointing", "--backbone_lr_scale", "0.5"], []),
+    ],
+    ids=" ".join,
+)
+def test_settings_that_change_nothing_are_named(
+    flags: list[str], told: list[str], small_architectures: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = load_config(["--model_name", "ViT-Mini", "--micro_batch_size", "4", *flags], description="").config
+    settings = config.model
+    model = CLIPModel(settings.name, None, settings.freeze_backbone, "none", freeze_tower=settings.freeze_tower)
+    place_model(config, model, precision=FP32, device=torch.device("cpu"), num_samples=10)
+    found = [record.getMessage() for record in caplog.records if record.getMessage().startswith("--")]
+    assert len(found) == len(told)
+    assert all(message.startswith(begins) for message, begins in zip(found, told, strict=True))
 
 
 def test_a_checkpoint_without_its_adapters_is_refused(
