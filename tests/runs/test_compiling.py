@@ -105,6 +105,17 @@ def test_what_never_runs_is_not_compiled(caplog: pytest.LogCaptureFixture) -> No
     assert "towers are not compiled: both are frozen, and their outputs cached" in caplog.text
 
 
+def test_frozen_towers_that_are_sharded_run_in_every_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their outputs are not cached, so micro-batches are chosen, too, see `place_model`."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(compiling, "world_size", lambda: 2)
+    assert choose("--compile", "--freeze_backbone", "--parallel", "fsdp")
+    assert "outputs cached" not in caplog.text
+    assert not choose("--compile", "--freeze_backbone")
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     ((), "; the first step waits for it"),
     (("--gradient_checkpointing",), "; block by block, since checkpointing repeats them one by one"),
