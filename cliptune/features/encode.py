@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from cliptune.runtime.device import (
     Precision,
     autocast,
     default_num_workers,
+    exact_products,
     is_out_of_memory,
     release_memory,
     to_device,
@@ -218,8 +220,14 @@ class Encoder:
 
     def _run(self, run: Run, inputs: Tensor) -> Tensor:
         try:
+            # PyTorch lets convolutions on an NVIDIA GPU, a ResNet's, round their factors to 10 bits by default
+            is_exact = self.precision.dtype is None
             # not inference_mode: FSDP's buffers would be unfit for training afterwards
-            with torch.no_grad(), autocast(self.model.device, self.precision):
+            with (
+                torch.no_grad(),
+                autocast(self.model.device, self.precision),
+                exact_products() if is_exact else nullcontext(),
+            ):
                 return run(inputs)
         except Exception as error:
             # the ranks of a sharded model must run it equally often

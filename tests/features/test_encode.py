@@ -62,6 +62,31 @@ def test_a_gpu_runs_more_at_once(device: str, precision: Precision, batch_size: 
     assert (encoder.images_at_once, encoder.texts_at_once) == (images, texts)
 
 
+@pytest.mark.parametrize(("precision", "is_exact"), [(FP32, True), (BF16, False)])
+def test_float32_has_all_its_bits_whatever_is_allowed(
+    precision: Precision, is_exact: bool, few_pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU PyTorch allows TF32 for convolutions by default, and somebody may have allowed it for products."""
+    encoder = encoder_of(make_model(SMALL_RESNET.name), precision=precision)
+    allowed = []
+    run = encoder.model.run_image_tower
+
+    def noted(images: Tensor) -> Tensor:
+        allowed.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() != "highest"))
+        return run(images)
+
+    monkeypatch.setattr(encoder.model, "run_image_tower", noted)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        encode_pairs(encoder, few_pairs)
+    finally:
+        after = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(before)
+    assert set(allowed) == {(not is_exact, not is_exact)}
+    assert (after, torch.backends.cudnn.allow_tf32) == ("high", True)
+
+
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_that_come_in_pieces_are_the_same_batches(
     few_pairs: Pairs, num_workers: int, monkeypatch: pytest.MonkeyPatch
