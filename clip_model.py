@@ -87,7 +87,7 @@ class CLIPModel(nn.Module):
     ) -> None:
         super().__init__()
         self.frozen_towers = _frozen_towers(freeze_backbone, freeze_tower)
-        self.is_compiled = False
+        self._wants_compiled = False
         self.lora: LoRA | None = None
         self.trained_part = ""
         weights = find_weights(model_name, pretrained, activation=activation)
@@ -199,6 +199,11 @@ class CLIPModel(nn.Module):
         )
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether its towers are compiled in training; no longer once the compiler has failed on them."""
+        return self._wants_compiled and not self.backbone.compiler_has_failed
+
+    @property
     def projection_dim(self) -> int:
         """Size of the shared space."""
         return self.image_projection.out_features
@@ -291,7 +296,7 @@ class CLIPModel(nn.Module):
 
     def compile_towers(self) -> None:
         """Use `torch.compile` for both towers in training, see `towers.set_compiled`; the first step takes longer."""
-        self.is_compiled = True
+        self._wants_compiled = True
         self.train(self.training)
 
     def checkpoint_gradients(self) -> None:

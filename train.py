@@ -309,6 +309,7 @@ def _evaluate(
     trainer.settle()
     means = state.train_means(steps_per_epoch=len(data.loader))
     journal.begin_validation()
+    journal.note_precision(_precision_of(trainer))  # in the steps before, the compiler may have failed
     state.wall_time.enter("validation")
     # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again; only inside, since
     # weights of which some are swapped with their average would be saved like this
@@ -439,7 +440,7 @@ def _open_journal(
         validate_every_seconds=seconds_of(settings.validate_every),
     )  # fmt: skip
     peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
-    precision = trainer.grad_cache.precision.name + (", compiled" if model.is_compiled else "")
+    precision = _precision_of(trainer)
     about = {
         "run_id": run_id,
         "config": config.model_dump(),
@@ -485,6 +486,10 @@ def _open_journal(
         ),
     )
     return journal
+
+
+def _precision_of(trainer: MultimodalTrainer) -> str:
+    return trainer.grad_cache.precision.name + (", compiled" if trainer.model.is_compiled else "")
 
 
 if __name__ == "__main__":

@@ -190,6 +190,10 @@ class Journal:
         self._validation_at = time.monotonic()
         self._train_seconds = self._validation_at - self._epoch_at
 
+    def note_precision(self, precision: str) -> None:
+        """Let the results say what the towers run in from here on."""
+        self.about["run"] = self.about["run"].model_copy(update={"precision": precision})
+
     def log_evaluation(self, state: RunState, *, improved: bool) -> None:
         """Tell of an evaluation, and of what its numbers say about the run."""
         self._validation_seconds = time.monotonic() - self._validation_at

@@ -175,6 +175,23 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
     assert "precision" not in capsys.readouterr().out  # on a CPU `auto` never compiles
 
 
+@pytest.mark.slow
+def test_a_run_whose_compiler_fails_does_not_say_that_it_is_compiled(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise torch._dynamo.exc.InternalTorchDynamoError("Triton is missing")
+
+    small.setattr(towers, "WHOLE_ON", {"cpu"})
+    small.setattr(modules, "_program", lambda function: broken)
+    flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--precision", "fp32"]
+    assert main([*flags, "--num_epochs", "1", "--compile"]) == 0
+    assert "compiled" not in capsys.readouterr().out
+    results = json.loads((tmp_path / "results" / "training_results.json").read_text())
+    assert results["run"]["precision"] == "fp32"
+    assert load_checkpoint(tmp_path / "model-checkpoint" / "last_model.pth")["compiled"] is False
+
+
 def test_what_is_compiled_goes_by_what_is_done_to_the_model_after_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(towers, "WHOLE_ON", {"cpu"})
     for flags, is_whole in (((), True), (("--gradient_checkpointing",), False)):
