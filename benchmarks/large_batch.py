@@ -79,7 +79,7 @@ class Costs(NamedTuple):
     pair_bytes: float
     """Bytes a pair of a micro-batch takes until its gradient is there."""
     pixel_bytes: int
-    """Bytes of a picture's pixels."""
+    """Bytes of an image's pixels."""
 
     def seconds(self, batch: int, micro: int) -> float:
         """Time of a step: all micro-batches but the last run forwards twice, a third of forwards and backwards."""
@@ -154,7 +154,7 @@ def build_trainer(name: str, batch: int, options: Namespace, micro: int | str) -
 
 
 def make_batch(name: str, size: int, *, pin_memory: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Make pictures of noise, and the sample data's captions."""
+    """Make images of noise, and the sample data's captions."""
     resolution = ARCHITECTURES[name].image_resolution
     captions = [texts[0] for _, texts in distinct_scenes(64)]
     tokens, _ = tokenize([captions[number % len(captions)] for number in range(size)])
@@ -165,17 +165,21 @@ def make_batch(name: str, size: int, *, pin_memory: bool = False) -> tuple[Tenso
 def measure(name: str, batch: int, options: Namespace) -> Point:
     """Take steps of a batch in turns with plain ones."""
     trainer = build_trainer(name, batch, options, options.micro_batch_size)
-    micro = min(trainer.grad_cache.size or batch, batch)
     is_gpu = trainer.model.device.type == "cuda"
-    large, small = (make_batch(name, size, pin_memory=is_gpu) for size in (batch, micro))
-    trainer.train_step(*small)
-    if is_gpu:  # so that no turn chooses kernels
+    large = make_batch(name, batch, pin_memory=is_gpu)
+    if is_gpu:  # so that no turn chooses kernels; where memory runs out, micro-batches are smaller from here on
         trainer.train_step(*large)
+    micro = min(trainer.grad_cache.size or batch, batch)
+    small = make_batch(name, micro, pin_memory=is_gpu)
+    trainer.train_step(*small)
     cases = {"plain": lambda: trainer.train_step(*small), "batch": lambda: trainer.train_step(*large)}
     timings = take_turns(cases, repeats=options.repeats, warmup=0, device=options.device)
     most = torch.cuda.max_memory_reserved() if is_gpu else peak()
-    found = trainer.grad_cache.size or batch  # smaller than at first where memory ran out in a step
-    return Point(batch, timings["batch"].seconds, timings["plain"].seconds, most, min(found, micro))
+    if min(trainer.grad_cache.size or batch, batch) != micro:
+        raise RuntimeError(
+            f"memory ran out in a step that was timed, of micro-batches of {micro}: close other programs"
+        )
+    return Point(batch, timings["batch"].seconds, timings["plain"].seconds, most, micro)
 
 
 def measure_costs(name: str, options: Namespace) -> Costs:

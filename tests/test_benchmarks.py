@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +203,32 @@ def test_losses_are_those_of_a_plain_loop(sample_dir: Path, tmp_path: Path) -> N
     assert [len(run["ours"]) for run in runs] == [10, 5]
     assert all(run["largest_difference"] < 1e-5 for run in runs)
     assert runs[0]["plain"][0] != runs[0]["plain"][-1]
+
+
+@pytest.mark.parametrize("full_at", [1, 2])
+def test_a_batch_that_does_not_fit_is_compared_with_plain_steps_of_as_many_pairs_as_do(
+    full_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is timed, that is: afterwards the turns are not of one thing."""
+    cache, taken = SimpleNamespace(size=8), []
+
+    def train_step(images: torch.Tensor, *_: torch.Tensor) -> None:
+        taken.append(len(images))
+        if taken.count(16) == full_at and len(images) == 16:
+            cache.size = 4  # memory has run out
+
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(device=torch.device("cuda")), grad_cache=cache, train_step=train_step
+    )
+    monkeypatch.setattr(large_batch, "build_trainer", lambda *_: trainer)
+    monkeypatch.setattr(large_batch, "make_batch", lambda _, size, **options: 3 * (torch.zeros(size),))
+    options = Namespace(micro_batch_size="auto", repeats=2, device="cpu")
+    if full_at > 1:
+        with pytest.raises(RuntimeError, match="memory ran out in a step that was timed, of micro-batches of 8"):
+            large_batch.measure("ViT-Ti/32", 16, options)
+        return
+    assert large_batch.measure("ViT-Ti/32", 16, options).micro == 4
+    assert taken == [16, 4, 4, 16, 4, 16]
 
 
 @pytest.mark.slow
