@@ -309,7 +309,7 @@ class CLIPModel(nn.Module):
 
         Args:
             images: pixels `[B, 3, R, R]`, uint8, or float and normalised; or the image tower's output `[B, embed_dim]`.
-            tokens: int `[B, 77]`, or what the text tower makes of them, float `[B, embed_dim]`.
+            tokens: int `[B, L]`, or what the text tower makes of them, float `[B, embed_dim]`.
 
         Returns:
             `(image_features [B, D], text_features [B, D])`, both unit-norm float32.
@@ -330,7 +330,7 @@ class CLIPModel(nn.Module):
         return output
 
     def run_text_tower(self, tokens: Tensor) -> Tensor:
-        """Turn tokens, int `[B, 77]`, into the text tower's output `[B, embed_dim]`."""
+        """Turn tokens, int `[B, L]`, into the text tower's output `[B, embed_dim]`."""
         output: Tensor = self.backbone.encode_text(tokens)
         return output
 

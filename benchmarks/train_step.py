@@ -1,4 +1,4 @@
-"""One training step of ours against what a user would pick instead, turn by turn on the same pictures and captions.
+"""One training step of ours against what a user would pick instead, turn by turn on the same images and captions.
 
 python benchmarks/train_step.py --captions data/data.json --json step.json
 
