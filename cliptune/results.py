@@ -237,6 +237,8 @@ class TrainingResults(Results):
     best_epoch: Place
     baseline: Metrics
     histograms: RunHistograms
+    num_skipped_steps: Count = 0
+    """Steps that changed no weight, since their loss or gradient was not finite."""
     peak_memory_gb: dict[str, Number] = {}
     wall_time: WallTime | None = None
     config: RecordedConfig
