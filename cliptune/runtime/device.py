@@ -113,12 +113,19 @@ def without_autocast(device: torch.device, precision: Precision) -> AbstractCont
 
 def compiler_issue(device: torch.device) -> str | None:
     """Say why `torch.compile` does not work here (it needs a C++ compiler, or Triton on a GPU); None: it does."""
+    # imported with the compiler, it warns of a CUDA without a GPU; for another device that is nothing to tell
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    level = extensions.level
+    if device.type != "cuda":
+        extensions.setLevel(logging.ERROR)
     try:
         x = torch.ones(2, device=device, requires_grad=True)
         with torch.enable_grad():
             torch.compile(_double)(x).sum().backward()
     except Exception as error:  # compilers fail in many ways
         return (str(error).strip() or type(error).__name__).splitlines()[0]
+    finally:
+        extensions.setLevel(level)
     return None
 
 

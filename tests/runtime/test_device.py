@@ -1,3 +1,4 @@
+import logging
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cliptune.runtime.device import (
+    compiler_issue,
     default_num_workers,
     exact_products,
     is_out_of_memory,
@@ -84,6 +86,29 @@ def test_full_memory_is_known_by_its_error(kind: type[Exception]) -> None:
     ]
     assert all(is_out_of_memory(kind(message)) for message in messages)
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize(("device", "num_lines"), [("cpu", 0), ("cuda", 1)])
+def test_a_compiler_for_the_cpu_says_nothing_of_cuda(
+    device: str, num_lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PyTorch warns when it looks for CUDA, which it does as the compiler is imported."""
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+
+    def compiled(function: Any) -> Any:
+        extensions.warning("No CUDA runtime is found, using CUDA_HOME='/usr/local'")
+        return function
+
+    monkeypatch.setattr("torch.compile", compiled)
+
+    def ones_here(*shape: int, device: torch.device, **options: Any) -> torch.Tensor:
+        return torch.zeros(*shape, **options)
+
+    monkeypatch.setattr("torch.ones", ones_here)
+    assert compiler_issue(torch.device(device)) is None
+    assert len(caplog.records) == num_lines
+    extensions.warning("told")
+    assert caplog.messages[-1] == "told"
 
 
 def test_workers_leave_the_cores_to_training_on_the_cpu() -> None:
