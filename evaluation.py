@@ -54,6 +54,7 @@ from cliptune.runs.evaluation import (
     record_of,
     with_and_without,
 )
+from cliptune.runs.info import command_line, run_info
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.distributed import is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.logs import setup_logging
@@ -103,7 +104,7 @@ def _evaluate_checkpoints(argv: list[str] | None) -> int:
         records: list[EvaluationRecord] = []
         classified: list[Classification] = []
         for candidate in candidates:
-            encoder, run = _load(candidate, settings, command=results.command_line("evaluation.py", argv))
+            encoder, run = _load(candidate, settings, command=command_line("evaluation.py", argv))
             for chosen, task in zip(sets, tasks, strict=True):
                 if task is not None:
                     classified.append(classify_set(encoder, chosen, task, (candidate, run), note=skipped.note))
@@ -142,7 +143,7 @@ def _load(candidate: Candidate, settings: EvaluationSettings, *, command: str) -
         model, ImageTextDataset, precision=precision, batch_size=settings.encode_batch_size,
         num_workers=settings.num_workers,
     )  # fmt: skip
-    run = results.run_info(
+    run = run_info(
         command=command,
         device=device,
         precision=precision.name,

@@ -31,11 +31,9 @@ import torch
 from torch import nn
 
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test, self_tester
-from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshots
 from cliptune.features.retrieval import Retrieval
 from cliptune.language.catalogue import language_of
-from cliptune.results import command_line, run_info
 from cliptune.runs.copies import copy_finder, main_finds_copies
 from cliptune.runs.data import (
     RunData,
@@ -48,12 +46,13 @@ from cliptune.runs.data import (
 )
 from cliptune.runs.folds import Part, begin_log, folds_started, run_folds
 from cliptune.runs.interpolation import look_back
+from cliptune.runs.journal import open_journal, precision_of
 from cliptune.runs.loss import make_losses, start_bias
 from cliptune.runs.model import find_run_weights, make_model, place_model
 from cliptune.runs.other_data import Anew, go_on_with_other_data
 from cliptune.runs.recipe import apply_recipe
 from cliptune.runs.report import leave_report
-from cliptune.runs.saving import make_saver, works_in_background
+from cliptune.runs.saving import make_saver
 from cliptune.runs.start import Resumed, about_run, open_run, set_aside_earlier_run
 from cliptune.runs.verdict import add_evaluation, judge, open_retrieval, run_test
 from cliptune.runs.watch import watching
@@ -61,21 +60,20 @@ from cliptune.runtime.device import Precision, keep_freed_memory, resolve_precis
 from cliptune.runtime.distributed import broadcast, is_main, main_first, process_group, rank_device, world_size
 from cliptune.runtime.environment import process_start
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count, printable
+from cliptune.runtime.messages import printable
 from cliptune.runtime.rng import seed_everything
 from cliptune.runtime.signals import StopSignals
 from cliptune.runtime.stopping import KilledWorkerError, Stopped
 from cliptune.training import optim
-from cliptune.training.advice import held_random_start, long_warmup, small_validation, unusual_tower_rate
 from cliptune.training.gradcache import explained_out_of_memory
 from cliptune.training.intervals import Interval, items_until
-from cliptune.training.journal import Journal, RunPlan, describe_model
+from cliptune.training.journal import Journal
 from cliptune.training.meters import StepWatch
 from cliptune.training.profile import step_profiler
 from cliptune.training.run_models import settle_models, verify_best
 from cliptune.training.saver import Saver
 from cliptune.training.state import RunState
-from cliptune.training.tracking import Tracker, tracking
+from cliptune.training.tracking import tracking
 from data_loader import ImageTextDataset
 from evaluation import evaluate
 from visualization import draw_figures
@@ -156,7 +154,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
             )
         else:  # no image is left to evaluate on: the folds have told
             retrieval, data = None, whole.validates(data, state)
-        journal = _open_journal(config, trainer, data, saver, tracker=tracker, state=state, argv=argv, part=part)
+        journal = open_journal(config, trainer, data, saver, tracker=tracker, state=state, argv=argv, part=part)
         if is_main() and (part is None or part.advises):
             journal.advise(
                 **odd_data(
@@ -309,7 +307,7 @@ def _evaluate(
     trainer.settle()
     means = state.train_means(steps_per_epoch=len(data.loader))
     journal.begin_validation()
-    journal.note_precision(_precision_of(trainer))  # in the steps before, the compiler may have failed
+    journal.note_precision(precision_of(trainer))  # in the steps before, the compiler may have failed
     state.wall_time.enter("validation")
     # a signal leaves the state as it is before the evaluation, and a resumed run evaluates it again; only inside, since
     # weights of which some are swapped with their average would be saved like this
@@ -414,82 +412,6 @@ def _begin(
         return state, None
     open_model = partial(_open_model, device=trainer.model.device)
     return state, go_on_with_other_data(state, saver, data, changed=changed, open_model=open_model)
-
-
-def _open_journal(
-    config: Config,
-    trainer: MultimodalTrainer,
-    data: RunData,
-    saver: Saver,
-    *,
-    tracker: Tracker,
-    state: RunState,
-    argv: list[str] | None,
-    part: Part | None,
-) -> Journal:
-    """Open what tells people of the run; say what will be trained on what, and what is unusual about it."""
-    model, settings, run_id = trainer.model, config.training, saver.about["run_id"]
-    steps = len(data.loader)
-    warmup_steps = optim.num_warmup_steps(settings.num_epochs * steps, settings.warmup_fraction)
-    is_pretrained = not model.starts_random and model.projection_dim == model.architecture.embed_dim
-    whole = None if part is None else part.whole
-    plan = RunPlan(
-        settings.num_epochs if whole is None else whole.length, steps,
-        len(data.loader.dataset), settings.batch_size, warmup_steps, is_pretrained,
-        is_softmax=settings.loss == "infonce", validate_every_steps=steps_of(settings.validate_every),
-        validate_every_seconds=seconds_of(settings.validate_every),
-    )  # fmt: skip
-    peaks = optim.peak_rates(model, learning_rate=settings.learning_rate, backbone_lr_scale=settings.backbone_lr_scale)
-    precision = _precision_of(trainer)
-    about = {
-        "run_id": run_id,
-        "config": config.model_dump(),
-        "run": run_info(
-            command=command_line("train.py", argv),
-            device=model.device,
-            precision=precision,
-            world_size=world_size(),
-            model_name=model.architecture.name,
-            model_settings=model.architecture.to_dict(),
-        ),
-        "schedule": optim.schedule_points(
-            total_steps=settings.num_epochs * steps, warmup_fraction=settings.warmup_fraction, peaks=peaks
-        ),
-    }
-    journal = Journal(
-        saver.files, state, plan=plan, watch=trainer.watch, about=about, device=model.device,
-        interval=config.run.log_interval, tracker=tracker, in_background=works_in_background(model.device),
-    )  # fmt: skip
-    train, val = data.train, data.val
-    extent = f"in {len(train.shards)} shards" if isinstance(train, Shards) else f"({train.num_pairs} pairs)"
-    logger.info("run %s: model %s", run_id[:8] or "without id", describe_model(model))
-    logger.info(
-        "data %s: %d training images %s, %d validation images (%d pairs)",
-        config.data.data_dir, len(train), extent, len(val), val.num_pairs,
-    )  # fmt: skip
-    logger.info("device %s, precision %s, %s", model.device, precision, count(data.num_workers, "loader worker"))
-    if world_size() > 1:
-        logger.info("%d ranks (%s), each with its part of a batch", world_size(), config.run.parallel)
-    frozen = f" ({' and '.join(model.frozen_towers)} frozen)" if model.frozen_towers else ""
-    logger.info("peak rates: %s%s", optim.describe_rates(trainer.optimizer), frozen)
-    is_odd_rate_usual = model.starts_random or len(model.frozen_towers) == 2 or model.lora is not None
-    journal.advise(
-        small_validation=small_validation(len(val)) if part is None else None,
-        long_warmup=long_warmup(
-            warmup_steps=warmup_steps,
-            total_steps=settings.num_epochs * steps,
-            patience_steps=settings.early_stopping_patience * min(steps, steps_of(settings.validate_every) or steps),
-        ),
-        tower_rate=None if is_odd_rate_usual else unusual_tower_rate(peaks[1]),
-        held_random_start=held_random_start(
-            starts_random=model.starts_random, is_held=bool(config.model.lora_rank or config.model.train_layers)
-        ),
-    )
-    return journal
-
-
-def _precision_of(trainer: MultimodalTrainer) -> str:
-    return trainer.grad_cache.precision.name + (", compiled" if trainer.model.is_compiled else "")
 
 
 if __name__ == "__main__":

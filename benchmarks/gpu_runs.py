@@ -172,7 +172,7 @@ def write_weights(path: Path, name: str) -> None:
 def fp16(options: Namespace) -> None:
     """Train in fp16 with the scaler."""
     records = train(options, options.work / "fp16", make_images(options, 1000), ["--precision", "fp16"])
-    skipped = sum(record["loss"] is None for record in records)
+    skipped = sum(record.get("skipped", False) for record in records)
     tell(
         Row("fp16 with the scaler: steps skipped", 100 * skipped / len(records), "%", must=15, higher=False, check=True)
     )

@@ -6,13 +6,10 @@ kept as they are, so a file of a later version can be read.
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -31,13 +28,8 @@ from cliptune.recorded import (
     WatchedResult,
     WatchedVerdict,
 )
-from cliptune.runtime.environment import device_name, git_commit, package_versions
 from cliptune.runtime.files import read_json_object, write_json
-from cliptune.runtime.messages import shorten
 from cliptune.schema_issues import describe_issue
-
-if TYPE_CHECKING:
-    import torch
 
 RECALLS = (1, 5, 10)
 RECALL_KEYS = tuple(f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in RECALLS)
@@ -245,6 +237,8 @@ class TrainingResults(Results):
     best_epoch: Place
     baseline: Metrics
     histograms: RunHistograms
+    num_skipped_steps: Count = 0
+    """Steps that changed no weight, since their loss or gradient was not finite."""
     peak_memory_gb: dict[str, Number] = {}
     wall_time: WallTime | None = None
     config: RecordedConfig
@@ -457,44 +451,3 @@ def write(path: Path, results: Recorded) -> None:
     """Write a results file, which a reader sees whole or not at all; what was not given is left away."""
     # a null that was given (not measured, not ended) is written, a default of this schema is not
     write_json(path, results.model_dump(mode="json", exclude_unset=True))
-
-
-def command_line(stage: str, argv: list[str] | None) -> str:
-    """Return the command that started a stage, as a shell takes it (`argv`: what its `main` was given)."""
-    return shlex.join([stage, *(sys.argv[1:] if argv is None else argv)])
-
-
-def run_info(
-    *,
-    command: str,
-    device: torch.device,
-    precision: str,
-    world_size: int,
-    model_name: str,
-    model_settings: dict[str, Any],
-) -> RunInfo:
-    """Collect what a results file says of its run; takes a few hundredths of a second (Git).
-
-    Args:
-        command: from `command_line`.
-        device: of this process.
-        precision: as resolved, such as `bf16`, or `bf16, compiled`.
-        world_size: processes of the run.
-        model_name: of the model that runs, `model.architecture.name`.
-        model_settings: `model.architecture.to_dict()`.
-    """
-    return RunInfo(
-        versions=package_versions(),
-        python=platform.python_version(),
-        system=platform.platform(),
-        commit=git_commit(),
-        command=command,
-        device=str(device),
-        device_name=device_name(device),
-        precision=precision,
-        world_size=world_size,
-        model_name=shorten(model_name),
-        model_settings={
-            key: shorten(value) if isinstance(value, str) else value for key, value in model_settings.items()
-        },
-    )

@@ -12,7 +12,6 @@ from typing import Any
 
 import pydantic
 import pytest
-import torch
 
 from cliptune import results
 from cliptune.results import (
@@ -20,11 +19,8 @@ from cliptune.results import (
     EpochRecord,
     EvaluationResults,
     Metrics,
-    RunInfo,
     SchedulePoint,
     TrainingResults,
-    command_line,
-    run_info,
 )
 from cliptune.runtime.environment import git_commit
 from tests.helpers.recorded import evaluation_values, training_values
@@ -167,22 +163,6 @@ def test_a_file_of_any_size_is_refused_unread(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such results file: "):
         results.read(tmp_path / "none.json")
-
-
-def test_run_info_says_versions_machine_and_model() -> None:
-    info = run_info(
-        command=command_line("train.py", ["--data_dir", "my data"]),
-        device=torch.device("cpu"),
-        precision="fp32",
-        world_size=2,
-        model_name="RN50",
-        model_settings={"embed_dim": 1024},
-    )
-    assert info.versions["torch"] == torch.__version__.partition("+")[0]
-    assert info.command == "train.py --data_dir 'my data'"
-    assert info.device == "cpu"
-    assert info.device_name
-    assert RunInfo.model_validate(info.model_dump(mode="json")) == info
 
 
 def test_the_commit_is_that_of_the_checkout() -> None:

@@ -505,8 +505,9 @@ def test_an_image_without_numbers_stops_the_run_or_is_skipped(
 
     small.setattr(MultimodalTrainer, "train_step", spoil_step_5)
     code = main(small_flags(sample_dir, tmp_path, "--num_epochs", "1", "--skip_nonfinite", skip))
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert "step 5 has a loss of nan" in error
+    assert [line.get("skipped", False) for line in lines_of(RunFiles(tmp_path).steps)][:5] == [False] * 4 + [True]
     assert re.search(r"samples: .*/images/scene_000\d\d\.png, .* and 7 more\) and changed no weight", error)
     last = load_checkpoint(RunFiles(tmp_path).last)
     assert all(value.isfinite().all() for value in last["model_state_dict"].values())
@@ -516,6 +517,8 @@ def test_an_image_without_numbers_stops_the_run_or_is_skipped(
     else:
         assert (code, last["epoch"]) == (0, 1)
         assert "skipped (1 in a row)" in error
+        assert "\nskipped steps: 1 of 6, whose loss or gradient was not finite\n" in out
+        assert json.loads(RunFiles(tmp_path).results.read_text())["num_skipped_steps"] == 1
 
 
 def cached_files(output_dir: Path) -> list[str]:

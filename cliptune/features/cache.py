@@ -30,7 +30,7 @@ from cliptune.features.tower_outputs import Compute, PairOutputs, TowerOutputs
 from cliptune.preprocess.decode import read_ends
 from cliptune.preprocess.transforms import VERSION as PREPROCESSING_VERSION
 from cliptune.preprocess.transforms import train_transform
-from cliptune.runtime.device import Precision
+from cliptune.runtime.device import Precision, product_precision
 from cliptune.runtime.distributed import any_rank, gather_values, main_first, rank_slice
 from cliptune.runtime.messages import count
 from cliptune.runtime.rng import IntArray
@@ -264,7 +264,7 @@ def tower_key(model: EncodingModel, tower: str, precision: Precision) -> str:
     """Return a hexadecimal digest of all that a tower's output depends on, but for the image or text itself."""
     found = hashlib.sha256()
     architecture = {key: value for key, value in asdict(model.architecture).items() if key != "name"}
-    computed = [precision.name, model.device.type, torch.get_float32_matmul_precision()]
+    computed = [precision.name, model.device.type, product_precision()]
     prepared = [PREPROCESSING_VERSION, PIL.__version__ if tower == "image" else None]
     found.update(json.dumps([tower, architecture, computed, prepared], sort_keys=True).encode())
     for name, value in sorted(model.tower_state(tower).items()):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cliptune.model.bounds import check_size_on_disk
 from cliptune.model.checkpoint_file import load_tensors
+from cliptune.runtime.files import read_json_object
 from cliptune.runtime.messages import first_few, shown
 
 _NAMES = (
@@ -88,10 +89,14 @@ def _sentence_transformers_folder(folder: Path) -> Path | None:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = read_json(index).get("weight_map")
-    listed = list(names.values()) if isinstance(names, dict) else []
+    if (size := index.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{index}: not an index of shards: it has {size / 1e6:,.0f} MB")
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: not an index of shards: it has no weight_map")
+    listed = list(names.values())
     if not listed or any(not isinstance(name, str) or Path(name).name != name for name in listed):
-        raise ValueError(f"{index}: damaged: it lists no files of its folder under weight_map")
+        raise ValueError(f"{index}: not an index of shards: its weight_map lists no files of its folder")
     tensors: dict[str, Tensor] = {}
     files = sorted(set(listed))
     for name in files:

@@ -142,14 +142,27 @@ def _fonts_for(text: str) -> tuple[set[int], list[str]]:
     missing = set(map(ord, text)) - default.get_charmap().keys()
     if not missing:
         return missing, families
-    _add_new_fonts()
-    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    for name in filter(paths.get, CJK_FONTS):
-        with suppress(OSError, RuntimeError):  # matplotlib's list of fonts is cached: it may be gone since
-            found = font_manager.get_font(paths[name]).get_charmap().keys()
-            families += [] if missing.isdisjoint(found) else [name]
-            missing -= found
-    return missing, families
+    found, left = _known_fonts(missing)
+    if left:
+        _add_new_fonts()
+        found, left = _known_fonts(missing)
+    return left, families + found
+
+
+def _known_fonts(letters: set[int]) -> tuple[list[str], set[int]]:
+    """Return fonts of matplotlib's list that have these letters, and the letters that none of them has."""
+    from matplotlib import font_manager  # noqa: PLC0415  (as above)
+
+    families, left = [], set(letters)
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    for name in filter(known.__contains__, CJK_FONTS):
+        with suppress(OSError, RuntimeError, ValueError):  # matplotlib's list is cached: a font may be gone since
+            # of a family's faces the one that will draw: an italic or a bold one may have other letters
+            face = font_manager.findfont(font_manager.FontProperties(family=name), fallback_to_default=False)
+            has = font_manager.get_font(face).get_charmap().keys()
+            families += [] if left.isdisjoint(has) else [name]
+            left -= has
+    return families, left
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cliptune.runtime.device import product_precision
 from cliptune.settings import Config, seconds_of, steps_of
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.saver import Saver
@@ -17,7 +18,7 @@ def works_in_background(device: torch.device) -> bool:
     The self-test of a checkpoint then leaves settings of the process alone, so somebody who has lowered the precision
     of all products has them written in place.
     """
-    return device.type == "cuda" and torch.get_float32_matmul_precision() == "highest"
+    return device.type == "cuda" and product_precision() == "highest"
 
 
 def make_saver(

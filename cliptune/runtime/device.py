@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,12 +113,19 @@ def without_autocast(device: torch.device, precision: Precision) -> AbstractCont
 
 def compiler_issue(device: torch.device) -> str | None:
     """Say why `torch.compile` does not work here (it needs a C++ compiler, or Triton on a GPU); None: it does."""
+    # imported with the compiler, it warns of a CUDA without a GPU; for another device that is nothing to tell
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    level = extensions.level
+    if device.type != "cuda":
+        extensions.setLevel(logging.ERROR)
     try:
         x = torch.ones(2, device=device, requires_grad=True)
         with torch.enable_grad():
             torch.compile(_double)(x).sum().backward()
     except Exception as error:  # compilers fail in many ways
         return (str(error).strip() or type(error).__name__).splitlines()[0]
+    finally:
+        extensions.setLevel(level)
     return None
 
 
@@ -126,10 +133,47 @@ def _double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
 
 
+CUDNN = "cudnn.conv"
+"""It rounds to TF32 unless somebody says otherwise."""
+EXACT = frozenset({"ieee", "none"})
+"""What the newer API calls full float32."""
+
+
+def product_precision() -> str:
+    """Return what float32 products may be computed in: `highest`, unless somebody has allowed less by either API."""
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it refuses to say, since the newer API was used
+        older = "mixed"
+    if older in {"high", "medium"}:
+        return older
+    said = {name: part.fp32_precision for name, part in _parts().items() if name != CUDNN}
+    return ", ".join(f"{name} {value}" for name, value in said.items() if value not in EXACT) or older
+
+
+def _parts() -> dict[str, Any]:
+    """Return what has a precision of its own in PyTorch's newer API; empty for a version without it."""
+    parts = {}
+    for name in ("cuda.matmul", CUDNN, "mkldnn.matmul", "mkldnn.conv"):
+        backend, operation = name.split(".")
+        part = getattr(getattr(torch.backends, backend), operation, None)
+        if hasattr(part, "fp32_precision"):
+            parts[name] = part
+    return parts
+
+
+def _older_settings() -> tuple[str, bool] | None:
+    """Return what the older API says of products and of cuDNN; None: it refuses, since the newer one was used."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def tf32(device: torch.device) -> Iterator[None]:
     """Let float32 products on an NVIDIA GPU round their factors to TF32, of 10 bits, which is several times as fast."""
-    if device.type != "cuda" or torch.get_float32_matmul_precision() != "highest":
+    if device.type != "cuda" or product_precision() != "highest":
         yield  # there is nothing to allow, or somebody has: of the two ways to say it only one may be used
         return
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -141,15 +185,26 @@ def tf32(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply in full float32, whatever was allowed for training (TF32 and the like)."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """Multiply in full float32, whatever was allowed for training, or by whoever calls (TF32 and the like)."""
+    older, parts = _older_settings(), _parts()
+    before = {name: part.fp32_precision for name, part in parts.items()}
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    # what the older API did not reach; of the rest the newer one would contradict it
+    parts = {name: part for name, part in parts.items() if part.fp32_precision not in EXACT}
+    for part in parts.values():
+        part.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        for name, part in parts.items():
+            part.fp32_precision = "none"  # as its backend's, which it may have been before
+            if part.fp32_precision != before[name]:
+                part.fp32_precision = before[name]
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            torch.backends.cudnn.allow_tf32 = older[1]
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -270,6 +270,7 @@ class Journal:
             "num_texts": best["num_texts"],
             "skipped": best.get("skipped", {}),  # a run of before it was counted may be resumed
             "histograms": {"baseline": baseline["histograms"], "best": best["histograms"]},
+            "num_skipped_steps": self.watch.num_skipped,
             "peak_memory_gb": peak_memory(self.device),
             "wall_time": self._wall_time,
             **self.about,
@@ -296,6 +297,11 @@ class Journal:
         spent = WallTime.model_validate(self._wall_time).sentence()
         if (self.about.get("verdict") or {}).get("split") == "folds":
             spent = f"{spent}, of the last run: what the folds took stands in their results"
+        if self.watch.num_skipped:
+            spent += (
+                f"\nskipped steps: {self.watch.num_skipped:,} of {state.step:,}, whose loss or gradient was not finite"
+            )
+            spent += "; in fp16 that is how the scale of the loss is found" if self.watch.scaled else ""
         if "compiled" in (precision := self.about["run"].precision):  # else the log's first lines have said it
             spent += f"\nprecision: {precision}"
         lines.append(f"\n{spent}\npeak memory: {peak}\nbest model: {best_model}\nresults: {results_file}")
@@ -405,7 +411,7 @@ def describe_model(model: Any) -> str:
 def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
     """Return what `steps.jsonl` holds of a step; JSON has no NaN, so what is not finite is null."""
     loss = record.loss if math.isfinite(record.loss) else None
-    return {
+    line = {
         "step": record.step,
         "epoch": epoch,
         "loss": loss,
@@ -414,6 +420,7 @@ def _line_of(record: StepRecord, epoch: int) -> dict[str, Any]:
         "backbone_learning_rate": record.rates.get("backbone", record.rates.get("lora", 0.0)),
         "seconds": round(record.seconds, 6),
     }
+    return {**line, "skipped": True} if record.is_skipped else line
 
 
 def _drop_later_steps(path: Path, last_step: int) -> None:

@@ -64,6 +64,11 @@ class StepRecord(NamedTuple):
     num_pairs: int
     seconds: float
 
+    @property
+    def is_skipped(self) -> bool:
+        """Whether it changed no weight: its loss or gradient is not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.gradient_norm))
+
 
 class StepWatch:
     """Reads the numbers of steps, some at a time, and ends the run when too many in a row are not finite.
@@ -76,6 +81,9 @@ class StepWatch:
         scaled: losses are scaled, as with float16: an overflow of the gradient alone is how the scale is found.
         interval: steps between two reads on another device than the CPU; each read waits for it.
         name_samples: turns the image ids of a batch into names; None: they are only counted.
+
+    Attributes:
+        num_skipped: non-finite steps of the run, of those that have been read.
     """
 
     def __init__(
@@ -87,7 +95,7 @@ class StepWatch:
         name_samples: Callable[[Tensor], list[str]] | None = None,
     ) -> None:
         self.skip, self.scaled, self.interval, self.name_samples = skip, scaled, interval, name_samples
-        self.num_in_a_row = 0
+        self.num_in_a_row = self.num_skipped = 0
         self._pending: list[tuple[StepResult, Tensor | None, float]] = []
         self._records: list[StepRecord] = []
 
@@ -122,10 +130,11 @@ class StepWatch:
         return records
 
     def _check(self, record: StepRecord, image_ids: Tensor | None) -> None:
-        if math.isfinite(record.loss) and math.isfinite(record.gradient_norm):
+        if not record.is_skipped:
             self.num_in_a_row = 0
             return
         self.num_in_a_row += 1
+        self.num_skipped += 1
         message = self._describe(record, image_ids)
         # a finite loss with an infinite gradient: the scaler halves its scale, and the next step may fit
         overflow = self.scaled and math.isfinite(record.loss)

@@ -206,6 +206,7 @@ class MultimodalTrainer:
             "optimizer_state_dict": whole(self.optimizer.state_dict()),
             "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
+            "num_skipped_steps": self.watch.num_skipped,
             "micro_batch_size": self.grad_cache.size,
             "compiled": self.model.is_compiled,
             "weights_state_dict": {name: state[name] for name in names},
@@ -221,6 +222,7 @@ class MultimodalTrainer:
         if self.scheduler is not None:
             load_scheduler_state(self.scheduler, state["scheduler_state_dict"], step=state["global_step"])
         load_scaler_state(self.scaler, state["scaler_state_dict"])
+        self.watch.num_skipped = state.get("num_skipped_steps", 0)  # a run of before they were counted may be resumed
         if self.average is not None:
             self.average.load_state_dict(state["average_state_dict"])
         self.global_step = state["global_step"]

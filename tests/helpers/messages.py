@@ -60,6 +60,7 @@ NOT_SHOWN = {
     "cliptune/report/recorded_queries.py": ("its parts do not fit",),
     "cliptune/runs/data.py": ("row names", "rows name"),
     "cliptune/runs/folds.py": ("the folds' images are", "(of the best", "no epoch is better"),
+    "cliptune/runs/journal.py": ("in {0} shards",),
     "cliptune/runs/other_data.py": ("the epoch under way", "the next epoch is", "the best model so far"),
     "cliptune/runs/watch.py": (", without {0}",),
     "cliptune/runs/evaluation.py": ("{0}: {1} of the {2} were trained on",),
@@ -76,7 +77,7 @@ NOT_SHOWN = {
     "export.py": ("Quantised graphs", "Logits are scale"),
     "cliptune/training/tracking.py": ("tags.",),
     "search.py": ("the first text takes longer",),
-    "train.py": ("in {0} shards", "it has the length"),
+    "train.py": ("it has the length",),
 }  # fmt: skip
 """How texts begin that end in no error: lines of the log, help, code, prompts, signs that are looked for in errors of
 libraries, notes of an export."""

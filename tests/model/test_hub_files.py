@@ -44,11 +44,22 @@ def test_shards_of_torch_files(peer: HuggingFace, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", ["{}", "[", '{"weight_map": {}}', '{"weight_map": {"a": "../x.bin"}}', '{"weight_map": {"a": ["b"]}}']
+    ("index", "reason"),
+    [
+        ("[", "not valid JSON at line 1, column 2"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "not an index of shards: it has no weight_map"),
+        ('{"weights": {"a": "b.bin"}}', "not an index of shards: it has no weight_map"),
+        ('{"weight_map": ["b.bin"]}', "not an index of shards: it has no weight_map"),
+        ('{"weight_map": {}}', "not an index of shards: its weight_map lists no files of its folder"),
+        ('{"weight_map": {"a": "../x.bin"}}', "not an index of shards: its weight_map lists no files of its folder"),
+        ('{"weight_map": {"a": ["b"]}}', "not an index of shards: its weight_map lists no files of its folder"),
+        (" " * 2**25, "not an index of shards: it has 34 MB"),
+    ],
 )
-def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
+def test_an_index_that_is_none_is_refused_by_what_is_wrong_with_it(index: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: damaged"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json: {reason}"):
         read_weights(tmp_path)
 
 

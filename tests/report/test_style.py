@@ -11,6 +11,7 @@ from matplotlib import font_manager
 
 from cliptune.report import style
 from cliptune.report.bars import evaluation_metrics_figure
+from cliptune.report.style import drawable
 from cliptune.results import EvaluationResults
 from tests.helpers.figures import bars_and_densities, curves, overlaps, title
 from tests.helpers.recorded import evaluation_values, training_values
@@ -21,6 +22,11 @@ def write(folder: Path, results: Any) -> Path:
     path = folder / "results.json"
     path.write_text(json.dumps(results), encoding="utf-8")
     return path
+
+
+def letters_of(family: str, slant: str = "normal") -> set[int]:
+    face = font_manager.findfont(font_manager.FontProperties(family=family, style=slant), fallback_to_default=False)
+    return set(font_manager.get_font(face).get_charmap())
 
 
 def test_letters_that_no_font_has_are_escaped(
@@ -40,17 +46,50 @@ def test_letters_that_no_font_has_are_escaped(
 def test_letters_of_another_font_are_drawn_with_it(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    letters = {
-        name: set(font_manager.get_font(paths[name]).get_charmap()) for name in ("DejaVu Sans", "STIXNonUnicode")
-    }
-    letter = chr(max(letters["STIXNonUnicode"] - letters["DejaVu Sans"]))  # stands for a Chinese one
+    letter = chr(max(letters_of("STIXNonUnicode") - letters_of("DejaVu Sans")))  # stands for a Chinese one
     monkeypatch.setattr(style, "CJK_FONTS", ("No Such Font", "STIXNonUnicode"))
     monkeypatch.setattr("cliptune.report.bars.shown", lambda text, _: text)
     values = training_values()
     values["run"]["model_name"] = letter
     assert title(bars_and_densities(values)).startswith(f"{letter}: ")
     draw_figures(write(tmp_path, values))
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
+
+
+def test_a_letter_that_only_another_face_of_a_font_has_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever face stands last in matplotlib's list, whose order is the file system's."""
+    letter = max(letters_of("STIXNonUnicode", "italic") - letters_of("STIXNonUnicode") - letters_of("DejaVu Sans"))
+    monkeypatch.setattr(style, "CJK_FONTS", ("STIXNonUnicode",))
+    monkeypatch.setattr(style, "_add_new_fonts", lambda: None)
+    for turned in (False, True):
+        faces = sorted(font_manager.fontManager.ttflist, key=lambda font: font.style == "italic", reverse=turned)
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", faces)
+        assert drawable(chr(letter))[0] == ascii(chr(letter))[1:-1]
+
+
+def test_a_font_that_was_installed_after_matplotlib_made_its_list_is_found_once(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letter = chr(max(letters_of("STIXNonUnicode") - letters_of("DejaVu Sans")))
+    installed = font_manager.findfont("STIXNonUnicode")
+    looks: list[str] = []
+
+    def find() -> list[str]:
+        looks.append(installed)
+        return [installed]
+
+    listed = [font for font in font_manager.fontManager.ttflist if font.name != "STIXNonUnicode"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", listed)
+    monkeypatch.setattr(font_manager, "findSystemFonts", find)
+    monkeypatch.setattr(style, "_add_new_fonts", style._add_new_fonts.__wrapped__)
+    monkeypatch.setattr(style, "CJK_FONTS", ("STIXNonUnicode",))
+    monkeypatch.setattr("cliptune.report.bars.shown", lambda text, _: text)
+    assert drawable("é") == ("é", drawable("e")[1])
+    assert looks == []
+    values = training_values()
+    values["run"]["model_name"] = letter
+    draw_figures(write(tmp_path, values))
+    assert looks == [installed]
     assert not [each for each in recwarn if "Glyph" in str(each.message)]
 
 

@@ -1,16 +1,22 @@
+import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cliptune.runtime.device import (
+    compiler_issue,
     default_num_workers,
     exact_products,
     is_out_of_memory,
     peak_memory,
+    product_precision,
     resolve_device,
     resolve_precision,
     tf32,
@@ -82,6 +88,29 @@ def test_full_memory_is_known_by_its_error(kind: type[Exception]) -> None:
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+@pytest.mark.parametrize(("device", "num_lines"), [("cpu", 0), ("cuda", 1)])
+def test_a_compiler_for_the_cpu_says_nothing_of_cuda(
+    device: str, num_lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PyTorch warns when it looks for CUDA, which it does as the compiler is imported."""
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+
+    def compiled(function: Any) -> Any:
+        extensions.warning("No CUDA runtime is found, using CUDA_HOME='/usr/local'")
+        return function
+
+    monkeypatch.setattr("torch.compile", compiled)
+
+    def ones_here(*shape: int, device: torch.device, **options: Any) -> torch.Tensor:
+        return torch.zeros(*shape, **options)
+
+    monkeypatch.setattr("torch.ones", ones_here)
+    assert compiler_issue(torch.device(device)) is None
+    assert len(caplog.records) == num_lines
+    extensions.warning("told")
+    assert caplog.messages[-1] == "told"
+
+
 def test_workers_leave_the_cores_to_training_on_the_cpu() -> None:
     assert default_num_workers(CPU) <= default_num_workers(torch.device("cuda"))
 
@@ -120,6 +149,70 @@ def test_what_a_notebook_allows_is_left_alone(device: str) -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def newer_settings() -> dict[str, str]:
+    backends: Any = torch.backends
+    parts = {
+        "all": backends, "cudnn": backends.cudnn, "mkldnn": backends.mkldnn, "cuda.matmul": backends.cuda.matmul,
+        "cudnn.conv": backends.cudnn.conv, "mkldnn.matmul": backends.mkldnn.matmul, "mkldnn.conv": backends.mkldnn.conv,
+    }  # fmt: skip
+    return {name: part.fp32_precision for name, part in parts.items()}
+
+
+@pytest.fixture
+def newer_api() -> Iterator[Any]:
+    """PyTorch's newer way to allow less precision, from 2.9 on; afterwards all is as it was."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        pytest.skip("this PyTorch has the older way alone")
+    products, before = torch.get_float32_matmul_precision(), newer_settings()
+    yield backends
+    for part in (backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul):
+        part.fp32_precision = "none"
+    backends.mkldnn.conv.fp32_precision = "none"
+    backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision(products)
+    assert newer_settings()["cudnn.conv"] == before["cudnn.conv"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("cuda.matmul", "tf32"), ("", "tf32"), ("", "bf16"), ("", "ieee"), ("cudnn", "tf32"), ("cudnn", "ieee"),
+        ("cudnn.conv", "ieee"), ("mkldnn", "bf16"), ("mkldnn.matmul", "bf16"), ("mkldnn.matmul", "tf32"),
+        ("mkldnn.conv", "bf16"),
+    ],
+)  # fmt: skip
+def test_products_are_exact_also_where_a_notebook_has_allowed_less_by_the_newer_api(
+    part: str, value: str, newer_api: Any
+) -> None:
+    """The older API then refuses to say what is allowed, and a checkpoint could not be loaded."""
+    owner = attrgetter(part)(newer_api) if part else newer_api
+    owner.fp32_precision = value
+    before = newer_settings()
+    with exact_products():
+        inside = newer_settings()
+        assert {inside[name] for name in inside if "." in name} <= {"ieee", "none"}
+    assert newer_settings() == before | {name: newer_settings()[name] for name in UNTOLD if before[name] == "none"}
+    rounded = {name for name in before if "." in name and name != "cudnn.conv" and before[name] not in {"ieee", "none"}}
+    says = product_precision()
+    assert (says == "highest") == (not rounded), says
+    assert all(name in says for name in rounded)
+    with tf32(torch.device("cuda")):
+        assert newer_settings()["cuda.matmul"] in {before["cuda.matmul"], "tf32"}
+
+
+UNTOLD = ("cuda.matmul", "mkldnn.matmul")
+"""Which the older API makes `ieee` where nothing was said; that is how they multiply then."""
+
+
+def test_a_part_that_goes_by_its_backend_does_so_afterwards(newer_api: Any) -> None:
+    newer_api.fp32_precision = "tf32"
+    with exact_products():
+        pass
+    newer_api.fp32_precision = "ieee"
+    assert newer_settings()["cuda.matmul"] == newer_settings()["mkldnn.matmul"] == "ieee"
 
 
 def test_peak_memory_rises_with_what_is_held() -> None:

@@ -101,6 +101,22 @@ def test_an_overflow_in_fp16_costs_a_step_and_halves_the_scale(name: str, fused:
     assert next(trainer.steps([batch])).result is not None
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=False))
     assert [math.isfinite(record.gradient_norm) for record in watch.take()] == [False, True]  # it is counted
+    assert watch.num_skipped == 1
+
+
+def test_a_run_that_goes_on_counts_on_the_steps_that_it_has_skipped() -> None:
+    trainer, resumed = (make_trainer(watch=StepWatch(skip=1)) for _ in range(2))
+    taken = [step.result for step in trainer.steps(batches(trainer, bad={2, 4}))]
+    assert len(taken) == 4
+    assert [record.is_skipped for record in trainer.watch.take()] == [False, True, False, True]
+    state = trainer.state_dict()
+    assert state["num_skipped_steps"] == 2
+    resumed.load_state_dict({**state, "global_step": 4})
+    list(resumed.steps(batches(resumed, bad={1}, num_batches=2)))
+    assert resumed.watch.num_skipped == 3
+    del state["num_skipped_steps"]  # as runs of before they were counted have it
+    resumed.load_state_dict({**state, "global_step": 4})
+    assert resumed.watch.num_skipped == 0
 
 
 def test_a_run_that_goes_on_in_fp16_begins_with_a_scale_of_its_own() -> None:
