@@ -134,7 +134,7 @@ def ranks(run: Runner) -> None:
 
 
 def losses(run: Runner) -> None:
-    """The loss with its gradient, ours in slices, PyTorch's whole, slices computed again."""
+    """The loss with its gradient, ours in slices, PyTorch's whole, slices computed again, tiles."""
     sizes = "256,512" if run.quick else "4096,16384,32768,65536"
     run.rows("loss_speed.py", "--sizes", sizes, seconds=170, name="losses")
 

@@ -1,6 +1,7 @@
 """`benchmarks/gpu.sh`: its parts, its lines and tables, what it does about failures; a try of all of it on the CPU."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -307,9 +308,10 @@ def test_losses_of_all_ways_are_one(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setitem(loss_speed.WAYS, "too large", full)
     assert loss_speed.main(["--sizes", "96", "--dim", "16", "--repeats", "1"]) == 0
     rows = rows_of(capsys.readouterr().out)
-    for way in ("whole", "recomputed"):
+    for way in ("whole", "recomputed", "tiles"):
         assert rows[f"96 pairs: gradient against {way}'s"].verdict == "PASS"
         assert rows[f"96 pairs: {way} over ours"].value is not None
+    assert rows["96 pairs: the three products over ours"].value is not None
     assert rows["96 pairs: too large"].note == "does not fit into memory"
 
 
@@ -319,6 +321,20 @@ def test_losses_in_several_slices_are_one() -> None:
     scale = torch.tensor(2.0)
     sliced = loss_speed.recomputed(images, texts, scale, rows=16)
     assert sliced.item() == pytest.approx(loss_speed.whole(images, texts, scale).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.66, math.log(100)])
+def test_losses_in_several_tiles_are_one(value: float) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.nn.functional.normalize(torch.randn(50, 8), dim=-1) for _ in range(2)] + [torch.tensor(value)]
+    for each in inputs:
+        each.requires_grad_()
+    expected = loss_speed.whole(*(each.double() for each in inputs))
+    found = loss_speed.tiles(*inputs, side=16)  # the last tiles are smaller
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    wanted = torch.autograd.grad(expected, inputs)
+    for have, want in zip(torch.autograd.grad(found, inputs), wanted, strict=True):
+        assert (have - want).norm() <= 1e-5 * want.norm()
 
 
 def test_a_peer_that_is_not_installed_is_skipped(
