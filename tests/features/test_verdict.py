@@ -214,6 +214,20 @@ def test_the_interval_of_a_recall_is_wilsons_where_every_query_is_its_own_group(
     assert (high - low) / 200 == pytest.approx(half, rel=2e-3)
 
 
+@pytest.mark.parametrize(("rank", "bound", "limit"), [(20.0, 0, 0.0), (1.0, 1, 100.0)])
+def test_an_interval_ends_at_0_and_at_100(rank: float, bound: int, limit: float) -> None:
+    """Not 1e-15 beyond, which a table shows as -0."""
+    for num_images in range(2, 40):
+        ranks = {direction: np.full(num_images, rank) for direction in DIRECTIONS}
+        found = recall_intervals(ranks, dict.fromkeys(DIRECTIONS, np.arange(num_images)))
+        for key in RECALL_KEYS:
+            low, high = found[key]
+            assert low >= 0.0
+            assert not np.signbit(low)
+            assert high <= 100.0
+            assert found[key][bound] == pytest.approx(limit, abs=1e-9)
+
+
 def test_queries_without_a_rank_are_left_out() -> None:
     nan = math.nan
     first = {"i2t": np.array([1.0, nan, 3.0]), "t2i": np.array([1.0, nan])}
