@@ -190,8 +190,10 @@ def separate_validation(source: DataSource, val_data: str) -> Pairs:
     except MissingImagesError as error:
         if source.image_dir is None:
             raise
-        both = "--image_dir is that of the training data as well: if theirs lie elsewhere, name a folder that holds both"
-        raise MissingImagesError(f"{error}; {both}") from None
+        raise MissingImagesError(
+            f"{error}; --image_dir is that of the training data as well: if theirs lie elsewhere, name a folder that "
+            "holds both"
+        ) from None
     return declared_split(pairs, default_split(pairs, source), source)
 
 

@@ -160,7 +160,7 @@ def test_one_image_dir_serves_training_and_a_separate_validation_set(tmp_path: P
     make_images(tmp_path, *(f"train2017/{number}.png" for number in range(4)), "val2017/9.png")
     train = make_index(tmp_path, [{"image": f"{number}.png", "caption": "x"} for number in range(4)], "train.json")
     val = make_index(tmp_path, [{"image": "9.png", "caption": "y"}], "val.json")
-    message = "which holds them; --image_dir is that of the training data as well: if theirs lie elsewhere, name a folder"
+    message = "which holds them; --image_dir is that of the training data as well: if theirs lie elsewhere, name"
     with pytest.raises(ValueError, match=message):
         training_pairs(DataSource(train, tmp_path / "train2017"), val_data=str(val), val_split=0.1, seed=0)
     splits = training_pairs(DataSource(train, tmp_path), val_data=str(val), val_split=0.1, seed=0)
