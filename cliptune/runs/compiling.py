@@ -71,18 +71,14 @@ def run_operations(config: Config, model: Any, *, num_samples: int) -> float:
 
 
 def runs_no_tower(config: Config, model: Any) -> bool:
-    """Tell whether the outputs of both towers are cached, so that no step runs them; of sharded towers none are."""
-    return len(model.frozen_towers) == 2 and num_views(config) > 0 and not _is_sharded(config)
-
-
-def _is_sharded(config: Config) -> bool:
-    """Tell whether a model of these settings is sharded, or will be: there must be ranks to share it."""
-    return config.run.parallel == "fsdp" and world_size() > 1
+    """Tell whether the outputs of both towers are cached, so that no step runs them."""
+    return len(model.frozen_towers) == 2 and num_views(config) > 0
 
 
 def _extent(config: Config, model: Any, device: torch.device) -> str:
     """Say what is compiled where it is not each tower as a whole; see `towers.set_compiled`."""
-    is_sharded, is_checkpointed = _is_sharded(config), config.training.gradient_checkpointing
+    is_sharded = config.run.parallel == "fsdp" and world_size() > 1
+    is_checkpointed = config.training.gradient_checkpointing
     if device.type in WHOLE_ON and not (is_checkpointed or is_sharded):
         return "; the first step waits for it"
     only = "" if model.architecture.is_vit else " of the text tower alone"
