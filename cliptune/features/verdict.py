@@ -128,7 +128,8 @@ def recall_intervals(ranks: Ranks, groups: Ranks, *, confidence: float = 0.95) -
     center = (values + z2 / (2 * effective)) / (1 + z2 / effective)
     error = np.sqrt(z2 * (values * (1 - values) / effective + z2 / (4 * effective**2))) / (1 + z2 / effective)
     scale = np.array([100.0] * len(RECALL_KEYS) + [100.0 * len(RECALL_KEYS)])
-    lows, highs = ((center + sign * error) * scale for sign in (-1, 1))
+    # at 0 and 100% rounding goes beyond by 1e-15, which a table would show as -0
+    lows, highs = ((center + sign * error).clip(0, 1) * scale for sign in (-1, 1))
     return {key: (float(lows[i]), float(highs[i])) for i, key in enumerate((*RECALL_KEYS, "rsum"))}
 
 
