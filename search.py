@@ -38,7 +38,7 @@ from cliptune.runtime.logs import setup_logging
 from cliptune.runtime.messages import count, printable
 from cliptune.search.found import Found
 from cliptune.search.gallery import Answer, write_gallery
-from cliptune.search.index import index_file, read_index
+from cliptune.search.index import index_file, read_index, require_images
 from cliptune.search.lookup import make_lookup
 from cliptune.search.searcher import Searcher, encode_image, encode_texts
 from data_loader import ImageTextDataset
@@ -57,9 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 def _search(argv: list[str] | None) -> int:
     settings, _ = parse_settings(SearchSettings, argv, description=str(__doc__))
     setup_logging(settings.log_level)
-    # what is wrong with the page is told before the images are encoded, which may take hours
+    # what is wrong with the page or a path is told before weights are downloaded and images encoded, which takes hours
     server = _server() if settings.serve else None
     listener = None if server is None else server.open_port(settings.port)
+    require_images(Path(settings.images))
+    _require_files(settings.query_image)
     cache_dir = Path(settings.output_dir) / "cache" if settings.cache_dir is None else Path(settings.cache_dir)
     encoder = _load(settings)
     if server is not None:
@@ -120,6 +122,7 @@ def search(
         raise ValueError("an empty text finds nothing: omit it")
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
+    _require_files(paths)
     encoder = Encoder(
         model, ImageTextDataset, precision=resolve_precision("auto", model.device), batch_size=ENCODE_BATCH_SIZE
     )
@@ -161,13 +164,15 @@ def _server() -> ModuleType:
         raise ImportError(f"--serve needs {error.name}: pip install starlette uvicorn") from None
 
 
-def _encode_queries(encoder: Encoder, texts: Sequence[str], images: Sequence[str]) -> torch.Tensor:
-    """Return the features of the texts, then of the images, in their order, float32 `[Q, D]`."""
-    of_images = []
+def _require_files(images: Sequence[str]) -> None:
     for path in images:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--query_image {path}: no such file")
-        of_images.append(encode_image(encoder, path))
+
+
+def _encode_queries(encoder: Encoder, texts: Sequence[str], images: Sequence[str]) -> torch.Tensor:
+    """Return the features of the texts, then of the images, in their order, float32 `[Q, D]`."""
+    of_images = [encode_image(encoder, path) for path in images]
     of_texts, num_truncated = encode_texts(encoder, texts)
     if num_truncated:
         length = encoder.model.architecture.context_length

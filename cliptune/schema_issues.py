@@ -26,7 +26,7 @@ def describe_issue(issue: Any) -> str:
         key += f"[{part}]" if isinstance(part, int) else f".{printable(shorten(part))}"
     key = key.removeprefix(".")
     if issue["type"] == "missing":
-        return f"no key {key}, which train.py and evaluation.py write"
+        return f"no key {key}, which training_results.json and evaluation_results.json have"
     if issue["type"] == "value_error":  # of a check across keys, which names the key within
         return f"{key}.{issue['ctx']['error']}".removeprefix(".")
     expected = _EXPECTED.get(issue["type"], "a number").format(**issue.get("ctx", {}))

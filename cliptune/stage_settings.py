@@ -224,7 +224,7 @@ class SearchSettings(Settings):
         if self.serve and (self.queries or self.query_image or self.as_json):
             raise ValueError("serve opens a page, which takes the queries: give none, and no json, or omit it")
         if not (self.serve or self.queries or self.query_image):
-            raise ValueError('nothing to look for: give a text ("a red heart"), query_image FILE, or serve')
+            raise ValueError('nothing to look for: give a text ("a red heart"), --query_image FILE, or --serve')
         if not all(query.strip() for query in self.queries):
             raise ValueError("an empty text finds nothing: omit it")
         return self

@@ -422,6 +422,20 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(small_run: Path, 
     assert evaluated(tmp_path)[0] == 2
 
 
+def test_images_without_captions_can_be_classified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, SMALL_VIT.name, SMALL_VIT)
+    photos = str(tmp_path / "photos")
+    make_images(tmp_path / "photos", *(f"{kind}/{number}.png" for number in range(4) for kind in ("kite", "boat")))
+    torch.save(make_model(SMALL_VIT.name).state_dict(), tmp_path / "weights.pt")
+    flags = ["--checkpoint", str(tmp_path / "weights.pt"), "--num_workers", "0", "--output_dir", str(tmp_path)]
+    assert main([*flags, "--data_dir", photos, "--classes", photos]) == 0
+    assert "8 images, 2 classes (by folders)" in capsys.readouterr().out
+    assert main([*flags, "--data_dir", photos]) == 2
+    assert "8 images and no captions" in capsys.readouterr().err
+
+
 def test_captions_that_are_classes_are_counted_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

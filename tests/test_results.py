@@ -101,7 +101,7 @@ def set_at(values: dict[str, Any], key: tuple[str | int, ...], value: Any) -> di
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        (("history",), KeyError, "no key history, which train.py and evaluation.py write"),
+        (("history",), KeyError, "no key history, which training_results.json and evaluation_results.json have"),
         (("history",), {}, "history: expected a list, found an object"),
         (("history",), [], "history: has no record of best_epoch, 2"),
         (("history", 1), 7, "history[1]: expected an object, found 7"),

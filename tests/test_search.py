@@ -87,13 +87,18 @@ def test_a_text_that_is_cut_is_said(flags: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "nothing to look for"),
+        ([], 'nothing to look for: give a text ("a red heart"), --query_image FILE, or --serve'),
         (["   "], "an empty text finds nothing"),
         (["a", "--serve"], "serve opens a page"),
         (["a", "--query_image", "nowhere.png"], "--query_image nowhere.png: no such file"),
         (["a", "--query_image", "text.png"], "text.png: cannot be read as an image"),
         (["a", "--images", "nowhere"], "--images nowhere: no such folder"),
         (["a", "--images", "empty"], "--images empty: no image in this folder"),
+        (["a", "--images", "text.png"], "--images text.png: a file, where a folder of images is looked through"),
+        # told before weights are looked for, which may be a download
+        (["a", "--images", "nowhere", "--checkpoint", "ViT-B/33"], "--images nowhere: no such folder"),
+        (["a", "--images", "empty", "--checkpoint", "ViT-B/33"], "--images empty: no image in this folder"),
+        (["a", "--query_image", "nowhere.png", "--checkpoint", "ViT-B/33"], "--query_image nowhere.png: no such file"),
         (["a", "--checkpoint", "ViT-B/33"], "no such checkpoint: ViT-B/33; did you mean"),
         (["a", "--top", "0"], "--top: expected greater than 0"),
     ],

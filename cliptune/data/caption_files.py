@@ -16,6 +16,7 @@ from typing import Any
 from cliptune.data.folder_hints import resemblance
 from cliptune.data.folders import CAPTION_ENDINGS, NO_CAPTIONS, is_hidden, list_folder, split_folders, stem_and_ending
 from cliptune.data.index import Index, NoCaptionsError, Records
+from cliptune.data.lookup import folded
 from cliptune.data.text_stream import TextFile, json_reason
 from cliptune.preprocess.decode import read_bytes
 from cliptune.preprocess.image_formats import COMMON_ENDINGS, IMAGE_ENDINGS
@@ -69,7 +70,10 @@ def read_directory(
 
 
 class _CaptionFiles:
-    """The captions below a folder, by the path of their image without ending."""
+    """The captions below a folder, by the folded path of their image without ending: IMG_1.JPG has those of img_1.txt.
+
+    No two files differ by case alone that count: they clash, since on some file systems they are one.
+    """
 
     def __init__(self, found: Records, files: Names, endings: Sequence[str]) -> None:
         self.found, self.folder, self.files = found, found.path, files
@@ -81,6 +85,7 @@ class _CaptionFiles:
         known = of_captions if self.is_apart else known
         self.texts = {ending: self.by_stem(names, self.text_root) for ending, names in known.items()}
         self.passed: Counter[tuple[str, str]] = Counter()  # how many images have captions of the first, and the other
+        self.num_alike = 0  # images whose captions are in a file of another case or Unicode form
 
     def read(self, images: list[str]) -> Index:
         """Take the images that have captions; what has no counterpart becomes an issue."""
@@ -88,11 +93,12 @@ class _CaptionFiles:
         by_stem = self.by_stem(inside, self.image_root)
         if not self.is_apart and not any(stem in texts for texts in self.texts.values() for stem in by_stem):
             raise NoCaptionsError(resemblance(self.folder, self.files))
-        tops = {stem.partition("/")[0] for stem in by_stem if "/" in stem}
+        relative = [name[len(self.image_root) :] for name in inside]
+        tops = {name.partition("/")[0] for name in relative if "/" in name}
         splits = {folder: split for split, folder in split_folders(tops).items()} if len(tops) > 1 else {}
         for stem, image in by_stem.items():
             if image is not None:
-                self.take(stem, image, splits.get(stem.partition("/")[0]))
+                self.take(stem, image, splits.get(image[len(self.image_root) :].partition("/")[0]))
         self.note_orphans(by_stem)
         self.tell_unread(len(images) - len(inside))
         return self.found.index("directory" if self.is_apart else "beside")
@@ -108,6 +114,9 @@ class _CaptionFiles:
         ):
             other = f"--data_dir {self.folder / self.image_root} takes those beside the images"
             logger.info("%s: captions are read from %s: %s", self.folder, self.text_root, other)
+        if self.num_alike:
+            alike = count(self.num_alike, "image")
+            logger.info("%s: %s: captions found in another case or Unicode form", self.folder, alike)
         for (taken, other), number in self.passed.items():
             both = f"captions of {taken}, not of {other}: --captions_from {other[1:]} takes these"
             logger.info("%s: %s: %s", self.folder, count(number, "image"), both)
@@ -116,7 +125,8 @@ class _CaptionFiles:
         """Take an image with the captions of the first of its files that has any."""
         beside = [(ending, texts[stem]) for ending, texts in self.texts.items() if stem in texts]
         looked_for = ".txt" if ".txt" in self.texts else next(iter(self.texts))
-        reason = f"no captions (no {shorten(self.text_root + stem)}{looked_for})"
+        own_stem = _stem(image, self.image_root)
+        reason = f"no captions (no {shorten(self.text_root + own_stem)}{looked_for})"
         # as in shards: a JSON file's key `caption`, then the texts, then its other keys that may hold captions
         others = beside[:1] if beside and beside[0][0] == ".json" else []
         for position, (ending, name) in enumerate(beside + others):
@@ -129,6 +139,7 @@ class _CaptionFiles:
                 continue
             if captions:
                 self.found.add(image, image, captions, split)
+                self.num_alike += _stem(name, self.text_root) != own_stem
                 self.passed.update((ending, other) for other, _ in beside[position + 1 :])
                 return
             if position < len(beside):
@@ -182,7 +193,8 @@ class _CaptionFiles:
                 elsewhere.append(name)
             elif name is not None:
                 there = others.get(stem)
-                missing = f"{shorten(there)} is no image" if there else f"no {shorten(self.image_root + stem)}.*"
+                wanted = self.image_root + _stem(name, self.text_root)
+                missing = f"{shorten(there)} is no image" if there else f"no {shorten(wanted)}.*"
                 self.found.issue(name, f"captions without an image ({missing})")
         if elsewhere:
             what = count(len(elsewhere), "file is", "files are")
@@ -206,26 +218,27 @@ class _CaptionFiles:
             return {}
         known = IMAGE_ENDINGS.union(CAPTION_ENDINGS)
         names = (name for ending in self.files.keys() - known for name in self.files[ending])
-        by_stem = ((stem_and_ending(name.removeprefix(self.image_root))[0], name) for name in names)
+        by_stem = ((folded(_stem(name.removeprefix(self.image_root), "")), name) for name in names)
         return {stem: name for stem, name in by_stem if stem in stems}
 
     def by_stem(self, names: list[str], root: str) -> dict[str, str | None]:
-        """Return files by their path below `root` without ending, in their order; None where several clash.
-
-        Names that differ only by case clash too: they are one file on some file systems.
-        """
-        clashing: dict[str, list[tuple[str, str]]] = {}
+        """Return files by their folded path below `root` without ending, in their order; None where several clash."""
+        alike: dict[str, list[str]] = {}
         for name in names:
-            stem = unicodedata.normalize("NFC", stem_and_ending(name[len(root) :])[0])
-            clashing.setdefault(stem.casefold(), []).append((stem, name))
+            alike.setdefault(folded(_stem(name, root)), []).append(name)
         by_stem: dict[str, str | None] = {}
-        for files in clashing.values():
-            common = [file for file in files if stem_and_ending(file[1])[1] in COMMON_ENDINGS]
+        for stem, files in alike.items():
+            common = [name for name in files if stem_and_ending(name)[1] in COMMON_ENDINGS]
             files = common if len(common) == 1 else files  # noqa: PLW2901  (a.jpg is meant beside a.psd)
             if len(files) > 1:
-                self.found.issue(files[0][1], f"clashes with {', '.join(name for _, name in files[1:])}")
-            by_stem |= {stem: name if len(files) == 1 else None for stem, name in files}
+                self.found.issue(files[0], f"clashes with {', '.join(files[1:])}")
+            by_stem[stem] = files[0] if len(files) == 1 else None
         return by_stem
+
+
+def _stem(name: str, root: str) -> str:
+    """Return a file's path below `root` without ending, in the Unicode form that all are compared in."""
+    return unicodedata.normalize("NFC", stem_and_ending(name[len(root) :])[0])
 
 
 def names_below(folder: Path) -> Names:

@@ -30,6 +30,8 @@ MAX_TOKENIZED = 2000
 """Captions that are tokenised to compare them; the rest is estimated."""
 MAX_LOOKED_AT = 1000
 """Captions that are looked at for their language."""
+NO_VALUES = frozenset(("nan", "none", "null", "n/a", "#n/a", "na", "<na>", "undefined"))
+"""What programs write where there is no value, in small letters: `nan` is NumPy's, `None` Python's."""
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -57,15 +59,17 @@ def data_findings(
     """
     read = [part for part in splits.values() if isinstance(part, Pairs) and len(part)]
     train = splits["train"]
-    repeated, same, other = None, None, None
+    repeated, same, other, no_values = None, None, None, None
     if read:
-        other = other_language(read[0].captions)
-        same = same_tokens(Strings.concatenate([part.captions for part in read]), context_length)
+        captions = Strings.concatenate([part.captions for part in read])
+        other, no_values = other_language(read[0].captions), missing_values(captions)
+        same = same_tokens(captions, context_length)
     if isinstance(train, Pairs) and len(train):
         repeated = repeated_captions(train, batch_size=batch_size, every_pair=every_pair)
     return {
         "shared_images": shared_images(splits, files),
         "other_language": other,
+        "missing_values": no_values,
         "same_tokens": same,
         "repeated_captions": repeated,
         "uneven_split": uneven_split(splits, val_split=val_split),
@@ -206,6 +210,20 @@ def other_language(captions: Strings) -> str | None:
     return (
         f"the captions have {per_word:.1f} tokens a word, where English has 1.1 to 1.3: the tokenizer was not made for "
         "their language, and published weights hardly know it. Translate them to English, if you can"
+    )
+
+
+def missing_values(captions: Strings) -> str | None:
+    """Find captions that are no words of anybody, but what programs write where there is no value."""
+    lengths = pc.binary_length(captions.column()).to_numpy()  # only short ones need to be looked at
+    short = captions.take(np.flatnonzero(lengths <= max(map(len, NO_VALUES))))
+    found = [caption for caption in short if caption.lower() in NO_VALUES]
+    if not found:
+        return None
+    number = count(len(found), "caption is", "captions are")
+    return (
+        f"{number} what programs write where a value is missing ({found[0]!r}): "
+        "there is nothing to learn from them. Write captions in their place, or take these records out of the index"
     )
 
 

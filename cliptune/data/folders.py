@@ -291,7 +291,7 @@ def _seems_captioned(listing: Listing) -> bool:
         return True
     for folder in [listing.folder, *(listing.folder / name for name in listing.folders[:20])]:
         with suppress(OSError), os.scandir(folder) as entries:  # lost+found is root's
-            names = [stem_and_ending(entry.name) for entry in islice(entries, _MAX_SEEN)]
+            names = [stem_and_ending(entry.name.casefold()) for entry in islice(entries, _MAX_SEEN)]
             images = {stem for stem, ending in names if ending in IMAGE_ENDINGS}
             if any(ending in CAPTION_ENDINGS and stem in images for stem, ending in names):
                 return True

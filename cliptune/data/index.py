@@ -18,7 +18,7 @@ from cliptune.data.caption_lists import caption_list
 from cliptune.data.column_names import CAPTION_COLUMNS, IMAGE_COLUMNS, ColumnNames, Columns, hint
 from cliptune.data.issues import MAX_ISSUES, Issue, Issues, first_issues
 from cliptune.data.table import NO_SPLIT, IntArray, RowBuffer, Rows, first_given
-from cliptune.runtime.messages import count, nearest, shorten
+from cliptune.runtime.messages import count, first_few, nearest, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Records:
             values = _without_list_cells(values)
         for value in values if isinstance(values, list) else [values]:
             try:
-                usable.append(check_text("caption", value))
+                usable.append(check_caption(value))
             except ValueError as error:
                 self.issue(location, str(error), image=image)
                 self.num_uncaptioned += value is None or (isinstance(value, str) and not value.strip())
@@ -237,6 +237,21 @@ def _without_list_cells(values: Any) -> Any:
         return values
     lists = (caption_list(value) if isinstance(value, str) else [value] for value in values)
     return list(chain.from_iterable([value] if isinstance(value, str) else value for value in lists))
+
+
+def check_caption(value: Any) -> str:
+    """Return a caption as a stripped text; of an object the one in it: `{"text": "a cat", "id": 7}`.
+
+    Raises:
+        ValueError: no text, or an object in which no key, or several, may hold a caption.
+    """
+    if not isinstance(value, dict):
+        return check_text("caption", value)
+    found = list(chain.from_iterable(ColumnNames(None, None).captions(value)))
+    if len(found) != 1:
+        keys = first_few(list(map(shorten, value))) or "no keys"
+        raise ValueError(f"caption is an object of {keys}: write the text that is meant in its place")
+    return check_text("caption", value[found[0]])
 
 
 def check_text(what: str, value: Any) -> str:

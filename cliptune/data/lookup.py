@@ -30,9 +30,12 @@ FILE_URL, SLASHES, FOLDERS = "file:// taken as a path", "backslashes taken as sl
 ESCAPES = "%20 and the like taken as the characters that they stand for"
 ALIKE = "found in another case or Unicode form"
 ENDING = "without an ending, which the one image of that name has"
+INSIDE = "found in the one folder of --image_dir that has it"
 
 LONGEST_PATH = 4096
 _MAX_FOLDERS = 64
+_MAX_INSIDE = 16
+"""Folders of --image_dir that each image is looked for in: COCO has train2017/, val2017/ and some more."""
 _MAX_LISTED = 1_000_000
 """Names of files that are remembered at once."""
 
@@ -56,6 +59,7 @@ class ImageFinder:
         self._container = lru_cache(maxsize=1 << 12)(self._container_path)
         self._folder = lru_cache(maxsize=1 << 16)(self._find_folder)
         self._listings = _Listings()
+        self._inside = _folders_in(self.root) if replaces_folders else []
 
     def resolve(self, rows: Rows) -> tuple[Rows, Issues]:
         """Give each row its image's resolved path; those that are not files become issues."""
@@ -128,7 +132,18 @@ class ImageFinder:
                     continue
                 if real:
                     return (*rules, rule) if rule else rules, real
-        return (), ""
+        return self._look_inside(image)
+
+    def _look_inside(self, image: str) -> tuple[tuple[str, ...], str]:
+        """Return an image that one of the folders in `root` has and no other, as train2017/ and val2017/ lie in coco/.
+
+        The whole path has to be there: of /old/1.jpg nothing is left out.
+        """
+        if os.path.isabs(image) or _no_path(image):  # noqa: PTH117
+            return (), ""
+        paths = (os.path.join(folder, image) for folder in self._inside)  # noqa: PTH118
+        found = {self._resolve(path) for path in paths if os.path.isfile(path)}  # noqa: PTH113
+        return ((INSIDE,), found.pop()) if len(found) == 1 else ((), "")
 
     def _candidates(self, image: str) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yield where an image may be, the nearest to what is written first, and the rules that lead there."""
@@ -207,6 +222,16 @@ class _Listings:
         while sum(map(len, self._folders.values())) > _MAX_LISTED and len(self._folders) > 1:
             self._folders.popitem(last=False)
         return by_stem
+
+
+def _folders_in(root: str) -> list[str]:
+    """Return the paths of the folders in a folder; none where they are many, as classes are."""
+    try:
+        with os.scandir(root) as entries:
+            found = [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(found) if len(found) <= _MAX_INSIDE else []
 
 
 def _no_path(image: str) -> str:

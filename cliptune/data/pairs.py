@@ -175,6 +175,10 @@ class DataSource:
         return replace(self, data_dir=data_dir, may_run_commands=False, captions_from=None, caption_template=None)
 
 
+class MissingImagesError(ValueError):
+    """None of a data set's images is found."""
+
+
 def load_pairs(source: DataSource | str | Path) -> Pairs:
     """Read a data set: its index, the identity of its images, and which of them are there.
 
@@ -257,7 +261,7 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues, list[str]]
         issues.extend(index.issues)
         issues.extend(not_found)
     if len(missing) == len(parts):
-        raise ValueError(missing[0])
+        raise MissingImagesError(missing[0])
     for message in missing:
         logger.warning("%s", message)
     return Rows.concatenate(parts), issues, forms

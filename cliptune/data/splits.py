@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from cliptune.data.near_duplicates import NearDuplicates, identical_files
-from cliptune.data.pairs import MIN_PAIRS, DataSource, Pairs, load_pairs
+from cliptune.data.pairs import MIN_PAIRS, DataSource, MissingImagesError, Pairs, load_pairs
 from cliptune.data.table import NO_SPLIT, SPLITS, BoolArray, CodeArray, IntArray, Strings
 from cliptune.data.units import Units, find_units, shared_copies
 from cliptune.runtime.messages import count, printable
@@ -185,7 +185,15 @@ def separate_validation(source: DataSource, val_data: str) -> Pairs:
         ValueError: too many of its records have issues, or it cannot be read.
     """
     source = source.at(val_data)
-    pairs = load_pairs(source)
+    try:
+        pairs = load_pairs(source)
+    except MissingImagesError as error:
+        if source.image_dir is None:
+            raise
+        raise MissingImagesError(
+            f"{error}; --image_dir is that of the training data as well: if theirs lie elsewhere, name a folder that "
+            "holds both"
+        ) from None
     return declared_split(pairs, default_split(pairs, source), source)
 
 

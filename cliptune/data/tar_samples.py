@@ -22,7 +22,7 @@ from webdataset.tariterators import base_plus_ext
 
 from cliptune.data.caption_lists import caption_list
 from cliptune.data.column_names import ColumnNames, hint
-from cliptune.data.index import check_text
+from cliptune.data.index import check_caption
 from cliptune.preprocess.decode import MAX_BYTES, part_path
 from cliptune.preprocess.image_formats import COMMON_ENDINGS, IMAGE_ENDINGS
 
@@ -105,7 +105,7 @@ class TarSample(NamedTuple):
             found = _columns(values, caption_key) or [line for file in files for line in _lines(file)]
         # a blank line is no caption; what is no text and no number at all is a mistake
         given = (caption for caption in found if not isinstance(caption, str) or caption.strip())
-        captions = tuple(check_text("caption", caption) for caption in given)
+        captions = tuple(map(check_caption, given))
         if not captions:
             way_out = self._way_out(values)
             if caption_key is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from cliptune.cli import stored_config
 from cliptune.data.identity import Hashes, file_identities
+from cliptune.data.index import NoCaptionsError
 from cliptune.data.known import KnownImages
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
 from cliptune.data.splits import declared_split, default_split
@@ -259,7 +261,13 @@ def _of_data_set(
         image_key=settings.image_key,
         captions_from=settings.captions_from, caption_template=settings.caption_template,
     )  # fmt: skip
-    pairs = load_pairs(source)
+    try:
+        pairs = load_pairs(source)
+    except NoCaptionsError:
+        if settings.classes is None or source.captions_from is not None or not Path(data_dir).is_dir():
+            raise
+        source = replace(source, captions_from="folder")  # images alone are enough to be classified
+        pairs = load_pairs(source)
     split = settings.split or default_split(pairs, source)
     runs = [candidate for candidate in candidates if candidate.known.holds(split)]
     if split in pairs.declared() or not runs:

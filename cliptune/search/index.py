@@ -63,6 +63,24 @@ def find_images(folder: str | Path) -> Iterator[str]:
         waiting += [os.path.join(here, name) for name in reversed(listing.folders)]  # noqa: PTH118
 
 
+def require_images(folder: Path) -> None:
+    """Raise unless a folder, or one below it, holds a file that ends as an image does.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a file, or no image in the folder.
+    """
+    if folder.is_file():
+        raise ValueError(f"--images {folder}: a file, where a folder of images is looked through")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images {folder}: no such folder")
+    if next(find_images(os.path.realpath(folder)), None) is None:
+        raise ValueError(
+            f"--images {folder}: no image in this folder or below; files count by their endings, and those inside of "
+            "shards or Parquet files do not"
+        )
+
+
 def read_index(encoder: Encoder, folder: Path, *, cache_dir: Path) -> ImageIndex:
     """Return the features of all images below a folder; those that the cache lacks are encoded.
 
@@ -79,12 +97,9 @@ def read_index(encoder: Encoder, folder: Path, *, cache_dir: Path) -> ImageIndex
         ValueError: no image in it that can be read, or features that are not finite.
         OSError: not enough space on the disk.
     """
+    require_images(folder)
     root = os.path.realpath(folder)
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"--images {folder}: no such folder")
     paths = Strings.of(find_images(root))
-    if not len(paths):
-        raise ValueError(f"--images {folder}: no image in this folder or below; files count by their endings")
     identities = index_file(folder, cache_dir).with_suffix(".npz")
     identify = functools.partial(file_identities, cache_file=identities, whole=True)
     # a model that is in training does not change while this reads, and its next state has files of its own

@@ -37,6 +37,32 @@ def test_captions_beside_images(ending: str, folder: str, tmp_path: Path) -> Non
     assert list(pairs.groups) == list(pairs.paths)  # kohya's 10_kite is no group
 
 
+@pytest.mark.parametrize(("image", "text"), [("IMG_1.JPG", "img_1.txt"), ("Tag/ä.png", "tag/A\u0308.TXT")])
+@pytest.mark.parametrize("apart", [False, True])
+def test_captions_are_found_in_another_case(
+    image: str, text: str, apart: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not apart and Path(image).parent.name:
+        make_images(tmp_path, "tag/other.png")  # which the folder of the captions has to have
+        write_files(tmp_path, "tag/other.txt", text="other")
+    make_images(tmp_path, f"images/{image}" if apart else image)
+    write_files(tmp_path, f"captions/{text}" if apart else text, text="one")
+    with caplog.at_level("INFO"):
+        pairs = load_pairs(tmp_path)
+    captions = {Path(path).name: pairs.captions_of(row) for row, path in enumerate(pairs.paths)}
+    assert captions[Path(image).name] == ["one"]
+    assert pairs.issues.count == 0
+    assert f"{tmp_path}: 1 image: captions found in another case or Unicode form" in caplog.text
+
+
+def test_images_that_differ_by_case_share_no_captions(tmp_path: Path) -> None:
+    make_images(tmp_path, "a.png", "A.png", "b.png")
+    write_files(tmp_path, "a.txt", "b.txt", text="one")
+    index = read_directory(tmp_path)
+    assert [row.image for row in index.rows] == ["b.png"]
+    assert [str(issue) for issue in index.issues.first] == ["A.png: clashes with a.png"]
+
+
 def test_captions_apart_may_end_in_caption(tmp_path: Path) -> None:
     make_images(tmp_path, "Images/1.png")
     write_files(tmp_path, "Captions/1.caption", text="one")

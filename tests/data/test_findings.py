@@ -12,7 +12,14 @@ from PIL import Image
 import data_loader
 import train
 from cliptune.data import findings
-from cliptune.data.findings import data_findings, repeated_captions, same_tokens, shared_images, uneven_split
+from cliptune.data.findings import (
+    data_findings,
+    missing_values,
+    repeated_captions,
+    same_tokens,
+    shared_images,
+    uneven_split,
+)
 from cliptune.data.identity import file_identities
 from cliptune.data.loaders import EpochBatches
 from cliptune.data.pairs import DataSource, Pairs, load_pairs
@@ -93,6 +100,19 @@ def test_a_validation_set_of_the_same_shards_is_told(tmp_path: Path) -> None:
     other = make_shards(tmp_path / "c", 9)
     splits = training_shards(DataSource(address), val_data=other)
     assert shared_images(splits, identities(splits)) is None
+
+
+def test_captions_that_are_missing_values_are_told(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(10)]
+    make_images(tmp_path, *names)
+    captions = ["a nan bread", "nan", "None", "N/A", "7", "banana", "none of them", "a", "b", "c"]
+    rows = [{"image": name, "caption": caption} for name, caption in zip(names, captions, strict=True)]
+    splits: dict[str, Pairs | Shards] = {**split_pairs(load_pairs(make_index(tmp_path, rows)))}
+    found = data_findings(splits, identities(splits), val_split=0.1, batch_size=10)["missing_values"]
+    assert str(found).startswith("3 captions are what programs write where a value is missing ('")
+    assert str(missing_values(Strings.of(["NaN", "a"]))).startswith("1 caption is what programs write")
+    assert missing_values(Strings.of(["a", "nap"])) is None
+    assert missing_values(Strings.of([])) is None
 
 
 def test_captions_that_differ_behind_the_last_token_are_told() -> None:

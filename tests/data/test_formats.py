@@ -260,6 +260,30 @@ def test_lines_end_at_line_ends_only(tmp_path: Path) -> None:
     assert len(read_index(write(tmp_path, "image,caption\ra.jpg,x\rb.jpg,y\r")).rows) == 2
 
 
+@pytest.mark.parametrize("caption", [{"text": "a cat", "id": 7}, [{"raw": "a cat", "tokens": ["a", "cat"]}]])
+def test_a_caption_may_be_the_text_of_an_object(caption: Any, tmp_path: Path) -> None:
+    rows = [{"image": "a.jpg", "captions": caption}, {"image": "b.jpg", "captions": ["b", {"Caption": "c"}]}]
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "a.parquet")
+    for path in (write(tmp_path, json.dumps(rows)), tmp_path / "a.parquet"):
+        index = read_index(path)
+        assert [row.captions for row in index.rows] == [("a cat",), ("b", "c")][: len(index.rows)]
+        assert index.issues.count == 0
+
+
+@pytest.mark.parametrize(
+    ("caption", "what"),
+    [({"en": "a", "de": "b"}, "en; de"), ({"title": "a", "text": "b"}, "title; text"), ({}, "no keys")],
+)
+def test_an_object_that_does_not_say_which_text_is_meant_is_an_issue(
+    caption: dict[str, str], what: str, tmp_path: Path
+) -> None:
+    rows = [{"image": "a.jpg", "caption": "a"}, {"image": "b.jpg", "caption": caption}]
+    index = read_index(write(tmp_path, json.dumps(rows)))
+    assert [issue.reason for issue in index.issues.first] == [
+        f"caption is an object of {what}: write the text that is meant in its place"
+    ]
+
+
 def test_a_lone_object_is_a_row(tmp_path: Path) -> None:
     index = read_index(write(tmp_path, '{\n "image": "a.jpg",\n "caption": "x"\n}'))
     assert [(row.image, row.captions) for row in index.rows] == [("a.jpg", ("x",))]

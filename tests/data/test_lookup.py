@@ -51,6 +51,24 @@ def test_image_dir_takes_the_place_of_folders(written: str, tmp_path: Path) -> N
     assert found(tmp_path, [written], tmp_path / "new" / "img") == ["new/img/a.png"]
 
 
+def test_images_are_found_in_the_folders_of_image_dir(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As COCO has them: --image_dir coco serves the captions of train2017/ and of val2017/."""
+    make_images(tmp_path, "coco/train2017/1.png", "coco/train2017/2.png", "coco/val2017/2.png", "coco/val2017/a/3.png")
+    caplog.set_level(logging.INFO)
+    names = ["1.png", "a/3.png", "2.png", "/old/1.png", "https://example.org/1.png"]
+    pairs = load(tmp_path, names, tmp_path / "coco", share=0.9)
+    assert [Path(path).name for path in pairs.paths] == ["1.png", "3.png"]
+    # 2.png might be either, and of an absolute path nothing is left out
+    assert [issue.image for issue in pairs.issues.first] == names[2:]
+    assert "2 image paths: found in the one folder of --image_dir that has it" in caplog.text
+    with pytest.raises(ValueError, match="none of its 1 image is found"):
+        load(tmp_path, ["1.png"])
+    for number in range(20):  # classes, perhaps
+        (tmp_path / "coco" / f"class{number}").mkdir()
+    with pytest.raises(ValueError, match="none of its 1 image is found"):
+        load(tmp_path, ["1.png"], tmp_path / "coco")
+
+
 def test_without_image_dir_no_folder_is_replaced(tmp_path: Path) -> None:
     make_images(tmp_path, "a.png", "b.png")
     with pytest.raises(ValueError, match="1 of 2 records cannot be used"):

@@ -156,6 +156,17 @@ def test_two_names_of_one_file_are_one_image(tmp_path: Path) -> None:
     assert pairs.text_to_image.tolist() == [0, 0, 0, 0, 1]
 
 
+def test_one_image_dir_serves_training_and_a_separate_validation_set(tmp_path: Path) -> None:
+    make_images(tmp_path, *(f"train2017/{number}.png" for number in range(4)), "val2017/9.png")
+    train = make_index(tmp_path, [{"image": f"{number}.png", "caption": "x"} for number in range(4)], "train.json")
+    val = make_index(tmp_path, [{"image": "9.png", "caption": "y"}], "val.json")
+    message = "which holds them; --image_dir is that of the training data as well: if theirs lie elsewhere, name"
+    with pytest.raises(ValueError, match=message):
+        training_pairs(DataSource(train, tmp_path / "train2017"), val_data=str(val), val_split=0.1, seed=0)
+    splits = training_pairs(DataSource(train, tmp_path), val_data=str(val), val_split=0.1, seed=0)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 4, "val": 1, "test": 0}
+
+
 def test_separate_validation_set_and_no_image_on_both_sides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_images(tmp_path, *(f"{n}.png" for n in range(5)))
     train = make_index(tmp_path, [{"image": f"{n}.png", "caption": "x"} for n in range(4)], "train.json")

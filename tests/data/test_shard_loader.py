@@ -164,7 +164,7 @@ def test_an_unusable_sample_leaves_its_batch_and_is_told(tmp_path: Path) -> None
     assert reasons["0002"].startswith("no image among .txt; the files of a sample")
     assert "cannot be read as an image" in reasons["0003"]
     assert "utf-8" in reasons["0004"]
-    assert reasons["0005"] == "caption is an object, not text"
+    assert reasons["0005"] == "caption is an object of en: write the text that is meant in its place"
     assert reasons["0006"].startswith("2 images among .png, .jpg, .txt: name the one")
     assert reasons["0007"] == "its JSON is nested too deeply"
 
