@@ -1,5 +1,7 @@
 """A step waits for no device; what a checkpoint says of how it was computed."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from clip_model import ContrastiveLoss, MultimodalTrainer, SigmoidLoss
 from cliptune.model.parallel import clip_gradient
+from cliptune.training.meters import EpochTotals
 from tests.helpers.models import FP32, make_batch, make_model, small_architectures
 
 __all__ = ["small_architectures"]
@@ -60,6 +63,32 @@ def test_a_step_reads_no_number_from_its_device(
     assert result.values.device == META
     with pytest.raises(RuntimeError, match="meta"):  # what the others would have met
         bool(result.values.isfinite().all())
+
+
+@pytest.mark.parametrize("make_loss", [
+    ContrastiveLoss, lambda: ContrastiveLoss(positives="caption"), SigmoidLoss,
+], ids=["infonce", "caption", "sigmoid"])  # fmt: skip
+def test_the_numbers_of_a_step_hold_nothing_else_of_it(make_loss: Callable[..., Any]) -> None:
+    model, loss = make_model("ViT-Mini"), make_loss()
+    if loss.needs_bias:
+        model.learn_bias()
+    trainer = MultimodalTrainer(model, loss, torch.optim.SGD(model.parameters(), lr=0.01), precision=FP32)
+    features: list[weakref.ref[Tensor]] = []
+    with_accuracy = loss.with_accuracy
+
+    def watched(*given: Tensor, **ids: Any) -> Any:
+        features.extend(map(weakref.ref, given[:2]))
+        return with_accuracy(*given, **ids)
+
+    loss.with_accuracy = watched
+    totals = EpochTotals(model.device)
+    for _ in range(2):
+        result = trainer.train_step(*make_batch(model, 8))
+        totals.add(result)
+    gc.collect()
+    assert [feature() for feature in features] == 4 * [None]
+    assert result is not None
+    assert not result.values.requires_grad
 
 
 def test_clipping_waits_for_no_device_and_is_what_it_is_on_the_cpu() -> None:
