@@ -1,6 +1,6 @@
 """What the toolkit does on a CUDA device, on one that is not there: every operation fits, and no step waits for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +122,7 @@ def test_a_step_waits_for_no_card(name: str) -> None:
 def test_what_waits_for_a_card_is_found() -> None:
     with fake_card() as card:
         x = torch.ones(3, 4, device=CARD)
-        ways = {
+        ways: dict[str, list[Callable[[], object]]] = {
             "reads a value": [lambda: x.sum().item(), lambda: bool(x[0, 0] > 0), x.tolist],
             "from the card": [x.cpu, lambda: torch.zeros(3, 4).copy_(x)],
             "to the card": [
