@@ -336,11 +336,11 @@ class CLIPModel(nn.Module):
 
     def project_image(self, tower_output: Tensor) -> Tensor:
         """Take the image tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
-        return F.normalize(self.image_projection(tower_output.to(self.logit_scale)).float(), dim=-1)
+        return F.normalize(self.image_projection(self._as_own(tower_output)).float(), dim=-1)
 
     def project_text(self, tower_output: Tensor) -> Tensor:
         """Take the text tower's output `[B, embed_dim]` into the shared space: unit-norm float32 `[B, D]`."""
-        return F.normalize(self.text_projection(tower_output.to(self.logit_scale)).float(), dim=-1)
+        return F.normalize(self.text_projection(self._as_own(tower_output)).float(), dim=-1)
 
     def tower_state(self, tower: str) -> dict[str, Tensor]:
         """Return one tower's own parameters and buffers by name; `tower` is `image` or `text`."""
@@ -375,6 +375,10 @@ class CLIPModel(nn.Module):
     def _at_once(self) -> int | None:
         """Images or texts of a list that are run at once; in training a batch is a batch, for BatchNorm's sake."""
         return None if self.training else AT_ONCE
+
+    def _as_own(self, tower_output: Tensor) -> Tensor:
+        """Bring a tower's output, which may be a cached one, to where the weights are, and to their type."""
+        return to_device(tower_output, self.device, self.logit_scale.dtype)
 
     def _tokenize(self, texts: Sequence[str]) -> Tensor:
         tokens, truncated = tokenize(texts, self.architecture.context_length)

@@ -41,6 +41,14 @@ def stall(run: Runner) -> None:
         run.rows("step_times.py", *model, "--compile", name, seconds=95, name=f"compile {name}")
 
 
+def launches(run: Runner) -> None:
+    """A ViT-B/32's step, and for what part of it the GPU is idle: eager, compiled, with a CUDA graph; three sizes."""
+    quick: list[object] = ["--model", SMALL, "--batch_sizes", 4, "--steps", 1] if run.quick else ["--model", LARGE]
+    run.rows("gpu_idle.py", *quick, seconds=170, name="launches")
+    if not run.is_gpu:
+        run.skip("GPU idle; compiled; image tower as a CUDA graph")
+
+
 def vit_b32(run: Runner) -> None:
     """A ViT-B/32's step, batch 512, beside open_clip's."""
     found = compare_with_open_clip(run, LARGE, 512, [], bounds=(DEFAULT, COMPILED))
@@ -151,8 +159,8 @@ def kinds(run: Runner) -> None:
 PARTS: dict[str, Callable[[Runner], None]] = {
     each.__name__: each
     for each in (
-        correctness, stall, vit_b32, peers, vit_l14, resnet50, jpeg, decode_gpu, cached, large_batch, memory, small_run,
-        start, ranks, losses, kinds,
+        correctness, stall, vit_b32, peers, launches, vit_l14, resnet50, jpeg, decode_gpu, cached, large_batch, memory,
+        small_run, start, ranks, losses, kinds,
     )
 }  # fmt: skip
 

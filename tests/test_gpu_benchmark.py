@@ -8,16 +8,23 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import agreement, gpu, gpu_data, gpu_parts, gpu_runs, loss_speed, step_times, train_step
+from benchmarks import agreement, gpu, gpu_data, gpu_idle, gpu_parts, gpu_runs, loss_speed, step_times, train_step
 from benchmarks.rows import MARK, Row, table, told, write_line
 from cliptune.preprocess.tokens import tokenize
 from data_loader import ImageTextDataset
-from tests.helpers.models import SMALL_RESNET, SMALL_VIT, small_architectures  # noqa: F401  (a fixture)
+from tests.helpers.models import (
+    SMALL_RESNET,
+    SMALL_VIT,
+    make_batch,
+    make_model,
+    small_architectures,  # noqa: F401  (a fixture)
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +97,7 @@ def test_another_file_is_no_table(tmp_path: Path, content: str | None, capsys: p
 
 def test_parts_are_named_in_the_order_that_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(gpu_parts.PARTS)[:3] == ["correctness", "stall", "vit_b32"]
-    assert len(gpu_parts.PARTS) == 16
+    assert len(gpu_parts.PARTS) == 17
     assert gpu.parse(["ranks", "stall"]).parts == ["ranks", "stall"]
     assert gpu.parse([]).parts == []
     with pytest.raises(SystemExit) as stopped:
@@ -299,6 +306,71 @@ def test_every_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert slowest.value is not None and slowest.value >= 1
     assert slowest.note.endswith("of 22")
     assert rows["default flags: graphs compiled after the third step"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("intervals", "length"),
+    [
+        ([], 0),
+        ([(1, 3)], 2),
+        ([(5, 6), (1, 3)], 3),
+        ([(1, 3), (3, 4)], 3),
+        ([(1, 3), (2, 5)], 4),
+        ([(1, 9), (2, 3), (4, 5), (8, 10)], 9),  # two streams
+        ([(2, 2), (2, 4), (2, 4)], 2),
+    ],
+)
+def test_what_intervals_cover_counts_once(intervals: list[tuple[float, float]], length: float) -> None:
+    assert gpu_idle.covered(intervals) == length
+    assert gpu_idle.covered(reversed(intervals)) == length
+
+
+def test_what_a_gpu_did_is_told_from_what_a_profiler_has_besides() -> None:
+    def event(device: str, start: float, end: float, **more: bool) -> SimpleNamespace:
+        kind = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=start, end=end), **more)
+
+    events = [
+        event("CPU", 0, 100),
+        event("CUDA", 3, 5),
+        event("CUDA", 0, 90, is_user_annotation=True),
+        event("CUDA", 4, 8, is_user_annotation=False),
+    ]
+    assert gpu_idle.device_intervals(events) == [(3, 5), (4, 8)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.ones(3).sum()
+    found = profiler.events()
+    assert found is not None and len(found) > 0
+    assert gpu_idle.device_intervals(found) == []
+
+
+def test_a_step_is_timed_for_each_size_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", SMALL_VIT.name, "--batch_sizes", "2,4", "--steps", "2", "--precision", "fp32"]
+    assert gpu_idle.main(flags) == 0
+    assert list(rows_of(capsys.readouterr().out)) == ["eager, batch 2: step", "eager, batch 4: step"]
+
+
+def test_each_form_runs_the_towers_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compile_nothing(function: Any, **options: Any) -> Any:
+        modes.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model = make_model(SMALL_VIT.name)
+    images, tokens, _ = make_batch(model, 4)
+    features = []
+    for form in gpu_idle.FORMS:
+        gpu_idle.use_form(model, form)
+        features.append(model(images, tokens))
+        assert model.backbone.compiled == (form != "eager")
+        assert ("encode_image" in vars(model.backbone)) == (form == gpu_idle.FORMS[2])
+    assert {"mode": "reduce-overhead"} in modes
+    for found in features[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, features[0], strict=True))
+    gpu_idle.use_form(model, "eager")
+    assert "encode_image" not in vars(model.backbone)
 
 
 def test_losses_of_all_ways_are_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

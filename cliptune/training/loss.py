@@ -95,7 +95,8 @@ class ContrastiveLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss, and the in-batch accuracy in [0, 1], both directions averaged: two scalars.
 
-        A pair counts if a positive scores highest; of equal scores the first does. Arguments as `forward`'s.
+        A pair counts if a positive scores highest; of equal scores the first does. The accuracy has no gradient.
+        Arguments as `forward`'s.
         """
         if image_features.shape != text_features.shape or image_features.ndim != 2:
             shapes = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
@@ -134,6 +135,8 @@ class _InfoNCE(torch.autograd.Function):
         sums = _row_and_column_sums(logits, targets)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_gradient(logits, targets, sums))
+        # a sum over an epoch's accuracies would else hold the graph of each step, and with it the features
+        ctx.mark_non_differentiable(sums.accuracy)
         return sums.loss, sums.accuracy
 
     @staticmethod

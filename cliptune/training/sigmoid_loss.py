@@ -142,6 +142,7 @@ class _Sigmoid(torch.autograd.Function):
             of_images, of_texts = of_images * factor, logits.total(of_texts)[logits.own] * factor
             of_scale = logits.total(torch.linalg.vecdot(of_images, logits.images).sum())  # as `loss._gradient`'s
             ctx.save_for_backward(of_images, of_texts, of_scale, of_bias)
+        ctx.mark_non_differentiable(accuracy)  # as `loss._InfoNCE`'s
         return loss, accuracy
 
     @staticmethod

@@ -69,9 +69,11 @@ def small_architectures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def make_model(name: str, *, holds_batchnorm: bool = True, dropout: bool = False) -> CLIPModel:
+def make_model(
+    name: str, *, holds_batchnorm: bool = True, dropout: bool = False, freeze_tower: str | None = None
+) -> CLIPModel:
     torch.manual_seed(0)
-    model = CLIPModel(name)
+    model = CLIPModel(name, freeze_tower=freeze_tower)
     model.holds_batchnorm = holds_batchnorm
     with torch.no_grad():  # a random start has norms of one, biases of zero and residual branches that end in zero
         for parameter in model.backbone.parameters():
