@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from matplotlib import font_manager
@@ -24,7 +24,7 @@ def write(folder: Path, results: Any) -> Path:
     return path
 
 
-def letters_of(family: str, slant: str = "normal") -> set[int]:
+def letters_of(family: str, slant: Literal["normal", "italic"] = "normal") -> set[int]:
     face = font_manager.findfont(font_manager.FontProperties(family=family, style=slant), fallback_to_default=False)
     return set(font_manager.get_font(face).get_charmap())
 
