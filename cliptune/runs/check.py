@@ -263,7 +263,7 @@ def whole_findings(splits: Mapping[str, Pairs], settings: InspectSettings, *, co
 
 
 def _cost(examined: Examined, architecture: Architecture, batch_size: int) -> Iterator[Finding]:
-    """Estimate time and memory of training all of a model on this device."""
+    """Estimate time of training all of a model on this device, and memory of a step."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     train, captions, _ = examined.part("train")
@@ -284,10 +284,11 @@ def _cost(examined: Examined, architecture: Architecture, batch_size: int) -> It
     needed, free = cost.state_bytes + batch_size * pair_bytes, free_memory(device)
     fits = needed < FREE_MEMORY_FRACTION * free
     yield Finding(
-        "memory", "GB of memory", float(f"{needed / 1e9:.2g}"),
+        "memory", "GB for a step", float(f"{needed / 1e9:.2g}"),
         f"about, with a batch of {batch_size} at once: {cost.state_bytes / 1e9:.1f} for "
-        f"{cost.num_parameters / 1e6:.0f} million parameters, {pair_bytes / 1e6:.0f} MB a pair; {free / 1e9:.1f} are "
-        "free",
+        f"{cost.num_parameters / 1e6:.0f} million parameters with gradients and moments, {pair_bytes / 1e6:.0f} MB a "
+        f"pair; {free / 1e9:.1f} are free. A run takes more: the program itself, and the models that it loads, saves "
+        "and compares",
         "" if fits else "a run takes its batches in pieces that fit; --freeze_backbone or a smaller model needs less",
         {"parameters": cost.num_parameters, "state_bytes": cost.state_bytes, "bytes_per_pair": pair_bytes},
     )  # fmt: skip

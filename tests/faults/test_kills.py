@@ -87,7 +87,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_its_step(
     ("fault", "step", "how"),
     [("stuck:4", 3, "in place"), ("slow:1", 0, "background")],
 )
-def test_a_signal_is_answered_while_a_step_takes_long_or_a_file(
+def test_a_signal_is_answered_while_a_step_is_compiled_or_a_file_written(
     fault: str, step: int, how: str, whole: Path, sample_dir: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / SCRIPT), *flags_for(sample_dir, tmp_path, 2)]
@@ -98,7 +98,7 @@ def test_a_signal_is_answered_while_a_step_takes_long_or_a_file(
         process.terminate()
         errors = process.stderr.read()
         assert process.wait() == 143, errors
-    assert time.monotonic() - start < 40, errors  # of the 60; 4 of them are waited for, the rest is the machine's load
+    assert time.monotonic() - start < 60, errors  # of 120; 4 of them are waited for, the rest is the machine's load
     found = re.search(r"stopped by SIGTERM at epoch 1, step (\d), which are saved", errors)
     assert found is not None, errors
     assert int(found[1]) == (step or int(found[1]))

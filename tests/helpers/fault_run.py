@@ -4,8 +4,8 @@ FAULT=signal:1:4:SIGTERM python tests/helpers/fault_run.py ...
 
 sends it in step 4 to rank 1 with its workers; `kill:5:writing` is SIGKILL in the middle of the fifth
 checkpoint file, `kill:5:naming` before it gets its name; `worker:4` is SIGKILL to the loader workers in step 4,
-`worker:validation` to those of the first validation after training; in `stuck:4` the text tower of step 4 takes a
-minute, as when it is compiled, and in `slow:2` every checkpoint file takes 2 s; both say when that begins.
+`worker:validation` to those of the first validation after training; in `stuck:4` PyTorch's compiler takes two minutes
+for the text tower of step 4, and in `slow:2` every checkpoint file takes 2 s; both say when that begins.
 
 BACKGROUND=1 lets a thread write the checkpoints, as on a GPU.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from torch.utils.data import get_worker_info
 
 import train
@@ -106,6 +107,11 @@ def stick_in_step(step: str) -> None:
     train_step, run_text_tower = MultimodalTrainer.train_step, CLIPModel.run_text_tower
     steps_done = 0
 
+    def compile_slowly(graph: Any, _: Any) -> Any:
+        print("begun", file=sys.stderr, flush=True)
+        time.sleep(120)
+        return graph.forward
+
     def note_step(self: MultimodalTrainer, *arguments: Any) -> Any:
         nonlocal steps_done
         steps_done = self.global_step
@@ -113,8 +119,7 @@ def stick_in_step(step: str) -> None:
 
     def stick(self: CLIPModel, *arguments: Any, **options: Any) -> Any:
         if self.training and steps_done + 1 == int(step):
-            print("begun", file=sys.stderr, flush=True)
-            time.sleep(60)
+            torch.compile(torch.neg, backend=compile_slowly)(torch.ones(3))
         return run_text_tower(self, *arguments, **options)
 
     MultimodalTrainer.train_step = note_step  # type: ignore[method-assign, assignment]

@@ -285,6 +285,10 @@ def test_time_and_memory_are_those_of_the_chosen_model(sample_dir: Path, tmp_pat
     assert large["time"].number > small["time"].number
     assert small["memory"].values["parameters"] == pytest.approx(14e6, rel=0.1)
     assert large["memory"].values["parameters"] == pytest.approx(428e6, rel=0.01)
+    state, pair = (small["memory"].values[key] for key in ("state_bytes", "bytes_per_pair"))
+    assert small["memory"].number == pytest.approx((state + 32 * pair) / 1e9, rel=0.06)  # of two digits
+    assert "with gradients and moments" in small["memory"].text
+    assert "A run takes more: the program itself" in small["memory"].text
     assert json.loads((tmp_path / "results" / "data_check.json").read_text())["num_images"] == 60
     assert check_data(tmp_path / "data", tmp_path, "--model_name", "ViT-X") == 2
 
