@@ -32,6 +32,7 @@ from torch import nn
 
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test, self_tester
 from cliptune.data.snapshot import Snapshots
+from cliptune.data.workers import no_workers_left
 from cliptune.features.retrieval import Retrieval
 from cliptune.language.catalogue import language_of
 from cliptune.runs.copies import copy_finder, main_finds_copies
@@ -103,7 +104,7 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
     # of a call, or of one run of several, the process may be older than what it is about
     began = process_start() if argv is None and part is None else time.monotonic()
     whole = None if part is None else part.whole
-    with ExitStack() as held:
+    with no_workers_left(), ExitStack() as held:
         # settings: a resumed run has its own
         config, files, resumed = open_run(started, held, is_locked=whole is not None)
         tracker = held.enter_context(tracking(config.run.track if is_main() else None))

@@ -92,7 +92,7 @@ def cached(run: Runner) -> None:
 def large_batch(run: Runner) -> None:
     """A batch of 32,768 pairs: pairs a second over a plain step's, recomputation counted."""
     model, batch = (SMALL, 64) if run.quick else (LARGE, 32768)
-    flags = ["--models", f"{model}:{batch}", "--repeats", 1 if run.quick else 3, "--precision", "bf16"]
+    flags = ["--models", f"{model}:{batch}", "--repeats", 1 if run.quick else 3, "--precision", precision_of(run)]
     flags += ["--micro_batch_size", "auto"] if run.is_gpu else []
     found = run.figures("large_batch.py", *flags, seconds=175, name=f"{model}, batch {batch:,}")
     if found is not None:
@@ -187,19 +187,20 @@ def step(
     sizes: list[object] = ["--batches", 8, "--repeats", 6, "--steps", 4 if batch >= 512 else 2, "--warmup", 2]
     if run.quick:  # a model of its own, which only `clip` knows besides
         model, batch, cases = SMALL, 8, ["ours", "clip"] if "clip" in cases else ["ours"]
-        sizes = ["--batches", 2, "--repeats", 1]
-    name = f"{model}, batch {batch}, bf16"
+        sizes = ["--batches", 2, "--repeats", 1, "--largest_side", 256]
+    precision = precision_of(run)
+    name = f"{model}, batch {batch}, {precision}"
     found = run.figures(
-        "train_step.py", "--model", model, "--batch_size", batch, "--precisions", "bf16", "--cases", ",".join(cases),
+        "train_step.py", "--model", model, "--batch_size", batch, "--precisions", precision, "--cases", ",".join(cases),
         "--captions", run.captions(), *sizes, *(flags or []), seconds=95 if model == LARGE else 120,
         name=f"{name}: {', '.join(cases)}",
     )  # fmt: skip
     if found is None:
         return None
-    seconds = found["precisions"]["bf16"]["seconds"]
+    seconds = found["precisions"][precision]["seconds"]
     beside = " beside a compiled peer" if "open_clip+compile" in cases else ""
     rate = tell_steps(run, f"{name}, default flags{beside}", batch, seconds, model=model)
-    floor = found["precisions"]["bf16"]["floor_seconds"]
+    floor = found["precisions"][precision]["floor_seconds"]
     if floor is not None and not beside:
         run.tell(Row(f"{name}: share of the floor", 100 * floor / statistics.median(seconds["ours"]), "%"))
     for peer, bound in bounds.items():
@@ -209,6 +210,11 @@ def step(
             must, hope = bound or (None, None)
             run.tell(Row(f"{name}: ours over {peer}", over, "times", must, hope, note=rates))
     return rate
+
+
+def precision_of(run: Runner) -> str:
+    """Return bf16, but in a try on the CPU fp32: a CPU without bf16 takes minutes for a second's work in it."""
+    return "fp32" if run.quick and not run.is_gpu else "bf16"
 
 
 def tell_steps(run: Runner, name: str, batch: int, seconds: dict[str, list[float]], *, model: str) -> float:

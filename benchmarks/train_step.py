@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
                 cases, repeats=options.repeats, warmup=options.warmup, device=options.device
             ).items()
         }
-        rate = matrix_rate(device, precision)
+        rate = matrix_rate(device, precision, largest=options.largest_side)
         flops = sum(step_flops(ARCHITECTURES[options.model], each) for each in lengths) / len(lengths)
         report(precision, timings, floor=flops / rate, rate=rate)
         results["precisions"][precision] = {
@@ -89,12 +89,16 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn, with no wait for the device in between")
+    parser.add_argument(
+        "--largest_side", type=int, default=8192, help="of the matrices whose products give the floor, at most"
+    )
     parser.add_argument("--quick", action="store_true", help="under a minute: a small model, ours and clip alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args(argv)
     if options.quick:
         options.model, options.cases, options.batch_size, options.repeats = "ViT-Ti/32", "ours,clip", 16, 3
+        options.largest_side = 256
     return options
 
 
@@ -318,15 +322,16 @@ def step_flops(shape: Architecture, lengths: Tensor) -> float:
     return total + images * (embedding + 6 * shape.embed_dim * (shape.vision_width + shape.transformer_width))
 
 
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Measure the best rate of a matrix product, in operations a second, over sizes as they occur."""
+def matrix_rate(device: torch.device, precision: str, *, largest: int) -> float:
+    """Measure the best rate of a matrix product, in operations a second, over sizes as they occur, up to a limit."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     # a GPU is kept busy by large products alone, several of them between two looks at the clock
     is_gpu = device.type != "cpu"
     shapes = ((25600, 768, 3072), (8192, 8192, 8192)) if is_gpu else ((1600, 768, 3072), (4096, 1024, 4096))
     times = 20 if is_gpu else 1
     products: dict[str, Step] = {}
-    for rows, inner, columns in (*shapes, (2048, 2048, 2048)):
+    for shape in (*shapes, (2048, 2048, 2048)):
+        rows, inner, columns = (min(side, largest) for side in shape)
         a = torch.randn(rows, inner, dtype=dtype, device=device)
         b = torch.randn(columns, inner, dtype=dtype, device=device)
         products[f"{rows},{inner},{columns}"] = lambda a=a, b=b: [a @ b.T for _ in range(times)]  # type: ignore[misc]

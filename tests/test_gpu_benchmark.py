@@ -1,5 +1,8 @@
 """`benchmarks/gpu.sh`: its parts, its lines and tables, what it does about failures; a try of all of it on the CPU."""
 
+import contextlib
+import importlib
+import io
 import json
 import math
 import os
@@ -7,6 +10,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +22,7 @@ import torch
 
 from benchmarks import agreement, gpu, gpu_data, gpu_idle, gpu_parts, gpu_runs, loss_speed, step_times, train_step
 from benchmarks.rows import MARK, Row, table, told, write_line
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.preprocess.tokens import tokenize
 from data_loader import ImageTextDataset
 from tests.helpers.models import (
@@ -427,18 +434,46 @@ def test_a_peer_that_is_not_installed_is_skipped(
     assert "open_clip is skipped: No module named 'open_clip'" in capsys.readouterr().out
 
 
+def run_here(self: gpu.Runner, log: str, arguments: Sequence[str], *, seconds: float) -> tuple[list[str], str | None]:
+    """Stand in for `Runner._run`: a script runs in this process, which has imported PyTorch, and its model is tiny."""
+    script, *flags = arguments
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        if Path(script).stem != "gpu_runs":  # which starts `train.py`
+            patch.setitem(ARCHITECTURES, gpu_parts.SMALL, replace(SMALL_VIT, name=gpu_parts.SMALL))
+        code = importlib.import_module(f"benchmarks.{Path(script).stem}").main(flags)
+    lines = printed.getvalue().splitlines()
+    for row in filter(None, map(told, lines)):
+        self.tell(row)
+    return lines, None if code == 0 else f"exit code {code}"
+
+
 @pytest.mark.slow
-def test_all_parts_run_on_the_cpu(tmp_path: Path) -> None:
+def test_all_parts_run_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(gpu.Runner, "look", lambda _: True)
+    monkeypatch.setattr(gpu.Runner, "_run", run_here)
     path = tmp_path / "results.jsonl"
-    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", "--quick", "--work", str(tmp_path / "work")]
-    done = subprocess.run(
-        [*command, "--json", str(path)], env=os.environ | {"PYTHON": sys.executable}, text=True, check=False,
-        capture_output=True,
-    )  # fmt: skip
-    failed = [line for line in done.stdout.splitlines() if "FAIL" in line]
-    assert (done.returncode, failed) == (0, []), done.stderr
+    code = gpu.main(["--device", "cpu", "--quick", "--work", str(tmp_path / "work"), "--json", str(path)])
+    assert (code, [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]) == (0, [])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert list(dict.fromkeys(row["part"] for row in rows)) == list(gpu_parts.PARTS)
     assert {row["note"] for row in rows if row["state"]} == {"needs CUDA"}
     measured = {row["part"] for row in rows if row["value"] is not None}
     assert measured == gpu_parts.PARTS.keys() - {"memory", "kinds", "decode_gpu"}
+
+
+@pytest.mark.slow
+def test_a_part_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", "--quick", "--work", str(tmp_path / "work")]
+    done = subprocess.run(
+        [*command, "--json", str(path), "losses"], env=os.environ | {"PYTHON": sys.executable}, text=True, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"torch {version('torch')}" in done.stdout.splitlines()[0]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["part"] for row in rows} == {"losses"}
+    assert any(row["value"] is not None for row in rows)

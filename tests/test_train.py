@@ -1,8 +1,10 @@
 """Runs of the training stage: what they leave, how they are broken off and resumed, what they say."""
 
 import errno
+import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -686,6 +688,19 @@ def test_how_much_of_an_epoch_was_waited_for(
         capsys.readouterr().out,
         re.M,
     )
+
+
+def test_a_run_leaves_no_workers_to_the_garbage_collector(
+    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
+) -> None:
+    before = {child.pid for child in multiprocessing.active_children()}
+    gc.disable()
+    try:
+        flags = ["--num_epochs", "1", "--num_workers", "2"]
+        assert main(small_flags(sample_dir, tmp_path, *flags)) == 0
+        assert {child.pid for child in multiprocessing.active_children()} <= before
+    finally:
+        gc.enable()
 
 
 def test_a_profile_and_the_peak_memory(whole: Callable[[str], Path]) -> None:

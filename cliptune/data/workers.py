@@ -18,6 +18,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -135,7 +136,7 @@ class Loader(DataLoader[Any]):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if self.persistent_workers:
-            atexit.register(_end_workers, weakref.ref(self))
+            _kept.add(self)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self._received() if self.num_workers else super().__iter__()
@@ -182,10 +183,29 @@ class Loader(DataLoader[Any]):
         return tensor.pin_memory() if self.pin_memory else tensor
 
 
-def _end_workers(loader: weakref.ref[Loader]) -> None:
-    """Let workers end with the program; the SIGTERM that they would get otherwise they heed after half a minute."""
-    if (found := loader()) is not None:
-        found.end_workers()
+_kept: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+def end_kept_workers() -> None:
+    """End the workers that any loader keeps for its next iteration, which would start others.
+
+    Left to the garbage collector each takes 10 seconds to end, and half a minute where it gets SIGTERM at the end of
+    the program.
+    """
+    for loader in list(_kept):
+        loader.end_workers()
+
+
+atexit.register(end_kept_workers)
+
+
+@contextmanager
+def no_workers_left() -> Iterator[None]:
+    """End the workers that are kept when this is left, by an error as well."""
+    try:
+        yield
+    finally:
+        end_kept_workers()
 
 
 class _Failed(NamedTuple):

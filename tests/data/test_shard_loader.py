@@ -19,13 +19,15 @@ from cliptune.data.shards import INDEX_NAME, open_shards
 from cliptune.preprocess.transforms import clip_transform, train_transform
 from tests.helpers.datasets import make_shards, make_tar, png_bytes
 from tests.helpers.launch import run_ranks
+from tests.helpers.models import SMALL_VIT
 from tests.helpers.ranks import as_rank
+from tests.helpers.runs import small_runs
 
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {
     "transform": clip_transform(8), "batch_size": 10, "num_workers": 0, "device": CPU, "seed": 1,
 }  # fmt: skip
-FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3", "--num_epochs", "1"]
+FLAGS = ["--model_name", SMALL_VIT.name, "--batch_size", "18", "--learning_rate", "1e-3", "--num_epochs", "1"]
 
 
 def loader_of(data_dir: str, **options: Any) -> ShardLoader:
@@ -227,7 +229,8 @@ def shard_run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         flags = ["--split", split, "--shard_size", "20"]
         assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(folder / split), *flags]) == 0
     data = ["--data_dir", f"{folder}/train/{{00000..00002}}.tar", "--val_data", f"{folder}/val/00000.tar"]
-    assert train.main([*data, *FLAGS, "--num_workers", "2", "--output_dir", str(folder)]) == 0
+    with small_runs():
+        assert train.main([*data, *FLAGS, "--num_workers", "2", "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -250,7 +253,9 @@ def test_a_run_on_shards(shard_run: Path, tmp_path: Path) -> None:
 def test_two_ranks_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_run / "train", tmp_path / "train", ignore=shutil.ignore_patterns(INDEX_NAME))
     data = ["--data_dir", f"{tmp_path}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
-    done = run_ranks(2, "train.py", *data, *FLAGS, "--num_workers", "2", "--output_dir", str(tmp_path))
+    done = run_ranks(
+        2, "tests/helpers/small_train.py", *data, *FLAGS, "--num_workers", "2", "--output_dir", str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("counted the samples of 3 shards") == 1
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())
@@ -258,6 +263,7 @@ def test_two_ranks_train_on_shards_that_are_not_counted_yet(shard_run: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_frozen_towers_train_on_shards_without_cached_features(shard_run: Path, tmp_path: Path) -> None:
     data = ["--data_dir", f"{shard_run}/train/{{00000..00002}}.tar", "--val_data", f"{shard_run}/val/00000.tar"]
     assert train.main([*data, *FLAGS, "--freeze_backbone", "--output_dir", str(tmp_path)]) == 0
@@ -266,6 +272,7 @@ def test_frozen_towers_train_on_shards_without_cached_features(shard_run: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("frozen", [["--freeze_backbone"], ["--cache_images"]])
 def test_shards_may_be_the_validation_set_of_other_data(
     shard_run: Path, sample_dir: Path, tmp_path: Path, frozen: list[str]

@@ -22,11 +22,14 @@ from cliptune.data.skipped import SkippedData
 from cliptune.preprocess.decode import decode_image, load_image, size_of
 from data_loader import ImageTextDataset
 from tests.helpers.launch import ROOT, environment, run_ranks
+from tests.helpers.models import SMALL_VIT
 from tests.helpers.photos import photo
 from tests.helpers.runs import check_data
 from tests.helpers.zoo import ABSENT, BAD, CAPTIONS, CORNERS, GOOD, corners, index_bytes
 
-TINY = ["--model_name", "ViT-Ti/32", "--batch_size", "16", "--num_epochs", "1", "--num_workers", "0"]
+pytestmark = pytest.mark.usefixtures("small")
+
+TINY = ["--model_name", SMALL_VIT.name, "--batch_size", "16", "--num_epochs", "1", "--num_workers", "0"]
 
 
 def write_index(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -301,7 +304,7 @@ def test_stop_and_the_share_hold_for_the_index(
 def test_one_process_that_finds_too_many_stops_all(spoiled: Callable[[int], Path], tmp_path: Path) -> None:
     output = tmp_path / "output"
     flags = ["--data_dir", str(spoiled(3)), "--output_dir", str(output), *TINY, "--max_skipped_fraction", "0.01"]
-    done = run_ranks(2, "train.py", *flags)
+    done = run_ranks(2, "tests/helpers/small_train.py", *flags)
     assert done.returncode != 0
     assert "of 60 images and records cannot be used: " in done.stderr
     assert json.loads((output / "results" / "skipped.json").read_text())

@@ -1,8 +1,11 @@
 """Names, keys and captions from files are data: no terminal, log or list takes orders from them."""
 
+import copy
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -91,14 +94,20 @@ def shard_members(folder: Path, sample: Path, name: str) -> Any:
     return train.main, ["--data_dir", str(folder / "a.tar"), "--val_data", str(sample), "--output_dir", str(folder)]
 
 
+@cache
+def trained(sample: Path) -> dict[str, Any]:
+    """Return the checkpoint of a small run."""
+    with small_runs(), TemporaryDirectory() as output:
+        assert train.main(["--data_dir", str(sample), *SMALL, "--num_epochs", "1", "--output_dir", output]) == 0
+        return load_checkpoint(Path(output) / "model-checkpoint" / "last_model.pth")
+
+
 def checkpoint(folder: Path, sample: Path, change: Callable[[dict[str, Any]], None]) -> str:
-    with small_runs():
-        output = folder / "run"
-        assert train.main(["--data_dir", str(sample), *SMALL, "--num_epochs", "1", "--output_dir", str(output)]) == 0
-    content = load_checkpoint(output / "model-checkpoint" / "last_model.pth")
+    content = copy.deepcopy(trained(sample))
     change(content)
-    save_checkpoint(folder / "run" / "model-checkpoint" / "hostile.pth", content)
-    return str(folder / "run" / "model-checkpoint" / "hostile.pth")
+    path = folder / "run" / "model-checkpoint" / "hostile.pth"
+    save_checkpoint(path, content)
+    return str(path)
 
 
 def model_name(folder: Path, sample: Path, name: str) -> Any:

@@ -17,7 +17,7 @@ import pytest
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.training.checkpoint import RunFiles, load_newest_state
-from tests.helpers.launch import ROOT, environment, torchrun_command
+from tests.helpers.launch import ROOT, environment, run_alone, torchrun_command
 from tests.helpers.models import SMALL_VIT
 from tests.helpers.runs import assert_same_runs
 from train import main
@@ -43,15 +43,15 @@ def flags_for(data_dir: Path, output_dir: Path, num_epochs: int) -> list[str]:
 
 def variables_of(fault: str, how: str = "in place") -> dict[str, str]:
     fault_of = {"FAULT": fault} if fault else {}
-    return environment() | fault_of | ({"BACKGROUND": "1"} if how == "background" else {})
+    return fault_of | ({"BACKGROUND": "1"} if how == "background" else {})
 
 
 def run(flags: list[str], fault: str, world_size: int = 1, how: str = "in place") -> subprocess.CompletedProcess[str]:
-    alone = [sys.executable, str(ROOT / SCRIPT), *flags]
-    command = alone if world_size == 1 else torchrun_command(world_size, SCRIPT, *flags)
+    if world_size == 1:
+        return run_alone(SCRIPT, *flags, variables=variables_of(fault, how))
     return subprocess.run(
-        command,
-        env=variables_of(fault, how),
+        torchrun_command(world_size, SCRIPT, *flags),
+        env=environment() | variables_of(fault, how),
         capture_output=True,
         text=True,
         check=False,
@@ -91,7 +91,9 @@ def test_a_signal_is_answered_while_a_step_is_compiled_or_a_file_written(
     fault: str, step: int, how: str, whole: Path, sample_dir: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(ROOT / SCRIPT), *flags_for(sample_dir, tmp_path, 2)]
-    with subprocess.Popen(command, env=variables_of(fault, how), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment() | variables_of(fault, how), stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line == "begun\n")
         start = time.monotonic()
@@ -155,7 +157,9 @@ def test_a_run_that_is_killed_at_any_moment_is_the_unbroken_one_in_the_end(
     steps = [0]
     for _ in range(NUM_KILLS):
         command = [sys.executable, str(ROOT / SCRIPT), *flags, "--resume"]
-        with subprocess.Popen(command, env=variables_of("", how), stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=environment() | variables_of("", how), stderr=subprocess.PIPE, text=True
+        ) as process:
             assert process.stderr is not None
             next(line for line in process.stderr if line.startswith("peak rates"))
             time.sleep(moments.uniform(0.0, 1.0))

@@ -19,20 +19,30 @@ from cliptune.data.sample_data import create_sample_dataset
 from cliptune.features import cache as feature_cache
 from cliptune.features.cache import FeatureCache, FeatureLoader, View, tower_key
 from cliptune.features.encode import Encoder, encode_pairs
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.preprocess.transforms import train_transform
 from cliptune.runtime.device import resolve_precision
 from cliptune.training.loss import ContrastiveLoss
 from cliptune.training.optim import build_optimizer
 from data_loader import ImageTextDataset
 from evaluation import evaluate
+from tests.helpers.models import SMALL_VIT
 
 CPU = torch.device("cpu")
 FP32, BF16 = resolve_precision("fp32", CPU), resolve_precision("bf16", CPU)
 
 
+SMALL = replace(SMALL_VIT, name="ViT-Mini of 224", embed_dim=256, image_resolution=224)
+
+
+@pytest.fixture(autouse=True)
+def small_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, SMALL.name, SMALL)
+
+
 def small_model(**frozen: object) -> CLIPModel:
     torch.manual_seed(0)
-    return CLIPModel("ViT-Ti/32", **frozen)  # type: ignore[arg-type]
+    return CLIPModel(SMALL.name, **frozen)  # type: ignore[arg-type]
 
 
 def encoder_of(model: CLIPModel) -> Encoder:

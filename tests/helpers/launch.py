@@ -27,11 +27,26 @@ def torchrun(world_size: int, script: str, *arguments: str) -> subprocess.Comple
 
 def run_ranks(world_size: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Do what `torchrun` does, with ranks that need not import PyTorch once more."""
+    return _forked(script, arguments, world_size=world_size)
+
+
+def run_alone(script: str, *arguments: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process and session of its own, which need not import PyTorch once more.
+
+    Args:
+        script: below the root.
+        arguments: its `sys.argv[1:]`.
+        variables: of its environment, beside those that all have.
+    """
+    return _forked(script, arguments, world_size=None, variables=variables)
+
+
+def _forked(script: str, arguments: tuple[str, ...], **options: object) -> subprocess.CompletedProcess[str]:
     server = _rank_server()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        job = {"script": str(ROOT / script), "arguments": arguments, "world_size": world_size}
+        job = {"script": str(ROOT / script), "arguments": arguments, **options}
         server.stdin.write(json.dumps({**job, "stdout": stdout.name, "stderr": stderr.name}) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())

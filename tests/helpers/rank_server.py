@@ -1,7 +1,8 @@
 """Starts ranks as forks of a process that has imported everything, which takes a rank of `torchrun` some seconds.
 
 A job is a line of JSON: script, arguments, world size, and the file for each of stdout and stderr. The answer is a
-line with the exit code: 0, or that of the first rank that failed, after which the others are ended.
+line with the exit code: 0, or that of the first rank that failed, after which the others are ended. Without a world
+size it is one process in a session of its own, and a signal that ended it is a negative code.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> None:
 
 
 def run(job: dict[str, Any]) -> int:
+    if job["world_size"] is None:
+        return os.waitstatus_to_exitcode(os.waitpid(fork(job, 0, 0), 0)[1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,9 +73,13 @@ def be_rank(job: dict[str, Any], rank: int, port: int) -> NoReturn:
         for descriptor, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
             opened = os.open(name, os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_APPEND)
             os.dup2(opened, descriptor)
-        size = str(job["world_size"])
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if job["world_size"] is None:
+            os.setsid()
+            os.environ |= job["variables"]
+        else:
+            size = str(job["world_size"])
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         sys.argv = [job["script"], *job["arguments"]]
         runpy.run_path(job["script"], run_name="__main__")
         code = 0

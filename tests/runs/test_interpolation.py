@@ -254,9 +254,8 @@ def test_several_ranks_look_back_together(parallel: str, sample_dir: Path, tmp_p
     watched = tmp_path / "watched"
     create_sample_dataset(watched, 9, seed=7)
     data = ["--data_dir", str(sample_dir), "--watch_data", str(watched), "--output_dir", str(tmp_path)]
-    training = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3", "--num_epochs", "2"]
-    more = ["--num_workers", "0", "--precision", "fp32", "--interpolate", "--parallel", parallel]
-    done = run_ranks(2, "train.py", *data, *training, *more)
+    more = ["--num_epochs", "2", "--precision", "fp32", "--interpolate", "--parallel", parallel]
+    done = run_ranks(2, "tests/helpers/small_train.py", *data, *SMALL, *more)
     assert done.returncode == 0, done.stderr
     found = results_of(RunFiles(tmp_path))
     points = found["interpolation"]["points"]

@@ -18,18 +18,20 @@ import evaluation
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runtime import distributed
 from tests.helpers.launch import environment, run_ranks, torchrun, torchrun_command
+from tests.helpers.models import SMALL_VIT
 from train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = [
-    "--model_name", "ViT-Ti/32", "--batch_size", "25", "--learning_rate", "1e-3", "--precision", "fp32",
-    "--num_epochs", "2", "--augment", "crop", "--num_workers", "0",
+    "--batch_size", "25", "--learning_rate", "1e-3", "--precision", "fp32", "--num_epochs", "2", "--augment", "crop",
+    "--num_workers", "0",
 ]  # fmt: skip
+SMALL_TRAIN = "tests/helpers/small_train.py"
 
 
-def run_flags(data: Path, output: Path, *more: str) -> list[str]:
-    return ["--data_dir", str(data), "--output_dir", str(output), *FLAGS, *more]
+def run_flags(data: Path, output: Path, *more: str, model: str = SMALL_VIT.name) -> list[str]:
+    return ["--data_dir", str(data), "--output_dir", str(output), "--model_name", model, *FLAGS, *more]
 
 
 def history(output: Path) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def assert_same_history(found: list[dict[str, Any]], wanted: list[dict[str, Any]
 @pytest.fixture(scope="module")
 def one_process(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("one")
-    assert main(run_flags(sample_dir, output)) == 0
+    assert main(run_flags(sample_dir, output, model="ViT-Ti/32")) == 0
     return output
 
 
@@ -72,7 +74,7 @@ def test_full_memory_in_one_process_is_so_in_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_that_of_one(one_process: Path, sample_dir: Path, tmp_path: Path) -> None:
-    done = torchrun(2, "train.py", *run_flags(sample_dir, tmp_path, "--micro_batch_size", "5"))
+    done = torchrun(2, "train.py", *run_flags(sample_dir, tmp_path, "--micro_batch_size", "5", model="ViT-Ti/32"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_history(history(tmp_path), history(one_process))
     assert done.stdout.count("best model: ") == 1
@@ -91,28 +93,30 @@ def test_a_run_of_two_processes_is_that_of_one(one_process: Path, sample_dir: Pa
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_that_of_one_and_resumes_it(one_process: Path, sample_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small")
+def test_a_sharded_run_is_that_of_one_and_resumes_it(sample_dir: Path, tmp_path: Path) -> None:
     flags = run_flags(sample_dir, tmp_path, "--parallel", "fsdp", "--gradient_checkpointing")
     flags[flags.index("--num_epochs") + 1] = "1"
-    done = run_ranks(3, "train.py", *flags, "--warmup_fraction", "0")
+    done = run_ranks(3, SMALL_TRAIN, *flags, "--warmup_fraction", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     single = tmp_path / "single"
     flags = run_flags(sample_dir, single, "--warmup_fraction", "0")
     flags[flags.index("--num_epochs") + 1] = "1"
     assert main(flags) == 0
     assert_same_history(history(tmp_path), history(single))
-    done = run_ranks(2, "train.py", "--output_dir", str(single), "--resume", "--num_epochs", "2", "--parallel", "fsdp")
+    done = run_ranks(2, SMALL_TRAIN, "--output_dir", str(single), "--resume", "--num_epochs", "2", "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming at epoch 1, step 3 from" in done.stderr
     assert [entry["epoch"] for entry in history(single)] == [0, 1, 2]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_frozen_features_are_shared_out(sample_dir: Path, tmp_path: Path) -> None:
     frozen = ("--freeze_backbone", "--feature_views", "2")
     single = tmp_path / "single"
     assert main(run_flags(sample_dir, single, *frozen)) == 0
-    done = run_ranks(2, "train.py", *run_flags(sample_dir, tmp_path, *frozen))
+    done = run_ranks(2, SMALL_TRAIN, *run_flags(sample_dir, tmp_path, *frozen))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_history(history(tmp_path), history(single))
 
@@ -155,7 +159,7 @@ def test_a_process_that_fails_ends_all_with_its_error(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_when_a_process_is_killed_the_rest_end_soon(sample_dir: Path, tmp_path: Path) -> None:
-    command = torchrun_command(2, "train.py", *run_flags(sample_dir, tmp_path, "--num_epochs", "10000"))
+    command = torchrun_command(2, SMALL_TRAIN, *run_flags(sample_dir, tmp_path, "--num_epochs", "10000"))
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as launcher:
         assert launcher.stderr is not None
         said: list[str] = []

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -256,6 +257,24 @@ def trainer_of(model: CLIPModel, size: int | None, *, precision: Precision = FP3
     return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=size, **options)
 
 
+def four_steps(model: CLIPModel, *, smaller_from: int | None = None) -> MultimodalTrainer:
+    """Train on micro-batches of 8 pairs, from a step on of 4."""
+    batch, trainer = make_batch(model, 24), trainer_of(model, 8)
+    torch.manual_seed(3)
+    for step in range(4):
+        if step == smaller_from:
+            trainer.grad_cache.size = 4
+        trainer.train_step(*batch)
+    return trainer
+
+
+@cache
+def weights_of_four_steps(smaller_from: int) -> dict[str, Tensor]:
+    model = make_model("ViT-Mini", dropout=True)
+    four_steps(model, smaller_from=smaller_from)
+    return model.state_dict()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at", range(10, 17))
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
@@ -263,22 +282,14 @@ def test_full_memory_halves_the_micro_batch_and_repeats_the_step(
     at: int, kind: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A step of 3 micro-batches runs 5 towers: the failure is in the third step's first or second pass, or after it."""
-    results = []
-    for fails in (True, False):
-        model = make_model("ViT-Mini", dropout=True)
-        batch = make_batch(model, 24)
-        trainer = trainer_of(model, 8)
-        if fails:
-            FullMemory(model, pairs=4, at=at, kind=kind)
-        torch.manual_seed(3)
-        for step in range(4):
-            if not fails and step == at // 5:
-                trainer.grad_cache.size = 4
-            trainer.train_step(*batch)
-        assert trainer.grad_cache.size == 4
-        results.append(model.state_dict())
+    wanted = weights_of_four_steps(at // 5)
+    model = make_model("ViT-Mini", dropout=True)
+    FullMemory(model, pairs=4, at=at, kind=kind)
+    assert four_steps(model).grad_cache.size == 4
     assert "out of memory with micro-batches of 8 pairs: going on with 4" in caplog.text
-    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    found = model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
 class _Failing(torch.autograd.Function):
@@ -351,26 +362,36 @@ def test_a_step_that_ran_out_of_memory_is_as_if_it_had_not(
     name: str, precision: Precision, where: str, at: int
 ) -> None:
     """The second of two steps fails, in its first or second pass, the backward pass or the loss: 2 parts, 3 runs."""
-    found = []
-    for fails in (True, False):
-        model = make_model(name, holds_batchnorm=False, dropout=True)
-        batch = make_batch(model, 8)
-        trainer = trainer_of(model, 4, precision=precision)
-        if precision.scaled:
-            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "growth_interval": 2})
-        failing = FullOnce(trainer, where, at) if fails else None
-        torch.manual_seed(3)
-        for step in range(2):
-            if failing is None and step == 1:
-                trainer.grad_cache.size = 2
-            trainer.train_step(*batch)
-        if failing is not None:
-            assert failing.num_kept == 0  # their memory was free when the step was repeated
-        assert trainer.grad_cache.size == 2
-        found.append((model.state_dict(), trainer.scaler.state_dict(), torch.get_rng_state()))
-    assert found[0][1] == found[1][1]
-    assert torch.equal(found[0][2], found[1][2])
-    assert all(torch.equal(value, found[1][0][key]) for key, value in found[0][0].items())
+    wanted = state_of_two_steps(name, precision)
+    trainer = trainer_without_steps(name, precision)
+    batch, failing = make_batch(trainer.model, 8), FullOnce(trainer, where, at)
+    torch.manual_seed(3)
+    for _ in range(2):
+        trainer.train_step(*batch)
+    assert failing.num_kept == 0  # their memory was free when the step was repeated
+    assert trainer.grad_cache.size == 2
+    assert trainer.scaler.state_dict() == wanted[1]
+    assert torch.equal(torch.get_rng_state(), wanted[2])
+    assert all(torch.equal(value, wanted[0][key]) for key, value in trainer.model.state_dict().items())
+
+
+def trainer_without_steps(name: str, precision: Precision) -> MultimodalTrainer:
+    trainer = trainer_of(make_model(name, holds_batchnorm=False, dropout=True), 4, precision=precision)
+    if precision.scaled:
+        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "growth_interval": 2})
+    return trainer
+
+
+@cache
+def state_of_two_steps(name: str, precision: Precision) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    """Weights, scaler and random state after a step in parts of 4 pairs and one in parts of 2."""
+    trainer = trainer_without_steps(name, precision)
+    batch = make_batch(trainer.model, 8)
+    torch.manual_seed(3)
+    trainer.train_step(*batch)
+    trainer.grad_cache.size = 2
+    trainer.train_step(*batch)
+    return trainer.model.state_dict(), trainer.scaler.state_dict(), torch.get_rng_state()
 
 
 def test_the_statistics_of_a_step_that_is_repeated_are_counted_once() -> None:
