@@ -23,6 +23,7 @@ def write(folder: Path, results: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_letters_that_no_font_has_are_escaped(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,6 +38,7 @@ def test_letters_that_no_font_has_are_escaped(
     assert not [each for each in recwarn if "Glyph" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_letters_of_another_font_are_drawn_with_it(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,6 +70,7 @@ def test_names_of_a_file_are_short_printable_and_one_line(name: str) -> None:
     assert len(drawn) < 1500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["M" * 200, "ViT-B/32"])
 def test_a_long_title_is_smaller_and_stays_in_the_figure(name: str) -> None:
     values = training_values()

@@ -338,7 +338,6 @@ class FullOnce:
     [
         ("ViT-Mini", FP16, "backward", 3),
         ("ViT-Mini", FP16, "loss", 1),
-        ("RN-Ti", FP32, "forward", 5),
         *(
             pytest.param(name, precision, where, at, marks=pytest.mark.slow)
             for name in ("ViT-Mini", "RN-Ti")
@@ -373,6 +372,7 @@ def test_a_step_that_ran_out_of_memory_is_as_if_it_had_not(
     assert all(torch.equal(value, found[1][0][key]) for key, value in found[0][0].items())
 
 
+@pytest.mark.slow
 def test_the_statistics_of_a_step_that_is_repeated_are_counted_once() -> None:
     model, other = (make_model("RN-Ti", holds_batchnorm=False) for _ in range(2))
     FullMemory(model, pairs=4, at=2)
@@ -430,6 +430,7 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_micro_batches_share_the_casts_of_the_weights(checkpointed: bool) -> None:
     model = make_model("ViT-Mini")

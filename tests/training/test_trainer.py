@@ -34,11 +34,16 @@ class Optimizer(torch.optim.SGD):
         self.found_inf = torch.zeros((), device=META)
 
 
-@pytest.mark.parametrize("make_loss", [
-    ContrastiveLoss, lambda: ContrastiveLoss(positives="caption"), SigmoidLoss,
-], ids=["infonce", "caption", "sigmoid"])  # fmt: skip
-@pytest.mark.parametrize("size", [None, 3])
-@pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        pytest.param(ContrastiveLoss, id="infonce"),
+        pytest.param(lambda: ContrastiveLoss(positives="caption"), id="caption", marks=pytest.mark.slow),
+        pytest.param(SigmoidLoss, id="sigmoid", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("size", [pytest.param(None, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("name", ["ViT-Mini", pytest.param("RN-Ti", marks=pytest.mark.slow)])
 def test_a_step_reads_no_number_from_its_device(
     name: str, size: int | None, make_loss: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
