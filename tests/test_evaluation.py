@@ -166,7 +166,7 @@ def small_run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def moved(small_run: Path, tmp_path: Path) -> Path:
     """A copy of the run and its data, as if both had been moved: the checkpoint names folders that are not there."""
     shutil.copytree(small_run, tmp_path / "moved", ignore=shutil.ignore_patterns("evaluated"))
-    checkpoint = tmp_path / "moved" / "run" / "model-checkpoint" / "best_model.pth"
+    checkpoint = tmp_path / "moved" / "run" / "model-checkpoint" / "last_model.pth"
     content = load_checkpoint(checkpoint)
     content["config"]["data"]["data_dir"] = str(tmp_path / "before")
     content["val_images"] = [
@@ -177,10 +177,13 @@ def moved(small_run: Path, tmp_path: Path) -> Path:
 
 
 def evaluated(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
-    """Evaluate the run's best model; return the exit code and what the results file holds, if there is one."""
+    """Evaluate the run's last model; return the exit code and what the results file holds, if there is one.
+
+    The best one may be the model as loaded, which was trained on nothing.
+    """
     output = folder / "evaluated"
-    best = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "best_model.pth")]
-    named = [] if "--checkpoint" in flags else best
+    last = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "last_model.pth")]
+    named = [] if "--checkpoint" in flags else last
     code = main([*named, "--output_dir", str(output), "--num_workers", "0", *flags])
     path = output / "results" / "evaluation_results.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
@@ -231,8 +234,8 @@ def test_what_the_weights_were_trained_on_before_counts_and_the_model_as_loaded_
     small_run: Path, tmp_path: Path
 ) -> None:
     create_sample_dataset(tmp_path / "other", 20, seed=3)
-    best = small_run / "run" / "model-checkpoint" / "best_model.pth"
-    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(best)]
+    last = small_run / "run" / "model-checkpoint" / "last_model.pth"
+    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(last)]
     with small_runs():
         assert train_main([*flags, *SMALL, "--num_epochs", "1"]) == 0
     for data, left_out in ((small_run / "data", 54), (tmp_path / "other", 18)):
@@ -336,7 +339,7 @@ def test_of_the_runs_own_images_no_more_may_be_missing_than_of_others(
     change: str, flags: list[str], small_run: Path, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(moved / "data", tmp_path / "before")
-    names = [Path(path).name for path in load_checkpoint(moved / "run/model-checkpoint/best_model.pth")["val_images"]]
+    names = [Path(path).name for path in load_checkpoint(moved / "run/model-checkpoint/last_model.pth")["val_images"]]
     for name in names[:2]:
         image = tmp_path / "before" / "images" / name
         image.write_bytes(b"broken") if change == "damaged" else image.unlink()
@@ -425,7 +428,7 @@ def test_the_split_that_is_taken_unless_one_is_named_is_said(
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run / "run", tmp_path / "run")
-    checkpoint = tmp_path / "run" / "model-checkpoint" / "best_model.pth"
+    checkpoint = tmp_path / "run" / "model-checkpoint" / "last_model.pth"
     content = load_checkpoint(checkpoint)
     del content["data"]
     save_checkpoint(checkpoint, content)
