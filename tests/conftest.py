@@ -10,6 +10,8 @@ import torch
 
 from cliptune.data.sample_data import create_sample_dataset
 from cliptune.language.catalogue import Language, language_of
+from cliptune.model.architectures import ARCHITECTURES
+from tests.helpers.models import TRAINED_VIT
 from tests.helpers.runs import small_runs
 from tests.helpers.texts import english
 
@@ -38,12 +40,14 @@ def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_dir(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run of two epochs."""
+    """The output of a whole run of two epochs of the small model, with figures and a report."""
     from train import main  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("run")
-    flags = ["--data_dir", str(sample_dir), "--model_name", "ViT-Ti/32", "--num_epochs", "2", "--batch_size", "18"]
-    assert main([*flags, "--learning_rate", "1e-3", "--output_dir", str(folder)]) == 0
+    flags = ["--data_dir", str(sample_dir), "--model_name", TRAINED_VIT.name, "--num_epochs", "2", "--batch_size", "18"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, TRAINED_VIT.name, TRAINED_VIT)
+        assert main([*flags, "--learning_rate", "1e-3", "--output_dir", str(folder)]) == 0
     return folder
 
 

@@ -47,10 +47,12 @@ def test_what_notebooks_import_imports_no_stage(name: str) -> None:
     assert not imports_of(ROOT / f"{name}.py") & {*STAGES, "clip_model"}
 
 
+@pytest.mark.slow
 def test_nobody_imports_train() -> None:
     assert not [path for path in MODULES.values() if "train" in imports_of(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -83,6 +85,7 @@ def run_without_slow_packages(stubs: Path, *argv: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=stubs, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_comes_before_slow_imports(stage: str, tmp_path: Path) -> None:
     done = run_without_slow_packages(tmp_path, f"{stage}.py", "--help")
@@ -91,6 +94,7 @@ def test_help_comes_before_slow_imports(stage: str, tmp_path: Path) -> None:
     assert "default:" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_wrong_flag_is_told_before_slow_imports(stage: str, tmp_path: Path) -> None:
     done = run_without_slow_packages(tmp_path, f"{stage}.py", "--no_such_flag", "1")
@@ -99,6 +103,7 @@ def test_a_wrong_flag_is_told_before_slow_imports(stage: str, tmp_path: Path) ->
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -115,6 +120,7 @@ def test_a_wrong_value_is_told_before_slow_imports(argv: tuple[str, ...], messag
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_right_settings_go_on_to_the_slow_imports(tmp_path: Path) -> None:
     """The counter-proof: the stubs are found, so the tests above would fail if anything imported them."""
     for stage in STAGES:

@@ -83,6 +83,7 @@ def test_the_data_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "ours, --fast_decode" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data_pipeline.make_photo(tmp_path / "x.jpg", 300, 200, seed=0)
     flags = ["--images", str(tmp_path), "--repeats", "1", "--model_name", "ViT-Ti/32"]
@@ -259,6 +260,7 @@ def test_verdict_coverage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| rises, then falls |" in out and "| rises |" in out
 
 
+@pytest.mark.slow
 def test_near_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(12):
         photo(seed).save(tmp_path / f"{seed}.png")
@@ -269,6 +271,7 @@ def test_near_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert pair.startswith("  0.0  ") and "again.png" in pair and head.count("|") == rows[0].count("|")
 
 
+@pytest.mark.slow
 def test_folds(capsys: pytest.CaptureFixture[str]) -> None:
     assert folds.main(["--repeats", "2", "--many", "100", "--folds", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()

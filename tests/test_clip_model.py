@@ -57,6 +57,7 @@ def test_images_paths_and_strings_are_encoded_as_in_training(model: CLIPModel, t
         assert torch.allclose(model.encode_text("a dog"), model.encode_text(tokenize(["a dog"])[0]))
 
 
+@pytest.mark.slow
 def test_another_projection_size_keeps_most_of_the_similarities(
     model: CLIPModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -166,6 +167,7 @@ def trainer_of(model: CLIPModel, rate: float = 1e-3, clip_norm: float = 1.0) -> 
     return MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, gradient_clip_norm=clip_norm)
 
 
+@pytest.mark.slow
 def test_it_learns_a_small_set_and_the_temperature_stays_clamped() -> None:
     torch.manual_seed(0)
     model = CLIPModel("ViT-Mini")
@@ -220,6 +222,7 @@ def test_a_step_clips_the_gradient() -> None:
     assert torch.stack(gradients).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_gradient_within_the_limit_is_left_alone() -> None:
     model = CLIPModel("ViT-Ti/32")
     images, tokens = torch.randn(4, 3, 224, 224), tokenize(list("abcd"))[0]
@@ -242,6 +245,7 @@ def test_unknown_names_and_missing_files_are_said() -> None:
         CLIPModel("ViT-Ti/32", pretrained="openai")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_loaded_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(1)
     other, model = CLIPModel("ViT-Ti/32", activation="gelu"), CLIPModel("ViT-Ti/32")

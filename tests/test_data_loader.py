@@ -120,6 +120,7 @@ def test_captions_are_cut_to_the_models_context(sample_dir: Path) -> None:
     assert collate([], 6).tokens.shape == (0, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_has_every_sample_once_whatever_the_workers(sample_dir: Path, num_workers: int) -> None:
     dataset = ImageTextDataset(sample_dir)
@@ -188,6 +189,7 @@ def same_batches(first: list[Batch], second: list[Batch]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_batch_in_pieces_is_the_same_batch(sample_dir: Path, tmp_path: Path, num_workers: int) -> None:
     pairs = ImageTextDataset(sample_dir).pairs.select(range(40))
@@ -247,6 +249,7 @@ def test_an_epoch_goes_on_from_a_batch_without_loading_those_before(
     assert same_batches(list(loader.epoch(2)), whole)
 
 
+@pytest.mark.slow
 def test_workers_leave_signals_to_the_main_process(sample_dir: Path) -> None:
     loader = TrainLoader(ImageTextDataset(sample_dir), batch_size=5, num_workers=2, device=CPU)
     batches = loader.epoch(1)

@@ -60,6 +60,7 @@ def test_the_stage_repeats_the_runs_own_numbers(
     assert json.loads((tmp_path / "results" / "evaluation_results.json").read_text())["num_images"] == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "expected"), [([], "bf16"), (["--precision", "fp32"], "fp32")])
 def test_the_precision_is_the_runs_unless_told(
     flags: list[str], expected: str, trained_dir: Path, tmp_path: Path
@@ -114,6 +115,7 @@ def test_validation_loss_is_over_full_batches_of_first_texts() -> None:
     assert got == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_small_set_is_of_one_batch_as_its_chance_is(sample_dir: Path) -> None:
     torch.manual_seed(0)
     encoder = Encoder(CLIPModel("ViT-Ti/32"), ImageTextDataset, precision=FP32, batch_size=64, num_workers=0)
@@ -127,6 +129,7 @@ def test_the_loss_of_a_small_set_is_of_one_batch_as_its_chance_is(sample_dir: Pa
     assert "val_loss" not in without.chance
 
 
+@pytest.mark.slow
 def test_ranks_stand_at_their_images_and_captions_whatever_cannot_be_read(sample_dir: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = Encoder(CLIPModel("ViT-Ti/32"), ImageTextDataset, precision=FP32, batch_size=64, num_workers=0)
@@ -163,7 +166,7 @@ def small_run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def moved(small_run: Path, tmp_path: Path) -> Path:
     """A copy of the run and its data, as if both had been moved: the checkpoint names folders that are not there."""
     shutil.copytree(small_run, tmp_path / "moved", ignore=shutil.ignore_patterns("evaluated"))
-    checkpoint = tmp_path / "moved" / "run" / "model-checkpoint" / "best_model.pth"
+    checkpoint = tmp_path / "moved" / "run" / "model-checkpoint" / "last_model.pth"
     content = load_checkpoint(checkpoint)
     content["config"]["data"]["data_dir"] = str(tmp_path / "before")
     content["val_images"] = [
@@ -174,10 +177,13 @@ def moved(small_run: Path, tmp_path: Path) -> Path:
 
 
 def evaluated(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
-    """Evaluate the run's best model; return the exit code and what the results file holds, if there is one."""
+    """Evaluate the run's last model; return the exit code and what the results file holds, if there is one.
+
+    The best one may be the model as loaded, which was trained on nothing.
+    """
     output = folder / "evaluated"
-    best = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "best_model.pth")]
-    named = [] if "--checkpoint" in flags else best
+    last = ["--checkpoint", str(folder / "run" / "model-checkpoint" / "last_model.pth")]
+    named = [] if "--checkpoint" in flags else last
     code = main([*named, "--output_dir", str(output), "--num_workers", "0", *flags])
     path = output / "results" / "evaluation_results.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
@@ -209,6 +215,7 @@ def test_images_that_were_trained_on_are_left_out_unless_they_are_asked_for(
     assert "trained on                  54   of these images" in out
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_nothing_but_what_was_trained_on_is_refused_with_the_way_out(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,12 +229,13 @@ def test_an_evaluation_of_nothing_but_what_was_trained_on_is_refused_with_the_wa
     assert (code, found["num_trained_on"]) == (0, 54)
 
 
+@pytest.mark.slow
 def test_what_the_weights_were_trained_on_before_counts_and_the_model_as_loaded_was_trained_on_nothing(
     small_run: Path, tmp_path: Path
 ) -> None:
     create_sample_dataset(tmp_path / "other", 20, seed=3)
-    best = small_run / "run" / "model-checkpoint" / "best_model.pth"
-    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(best)]
+    last = small_run / "run" / "model-checkpoint" / "last_model.pth"
+    flags = ["--data_dir", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run"), "--pretrained", str(last)]
     with small_runs():
         assert train_main([*flags, *SMALL, "--num_epochs", "1"]) == 0
     for data, left_out in ((small_run / "data", 54), (tmp_path / "other", 18)):
@@ -249,6 +257,7 @@ def test_intervals_stand_beside_the_recalls(small_run: Path, capsys: pytest.Capt
     assert len(found["intervals"]) == 7
 
 
+@pytest.mark.slow
 def test_images_that_were_trained_on_are_known_by_their_files(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +281,7 @@ def test_images_that_were_trained_on_are_known_by_their_files(
     assert "--split all" in error
 
 
+@pytest.mark.slow
 def test_shards_that_were_trained_on_are_known(small_run: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         create_sample_dataset(tmp_path / name, 20, seed=seed)
@@ -285,6 +295,7 @@ def test_shards_that_were_trained_on_are_known(small_run: Path, tmp_path: Path) 
         assert (code, found["num_trained_on"]) == (0, expected)
 
 
+@pytest.mark.slow
 def test_a_moved_folder_is_told_with_the_way_out(
     moved: Path, tmp_path: Path, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +310,7 @@ def test_a_moved_folder_is_told_with_the_way_out(
     assert found["metrics"] == pytest.approx(evaluated(small_run)[1]["metrics"])
 
 
+@pytest.mark.slow
 def test_images_that_moved_away_from_their_index_are_told(
     moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,13 +332,14 @@ def test_another_set_where_the_data_was_is_not_taken_for_it(
     assert "6 of the 6 images that the checkpoint's run had in val cannot be found there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["damaged", "gone"])
 @pytest.mark.parametrize("flags", [[], ["--split", "val"]])
 def test_of_the_runs_own_images_no_more_may_be_missing_than_of_others(
     change: str, flags: list[str], small_run: Path, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(moved / "data", tmp_path / "before")
-    names = [Path(path).name for path in load_checkpoint(moved / "run/model-checkpoint/best_model.pth")["val_images"]]
+    names = [Path(path).name for path in load_checkpoint(moved / "run/model-checkpoint/last_model.pth")["val_images"]]
     for name in names[:2]:
         image = tmp_path / "before" / "images" / name
         image.write_bytes(b"broken") if change == "damaged" else image.unlink()
@@ -339,6 +352,7 @@ def test_of_the_runs_own_images_no_more_may_be_missing_than_of_others(
     assert "2 of the 6 images that the checkpoint's run had in val cannot be found" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("declared", [True, False])
 def test_an_evaluation_of_what_is_left_is_refused(
     declared: bool, moved: Path, capsys: pytest.CaptureFixture[str]
@@ -359,6 +373,7 @@ def test_an_evaluation_of_what_is_left_is_refused(
     assert evaluated(moved, *data, "--max_skipped_fraction", "0.89")[0] == 2
 
 
+@pytest.mark.slow
 def test_what_is_skipped_is_counted_in_every_result(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads((moved / "data" / "data.json").read_text())
     gone = {"image_path": "gone.png", "caption": "x"}
@@ -410,9 +425,10 @@ def test_the_split_that_is_taken_unless_one_is_named_is_said(
     assert f"declares {', '.join(sorted(names))}: {said} is taken" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run / "run", tmp_path / "run")
-    checkpoint = tmp_path / "run" / "model-checkpoint" / "best_model.pth"
+    checkpoint = tmp_path / "run" / "model-checkpoint" / "last_model.pth"
     content = load_checkpoint(checkpoint)
     del content["data"]
     save_checkpoint(checkpoint, content)
@@ -480,6 +496,7 @@ def test_merged_ranks_stand_at_the_first_of_what_is_equal(tmp_path: Path) -> Non
     assert not {"ranks", "merged_ranks"} & found.to_dict().keys()
 
 
+@pytest.mark.slow
 def test_a_model_and_a_data_set_are_enough_and_the_result_shows_as_a_table(trained_dir: Path, sample_dir: Path) -> None:
     model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
     dataset = ImageTextDataset(sample_dir, split="val")

@@ -90,6 +90,7 @@ def test_a_list_that_cannot_be_meant_is_refused(
     assert f"and {shards} is shards" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluation_shows_the_numbers_with_and_without(
     sample_dir: Path, trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

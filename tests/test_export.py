@@ -69,6 +69,7 @@ def test_a_run_is_exported_with_its_card(
     assert main(["--checkpoint", str(trained_dir), "--to", "open_clip", str(folder), "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_without_a_folder_it_goes_below_exported(
     trained_dir: Path, written: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +78,7 @@ def test_without_a_folder_it_goes_below_exported(
     assert (tmp_path / "exported" / "openai" / "model.pt").is_file()
 
 
+@pytest.mark.slow
 def test_weights_of_others_are_exported(written: None, tmp_path: Path) -> None:
     """An export among them."""
     path = saved(projected("ViT-Mini", 48), tmp_path / "model.pth")

@@ -205,6 +205,7 @@ def test_nothing_failed_is_exit_code_0(runs: Any) -> None:
     assert runs(only=lambda run: run.rows(runs.script, seconds=30))[0] == 0
 
 
+@pytest.mark.slow
 def test_a_measurement_that_hangs_is_ended_with_what_it_started(runs: Any, tmp_path: Path) -> None:
     begin = time.monotonic()
     code, rows = runs(slow=lambda run: run.rows(runs.script, "hang", seconds=1, name="a measurement"))
@@ -238,6 +239,7 @@ def test_a_device_that_is_not_there_is_told(
     assert capsys.readouterr().out.startswith("FAILED: --device cuda:99 cannot be used: RuntimeError: no cuda:99\n")
 
 
+@pytest.mark.slow
 def test_captions_are_as_long_as_flickrs() -> None:
     captions = gpu_data.drawn_captions(4000)
     tokens, _ = tokenize(captions)
@@ -283,6 +285,7 @@ def test_the_rate_of_a_run_is_that_of_its_later_epochs() -> None:
         gpu_runs.rate_of(log.splitlines()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [SMALL_VIT.name, SMALL_RESNET.name])
 def test_a_step_on_the_cpu_agrees_with_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert agreement.main(["--models", name, "--checks", "plain", "--precisions", "fp32,fp16"]) == 0
@@ -305,6 +308,7 @@ def test_a_gradient_that_is_another_is_seen() -> None:
     assert agreement.distance(found, expected) > agreement.AGAINST_CPU["fp32"]
 
 
+@pytest.mark.slow
 def test_every_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", SMALL_VIT.name, "--batch_size", "8", "--steps", "22", "--precision", "fp32"]
     assert step_times.main(flags) == 0

@@ -126,6 +126,7 @@ def test_a_run_takes_what_a_recipe_picks_and_what_was_chosen_wins(
     assert "LoRA of rank 2" in said
 
 
+@pytest.mark.slow
 def test_from_random_weights_the_defaults_are_taken(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_best_ten_are_printed_and_a_page_is_written(flags: list[str], capsys
     assert "https://" not in page
 
 
+@pytest.mark.slow
 def test_a_second_search_encodes_nothing(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "a heart"]) == 0
     assert "0 of 60 outputs are cached, 60 to compute" in capsys.readouterr().err
@@ -77,6 +78,7 @@ def test_a_second_search_encodes_nothing(flags: list[str], capsys: pytest.Captur
     assert "60 of 60 outputs are cached, 0 to compute" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_text_that_is_cut_is_said(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "heart " * 90, "--json"]) == 0
     printed = capsys.readouterr()
@@ -124,6 +126,7 @@ def test_without_its_packages_the_page_says_how_to_get_them(
     assert capsys.readouterr().err == "search.py: error: --serve needs uvicorn: pip install starlette uvicorn\n"
 
 
+@pytest.mark.slow
 def test_the_function_finds_what_the_stage_finds(
     flags: list[str], trained_dir: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.model.self_test import TEXTS
 from cliptune.results import RECALL_KEYS
@@ -31,10 +32,11 @@ from cliptune.training.average import WeightAverage
 from cliptune.training.checkpoint import RunFiles
 from data_loader import ImageTextDataset
 from evaluation import Evaluation, evaluate
+from tests.helpers.models import TRAINED_VIT
 from tests.helpers.runs import SMALL, assert_same_runs, lines_of, signal_at, small_runs, work_in_background
 from train import main
 
-FLAGS = ["--model_name", "ViT-Ti/32", "--batch_size", "18", "--learning_rate", "1e-3"]
+FLAGS = ["--model_name", TRAINED_VIT.name, "--batch_size", "18", "--learning_rate", "1e-3"]
 
 
 def flags_for(data_dir: Path, output_dir: Path, *more: str) -> list[str]:
@@ -63,7 +65,7 @@ def test_a_run_leaves_what_the_readme_says(trained_dir: Path) -> None:
     assert results["baseline"]["rsum"] == results["history"][0]["rsum"]
     assert results["config"]["training"]["batch_size"] == 18
     assert results["chance"]["val_loss"] == pytest.approx(math.log(6))  # 6 images are one batch, though 18 make one
-    assert results["run"]["model_name"] == "ViT-Ti/32"
+    assert results["run"]["model_name"] == TRAINED_VIT.name
     assert results["run"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert results["schedule"][0][:2] == [0, 5e-4]
     assert max(point[1] for point in results["schedule"]) == 1e-3
@@ -88,13 +90,17 @@ def test_every_step_is_recorded_and_every_few_are_told(whole: Callable[[str], Pa
     assert float(found[0][2]) == pytest.approx(sum(line["loss"] for line in steps[:3]) / 3, abs=1e-3)
 
 
-def test_the_checkpoint_is_used_as_the_spec_says(trained_dir: Path, sample_dir: Path) -> None:
+@pytest.mark.slow
+def test_the_checkpoint_is_used_as_the_spec_says(
+    trained_dir: Path, sample_dir: Path, small: pytest.MonkeyPatch
+) -> None:
+    small.setitem(ARCHITECTURES, TRAINED_VIT.name, TRAINED_VIT)
     path = trained_dir / "model-checkpoint" / "best_model.pth"
     model = CLIPModel.from_checkpoint(path)
     checkpoint = torch.load(path)
     assert isinstance(checkpoint["epoch"], int)
     assert isinstance(checkpoint["global_step"], int)
-    other, third = CLIPModel("ViT-Ti/32").eval(), CLIPModel("ViT-Ti/32").eval()
+    other, third = CLIPModel(TRAINED_VIT.name).eval(), CLIPModel(TRAINED_VIT.name).eval()
     other.load_state_dict(checkpoint["model_state_dict"])
     third.load_checkpoint(path)
     image = Image.open(sample_dir / "images" / "scene_00000.png")
@@ -104,7 +110,7 @@ def test_the_checkpoint_is_used_as_the_spec_says(trained_dir: Path, sample_dir: 
         assert torch.equal(third.encode_image(image), expected)
         assert torch.matmul(expected, model.encode_text(["a circle", "a star"]).T).shape == (1, 2)
     with pytest.raises(ValueError, match=r"from_checkpoint\(path\) builds the right one"):
-        CLIPModel("ViT-Ti/32", 64).load_checkpoint(path)
+        CLIPModel(TRAINED_VIT.name, 32).load_checkpoint(path)
     with pytest.raises(ValueError, match="not a checkpoint of this toolkit"):
         torch.save({"a": 1}, trained_dir / "x.pth")
         model.load_checkpoint(trained_dir / "x.pth")
@@ -341,6 +347,7 @@ def test_a_changed_bit_of_a_run_would_be_seen(whole: Callable[[str], Path], tmp_
         assert_same_runs(tmp_path / "other", whole("augmented"))
 
 
+@pytest.mark.slow
 def test_nothing_to_resume_is_a_run_from_the_beginning(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,6 +382,7 @@ def test_a_resumed_run_has_its_own_settings_and_says_which_changed(
     assert not (folder / "previous").exists()
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_may_not_change_and_misses_nothing(
     trained_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -388,8 +396,9 @@ def test_resume_refuses_what_may_not_change_and_misses_nothing(
 
 
 def test_a_second_run_in_a_folder_is_refused_before_it_changes_anything(
-    trained_dir: Path, sample_dir: Path, capsys: pytest.CaptureFixture[str]
+    trained_dir: Path, sample_dir: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    small.setitem(ARCHITECTURES, TRAINED_VIT.name, TRAINED_VIT)
     names = sorted(trained_dir.rglob("*"))
     with RunFiles(trained_dir).locked():
         for flags in ([], ["--resume"], ["--resume", str(RunFiles(trained_dir).last)]):
@@ -398,6 +407,7 @@ def test_a_second_run_in_a_folder_is_refused_before_it_changes_anything(
     assert sorted(trained_dir.rglob("*")) == names
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_set_aside(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -442,6 +452,7 @@ def test_what_is_removed_while_a_run_goes_on_is_made_again(
     assert main(["--output_dir", str(files.root), "--resume", "--num_epochs", "3"]) == 0
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_the_first_ones_files_on_their_disk(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -476,6 +487,7 @@ def test_a_run_goes_on_without_locks_and_warns_once(
     assert "another run is writing to" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_not_saved(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -495,7 +507,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
     assert [line["loss"] is None for line in lines_of(RunFiles(tmp_path).steps)] == [False, False, True]
 
 
-@pytest.mark.parametrize("skip", ["0", "1"])
+@pytest.mark.parametrize("skip", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_an_image_without_numbers_stops_the_run_or_is_skipped(
     skip: str, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -597,6 +609,7 @@ def test_missing_weights(
     assert "--pretrained none" in error
 
 
+@pytest.mark.slow
 def test_sample_data_is_made_only_where_no_folder_was_named(
     tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -631,7 +644,7 @@ def test_a_worse_fine_tuning_is_seen_and_not_kept(
     assert load_checkpoint(tmp_path / "model-checkpoint" / "best_model.pth")["epoch"] == 0
     results = json.loads((tmp_path / "results" / "training_results.json").read_text())
     assert results["config"]["model"]["name"] == "ViT-B/32"  # which nobody chose, and which was not trained
-    assert results["run"]["model_name"] == "ViT-Ti/32"
+    assert results["run"]["model_name"] == TRAINED_VIT.name
 
 
 @pytest.mark.slow
@@ -650,6 +663,7 @@ def test_cached_images_give_the_same_run_and_its_log_says_how_long_it_waited(
     assert cached_files(tmp_path / "plain") == ["identities.npz"]
 
 
+@pytest.mark.slow
 def test_how_much_of_an_epoch_was_waited_for(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -666,6 +680,13 @@ def test_how_much_of_an_epoch_was_waited_for(
 
         return slow
 
+    rsums = iter((100.0, 200.0, 150.0))  # one epoch is better than before: its model is saved beside its state
+
+    def made_up(*args: Any, **kwargs: Any) -> Evaluation:
+        evaluation = evaluate(*args, **kwargs)
+        return evaluation._replace(metrics={**evaluation.metrics, "rsum": next(rsums)})
+
+    small.setattr("train.evaluate", made_up)
     small.setattr("time.perf_counter", clock)
     small.setattr("time.monotonic", clock)
     small.setattr(ImageTextDataset, "__getitem__", takes(1, ImageTextDataset.__getitem__))
@@ -690,6 +711,7 @@ def test_how_much_of_an_epoch_was_waited_for(
     )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_workers_to_the_garbage_collector(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:
@@ -703,6 +725,7 @@ def test_a_run_leaves_no_workers_to_the_garbage_collector(
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_profile_and_the_peak_memory(whole: Callable[[str], Path]) -> None:
     folder = whole("many states")
     assert "profile of 2 steps: " in (folder / "logs" / "train.log").read_text()
@@ -730,6 +753,7 @@ def test_a_batch_that_does_not_fit_is_trained_in_micro_batches(
     assert load_checkpoint(RunFiles(tmp_path / "parts").last)["micro_batch_size"] in {1, 2, 4, 8}
 
 
+@pytest.mark.slow
 def test_one_validation_image_is_said_to_say_nothing(
     tmp_path: Path, sample_dir: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

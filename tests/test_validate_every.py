@@ -54,6 +54,7 @@ def test_evaluations_within_an_epoch_are_records_of_their_own(whole: Path) -> No
     assert "epoch 1.33: loss " in log
 
 
+@pytest.mark.slow
 def test_the_best_model_may_be_one_within_an_epoch(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +75,8 @@ def test_the_best_model_may_be_one_within_an_epoch(
     assert load_checkpoint(files.last)["global_step"] == 12
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(5, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 5, 8])
 def test_a_run_that_is_stopped_between_evaluations_goes_on_to_the_same_end(
     step: int, whole: Path, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_within_an_epoch_does_it_again(
     assert_same_runs(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_evaluations_by_time(sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))  # a second passes whenever somebody looks: at the start, and before each step
     small.setattr("train.Interval", partial(Interval, clock=lambda: float(next(now))))

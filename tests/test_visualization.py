@@ -27,6 +27,7 @@ def write(folder: Path, results: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "best"), [(3, 2), (0, 0), (200, 150)])
 def test_figures_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: int, best: int, recwarn: pytest.WarningsRecorder
@@ -43,6 +44,7 @@ def test_figures_are_written(
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.slow
 def test_redrawn_figures_are_the_same_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, training_values())
     (tmp_path / "first").mkdir()
@@ -76,6 +78,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no such results file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_importing_is_light() -> None:
     code = "import sys, visualization; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -90,6 +93,7 @@ def with_bins(num_bins: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -117,6 +121,7 @@ def test_what_cannot_be_drawn_is_one_line(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-320, 1e-99, 1e99])
 def test_extreme_numbers_are_drawn_without_a_word(
     size: float, tmp_path: Path, recwarn: pytest.WarningsRecorder

@@ -10,6 +10,7 @@ from tests.helpers.datasets import make_chinese_clip, png_bytes
 from tests.helpers.runs import check_data
 
 
+@pytest.mark.slow
 def test_chinese_clips_files_are_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for first, split in enumerate(("train", "valid", "test")):
         make_chinese_clip(tmp_path, split, 10, first=10 * first)

@@ -62,8 +62,8 @@ def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forbid
 
 
-@pytest.mark.parametrize("captions", ["random", "all"])
-@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("captions", ["random", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_batches_are_those_of_samples_bit_for_bit(
     captions: str, num_workers: int, sample_dir: Path, tmp_path: Path, nothing_is_decoded: Callable[[], None]
 ) -> None:
@@ -154,6 +154,7 @@ def test_a_damaged_row_is_decoded_and_a_fault_of_the_process_ends_the_run(
         list(loader.epoch(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["crop", "color"])
 def test_a_random_transform_has_work_for_workers(augment: str, sample_dir: Path, tmp_path: Path) -> None:
     dataset = ImageTextDataset(sample_dir, transform=train_transform(32, augment))

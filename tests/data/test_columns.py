@@ -123,6 +123,7 @@ def test_what_is_no_column_of_images_or_captions_is_said(tmp_path: Path) -> None
         read_index(tmp_path / "data.json")
 
 
+@pytest.mark.slow
 def test_a_file_whose_every_row_has_a_new_column_is_read_in_time(tmp_path: Path) -> None:
     rows = [{"image": f"{number}.jpg", f"caption_{number}": "x"} for number in range(3000)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -161,6 +162,7 @@ KARPATHY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [COCO, KARPATHY], ids=["coco", "karpathy"])
 def test_each_image_without_captions_counts(
     content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

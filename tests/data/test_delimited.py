@@ -81,6 +81,7 @@ plain,c.jpg
 CELLS = st.text(st.sampled_from('a ",\n\r;|\t"'), max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(CELLS, CELLS), max_size=6), st.sampled_from(",;\t|"), st.integers(1, 40))
 def test_what_csv_writes_is_read_as_it_was(

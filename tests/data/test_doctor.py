@@ -37,6 +37,7 @@ def test_workers_say_once_how_deep_images_are(tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr().err.count("to 4095, white") <= 1  # of this process another test may have heard it
 
 
+@pytest.mark.slow
 def test_captions_are_counted_whatever_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cliptune.data.doctor.MIN_FOR_WORKERS", 1)
     texts = [

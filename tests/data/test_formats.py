@@ -299,6 +299,7 @@ def test_invalid_utf8_names_the_byte(tmp_path: Path) -> None:
 CAPTIONS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda text: text.strip())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(CAPTIONS, min_size=1, max_size=4))
 def test_captions_survive_json_and_csv(tmp_path_factory: pytest.TempPathFactory, captions: list[str]) -> None:
@@ -330,6 +331,7 @@ def test_real_files(name: str, real_data: Path) -> None:
     assert (index.form, len(index.rows), sum(len(row.captions) for row in index.rows)) == REAL[name]
 
 
+@pytest.mark.slow
 def test_two_forms_of_flickr8k_agree(real_data: Path) -> None:
     tokens = {row.image: row.captions for row in read_index(real_data / "annotations/Flickr8k.token.txt").rows}
     table = {row.image: row.captions for row in read_index(real_data / "annotations/captions.kaggle.txt").rows}

@@ -14,6 +14,7 @@ def flipped(hashes: np.ndarray, num_bits: np.ndarray, rng: np.random.Generator) 
     return np.asarray(hashes ^ np.array(masks, dtype=np.uint64))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(np, "bitwise_count"), reason="NumPy 2 counts bits")
 def test_exactly_the_pairs_within_the_radius_are_found() -> None:
     rng = np.random.default_rng(0)
@@ -41,6 +42,7 @@ def test_of_many_the_nearest_are_taken() -> None:
     assert {(i, i + 1) for i in range(199)} <= neighbours
 
 
+@pytest.mark.slow
 def test_images_of_one_layout_are_searched_in_little_time_and_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from cliptune.data.kept_workers import KeptWorkers
@@ -16,6 +17,7 @@ def pids(before: set[int | None]) -> set[int | None]:
     return {child.pid for child in multiprocessing.active_children()} - before
 
 
+@pytest.mark.slow
 def test_data_sets_share_workers_that_stay(sample_dir: Path) -> None:
     before = pids(set())
     kept, pairs = KeptWorkers(), ImageTextDataset(sample_dir).pairs

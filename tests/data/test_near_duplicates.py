@@ -78,6 +78,7 @@ def test_fingerprints_are_taken_once(planted: Path, tmp_path: Path, monkeypatch:
     assert ("00", "copy-00", False) not in named(changed, paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_cache_that_cannot_be_written_costs_time_only(
     planted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int

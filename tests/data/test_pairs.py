@@ -80,6 +80,7 @@ def nearest_sum(sizes: Sequence[int], target: int) -> int:
     return min(sums, key=lambda total: (abs(total - target), total))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=9), st.integers(1, 400))
 def test_groups_are_chosen_as_near_to_the_target_as_any_come(sizes: list[int], target: int) -> None:
@@ -88,6 +89,7 @@ def test_groups_are_chosen_as_near_to_the_target_as_any_come(sizes: list[int], t
     assert sum(sizes[group] for group in chosen) == nearest_sum(sizes, target)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.sampled_from(["", "", "a", "b", "é", "\udc80", "\ue000", "/5", "/000.png"]), min_size=2, max_size=12),
@@ -217,6 +219,7 @@ def test_placeholders(tmp_path: Path) -> None:
     assert not holds_only_placeholders(tmp_path)
 
 
+@pytest.mark.slow
 def test_real_flickr8k_and_emoji(real_data: Path) -> None:
     splits = split_pairs(load_pairs(real_data / "flickr8k"))
     assert {name: len(part) for name, part in splits.items()} == {"train": 6000, "val": 1000, "test": 0}

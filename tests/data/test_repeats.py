@@ -77,6 +77,7 @@ def test_the_floor_of_the_loss_is_that_of_the_batches(tmp_path: Path) -> None:
     assert found.loss_floor == pytest.approx(math.log(2) / 31, rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positives", ["image", "caption"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_features_have_a_lower_loss_than_the_floor(positives: str, seed: int, tmp_path: Path) -> None:

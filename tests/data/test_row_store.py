@@ -212,6 +212,7 @@ def is_overwritten(folder: Path, patch: pytest.MonkeyPatch) -> None:
 FAILURES = [fills_up, is_removed, becomes_a_file, is_emptied, is_overwritten]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("fails", FAILURES)
 def test_a_cache_that_fails_in_a_run_costs_one_line(
@@ -294,6 +295,7 @@ def test_a_full_disk_is_said_before_the_run(tmp_path: Path, paths: list[str], mo
         ImageCache(tmp_path / "cache", paths, clip_transform(32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["none", "crop", "color"])
 def test_batches_from_the_cache(augment: str, tmp_path: Path) -> None:
     create_sample_dataset(tmp_path / "data", 12)

@@ -59,6 +59,7 @@ def count_regions(mask: np.ndarray) -> list[tuple[float, float]]:
     return middles
 
 
+@pytest.mark.slow
 def test_captions_are_true_of_the_pixels() -> None:
     for scene, captions in distinct_scenes(40, seed=3):
         pixels = np.asarray(render(scene)).astype(int)
@@ -180,6 +181,7 @@ def make_or_take(folder: Path, exist_ok: bool, results: Any) -> None:
         results.put(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exist_ok", [True, False])
 def test_of_several_processes_one_makes_the_data(exist_ok: bool, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")

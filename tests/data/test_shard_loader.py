@@ -94,6 +94,7 @@ def test_an_epoch_has_every_sample_once_in_batches_of_the_size(
         assert sizes == (expected if expected[-1] > 1 or len(expected) == 1 else [*expected[:-2], expected[-2] + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_order_is_the_epochs(tmp_path: Path, num_workers: int) -> None:
     data_dir = make_shards(tmp_path, 20, 20, 20)
@@ -107,6 +108,7 @@ def test_the_order_is_the_epochs(tmp_path: Path, num_workers: int) -> None:
     assert (steps == 1).mean() < 0.2  # neither the shards' order nor that inside them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_goes_on_from_a_batch(tmp_path: Path, num_workers: int) -> None:
     loader = loader_of(make_shards(tmp_path, 20, 20, 15), num_workers=num_workers, batch_size=10)
@@ -117,6 +119,7 @@ def test_an_epoch_goes_on_from_a_batch(tmp_path: Path, num_workers: int) -> None
     assert [indices_in(batch) for batch in loader.epoch(1)] == whole
 
 
+@pytest.mark.slow
 def test_batches_joined_in_a_thread_are_the_same(tmp_path: Path) -> None:
     loader = loader_of(make_shards(tmp_path, 30, 11), num_workers=2)
     want = list(loader.epoch(1))
@@ -127,6 +130,7 @@ def test_batches_joined_in_a_thread_are_the_same(tmp_path: Path) -> None:
     assert [len(batch.images) for batch in loader.epoch(1, start=1)] == [len(batch.images) for batch in want[1:]]
 
 
+@pytest.mark.slow
 def test_what_is_random_about_a_sample_is_the_same_however_the_work_is_split(sample_dir: Path, tmp_path: Path) -> None:
     assert data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(tmp_path), "--shard_size", "20"]) == 0
     data_dir = f"{tmp_path}/{{00000..00002}}.tar"
@@ -192,6 +196,7 @@ def test_an_index_that_promises_too_much_or_too_little_is_told(tmp_path: Path) -
         list(loader_of(data_dir).epoch(1))
 
 
+@pytest.mark.slow
 def test_a_shard_that_breaks_off_in_an_epoch_costs_only_what_it_lost(tmp_path: Path) -> None:
     data_dir = make_shards(tmp_path, 20, 20)
     loader = loader_of(data_dir, num_workers=2)

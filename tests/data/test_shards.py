@@ -255,6 +255,7 @@ def test_braces_without_end_are_refused_at_once(braces: str, capsys: pytest.Capt
     assert len(error) < 1000
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_named_twice_is_found_among_many(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"99999\.tar is named twice"):
         open_shards(f"{tmp_path}/{{{{00000..99999}},99999}}.tar")
@@ -275,6 +276,7 @@ def write_until(stop: Callable[[], Any], sample_dir: Path, folder: Path) -> int:
         return data_loader.main(["--data_dir", str(sample_dir), "--to_shards", str(folder), "--shard_size", "2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exists", [False, True])
 def test_shards_that_are_stopped_are_not_there(exists: bool, sample_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
@@ -297,6 +299,7 @@ def test_a_full_disk_leaves_no_shards(sample_dir: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "shards").exists()
 
 
+@pytest.mark.slow
 def test_shards_of_a_killed_process_are_refused_by_name(
     sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

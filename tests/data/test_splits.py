@@ -136,7 +136,7 @@ def test_declared_splits_are_honoured_and_what_leaks_across_them_is_told(
     assert "3.png and " in caplog.text and "10.png" in caplog.text
 
 
-@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("join", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_copies_stay_on_one_side_or_are_told(tmp_path: Path, join: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     folder = make_with_copies(tmp_path / "data")
@@ -156,6 +156,7 @@ def test_copies_stay_on_one_side_or_are_told(tmp_path: Path, join: bool, caplog:
     assert ("brings its copies along" in caplog.text) == join
 
 
+@pytest.mark.slow
 def test_a_validation_set_of_its_own_is_compared_with_the_training_data(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -88,6 +88,7 @@ def test_parts_keep_their_source_locations() -> None:
     assert [row.captions for row in Rows.concatenate(parts)] == [tuple(captions) for _, captions, _, _ in ROWS]
 
 
+@pytest.mark.slow
 def test_issues_are_counted_and_the_first_are_listed() -> None:
     issues = Issues()
     for number in range(MAX_ISSUES - 1):

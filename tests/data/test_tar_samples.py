@@ -90,6 +90,7 @@ def test_lists_that_are_written_as_texts_are_captions(tmp_path: Path) -> None:
     assert next(read_samples(str(tmp_path / "x.tar"))).captions() == ("one, two", "three")
 
 
+@pytest.mark.slow
 def test_more_files_of_a_sample_change_nothing(tmp_path: Path) -> None:
     more = [
         lambda key, n: [(f"{key}.seg.png", b"a mask")],
@@ -178,6 +179,7 @@ def test_the_caption_key_names_a_file_or_a_key(key: str, members: Members, tmp_p
     assert not [issue for batch in loader.epoch(1) for issue in batch.issues]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [lambda n: f"v1.{n:04}.jpg", lambda n: f"v1.{n:04}.cls"])
 def test_hidden_samples_count_one_by_one(hidden: Callable[[int], str], tmp_path: Path) -> None:
     """100 of 300 are not usable, though they share what is before the first dot."""

@@ -84,6 +84,7 @@ def test_images_on_several_sides_are_told() -> None:
     assert not len(crossing(np.arange(5), splits))
 
 
+@pytest.mark.slow
 def test_leaks_of_a_split_by_row_are_what_drawing_gives() -> None:
     units = np.array([0, 0, 0, 1, 1, *range(2, 20)])
     rng, total = np.random.default_rng(0), 0

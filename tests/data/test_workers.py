@@ -191,6 +191,7 @@ class Deadly(Dataset[int]):
         return index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_batches_joined_in_a_thread_are_the_same(in_thread: bool, sample_dir: Path) -> None:
     dataset = ImageTextDataset(sample_dir, transform=clip_transform(32))

@@ -20,7 +20,7 @@ from cliptune.preprocess.transforms import clip_transform, normalize
 from tests.export.test_fold import projected, weights_of
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT
 
-WIDE = replace(SMALL_VIT, vision_heads=1, transformer_heads=1)
+WIDE = replace(SMALL_VIT, vision_heads=1, transformer_width=64, transformer_heads=1)
 SHAPES: dict[str, tuple[Architecture, int]] = {
     "as OpenAI's": (WIDE, 64),
     "a projection": (WIDE, 48),
@@ -73,6 +73,7 @@ def assert_same_features(form: str, model: CLIPModel, folder: Path) -> None:
         assert np.linalg.norm(unit - wanted, axis=1).max() <= FORMS[form].tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", LIBRARIES)
 def test_the_library_and_our_loader_give_the_same_features(form: str, model: CLIPModel, tmp_path: Path) -> None:
     pytest.importorskip("open_clip" if form == "open_clip" else "transformers")

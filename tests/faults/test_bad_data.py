@@ -58,7 +58,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "between-the-limits.png" else []) for name in GOOD]
+)
 def test_an_odd_image_is_read_right(name: str, zoo: Path) -> None:
     size, shows_corners = GOOD[name].size, GOOD[name].shows_corners
     image = load_image(zoo / name)
@@ -144,6 +146,7 @@ def test_the_whole_zoo_is_trained_on(zoo: Path, tmp_path: Path, capsys: pytest.C
     assert sorted(Path(each["image"]).name[:200] for each in listed) == sorted(name[:200] for name in (*BAD, *ABSENT))
 
 
+@pytest.mark.slow
 def test_check_of_good_data_and_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_sample_dataset(tmp_path / "data", 12)
     assert check_data(tmp_path / "data", tmp_path) == 0
@@ -329,6 +332,7 @@ def test_what_is_skipped_is_counted_once(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [1, 2, 3])
 def test_the_smallest_data_sets(num_images: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(num_images):

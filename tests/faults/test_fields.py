@@ -169,6 +169,7 @@ def test_an_evaluation_needs_fewer_keys_and_checks_those(
     assert len(lines[0]) < 1000
 
 
+@pytest.mark.slow
 def test_what_is_not_read_is_ignored(content: dict[str, Any], tmp_path: Path) -> None:
     """Keys of other versions; settings of an optimiser that the run's settings decide; attributes smuggled in."""
 

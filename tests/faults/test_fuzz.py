@@ -239,6 +239,7 @@ def check_index(folder: Path, content: bytes, *, caption_key: str | None) -> Non
         assert all(str(issue).isprintable() for issue in pairs.issues.first)
 
 
+@pytest.mark.slow
 @MANY
 @given(
     content=spoiled_bytes([text.encode() for text in TEXTS]), caption_key=st.sampled_from([None, "caption", "split"])
@@ -247,6 +248,7 @@ def test_a_spoiled_index(folder: Path, content: bytes, caption_key: str | None) 
     check_index(folder, content, caption_key=caption_key)
 
 
+@pytest.mark.slow
 @MANY
 @given(content=swapped_types(DOCUMENTS))
 def test_an_index_of_swapped_types(folder: Path, content: bytes) -> None:
@@ -264,6 +266,7 @@ def parquet_bytes() -> list[bytes]:
     return contents
 
 
+@pytest.mark.slow
 @MANY
 @given(content=spoiled_bytes(parquet_bytes()))
 def test_a_spoiled_parquet_index(folder: Path, content: bytes) -> None:
@@ -280,6 +283,7 @@ def held_images_bytes() -> list[bytes]:
     return contents
 
 
+@pytest.mark.slow
 @MANY
 @given(content=spoiled_bytes(held_images_bytes()))
 def test_spoiled_images_in_parquet(folder: Path, content: bytes) -> None:
@@ -299,12 +303,14 @@ def check_config(folder: Path, content: bytes) -> None:
         assert Config.model_validate(found.config.model_dump()) == found.config
 
 
+@pytest.mark.slow
 @MANY
 @given(content=spoiled_bytes([json.dumps(CONFIG, indent=2).encode(), b'{"training": {"seed": 1}}']))
 def test_a_spoiled_config(folder: Path, content: bytes) -> None:
     check_config(folder, content)
 
 
+@pytest.mark.slow
 @MANY
 @given(content=swapped_types([CONFIG]))
 def test_a_config_of_swapped_types(folder: Path, content: bytes) -> None:
@@ -320,6 +326,7 @@ def picture_bytes() -> list[bytes]:
     return contents
 
 
+@pytest.mark.slow
 @MANY
 @given(content=spoiled_bytes(picture_bytes()))
 def test_a_spoiled_image(folder: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
@@ -342,6 +349,7 @@ def shard(folder: Path) -> bytes:
     return (folder / "shards" / "00000.tar").read_bytes()
 
 
+@pytest.mark.slow
 @MANY
 @given(data=st.data())
 def test_a_spoiled_shard(folder: Path, shard: bytes, data: st.DataObject) -> None:

@@ -22,7 +22,7 @@ FORGED = "2026-01-01 00:00:00,000 INFO train: forged"
 NAMES = {
     "escapes": f"a\x1b[2J\x1b]0;x\x07\x9b31m\n{FORGED}\r\x85{FORGED}\u2028\u2029\x00"[:-1],
     "direction": "a\u202egpj.exe\u2066\u2069\u200f",
-    "long": "n" * 3_000_000,
+    "long": "n" * 300_000,
 }
 MAX_PRINTED = 40_000
 

@@ -88,7 +88,8 @@ def fill(cache: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RowStore, "write", write)
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("fault", [remove, fill])
 def test_an_image_cache_that_fails_in_a_run_changes_nothing(
     fault: Any, num_workers: int, data: Path, tmp_path: Path, runs: pytest.MonkeyPatch

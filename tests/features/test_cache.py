@@ -101,6 +101,7 @@ def test_a_full_disk_is_said_before_writing(pairs: Pairs, tmp_path: Path, monkey
     assert all(file.stat().st_size == 0 for file in (tmp_path / "c").iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_output_is_computed_again_alone(
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def test_training_goes_the_same_way_with_and_without_cached_outputs(
         assert all(parameter.grad is None for parameter in model.tower_state(tower).values())
 
 
+@pytest.mark.slow
 def test_views_repeat_and_differ(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(freeze_backbone=True)
     counted = Counted(model, monkeypatch)
@@ -191,6 +193,7 @@ def test_views_repeat_and_differ(pairs: Pairs, tmp_path: Path, monkeypatch: pyte
     assert not torch.isclose(seen[0], seen[1]).all(1).any()
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_what_changed(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(freeze_backbone=True)
     counted = Counted(model, monkeypatch)
@@ -220,6 +223,7 @@ def test_what_is_computed_again_is_what_changed(pairs: Pairs, tmp_path: Path, mo
     assert counted.since() == (30, 0)
 
 
+@pytest.mark.slow
 def test_a_towers_key_is_what_its_output_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(freeze_backbone=True)
     image, text = (tower_key(model, tower, FP32) for tower in ("image", "text"))
@@ -241,6 +245,7 @@ def test_a_towers_key_is_what_its_output_depends_on(monkeypatch: pytest.MonkeyPa
     assert tower_key(model, "image", FP32) != image
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(freeze_tower="image")
     tower, batches = model.run_image_tower, iter(range(100))
@@ -263,6 +268,7 @@ def test_a_killed_run_goes_on_where_it_was(pairs: Pairs, tmp_path: Path, monkeyp
         assert torch.allclose(model.project_image(cached[np.arange(30)]), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_leave_their_batches_as_without_a_cache(pairs: Pairs, tmp_path: Path) -> None:
     Path(pairs.paths[3]).write_text("broken")
     Path(pairs.paths[8]).unlink()
@@ -279,6 +285,7 @@ def test_images_that_cannot_be_read_leave_their_batches_as_without_a_cache(pairs
         assert sum(len(batch.issues) for batch in expected) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
 def test_an_epoch_goes_on_from_a_batch(pairs: Pairs, tmp_path: Path, frozen: dict[str, object]) -> None:
     plain = TrainLoader(ImageTextDataset(pairs), batch_size=8, num_workers=0, device=CPU)
@@ -311,7 +318,14 @@ def test_only_captions_that_the_run_uses_are_computed(
     assert counted.since() == (0, len(used - {pairs.captions[0], pairs.captions[5]}))
 
 
-@pytest.mark.parametrize("frozen", [{"freeze_backbone": True}, {"freeze_tower": "image"}, {"freeze_tower": "text"}])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        {"freeze_backbone": True},
+        pytest.param({"freeze_tower": "image"}, marks=pytest.mark.slow),
+        pytest.param({"freeze_tower": "text"}, marks=pytest.mark.slow),
+    ],
+)
 def test_evaluation_gives_the_same_with_cached_outputs(
     pairs: Pairs, tmp_path: Path, frozen: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +341,7 @@ def test_evaluation_gives_the_same_with_cached_outputs(
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_million_epochs_are_not_gone_through_before_the_first(pairs: Pairs, tmp_path: Path) -> None:
     dataset = ImageTextDataset(pairs)
     choices = []
@@ -357,6 +372,7 @@ def overwrite(folder: Path, change: Callable[[np.ndarray], None]) -> None:
         rows.tofile(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [noise, nan])
 def test_an_overwritten_cache_is_computed_anew_before_a_run(
     pairs: Pairs, tmp_path: Path, change: Callable[[np.ndarray], None], caplog: pytest.LogCaptureFixture
@@ -372,6 +388,7 @@ def test_an_overwritten_cache_is_computed_anew_before_a_run(
     assert caplog.text.count("30 rows are damaged, computed anew") == 1
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_finite_is_computed_anew_whatever_its_checksum(
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +458,7 @@ def test_what_becomes_of_the_cache_in_a_run_changes_no_batch(
             assert torch.equal(one.image_ids, two.image_ids)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_second_computation(
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -459,6 +477,7 @@ def test_a_full_disk_costs_no_second_computation(
     assert torch.allclose(outputs, expected[np.arange(30)], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_computed_anew_is_an_error_that_names_the_image(pairs: Pairs, tmp_path: Path) -> None:
     cached = cache_of(small_model(freeze_tower="image"), tmp_path / "c").images(pairs, View())
     assert cached is not None
@@ -468,6 +487,7 @@ def test_an_output_that_cannot_be_computed_anew_is_an_error_that_names_the_image
         cached[np.array([3, 4])]
 
 
+@pytest.mark.slow
 def test_a_file_that_was_replaced_is_computed_anew_and_one_that_was_copied_is_not(
     pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,6 +510,7 @@ def test_a_file_that_was_replaced_is_computed_anew_and_one_that_was_copied_is_no
     assert counted.since() == (2, 0)
 
 
+@pytest.mark.slow
 def test_views_take_no_more_files_the_more_there_are(pairs: Pairs, tmp_path: Path) -> None:
     cache = cache_of(small_model(freeze_backbone=True), tmp_path / "c")
     few = pairs.select(range(2))

@@ -36,6 +36,7 @@ def encoder_of(batch_size: int) -> Encoder:
     return Encoder(make_model(SMALL_VIT.name), ImageTextDataset, precision=FP32, batch_size=batch_size, num_workers=0)
 
 
+@pytest.mark.slow
 def test_float32_numbers_do_not_move_with_the_batch_size(pairs: Pairs) -> None:
     encoder = encoder_of(7)
     found, *others = (encode_pairs(replace(encoder, batch_size=size), pairs) for size in (7, 32, 100, 512))

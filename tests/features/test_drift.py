@@ -49,6 +49,7 @@ def test_the_generic_texts_are_distinct() -> None:
     assert all(text == text.strip() and text for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_architectures")
 def test_batches_do_not_matter_and_a_model_that_is_another_has_moved() -> None:
     model = make_model(SMALL_VIT.name).eval()

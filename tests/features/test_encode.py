@@ -185,6 +185,7 @@ def note_workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+@pytest.mark.slow
 def test_evaluations_share_workers_and_give_the_same_features(encoder: Encoder, pairs: Pairs) -> None:
     want, before = encode_images(encoder, pairs)[0], children()
     watched = pairs.select(range(10, 50))
@@ -218,6 +219,7 @@ def test_a_hundred_images_start_few_workers_and_many_start_all(encoder: Encoder,
     assert asked == [0, 3, 6, 8]
 
 
+@pytest.mark.slow
 def test_once_images_are_cached_no_worker_loads_and_nothing_is_decoded(
     encoder: Encoder, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

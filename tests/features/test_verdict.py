@@ -66,6 +66,7 @@ def test_names_and_the_order_of_groups_do_not_matter() -> None:
     assert compare(shuffled[0], shuffled[1], shuffled[2])[:4] == pytest.approx(compare(before, after, groups)[:4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_groups", [50, 300])
 @pytest.mark.parametrize("quality", [-3.0, 1.0, 1.75])
 @pytest.mark.parametrize("gained", [0.0, 0.3])
@@ -82,6 +83,7 @@ def test_intervals_hold_the_true_gain(num_groups: int, quality: float, gained: f
     assert 360 <= held <= 394
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quality", [-1.0, 1.0])
 def test_the_best_of_many_that_are_alike_is_not_called_better(quality: float) -> None:
     """At most one in twenty; and the mean gain is 0, where the best one's own is far above."""
@@ -187,6 +189,7 @@ def recalls(ranks: dict[str, np.ndarray]) -> np.ndarray:
     return np.array([*found, sum(found)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_groups", "least"), [(10, 340), (50, 350), (300, 360)])
 @pytest.mark.parametrize("quality", [-5.0, -3.0, 1.0, 2.5])
 def test_intervals_of_recalls_hold_the_true_ones(num_groups: int, least: int, quality: float) -> None:

@@ -54,6 +54,7 @@ def templates(begins_with: str = "") -> set[str]:
     return {key.replace(":n}", "}") for key in entries(begins_with)}
 
 
+@pytest.mark.slow
 def test_every_error_has_its_translation() -> None:
     known = templates()
     missing = {
@@ -94,6 +95,7 @@ ODD = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_text_with_any_values_keeps_them() -> None:
     """Each template, filled with odd values, is said with the same ones: what has to stay as it is does."""
     for key, said in entries(OWN).items():

@@ -78,6 +78,7 @@ def reports(folder: Path) -> Iterator[str]:
     yield written()
 
 
+@pytest.mark.slow
 def test_nothing_of_the_report_is_left_in_english(tmp_path: Path) -> None:
     pages = list(reports(tmp_path))
     assert len(pages) == 6
@@ -129,6 +130,7 @@ def figures() -> Iterator[Figure]:
         yield interpolation_figure(results, results.interpolation)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_figure_is_left_in_english(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cliptune.report.style._fonts_for", lambda _: (set(), ["DejaVu Sans"]))  # any font will do
     for figure in figures():
@@ -139,6 +141,7 @@ def test_nothing_of_a_figure_is_left_in_english(monkeypatch: pytest.MonkeyPatch)
         assert re.search("[\u4e00-\u9fff]", shown)
 
 
+@pytest.mark.slow
 def test_without_a_font_for_them_labels_stay_english_and_that_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,6 +205,7 @@ def test_every_noun_that_is_counted_has_its_measure_word() -> None:
     assert missing == [], "add them to cliptune/language/zh/words.json"
 
 
+@pytest.mark.slow
 def test_no_entry_is_of_a_text_that_is_gone() -> None:
     text = sources()
     text += text.replace("_", " ")  # kinds of findings are shown without

@@ -150,6 +150,7 @@ def test_any_flipped_bit_is_seen_or_changes_nothing(path: Path) -> None:
     load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_any_missing_end_is_seen(path: Path) -> None:
     data = path.read_bytes()
     for size in range(len(data)):

@@ -213,6 +213,7 @@ def test_towers_that_are_sharded_or_touched_are_not_compiled_whole(monkeypatch: 
     assert model.backbone.transformer.compiled
 
 
+@pytest.mark.slow
 def test_the_choice_of_kernels_is_part_of_a_program() -> None:
     def attend(query: Tensor) -> Tensor:
         with sdpa_kernel(attention.GPU_KERNELS):
@@ -248,6 +249,7 @@ def test_a_compiler_that_fails_is_said_once_and_left(
     assert caplog.text.count("the compiler fails on this model (Triton is missing") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("whole")
 @pytest.mark.skipif(
     not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"), reason="PyTorch compiles it later"

@@ -29,6 +29,7 @@ def edit(path: Path, change: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "text", "quick_gelu"),
     [
@@ -270,6 +271,7 @@ def test_open_clips_other_resizing_is_refused(tmp_path: Path) -> None:
         CLIPModel(pretrained=peer.save(tmp_path))
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     for size in (1000, 250_100):
         peer = OpenClip(text={"vocab_size": size})
@@ -288,6 +290,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         CLIPModel(pretrained=tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_a_setting_counts_only_if_its_file_is_of_these_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -352,6 +355,7 @@ def paths_in(content: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, 
         yield from paths_in(value, (*inside, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
 def test_any_value_of_any_setting_is_used_or_refused(kind: str, tmp_path: Path) -> None:
     peer: Any = HuggingFace() if kind == "transformers" else OpenClip(EPS | TANH, EPS | TANH, quick_gelu=False)

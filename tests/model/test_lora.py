@@ -159,6 +159,7 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
         model.load_adapter(tmp_path / "x.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
 def test_peft_takes_the_file(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -260,6 +260,7 @@ def test_attention_is_pytorchs(arguments: dict[str, Any]) -> None:
 TARGETS = [["attn"], ["out_proj"], ["c_fc", "c_proj"], ["attn", "c_fc", "c_proj"], ["conv1"], ["token_embedding"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
@@ -303,6 +304,7 @@ class Part(nn.Module):
 PARTS = [("encode_text", TOKENS, LONGER), ("encode_image", PIXELS, MORE_PIXELS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "example", "other"), PARTS)
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
 def test_a_trace_is_right_for_other_batches(name: str, method: str, example: Tensor, other: Tensor) -> None:
@@ -345,6 +347,7 @@ def test_an_onnx_file_is_right_for_other_batches(
             assert np.abs(found - part(inputs).numpy()).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_both_towers_are_traced_and_exported_and_uint8_pixels_leave_no_trace() -> None:
     model = make()
@@ -364,6 +367,7 @@ def test_both_towers_are_traced_and_exported_and_uint8_pixels_leave_no_trace() -
         assert torch.allclose(model.encode_image(pixels), own, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_one_graph() -> None:
     model = make()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -451,6 +455,7 @@ def test_second_derivatives_are_openais(inputs: Tensor) -> None:
     assert (penalties[0] - penalties[1]).norm() < 1e-4 * penalties[0].norm()
 
 
+@pytest.mark.slow
 def test_transforms_give_what_autograd_gives() -> None:
     model = make()
     parameters = {key: value.detach() for key, value in model.named_parameters()}

@@ -72,6 +72,7 @@ def test_shorter_text_positions_are_the_first_ones() -> None:
     assert torch.equal(resize_text_positions(positions, 20), positions[:20])
 
 
+@pytest.mark.slow
 def test_a_shorter_context_is_exact_for_texts_that_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = OpenClip().save(tmp_path)
     whole, short = CLIPModel(pretrained=folder).eval(), CLIPModel(pretrained=folder, context_length=8).eval()
@@ -93,6 +94,7 @@ def test_a_longer_context_reads_more_of_a_text(tmp_path: Path, caplog: pytest.Lo
     assert (one - other).norm() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["tok", "avg"])
 def test_another_resolution_gives_open_clips_features(
     pool: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -112,6 +112,7 @@ def test_a_server_with_a_fault(fault: str, tmp_path: Path) -> None:
             assert re.search(reason, refusal(server.url, tmp_path)), fault
 
 
+@pytest.mark.slow
 def test_a_download_that_stalls_is_given_up(tmp_path: Path) -> None:
     end = threading.Event()
 
@@ -181,6 +182,7 @@ def test_sources_are_tried_in_order_until_one_has_the_file(tmp_path: Path) -> No
         assert [path for method, path in server.requests if method == "GET"] == ["/wrong", "/right"]
 
 
+@pytest.mark.slow
 def test_sources_that_do_not_answer_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One connects and is silent, one hangs in the look-up of its name, where no library has a time limit."""
     assert published.ANSWER_SECONDS <= 9
@@ -316,6 +318,7 @@ except OSError as error:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_file_of_the_hub_comes_into_its_cache_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
     with serving(hub_answer()) as server:
         found = Path(ask_hub(server.base, tmp_path))
@@ -327,6 +330,7 @@ def test_a_file_of_the_hub_comes_into_its_cache_and_a_damaged_one_is_replaced(tm
         assert found.read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_a_hub_that_lies_or_refuses_is_not_believed(tmp_path: Path) -> None:
     with serving(hub_answer(bytes(300_000))) as server:
         assert "not the file that the hub describes" in ask_hub(server.base, tmp_path)

@@ -61,6 +61,7 @@ def test_a_checkpoint_holds_what_it_needs_to_be_understood(path: Path) -> None:
     assert content["self_test"]["image_features"].norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection_dim", [None, 32])
 def test_every_way_of_loading_takes_an_untouched_one(path: Path, projection_dim: int | None) -> None:
     assert torch.equal(CLIPModel.from_checkpoint(path).image_projection.weight, torch.eye(256))
@@ -90,7 +91,14 @@ def make_nan(content: dict[str, Any]) -> None:
     content["model_state_dict"]["text_projection.weight"][0, 0] = torch.nan
 
 
-@pytest.mark.parametrize("change", [swap_activation, damage_weights, make_nan])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(swap_activation, marks=pytest.mark.slow),
+        damage_weights,
+        pytest.param(make_nan, marks=pytest.mark.slow),
+    ],
+)
 def test_every_way_of_loading_refuses_a_changed_one(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     changed(path, change)
     for load in ways_in(path):

@@ -44,7 +44,7 @@ FAST = {"ViT-Ti/32", "ViT-Ti/16@112px", "ViT-B/32", "RN50"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in ARCHITECTURES]
+    "name", [pytest.param(name, marks=[] if name == "ViT-Ti/32" else [pytest.mark.slow]) for name in ARCHITECTURES]
 )
 def test_texts_cut_to_their_length_equal_all_positions(name: str) -> None:
     shape = ARCHITECTURES[name]
@@ -80,6 +80,7 @@ def test_a_module_put_into_a_layer_takes_part() -> None:
     assert not torch.allclose(before[1], after[1])
 
 
+@pytest.mark.slow
 def test_low_precision_differs_no_more_than_the_module_does() -> None:
     backbone = build(shallow("ViT-B/32", vision_layers=4))
     pixels, (tokens, _) = torch.randn(4, 3, 224, 224), tokenize(TEXTS)
@@ -100,6 +101,7 @@ def flops(run: Any) -> int:
     return int(counter.get_total_flops())
 
 
+@pytest.mark.slow
 def test_what_nobody_reads_is_not_computed() -> None:
     backbone = build(ARCHITECTURES["ViT-Ti/32"])
     tokens, _ = tokenize(["a dog", "a", "a cat on the mat", "word " * 30])

@@ -172,6 +172,7 @@ def test_a_pickle_bomb_is_refused_and_does_not_run(tmp_path: Path, monkeypatch: 
     assert not Path("bomb-went-off").exists()
 
 
+@pytest.mark.slow
 def test_an_archive_cannot_unfold(archives: dict[str, Path], tmp_path: Path) -> None:
     """Neither compressed zeros nor one number told many times over may become more memory than the file has bytes."""
     with zipfile.ZipFile(archives["vit"]) as archive, zipfile.ZipFile(tmp_path / "small.pt", "w") as packed:
@@ -311,6 +312,7 @@ def test_a_temperature_that_is_none_is_refused(stored: torch.Tensor, tmp_path: P
         read_weights(tmp_path / "x.pt", activation="gelu")
 
 
+@pytest.mark.slow
 def test_a_torchscript_archive_of_others_does_not_tell_its_activation(tmp_path: Path) -> None:
     """Only OpenAI's have their sizes in them; open_clip traces models with GELU, too."""
     model = random_clip("vit")

@@ -36,6 +36,7 @@ def test_pixels_of_the_numbers_of_a_shape_that_differ_in_each_direction() -> Non
     assert_equal([noise(90, 70, 0)], [Span(10, 80, 35, 3, 20)], [Span(5, 70, 130, 60, 41)])
 
 
+@pytest.mark.slow
 def test_beyond_an_eighth_it_stays_within_a_level() -> None:
     image = noise(3000, 2000, 0)
     columns, rows = Span(0, 3000, 30, 0, 20), Span(0, 2000, 20, 0, 20)

@@ -37,6 +37,7 @@ def test_an_image_without_structure_has_no_bits() -> None:
         assert (found["pixels"] == np.asarray(Image.new("RGB", (32, 32), color))).all()
 
 
+@pytest.mark.slow
 def test_the_decoder_and_the_size_it_decodes_at_hardly_matter(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("images") / "a.jpg"
     photo(3, (1600, 1200)).save(path, quality=95)

@@ -63,6 +63,7 @@ def test_a_jpeg_gives_the_pixels_of_clip(size: tuple[int, int], form: dict[str, 
     assert torch.equal(normalize(transform(decoded)), clip.clip._transform(224)(Image.open(tmp_path / "x.jpg")))
 
 
+@pytest.mark.slow
 def test_pixels_are_those_of_clip_for_many_sizes_and_resolutions() -> None:
     rng = np.random.default_rng(0)
     for _ in range(150):

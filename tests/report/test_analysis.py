@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cliptune.data.suspects import Suspect, update_suspects
 from cliptune.report.page import write_report
@@ -36,6 +37,7 @@ def planted(folder: Path, *, swapped: bool = False, hub: bool = False) -> str:
     return " ".join(Page(write_report(results)).text.split())
 
 
+@pytest.mark.slow
 def test_clean_data_gives_no_suspects(tmp_path: Path) -> None:
     text = planted(tmp_path)
     assert "Pairs that look mislabelled 0 of 160 validation pairs None stands out." in text
@@ -43,6 +45,7 @@ def test_clean_data_gives_no_suspects(tmp_path: Path) -> None:
     assert "80 of 80 images, 160 of 160 captions" in text
 
 
+@pytest.mark.slow
 def test_swapped_captions_and_hubs_are_listed(tmp_path: Path) -> None:
     text = planted(tmp_path, swapped=True, hub=True)
     listed = re.search(r"Pairs that look mislabelled.*?Images returned", text)

@@ -151,6 +151,7 @@ def test_bins_suit_the_number_of_pairs(num_pairs: int, most: int, fewest: int) -
     assert np.average(middles, weights=data.values) == pytest.approx(cosines.mean(), abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_images", "best"), [(1, 0), (60, 2), (300_000, 2)])
 def test_no_text_lies_on_another(num_images: int, best: int) -> None:
     values = with_verdict(training_values(3, best))

@@ -99,6 +99,7 @@ def test_rates_are_drawn_by_step() -> None:
         assert line(axes, "backbone") == (pytest.approx(at), backbone)
 
 
+@pytest.mark.slow
 def test_rates_of_a_stopped_run_end_where_it_ended() -> None:
     values = training_values(10, 2)
     values["history"] = values["history"][:4]
@@ -232,6 +233,7 @@ def test_highest_accuracy_is_below_the_edge(epochs: int) -> None:
     assert axes.get_ylim()[1] >= 1.03 * highest
 
 
+@pytest.mark.slow
 def test_titles_say_when_no_epoch_was_better() -> None:
     for draw in (curves, bars_and_densities):
         assert "no epoch beat the model as loaded" in title(draw(training_values(best=0)))
@@ -239,6 +241,7 @@ def test_titles_say_when_no_epoch_was_better() -> None:
     assert title(curves(training_values(1, 1))) == "ViT-B/32, 1 epoch: epoch 1 is the best"
 
 
+@pytest.mark.slow
 def test_titles_name_the_model_that_was_trained_as_it_is() -> None:
     values = training_values()
     values["run"]["model_name"] = "my $x_1$\nmodel"  # no formula, no second line
@@ -247,6 +250,7 @@ def test_titles_name_the_model_that_was_trained_as_it_is() -> None:
         draw(values).canvas.draw()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "num_images"), [(0, 1), (1, 300_000), (3, 60), (200, 300_000)])
 def test_no_text_lies_on_another(epochs: int, num_images: int) -> None:
     values = with_verdict(training_values(epochs, epochs // 2))
@@ -255,6 +259,7 @@ def test_no_text_lies_on_another(epochs: int, num_images: int) -> None:
     assert overlaps(curves(values)) == []
 
 
+@pytest.mark.slow
 def test_many_watched_sets_leave_room_for_each_other() -> None:
     values = training_values()
     for record in values["history"]:

@@ -100,7 +100,7 @@ def test_what_goes_wrong_is_said_once_and_ends_nothing(
     ("report", "steps", "how"),
     [
         ("full", [0, 6], "in place"),
-        ("no-images", [], "in place"),
+        pytest.param("no-images", [], "in place", marks=pytest.mark.slow),
         pytest.param("full", [0, 6], "background", marks=pytest.mark.slow),
     ],
 )

@@ -112,6 +112,7 @@ def test_no_report_is_written_unless_asked_for(tmp_path: Path) -> None:
     assert "data:image" in (tmp_path / "new" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_galleries_hold_what_moved_and_count_what_they_leave_out(tmp_path: Path) -> None:
     results = make_run(tmp_path, num_images=40)
     with np.load(results.with_name("retrieval.npz")) as file:

@@ -29,6 +29,7 @@ def letters_of(family: str, slant: Literal["normal", "italic"] = "normal") -> se
     return set(font_manager.get_font(face).get_charmap())
 
 
+@pytest.mark.slow
 def test_letters_that_no_font_has_are_escaped(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,6 +44,7 @@ def test_letters_that_no_font_has_are_escaped(
     assert not [each for each in recwarn if "Glyph" in str(each.message)]
 
 
+@pytest.mark.slow
 def test_letters_of_another_font_are_drawn_with_it(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_names_of_a_file_are_short_printable_and_one_line(name: str) -> None:
     assert len(drawn) < 1500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["M" * 200, "ViT-B/32"])
 def test_a_long_title_is_smaller_and_stays_in_the_figure(name: str) -> None:
     values = training_values()

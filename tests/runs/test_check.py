@@ -44,6 +44,7 @@ def check(folder: Path, *flags: str, code: int = 0) -> dict[str, Any]:
     return {finding.kind: finding for finding in found.findings}
 
 
+@pytest.mark.slow
 def test_images_that_are_odd_are_found_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     names = draw(data, [(240, 230)] * 6 + [(20, 40), (900, 240), (224, 224)])
@@ -76,6 +77,7 @@ def test_images_that_are_odd_are_found_and_listed(tmp_path: Path, capsys: pytest
     assert all(finding.text in out and finding.advice in out for finding in found.values())
 
 
+@pytest.mark.slow
 def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -98,6 +100,7 @@ def test_copies_of_other_sizes_and_crops_are_found_across_the_split(tmp_path: Pa
     assert check(tmp_path)["near_duplicates"] == found["near_duplicates"]  # from the cache
 
 
+@pytest.mark.slow
 def test_fingerprints_are_taken_only_where_they_are_kept_or_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +184,7 @@ def test_what_a_person_writes_into_the_list_stays(tmp_path: Path) -> None:
     assert check_data(tmp_path / "data", tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_a_list_of_another_folder_with_the_same_names_is_set_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +229,7 @@ def test_copies_are_one_row_and_a_separate_set_is_no_uneven_split(
     assert "3 of the 4 validation images are byte-identical" in out
 
 
+@pytest.mark.slow
 def test_few_images_are_not_read_the_slower_for_the_start_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +248,7 @@ def test_few_images_are_not_read_the_slower_for_the_start_of_workers(
     assert look_at_images(paths, num_workers=0).per_second > max(plain / 20, 3.1)
 
 
+@pytest.mark.slow
 def test_captions_of_few_classes_have_a_ceiling_and_a_floor(tmp_path: Path) -> None:
     names = draw(tmp_path / "data", [(30, 30)] * 40)
     rows = [{"image": n, "caption": f"class {k % 4}", "split": "val" if k >= 32 else ""} for k, n in enumerate(names)]
@@ -279,6 +285,7 @@ def test_what_the_tokenizer_was_not_made_for_is_told(
     assert number is None or found[kind].number == number
 
 
+@pytest.mark.slow
 def test_time_and_memory_are_those_of_the_chosen_model(sample_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(sample_dir, tmp_path / "data")
     small, large = (check(tmp_path, "--model_name", name) for name in ("ViT-Ti/32", "ViT-L/14"))
@@ -293,6 +300,7 @@ def test_time_and_memory_are_those_of_the_chosen_model(sample_dir: Path, tmp_pat
     assert check_data(tmp_path / "data", tmp_path, "--model_name", "ViT-X") == 2
 
 
+@pytest.mark.slow
 def test_the_split_is_the_run_s_and_what_others_would_leak_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

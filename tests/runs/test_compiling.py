@@ -59,6 +59,7 @@ def test_the_flag_alone_means_true() -> None:
         settings("--compile", "maybe")
 
 
+@pytest.mark.slow
 def test_it_pays_in_a_long_run_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert choose()

@@ -104,6 +104,7 @@ def test_other_data_is_refused(
     assert (run / "model-checkpoint" / "last_model.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_data_that_moved_is_the_same(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "unmoved")
     assert main(["--resume", "--output_dir", "unmoved", "--num_epochs", "2"]) == 0
@@ -118,6 +119,7 @@ def test_data_that_moved_is_the_same(run: Path, tmp_path: Path, capsys: pytest.C
     assert_same(stored(run)["model_state_dict"], stored(tmp_path / "unmoved")["model_state_dict"])
 
 
+@pytest.mark.slow
 def test_from_another_folder_no_sample_data_is_made(
     run: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +139,7 @@ def test_from_another_folder_no_sample_data_is_made(
     assert "40 images gone" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_edits_of_the_config_file_that_a_resumed_run_ignores_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +179,7 @@ def test_no_file_runs_a_command(run: Path, tmp_path: Path, key: str, form: str) 
         assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_is_evaluated_from_any_folder(
     finished: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_run_goes_on_and_is_evaluated_from_any_folder(
     assert stored(tmp_path / "copy")["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_project_that_moved_as_a_whole_goes_on_with_its_own_data(
     finished: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +210,7 @@ def test_a_project_that_moved_as_a_whole_goes_on_with_its_own_data(
     assert evaluation_main(["--checkpoint", "run", "--num_workers", "0"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_went_on_from_elsewhere_still_finds_its_data_when_its_project_moves(
     finished: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,6 +362,7 @@ def test_a_run_has_the_split_that_it_began_with(
         assert evaluated["num_images"] == len(names)
 
 
+@pytest.mark.slow
 def test_new_copies_of_what_a_run_has_join_its_sides(tmp_path: Path, small: pytest.MonkeyPatch) -> None:
     folder = make_with_copies(tmp_path / "data")
     small.chdir(tmp_path)

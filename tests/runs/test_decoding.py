@@ -69,7 +69,9 @@ def load(mixed: Path, form: str, *, augment: str, leaves: bool, **options: Any) 
 
 
 @pytest.mark.parametrize("form", ["index", "shards"])
-@pytest.mark.parametrize(("augment", "num_workers"), [("none", 0), ("crop", 0), ("crop", 2)])
+@pytest.mark.parametrize(
+    ("augment", "num_workers"), [("none", 0), ("crop", 0), pytest.param("crop", 2, marks=pytest.mark.slow)]
+)
 def test_batches_are_those_of_workers_that_decode(mixed: Path, form: str, augment: str, num_workers: int) -> None:
     options: dict[str, Any] = {"augment": augment, "num_workers": num_workers}
     plain, left = (load(mixed, form, leaves=leaves, **options) for leaves in (False, True))

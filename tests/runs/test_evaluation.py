@@ -49,6 +49,7 @@ def with_validation(checkpoint: Path, path: Path, sample_dir: Path, images: rang
     return path
 
 
+@pytest.mark.slow
 def test_several_checkpoints_are_compared_on_the_same_images(
     trained: Path, loaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +97,7 @@ def test_of_runs_with_other_splits_the_images_that_all_validated_on_are_taken(
     assert [(each["num_images"], each["num_trained_on"]) for each in found["evaluations"]] == [(60, 54), (60, 33)]
 
 
+@pytest.mark.slow
 def test_a_model_as_loaded_was_trained_on_nothing_also_without_what_is_excluded(
     trained: Path, loaded: Path, sample_dir: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_model_as_loaded_was_trained_on_nothing_also_without_what_is_excluded(
     assert counts[str(trained), 59] in {53, 54}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_where_nothing_is_left_that_none_was_trained_on_it_is_refused_with_counts(
     named: bool, trained: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -125,6 +128,7 @@ def test_where_nothing_is_left_that_none_was_trained_on_it_is_refused_with_count
         assert "--data_dir" in error
 
 
+@pytest.mark.slow
 def test_copies_of_what_was_trained_on_count(trained: Path, sample_dir: Path, tmp_path: Path) -> None:
     validated = load_checkpoint(trained)["val_images"]
     images = sorted((sample_dir / "images").iterdir())
@@ -138,6 +142,7 @@ def test_copies_of_what_was_trained_on_count(trained: Path, sample_dir: Path, tm
     assert (code, found["num_images"], found["num_left_out"]) == (0, len(validated), 54)
 
 
+@pytest.mark.slow
 def test_several_data_sets_have_a_table_each_and_an_overview(
     trained: Path, loaded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +163,7 @@ def test_several_data_sets_have_a_table_each_and_an_overview(
     draw_figures(tmp_path / "results" / "evaluation_results.json")
 
 
+@pytest.mark.slow
 def test_where_captions_are_classes_duplicates_are_merged_in_what_is_compared(
     trained: Path, loaded: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +192,7 @@ def write_openai_state(path: Path) -> None:
     torch.save({**model.backbone.state_dict(), "logit_scale": model.logit_scale.detach()}, path)
 
 
+@pytest.mark.slow
 def test_weights_of_others_are_evaluated_beside_checkpoints(
     trained: Path, sample_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

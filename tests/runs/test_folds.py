@@ -87,6 +87,7 @@ def test_every_image_is_held_out_once_and_in_no_training_of_its_judge(run: Path)
     assert not len(Snapshot.from_dict(whole["val"]).files)
 
 
+@pytest.mark.slow
 def test_the_verdict_is_that_of_all_queries_each_in_its_own_fold(run: Path) -> None:
     # all are judged at one epoch, so that this is a plain comparison
     record, before, after, groups = folds_of(run), {}, {}, {}
@@ -103,6 +104,7 @@ def test_the_verdict_is_that_of_all_queries_each_in_its_own_fold(run: Path) -> N
     assert record.verdict.num_images == record.verdict.num_groups == 60
 
 
+@pytest.mark.slow
 def test_the_last_run_trains_on_everything_for_the_length_that_the_folds_chose(run: Path) -> None:
     record, results = folds_of(run), results_of(run)
     assert record.length == results["best_epoch"] == 1
@@ -117,6 +119,7 @@ def test_the_last_run_trains_on_everything_for_the_length_that_the_folds_chose(r
     assert best["config"]["data"]["folds"] == 3
 
 
+@pytest.mark.slow
 def test_what_the_last_run_tells_is_the_folds(run: Path) -> None:
     results, record = results_of(run), folds_of(run)
     assert record.verdict is not None
@@ -151,6 +154,7 @@ def test_the_screen_has_a_line_a_fold_the_table_and_the_verdict(
     assert all(torch.equal(value, loaded["model_state_dict"][name]) for name, value in best["model_state_dict"].items())
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_last_model_needs_other_data(
     run: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +242,7 @@ def test_excluded_pairs_are_in_no_training_and_stay_in_the_folds(
     assert sizes[2] == [59, 0]
 
 
+@pytest.mark.slow
 def test_a_fold_is_not_resumed_alone(run: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--resume", str(run / "folds/2")], ["--resume", "--output_dir", str(run / "folds/2")]):
         assert main(flags) == 2
@@ -252,6 +257,7 @@ def test_several_processes_are_refused(
     assert "--folds trains one fold after another in one process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -273,6 +279,7 @@ def test_what_does_not_go_with_folds_is_refused(
     assert (run / "results/folds.json").exists()
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_on_resume(
     run: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

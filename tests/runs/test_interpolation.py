@@ -58,6 +58,7 @@ def test_the_ends_are_the_two_models_bit_for_bit(files: RunFiles, ends: Ends) ->
         assert_same(dict(ends.model_at(alpha).state_dict()), dict(load_checkpoint(path)["model_state_dict"]), path.name)
 
 
+@pytest.mark.slow
 def test_between_them_weights_are_averaged_in_float32(ends: Ends) -> None:
     mixed = ends.weights(0.3)
     assert mixed.keys() == ends.best.keys()
@@ -69,6 +70,7 @@ def test_between_them_weights_are_averaged_in_float32(ends: Ends) -> None:
             assert torch.equal(value, ends.best[name])
 
 
+@pytest.mark.slow
 def test_what_was_not_trained_is_not_changed_by_averaging(ends: Ends) -> None:
     before, weights = ends.loaded, torch.randn(1000)
     ends.loaded = {**before, "logit_scale": weights}
@@ -119,6 +121,7 @@ def point_of(alpha: float, ranks: dict[str, Any]) -> Point:
     return Point(alpha, Found({}, {"rsum": rsum_of(ranks)}, {}, 60, 60, ranks), Seen({}, None))
 
 
+@pytest.mark.slow
 def test_the_estimate_takes_the_luck_of_both_choices_away() -> None:
     """Ranks that are all noise: the best of 20 epochs, and of eleven averages, looks better, and is not."""
     rng = np.random.default_rng(0)
@@ -158,6 +161,7 @@ def test_where_the_model_as_loaded_is_chosen_no_gain_is_told(
     assert "95%" not in line and "nothing is gained" in line
 
 
+@pytest.mark.slow
 def test_the_chosen_one_is_a_checkpoint_like_the_best(files: RunFiles, tmp_path: Path) -> None:
     found = results_of(files)["interpolation"]
     assert [each["alpha"] for each in found["points"]] == list(ALPHAS)
@@ -174,6 +178,7 @@ def test_the_chosen_one_is_a_checkpoint_like_the_best(files: RunFiles, tmp_path:
     assert evaluated["metrics"]["rsum"] == pytest.approx(chosen["rsum"])
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn_from_the_results(files: RunFiles, tmp_path: Path) -> None:
     assert tmp_path / "interpolation.png" in draw_figures(files.results, tmp_path)
     assert (tmp_path / "interpolation.png").stat().st_size > 10_000
@@ -228,6 +233,7 @@ def test_a_run_that_was_killed_in_the_middle_of_it_does_it_again(
     assert "over the model as loaded" in out
 
 
+@pytest.mark.slow
 def test_where_no_epoch_is_better_nothing_lies_between(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +245,7 @@ def test_where_no_epoch_is_better_nothing_lies_between(
     assert not RunFiles(tmp_path).interpolated.exists()
 
 
+@pytest.mark.slow
 def test_models_of_different_runs_are_not_averaged(files: RunFiles, tmp_path: Path, trained_dir: Path) -> None:
     mixed = RunFiles(tmp_path)
     mixed.best.parent.mkdir(parents=True)

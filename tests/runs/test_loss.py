@@ -40,6 +40,7 @@ def bias_of(path: Path) -> float | None:
     return None if bias is None else float(bias)
 
 
+@pytest.mark.slow
 def test_repeated_captions_are_positives_unless_told_otherwise(
     tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +103,8 @@ def test_what_was_chosen_stays_when_a_run_goes_on(
         load_checkpoint(files.last)
 
 
-@pytest.mark.parametrize("num_captions", [pytest.param(4, marks=pytest.mark.slow), 30])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_captions", [4, 30])
 def test_the_sigmoid_loss_learns_a_bias_that_stays_with_the_weights(
     num_captions: int, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

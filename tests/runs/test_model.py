@@ -54,6 +54,7 @@ def test_a_run_that_is_broken_off_and_resumed_is_the_unbroken_one(
         assert RunFiles(folder).adapter.exists() == (LORA[0] in flags)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_average_and_last_layers_are_said(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_the_best_model_is_the_average_and_last_layers_are_said(
     assert {line["backbone_learning_rate"] > 0 for line in lines_of(tmp_path / "logs" / "steps.jsonl")} == {True}
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_tells_them_and_leaves_them_beside_the_merged_model(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +150,7 @@ def test_settings_that_change_nothing_are_named(
     assert all(message.startswith(begins) for message, begins in zip(found, told, strict=True))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_adapters_is_refused(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def row(out: str, name: str) -> list[str]:
     return next(line for line in out.splitlines() if line.startswith(name)).split()
 
 
+@pytest.mark.slow
 def test_a_best_model_that_stays_has_the_numbers_of_the_new_data(
     run: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_best_model_that_stays_has_the_numbers_of_the_new_data(
     assert found["best_image_features"].shape[0] == found["loaded_image_features"].shape[0] == results["num_images"]
 
 
+@pytest.mark.slow
 def test_a_best_model_that_is_not_better_there_gives_way(
     run: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

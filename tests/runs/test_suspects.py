@@ -46,6 +46,7 @@ def list_suspects(results: Path) -> list[Suspect]:
     return read_suspects(results.with_name("suspects.csv"))
 
 
+@pytest.mark.slow
 def test_they_are_listed_and_left_out(results: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list_suspects(results)
     assert "2 of the 72 training pairs look mislabelled, of which about 0 may be right" in capsys.readouterr().out
@@ -62,6 +63,7 @@ def test_they_are_listed_and_left_out(results: Path, finished: Path, capsys: pyt
     assert {row[:2] for row in rows} < {row[:2] for row in more}
 
 
+@pytest.mark.slow
 def test_other_rows_and_what_a_person_wrote_stay(results: Path) -> None:
     rows = list_suspects(results)
     path = results.with_name("suspects.csv")
@@ -74,6 +76,7 @@ def test_other_rows_and_what_a_person_wrote_stay(results: Path) -> None:
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_tell_is_told(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +86,7 @@ def test_a_model_that_cannot_tell_is_told(
     assert "the model cannot tell a swapped caption" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["no model", "another run"])
 def test_what_is_not_the_runs_is_one_line(
     fault: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -38,14 +38,13 @@ def run(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drawn", "begins", "word"),
     [
         ((0.0, 1.2, 1.0), "\nBetter than before: RSum +", "better"),
-        pytest.param(
-            (0.8, 0.8, 0.8), "\nNot distinguishable from before: RSum ", "not distinguishable", marks=pytest.mark.slow
-        ),
-        pytest.param((1.5, 0.3, 0.2), "\nWorse than before: RSum -", "worse", marks=pytest.mark.slow),
+        ((0.8, 0.8, 0.8), "\nNot distinguishable from before: RSum ", "not distinguishable"),
+        ((1.5, 0.3, 0.2), "\nWorse than before: RSum -", "worse"),
     ],
 )
 def test_a_run_ends_with_a_sentence_above_its_table(
@@ -78,6 +77,7 @@ def test_a_run_ends_with_a_sentence_above_its_table(
     assert ("no epoch beat the model as loaded" in out) == (results["best_epoch"] == 0)
 
 
+@pytest.mark.slow
 def test_ranks_and_answers_are_those_of_the_evaluations(run: Path) -> None:
     found, results = np.load(RunFiles(run).retrieval), results_of(run)
     assert found["epochs"].tolist() == [0, 1, 2]
@@ -108,6 +108,7 @@ def test_a_run_that_was_stopped_has_the_verdict_of_the_unbroken_one(
         assert np.array_equal(before[name], after[name], equal_nan=before[name].dtype.kind == "f") or name == "run_id"
 
 
+@pytest.mark.slow
 def test_a_run_without_its_record_has_no_verdict_and_says_why(
     run: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_run_without_its_record_has_no_verdict_and_says_why(
     assert "verdict" not in results_of(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_test_split_is_judged_by_once_in_the_end(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,7 @@ def watching(sample_dir: Path, other_dir: Path, mixed_dir: Path, tmp_path_factor
     return folder
 
 
+@pytest.mark.slow
 def test_every_evaluation_has_what_is_watched(watching: Path, mixed_dir: Path, other_dir: Path) -> None:
     results = json.loads((watching / "results/training_results.json").read_text())
     history = lines_of(watching / "logs/history.jsonl")
@@ -66,6 +67,7 @@ def test_every_evaluation_has_what_is_watched(watching: Path, mixed_dir: Path, o
     assert [found["data"] for found in results["watched"]] == [str(other_dir), str(mixed_dir)]
 
 
+@pytest.mark.slow
 def test_images_that_are_trained_on_are_left_out_and_counted(watching: Path, mixed_dir: Path, sample_dir: Path) -> None:
     results = json.loads((watching / "results/training_results.json").read_text())
     val = load_checkpoint(watching / "model-checkpoint/best_model.pth")["val_images"]
@@ -76,6 +78,7 @@ def test_images_that_are_trained_on_are_left_out_and_counted(watching: Path, mix
     assert found["num_images"] == 12 + num_validating
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_evaluation(watching: Path, other_dir: Path, tmp_path: Path) -> None:
     results = json.loads((watching / "results/training_results.json").read_text())
     flags = ["--checkpoint", str(watching), "--data_dir", str(other_dir), "--output_dir", str(tmp_path)]
@@ -112,6 +115,7 @@ def test_watching_changes_nothing_in_the_run(watching: Path, sample_dir: Path, t
         assert_same(one["model_state_dict"], other["model_state_dict"], name)
 
 
+@pytest.mark.slow
 def test_a_set_that_is_trained_on_is_no_watch(
     sample_dir: Path, mixed_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +128,7 @@ def test_a_set_that_is_trained_on_is_no_watch(
     assert "at least 2 others are needed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_sets_may_be_watched_when_a_run_goes_on(
     watching: Path, other_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +147,7 @@ def test_other_sets_may_be_watched_when_a_run_goes_on(
     assert "watched, RSum" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_set_that_is_gone_is_named_with_the_way_out(
     watching: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +179,7 @@ def test_an_image_that_cannot_be_read_is_missing_in_every_evaluation(
     assert "1 of 16 images and records cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_that_watches_nothing_is_told_its_drift(
     watching: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

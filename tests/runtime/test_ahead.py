@@ -73,6 +73,7 @@ def test_whoever_leaves_early_ends_what_was_going_on() -> None:
     assert not threads()
 
 
+@pytest.mark.slow
 def test_an_item_is_freed_when_it_was_used() -> None:
     class Item:
         pass

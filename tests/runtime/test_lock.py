@@ -89,6 +89,7 @@ def test_a_file_system_without_locks_warns_once_and_the_marker_keeps_others_out(
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_locks_nobody_out_where_there_are_no_locks(no_locks: int, tmp_path: Path) -> None:
     with held(tmp_path, no_locks) as run:
         assert f"process {run.pid}" in refused(tmp_path)
@@ -98,6 +99,7 @@ def test_a_killed_run_locks_nobody_out_where_there_are_no_locks(no_locks: int, t
             pass
 
 
+@pytest.mark.slow
 def test_a_number_of_a_process_that_was_given_anew_is_no_run(no_locks: int, tmp_path: Path) -> None:
     with held(tmp_path, no_locks) as run:
         run.kill()
@@ -166,6 +168,7 @@ def test_a_lock_that_is_deleted_while_a_run_holds_it_lets_nobody_in(tmp_path: Pa
             pass
 
 
+@pytest.mark.slow
 def test_of_two_that_begin_at_the_same_moment_without_locks_one_goes_on(
     monkeypatch: pytest.MonkeyPatch, no_locks: int, tmp_path: Path
 ) -> None:

@@ -46,8 +46,9 @@ def test_other_errors_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None
     assert "RuntimeError: another" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "evaluation", "data_loader"])
-@pytest.mark.parametrize("kilobytes", [1_000_000, 1_500_000, pytest.param(3_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kilobytes", [1_000_000, 1_500_000, 3_000_000])
 def test_a_stage_that_may_take_little_memory(stage: str, kilobytes: int, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
 

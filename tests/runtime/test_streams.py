@@ -54,6 +54,7 @@ def test_a_stage_runs_to_its_end_whoever_reads(redirections: str, tmp_path: Path
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_printed_is_an_error(tmp_path: Path) -> None:
     """Of a table that goes to a full disk somebody wants to know."""
     done = run(">/dev/full", tmp_path, STAGE.replace("3000", "2"))
@@ -85,6 +86,7 @@ def test_files_outside_ascii_are_found_where_the_locale_is_not(tmp_path: Path) -
     assert done.stdout.decode("ascii").endswith("no issues; all 3 images can be read\n")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_ends_no_stage(tmp_path: Path) -> None:
     """As after `nohup`, when the window is closed."""
     ours, theirs = os.openpty()

@@ -23,6 +23,7 @@ def weights(trainer: MultimodalTrainer) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_the_average_is_the_formulas() -> None:
     """d is (1 + t) / (10 + t) until that is above the decay: 2/11, 3/12, and from the second step on 0.25."""
     trainer = trainer_with_average()

@@ -89,12 +89,13 @@ def tensors_and_metadata(path: Path) -> State:
         return {name: file.get_tensor(name) for name in file.keys()} | {"metadata": file.metadata()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {"lora": True},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"name": "RN-Ti", "ema": 0.9}, marks=pytest.mark.slow),
+        {},
+        {"name": "RN-Ti", "ema": 0.9},
     ],
     ids=str,
 )

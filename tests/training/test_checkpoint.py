@@ -201,6 +201,7 @@ def test_the_newest_intact_state_is_found(tmp_path: Path, caplog: pytest.LogCapt
         load_newest_state(files)
 
 
+@pytest.mark.slow
 def test_a_folder_is_locked_until_the_process_ends_however_it_does(tmp_path: Path) -> None:
     """The other process has a child, as one with loading processes has, which must not hold the lock."""
     code = (

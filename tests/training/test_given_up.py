@@ -32,6 +32,7 @@ def everything(trainer: MultimodalTrainer) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_is_as_if_it_had_not_begun(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, whole = trainer_of(), trainer_of()

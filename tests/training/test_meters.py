@@ -46,6 +46,7 @@ def everything(trainer: MultimodalTrainer) -> list[Tensor]:
     return [value.clone() for value in (*trainer.model.parameters(), *trainer.model.buffers(), *moments)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
@@ -131,6 +132,7 @@ def test_a_run_that_goes_on_in_fp16_begins_with_a_scale_of_its_own() -> None:
     load_scaler_state(torch.amp.GradScaler("cpu", enabled=False), scaler.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_loss", [
     ContrastiveLoss, lambda: ContrastiveLoss(positives="caption"), SigmoidLoss,
 ], ids=["infonce", "caption", "sigmoid"])  # fmt: skip
@@ -182,6 +184,7 @@ def test_the_run_stops_and_says_where() -> None:
     assert "samples: " + ", ".join(f"{index}.jpg" for index in ids) in str(error.value)
 
 
+@pytest.mark.slow
 def test_steps_in_a_row_are_left_out_as_if_they_were_not_there(caplog: pytest.LogCaptureFixture) -> None:
     trainer, plain = make_trainer(watch=StepWatch(skip=2)), make_trainer()
     trainer.scheduler = plain.scheduler = None  # which counts every step

@@ -68,6 +68,7 @@ def test_the_model_as_loaded_stays(run: Path) -> None:
     assert not all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.slow
 def test_the_best_model_is_a_link_while_it_is_the_one_as_loaded(
     sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_run_that_goes_on_elsewhere_brings_its_models_along(run: Path, tmp_pat
     assert {path: path.read_bytes() for path in (run / "model-checkpoint").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_another_runs_files_are_set_aside(run: Path, sample_dir: Path, tmp_path: Path) -> None:
     assert main([*FLAGS, "--data_dir", str(sample_dir), "--num_epochs", "1", "--output_dir", "B"]) == 0
     other = model(tmp_path / "B", "last")["run_id"]
@@ -98,6 +100,7 @@ def test_another_runs_files_are_set_aside(run: Path, sample_dir: Path, tmp_path:
     assert {model(aside, name)["run_id"] for name in ("loaded", "best", "last")} == {other}
 
 
+@pytest.mark.slow
 def test_where_a_run_goes_on_is_told_by_where_its_file_lies(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +144,7 @@ def test_a_best_model_that_is_not_there_is_told_and_repaired(
     assert ("best_model.aside.pth" in told) == (damage != "deleted")
 
 
+@pytest.mark.slow
 def test_an_earlier_state_goes_on_without_the_later_best(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     states = sorted((run / "model-checkpoint").glob("step_*.pth"))
     early = next(path for path in states if load_checkpoint(path)["epoch"] == 1)
@@ -151,6 +155,7 @@ def test_an_earlier_state_goes_on_without_the_later_best(run: Path, capsys: pyte
     assert_whole(run)
 
 
+@pytest.mark.slow
 def test_a_best_model_that_is_lost_at_the_end_is_an_error(
     run: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +170,7 @@ def test_a_best_model_that_is_lost_at_the_end_is_an_error(
     assert "but its best model, of epoch" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_files_of_the_user_stay(run: Path) -> None:
     folder = run / "model-checkpoint"
     theirs = ["step_best_so_far.pth", "step_00000006_good.pth", "step_00000001.pth", "notes.txt"]
@@ -176,6 +182,7 @@ def test_files_of_the_user_stay(run: Path) -> None:
     assert left == {"loaded_model.pth", "best_model.pth", "last_model.pth", *theirs}
 
 
+@pytest.mark.slow
 def test_on_other_data_the_models_are_evaluated_anew(
     run: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +206,7 @@ def test_on_other_data_the_models_are_evaluated_anew(
     assert main([*flags[:-4], "--num_epochs", "4"]) == 2
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_does_not_validate(
     run: Path, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,7 @@ def recorded_epochs(folder: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["rsum"]) for record in lines_of(folder / "logs" / "history.jsonl")]
 
 
+@pytest.mark.slow
 def test_wandb_is_told_numbers_settings_and_the_verdict_and_goes_on_with_the_run(
     wandb: FakeWandb, runs: pytest.MonkeyPatch, sample_dir: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_wandb_is_told_numbers_settings_and_the_verdict_and_goes_on_with_the_run
     assert run["exits"] == [0, 0]
 
 
+@pytest.mark.slow
 def test_mlflow_is_told_the_same(
     mlflow: FakeMlflow, runs: pytest.MonkeyPatch, sample_dir: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_mlflow_is_told_the_same(
     assert run["ends"] == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_nobody_is_told_unless_the_flag_is_given(
     wandb: FakeWandb, mlflow: FakeMlflow, runs: pytest.MonkeyPatch, sample_dir: Path, tmp_path: Path
 ) -> None:
