@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from functools import cache
@@ -165,9 +166,14 @@ _varlen_attn: Any = None
 
 
 def _load_varlen_attn() -> None:
-    # PyTorch 2.10 and later have it; it imports the compiler, which takes a second
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
-
+    try:
+        # it imports the compiler, which takes a second
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+    except ModuleNotFoundError:
+        varlen_attn = None
+    # PyTorch 2.10's takes no window, and what it is causal by instead is gone in 2.11
+    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
+        raise NotImplementedError(f"it needs PyTorch 2.11 or later, this is {torch.__version__}")
     global _varlen_attn  # noqa: PLW0603
     _varlen_attn = varlen_attn
 
