@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -166,16 +167,17 @@ _varlen_attn: Any = None
 
 
 def _load_varlen_attn() -> None:
-    try:
+    found: Any = None
+    with suppress(ModuleNotFoundError):
         # it imports the compiler, which takes a second
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
-    except ModuleNotFoundError:
-        varlen_attn = None
+
+        found = varlen_attn
     # PyTorch 2.10's takes no window, and what it is causal by instead is gone in 2.11
-    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
+    if found is None or "window_size" not in inspect.signature(found).parameters:
         raise NotImplementedError(f"it needs PyTorch 2.11 or later, this is {torch.__version__}")
     global _varlen_attn  # noqa: PLW0603
-    _varlen_attn = varlen_attn
+    _varlen_attn = found
 
 
 def try_packed_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
