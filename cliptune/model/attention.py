@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -165,11 +167,17 @@ _varlen_attn: Any = None
 
 
 def _load_varlen_attn() -> None:
-    # PyTorch 2.10 and later have it; it imports the compiler, which takes a second
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+    found: Any = None
+    with suppress(ModuleNotFoundError):
+        # it imports the compiler, which takes a second
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
 
+        found = varlen_attn
+    # PyTorch 2.10's takes no window, and what it is causal by instead is gone in 2.11
+    if found is None or "window_size" not in inspect.signature(found).parameters:
+        raise NotImplementedError(f"it needs PyTorch 2.11 or later, this is {torch.__version__}")
     global _varlen_attn  # noqa: PLW0603
-    _varlen_attn = varlen_attn
+    _varlen_attn = found
 
 
 def try_packed_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

@@ -1,6 +1,9 @@
 """Attention on packed rows, by a plain stand-in for the operation that only a GPU has; its shapes."""
 
 import importlib.util
+import inspect
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +27,16 @@ from tests.helpers.models import (
 __all__ = ["small_architectures"]
 
 Calls = list[tuple[int, int]]
-NEEDS_KERNEL = pytest.mark.skipif(
-    importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="this PyTorch has no packed attention"
-)
+
+
+def has_kernel() -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    return "window_size" in inspect.signature(varlen.varlen_attn).parameters
+
+
+NEEDS_KERNEL = pytest.mark.skipif(not has_kernel(), reason="PyTorch 2.11 or later has packed attention")
 
 
 def plain_varlen(
@@ -179,6 +189,27 @@ def test_packed_attention_that_fails_is_said_once_and_not_used(
             assert not attention.can_attend_packed(torch.device("cuda", 0), torch.bfloat16, 64)
     attention.can_attend_packed.cache_clear()
     assert caplog.text.count("packed attention does not work here (no kernel image is available") == 1
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_packed_attention_names_the_pytorch_that_it_needs(
+    is_there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def of_2_10(*given: Any, is_causal: bool = False, return_aux: Any = None) -> Tensor:
+        raise AssertionError("not to be called")
+
+    older = types.ModuleType("torch.nn.attention.varlen")
+    older.varlen_attn = of_2_10  # type: ignore[attr-defined]
+    # a None there is what `import` finds no module for
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", older if is_there else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_varlen_attn", None)
+    with caplog.at_level("INFO"):
+        check = attention.can_attend_packed.__wrapped__
+        assert not check(torch.device("cuda", 0), torch.bfloat16, 64)
+    assert attention._varlen_attn is None
+    needed = f"it needs PyTorch 2.11 or later, this is {torch.__version__}"
+    assert f"texts are padded for attention: packed attention does not work here ({needed})" in caplog.text
 
 
 def test_packed_attention_is_tried_before_it_is_used(packed: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
