@@ -32,6 +32,7 @@ from clip_model import CLIPModel
 from cliptune.features.drift import generic_texts
 from cliptune.features.encode import Encoder
 from cliptune.language.catalogue import language_of
+from cliptune.model.mode import evaluating
 from cliptune.runs.evaluation import Candidate
 from cliptune.runtime.device import resolve_device, resolve_precision
 from cliptune.runtime.logs import setup_logging
@@ -126,12 +127,8 @@ def search(
     encoder = Encoder(
         model, ImageTextDataset, precision=resolve_precision("auto", model.device), batch_size=ENCODE_BATCH_SIZE
     )
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _find(encoder, Path(folder), texts, paths, top=top, cache_dir=Path(cache_dir))
-    finally:
-        model.train(training)
 
 
 def _find(

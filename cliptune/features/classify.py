@@ -19,6 +19,7 @@ from cliptune.features.distinct import tokens_of
 from cliptune.features.encode import Encoder, encode_images, log_issue
 from cliptune.features.ranks import retrieval_ranks, slices
 from cliptune.features.verdict import recall_intervals
+from cliptune.model.mode import evaluating
 from cliptune.runtime.device import exact_products
 
 BLOCK = 4096  # images that are scored at once
@@ -54,13 +55,11 @@ def class_features(encoder: Encoder, classes: Mapping[str, Sequence[str]], templ
         texts += [template.replace("{}", name) for name in names for template in templates]
         class_of += [index] * (len(names) * len(templates))
     model, owners = encoder.model, torch.tensor(class_of)
-    training = model.training
-    model.eval()
     tokens = tokens_of(Strings.of(texts), model.architecture.context_length)
     sums = torch.zeros(len(classes), model.projection_dim)
-    for rows, found in encoder.run_texts(tokens, model.encode_text, across_ranks=False, desc="encode classes"):
-        sums.index_add_(0, owners[rows], found.float().cpu())
-    model.train(training)
+    with evaluating(model):
+        for rows, found in encoder.run_texts(tokens, model.encode_text, across_ranks=False, desc="encode classes"):
+            sums.index_add_(0, owners[rows], found.float().cpu())
     return normalize(sums, dim=1)
 
 
@@ -85,10 +84,8 @@ def classify(
     Raises:
         ValueError: features that are not finite, or no image could be read.
     """
-    training = encoder.model.training
-    encoder.model.eval()
-    features, readable = encode_images(encoder, pairs, on_unreadable_image=on_unreadable_image)
-    encoder.model.train(training)
+    with evaluating(encoder.model):
+        features, readable = encode_images(encoder, pairs, on_unreadable_image=on_unreadable_image)
     own = torch.from_numpy(labels)[readable]
     matches = torch.stack([torch.arange(len(own)), own])  # a class is a text that many images have
     ranks = retrieval_ranks(features.cpu(), of_classes, matches).i2t

@@ -25,6 +25,7 @@ from cliptune.data.workers import make_loader
 from cliptune.features.distinct import Distinct, Tokens, distinct
 from cliptune.features.needs import EncodingModel, ImageDataset
 from cliptune.features.tower_outputs import PairOutputs, TowerOutputs
+from cliptune.model.mode import evaluating
 from cliptune.preprocess.transforms import clip_transform
 from cliptune.runtime.device import (
     Precision,
@@ -287,23 +288,21 @@ def encode_pairs(
         ValueError: no image could be read.
     """
     model, outputs = encoder.model, cached or PairOutputs(None, None)
-    training = model.training
-    model.eval()
-    start = time.perf_counter()
-    same = distinct(pairs, model.architecture.context_length)
-    image_features, readable = encode_images(
-        encoder, pairs, cached=outputs.images, on_unreadable_image=on_unreadable_image
-    )
-    middle = time.perf_counter()
-    # the images that could be read are counted anew: of 0 1 2 without 1, 0 -> 0 and 2 -> 1
-    new_index = torch.full((len(pairs),), -1)
-    new_index[readable] = torch.arange(len(readable))
-    text_to_image = new_index[pairs.text_to_image]
-    text_indices = (text_to_image >= 0).nonzero().squeeze(1)
-    text_rows = torch.from_numpy(same.text_rows)[text_indices]
-    text_features = _encode_texts(encoder, same, text_rows, outputs.texts)
-    end = time.perf_counter()
-    model.train(training)
+    with evaluating(model):
+        start = time.perf_counter()
+        same = distinct(pairs, model.architecture.context_length)
+        image_features, readable = encode_images(
+            encoder, pairs, cached=outputs.images, on_unreadable_image=on_unreadable_image
+        )
+        middle = time.perf_counter()
+        # the images that could be read are counted anew: of 0 1 2 without 1, 0 -> 0 and 2 -> 1
+        new_index = torch.full((len(pairs),), -1)
+        new_index[readable] = torch.arange(len(readable))
+        text_to_image = new_index[pairs.text_to_image]
+        text_indices = (text_to_image >= 0).nonzero().squeeze(1)
+        text_rows = torch.from_numpy(same.text_rows)[text_indices]
+        text_features = _encode_texts(encoder, same, text_rows, outputs.texts)
+        end = time.perf_counter()
     return Encoded(
         image_features,
         text_features,

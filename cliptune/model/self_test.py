@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cliptune.model.architectures import Architecture
+from cliptune.model.mode import evaluating
 from cliptune.preprocess.transforms import VERSION, clip_transform
 from cliptune.runtime.device import exact_products
 
@@ -105,13 +106,10 @@ def _patterns() -> Tensor:
 def _encode(model: Any, self_test: dict[str, Any], *, is_alone: bool = True) -> tuple[Tensor, Tensor]:
     transform = clip_transform(model.image_resolution)
     images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in self_test["pixels"]]
-    training = model.training
-    model.eval()
     # whatever training allows itself: the tolerance is for float32 with all its bits
-    with torch.no_grad(), _undisturbed(model.device) if is_alone else nullcontext():
+    with evaluating(model), torch.no_grad(), _undisturbed(model.device) if is_alone else nullcontext():
         image_features = model.encode_image(torch.stack([transform(image) for image in images]))
         text_features = model.encode_text(self_test["texts"])
-    model.train(training)
     return image_features.cpu(), text_features.cpu()
 
 

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,23 @@ def test_images_are_ranked_as_by_hand(tmp_path: Path) -> None:
     order = scores.argsort(1, descending=True)
     by_hand = [order[row].tolist().index(labels[index]) + 1 for row, index in enumerate(kept)]
     assert found.ranks[kept].tolist() == by_hand
+
+
+def test_a_model_comes_back_in_its_own_mode_from_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    failing = encoder()
+    monkeypatch.setattr(failing.model, "encode_text", broken)
+    monkeypatch.setattr(failing.model, "run_image_tower", broken)
+    make_images(tmp_path, "a.png")
+    make_index(tmp_path, [{"image": "a.png", "caption": "a dog"}])
+    with pytest.raises(RuntimeError, match="do not fit"):
+        class_features(failing, CLASSES, TEMPLATES)
+    assert failing.model.training
+    with pytest.raises(RuntimeError, match="do not fit"):
+        classify(failing, load_pairs(tmp_path), np.array([0]), torch.eye(1, failing.model.projection_dim))
+    assert failing.model.training
 
 
 def test_a_collapsed_model_is_in_the_middle(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_one_that_does_not_fit_and_other_errors_come_through(few_pairs: Pairs, m
         monkeypatch.setattr(encoder.model, "run_image_tower", broken)
         with pytest.raises(type(error), match=str(error)):
             encode_pairs(encoder, few_pairs)
+        assert encoder.model.training  # a notebook may go on with it
 
 
 def test_encoding_and_the_validation_loss_need_no_float64(few_pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

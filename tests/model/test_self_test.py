@@ -211,6 +211,17 @@ def test_weights_that_are_not_finite_are_not_saved() -> None:
         add_self_test(state_of(model))
 
 
+def test_a_model_whose_proof_fails_comes_back_in_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    model = random_model().train()
+    monkeypatch.setattr(model, "encode_text", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compute_self_test(model)
+    assert model.training
+
+
 def test_a_model_in_training_holds_on_to_its_own_weights() -> None:
     model = random_model()
     before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
