@@ -201,7 +201,7 @@ class CLIPModel(nn.Module):
     @property
     def is_compiled(self) -> bool:
         """Whether its towers are compiled in training; no longer once the compiler has failed on them."""
-        return self._wants_compiled and not self.backbone.compiler_has_failed
+        return self._wants_compiled and not self.backbone.compiler.has_failed
 
     @property
     def projection_dim(self) -> int:

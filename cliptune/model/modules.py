@@ -16,9 +16,8 @@ Importing this imports OpenAI's `clip`, which reads its vocabulary: only a model
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, cast
 
@@ -36,15 +35,13 @@ from cliptune.model.attention import (
     can_attend_packed,
 )
 from cliptune.model.batchnorm import held_statistics
+from cliptune.model.programs import Compiler, backward_at_once
 from cliptune.runtime.device import to_device
-from cliptune.runtime.messages import one_line
 from cliptune.runtime.openai_clip import import_clip
 from cliptune.runtime.recording import is_recorded
 
 import_clip()  # first of all, since it needs help
 from clip import model as openai  # noqa: E402
-
-logger = logging.getLogger(__name__)
 
 
 class Backbone(openai.CLIP):
@@ -55,7 +52,8 @@ class Backbone(openai.CLIP):
     """As `Architecture` has them; `causal` is what its transformer's mask says."""
     compiled = False
     """Whether each tower runs as one compiled program."""
-    compiler_has_failed = False
+    compiler: Compiler
+    """The same as its transformers'."""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Run the image tower on normalised pixels `[B, 3, R, R]`: `[B, embed_dim]`."""
@@ -66,7 +64,7 @@ class Backbone(openai.CLIP):
         is_plain = runs_plainly(pixels) or is_touched(visual) or (is_vit and not visual._is_as_built())
         if is_plain or not self._is_compiled_for(pixels):
             return cast(Tensor, visual(pixels))
-        return self._run_program(_run_vit if is_vit else _run_resnet, visual, pixels)
+        return self.compiler.run_tower(_run_vit if is_vit else _run_resnet, visual, pixels)
 
     def encode_text(self, tokens: Tensor, *, length_multiple: int | None = None) -> Tensor:
         """Run the text tower.
@@ -98,7 +96,7 @@ class Backbone(openai.CLIP):
                 length_multiple = None if causal and self._attends_packed() else length_multiple
             packed, positions, layout = pack(tokens, ends, device, causal=causal, length_multiple=length_multiple)
             if self._is_compiled_for(tokens):
-                return self._run_program(_run_texts, self, packed, positions, *_parts_of(layout))
+                return self.compiler.run_tower(_run_texts, self, packed, positions, *_parts_of(layout))
             return self.run_packed(packed, positions, layout)
         return cast(Tensor, pooled @ self.text_projection)
 
@@ -108,16 +106,8 @@ class Backbone(openai.CLIP):
         return cast(Tensor, self.ln_final(self.transformer(rows, layout)) @ self.text_projection)
 
     def _is_compiled_for(self, batch: Tensor) -> bool:
-        return self.compiled and len(batch) > 1  # one sample would be a program by itself: a size of 1 is special
-
-    def _run_program(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
-        """Run a tower as a compiled program; without one from the first time on that the compiler fails."""
-        try:
-            return _run_compiled(function, *given)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            logger.warning("the compiler fails on this model (%s); going on without", one_line(error))
-            self.compiled, self.compiler_has_failed = False, True
-        return function(*given)
+        is_left = not self.compiled or self.compiler.has_failed
+        return not is_left and len(batch) > 1  # one sample would be a program by itself: a size of 1 is special
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Return the position that each text is pooled at."""
@@ -203,6 +193,7 @@ class Transformer(openai.Transformer):
     """That all its blocks are built with."""
     compiled = False
     """Whether each block is a compiled program."""
+    compiler: Compiler
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Run all blocks; with a layout the last one runs for its pooled rows alone."""
@@ -210,8 +201,10 @@ class Transformer(openai.Transformer):
             return cast(Tensor, super().forward(x))
         *blocks, last = self.resblocks
         all_rows = layout._replace(pooled=None, used=None)
-        for block in blocks:
-            x = block(x, all_rows, compiled=self.compiled and layout.batch > 1)  # 1 would be a program by itself
+        compiler = self.compiler if self.compiled and layout.batch > 1 else None  # 1 would be a program by itself
+        with nullcontext() if compiler is None else backward_at_once():
+            for block in blocks:
+                x = block(x, all_rows, compiler)
         return cast(Tensor, last(x, layout))
 
     def is_as_built(self) -> bool:
@@ -228,12 +221,13 @@ class Block(openai.ResidualAttentionBlock):
     attn: Attention
     checkpointed = False
 
-    def forward(self, x: Tensor, layout: Layout | None = None, *, compiled: bool = False) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None, compiler: Compiler | None = None) -> Tensor:
         """Take sequences `[L, B, width]`, or packed rows `[N, width]` with their layout."""
         if layout is None:
             return _checkpointed(self, super().forward, x)
         # of texts, whose number of rows changes from batch to batch, `dynamic` makes one program for all
-        run = _program(_run_block, dynamic=layout.causal or x.is_cuda) if compiled else _run_block
+        dynamic = layout.causal or x.is_cuda
+        run = _run_block if compiler is None else compiler.of_block(_run_block, dynamic=dynamic)
         return _checkpointed(self, run, self, x, layout)
 
     def is_as_built(self, attn_mask: Tensor | None) -> bool:
@@ -326,36 +320,6 @@ def _parts_of(layout: Layout) -> tuple[Any, ...]:
         indices = torch.arange(layout.batch * layout.length, device=pooled.device)
         used = torch.ones(layout.batch, layout.length, dtype=torch.bool, device=pooled.device)
     return pooled, indices, used, None, None
-
-
-def _run_compiled(function: Callable[..., Tensor], module: nn.Module, *given: Any) -> Tensor:
-    """Run a function of a tower and its inputs as a compiled program, which is one for all sizes of batches.
-
-    A program of fixed sizes would be faster by little, and a last smaller batch, or a micro-batch that is halved when
-    memory runs out, would be compiled anew, for as long as a minute.
-    """
-    for value in given:
-        if isinstance(value, Tensor):
-            # pixels have fixed sides; whether a position is used is told by batch and length
-            torch._dynamo.maybe_mark_dynamic(value, (0, 1) if value.dtype == torch.bool else 0)
-    with _backward_at_once():
-        return _program(function)(module, *given)
-
-
-@contextmanager
-def _backward_at_once() -> Iterator[None]:
-    """Compile a backward pass with its forward pass: here a compiler that fails can be left, and a signal is heard."""
-    settings = torch._functorch.config
-    if not hasattr(settings, "force_non_lazy_backward_lowering"):  # an older PyTorch
-        yield
-        return
-    with settings.patch(force_non_lazy_backward_lowering=True):
-        yield
-
-
-@cache
-def _program(function: Callable[..., Tensor], *, dynamic: bool | None = None) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=dynamic)
 
 
 OWN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {

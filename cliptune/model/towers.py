@@ -36,6 +36,7 @@ def build_backbone(
     """
     # imported here because this imports OpenAI's package, which reads its vocabulary
     from cliptune.model.modules import OWN_CLASSES  # noqa: PLC0415
+    from cliptune.model.programs import Compiler  # noqa: PLC0415
 
     sizes = {key: getattr(architecture, key) for key in CLASS_ARGUMENTS}
     with torch.device("cpu" if tensors is None else "meta"):  # no random weights where they are given
@@ -44,6 +45,9 @@ def build_backbone(
     del backbone.logit_scale
     for module in backbone.modules():
         module.__class__ = OWN_CLASSES.get(type(module), type(module))
+    backbone.compiler = Compiler()
+    for transformer in _transformers(backbone):
+        transformer.compiler = backbone.compiler
     if tensors is not None:
         weights = {name: value for name, value in tensors.items() if name not in {"logit_scale", "logit_bias"}}
         try:
@@ -101,10 +105,13 @@ def set_compiled(backbone: Any, compiled: bool) -> None:
         backbone.text_projection.device.type not in WHOLE_ON
         or any(layer.checkpointed or hasattr(layer, "unshard") for layer in layers_of(backbone))
     )
-    backbone.compiled = compiled and not by_layer and not backbone.compiler_has_failed
-    for tower in (backbone.visual, backbone):
-        if hasattr(tower, "transformer"):
-            tower.transformer.compiled = by_layer
+    backbone.compiled = compiled and not by_layer
+    for transformer in _transformers(backbone):
+        transformer.compiled = by_layer
+
+
+def _transformers(backbone: Any) -> list[Any]:
+    return [tower.transformer for tower in (backbone.visual, backbone) if hasattr(tower, "transformer")]
 
 
 def _make_activation(name: str) -> nn.Module:

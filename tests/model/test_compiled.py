@@ -13,7 +13,7 @@ from torch._functorch.compilers import nop
 from torch.nn.attention import sdpa_kernel
 
 from clip_model import CLIPModel
-from cliptune.model import attention, modules, towers
+from cliptune.model import attention, modules, programs, towers
 from cliptune.model.lora import add_lora
 from cliptune.model.modules import VisionTransformer
 from cliptune.runtime.device import compiler_issue
@@ -41,7 +41,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
     def program(function: Callable[..., Tensor], *, dynamic: bool | None = None) -> Any:
         return torch.compile(function, dynamic=dynamic, backend=counter)
 
-    monkeypatch.setattr(modules, "_program", program)
+    monkeypatch.setattr(programs, "_program", program)
     yield counter
     torch.compiler.reset()
 
@@ -198,7 +198,7 @@ def test_towers_that_are_sharded_or_touched_are_not_compiled_whole(monkeypatch: 
     model.compile_towers()
     assert model.backbone.compiled
     ran: list[Any] = []
-    monkeypatch.setattr(modules, "_run_compiled", lambda function, module, *given: ran.append(module))
+    monkeypatch.setattr(programs, "_run_compiled", lambda function, module, *given: ran.append(module))
     handle = model.backbone.visual.transformer.resblocks[0].register_forward_hook(lambda *_: None)
     model.run_image_tower(torch.zeros(2, 3, 64, 64))
     assert not ran
@@ -225,45 +225,70 @@ def test_the_choice_of_kernels_is_part_of_a_program() -> None:
     assert torch.allclose(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), attend(query), atol=1e-6)
 
 
-def about_to_be_compiled() -> tuple[CLIPModel, Tensor, dict[str, Tensor]]:
+EXTENTS = ("towers", "blocks", "checkpointed blocks")
+
+
+def about_to_be_compiled(extent: str, monkeypatch: pytest.MonkeyPatch) -> tuple[CLIPModel, Tensor, dict[str, Tensor]]:
     """Return a model whose next run is compiled, texts, and what it gives without."""
+    monkeypatch.setattr(towers, "WHOLE_ON", {"cpu"} if extent == "towers" else {"cuda"})
     model = make_model("ViT-Mini")
     tokens = random_tokens(3, torch.Generator().manual_seed(0))
     wanted = run(model, tokens)
+    if extent == "checkpointed blocks":
+        model.checkpoint_gradients()
     model.compile_towers()
     return model, tokens, wanted
 
 
-@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("extent", EXTENTS)
 def test_a_compiler_that_fails_is_said_once_and_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    extent: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, tokens, wanted = about_to_be_compiled()
+    model, tokens, wanted = about_to_be_compiled(extent, monkeypatch)
 
     def broken(*_: Any) -> Any:
         raise torch._dynamo.exc.InternalTorchDynamoError("Triton is missing\nmore")
 
-    monkeypatch.setattr(modules, "_program", lambda function: broken)
+    monkeypatch.setattr(programs, "_program", lambda *_, **__: broken)
+    assert model.is_compiled
     for _ in range(2):
         assert_close(run(model.train(), tokens), wanted, 1e-6)  # a run calls `train` after each evaluation
     assert caplog.text.count("the compiler fails on this model (Triton is missing") == 1
+    assert not model.is_compiled
+
+
+def test_a_checkpointed_block_runs_again_as_it_ran_before_the_compiler_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise torch._dynamo.exc.InternalTorchDynamoError("Triton is missing")
+
+    def program(block: Any, rows: Tensor, layout: Any) -> Tensor:
+        ran.append(torch.is_grad_enabled())
+        return modules._run_block(block, rows, layout)
+
+    ran: list[bool] = []
+    model, tokens, wanted = about_to_be_compiled("checkpointed blocks", monkeypatch)
+    # that of the image tower comes first, and has sizes of its own
+    monkeypatch.setattr(programs, "_program", lambda _, *, dynamic: broken if dynamic else program)
+    assert_close(run(model, tokens), wanted, 1e-6)
+    assert len(ran) == 2
+    assert not model.is_compiled
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("extent", EXTENTS)
 @pytest.mark.skipif(
     not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"), reason="PyTorch compiles it later"
 )
 def test_a_backward_pass_that_cannot_be_compiled_is_left_as_well(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    extent: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, tokens, wanted = about_to_be_compiled()
+    model, tokens, wanted = about_to_be_compiled(extent, monkeypatch)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of resource: shared memory")
 
     backend = aot_autograd(fw_compiler=nop, bw_compiler=broken)
-    monkeypatch.setattr(modules, "_program", lambda function: torch.compile(function, backend=backend))
+    monkeypatch.setattr(programs, "_program", lambda function, **_: torch.compile(function, backend=backend))
     torch.compiler.reset()
     assert_close(run(model, tokens), wanted, 1e-6)
-    assert "the compiler fails on this model" in caplog.text
+    assert caplog.text.count("the compiler fails on this model") == 1

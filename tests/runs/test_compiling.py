@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from clip_model import CLIPModel
 from cliptune.cli import load_config
-from cliptune.model import modules, towers
+from cliptune.model import programs, towers
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runs import compiling, model
@@ -155,7 +155,7 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
 ) -> None:
     counter = CompileCounterWithBackend("eager")
     torch.compiler.reset()
-    small.setattr(modules, "_program", cache(partial(torch.compile, backend=counter)))
+    small.setattr(programs, "_program", cache(partial(torch.compile, backend=counter)))
     flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--precision", "fp32"]
     assert main([*flags, "--num_epochs", "1", "--compile"]) == 0
     assert counter.frame_count >= 2  # a block of each tower; images of a smaller batch have their own
@@ -177,14 +177,15 @@ def test_a_run_says_that_it_is_compiled_and_goes_on_so(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whole_on", ["cpu", "cuda"])
 def test_a_run_whose_compiler_fails_does_not_say_that_it_is_compiled(
-    sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole_on: str, sample_dir: Path, tmp_path: Path, small: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> Any:
         raise torch._dynamo.exc.InternalTorchDynamoError("Triton is missing")
 
-    small.setattr(towers, "WHOLE_ON", {"cpu"})
-    small.setattr(modules, "_program", lambda function: broken)
+    small.setattr(towers, "WHOLE_ON", {whole_on})
+    small.setattr(programs, "_program", lambda *_, **__: broken)
     flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--precision", "fp32"]
     assert main([*flags, "--num_epochs", "1", "--compile"]) == 0
     assert "compiled" not in capsys.readouterr().out
