@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliptune.model.parallel import is_sharded
+
 
 class WeightAverage:
     """The average of a model's trained parameters over the steps; running statistics are the model's own.
@@ -20,9 +22,14 @@ class WeightAverage:
     Args:
         model: on its device.
         decay: of the average, below 1.
+
+    Raises:
+        ValueError: a sharded model, which would not run with what is put in place of its shards.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
+        if is_sharded(model):
+            raise ValueError("ema does not go with a sharded model (FSDP); try ddp, or no ema")
         self.decay = decay
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.tensors = {name: parameter.detach().clone() for name, parameter in self._trained.items()}

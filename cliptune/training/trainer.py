@@ -44,6 +44,9 @@ class MultimodalTrainer:
         watch: reads the numbers of the steps; None: one that ends at the first that are not finite.
         ema: decay of the average of the weights, see `WeightAverage`; None: there is none.
 
+    Raises:
+        ValueError: an average of a sharded model.
+
     Attributes:
         global_step: steps so far, with those that were skipped.
         interruptible: makes a context for the part of a step that may be given up, since it updates no weight.

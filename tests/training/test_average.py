@@ -1,10 +1,15 @@
 """The average of the weights, against its formula."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from clip_model import ContrastiveLoss, MultimodalTrainer
+from cliptune.model import parallel
+from cliptune.model.parallel import can_shard, parallel_model
 from cliptune.training.average import WeightAverage
 from cliptune.training.optim import build_optimizer
 from tests.helpers.models import FP32, make_batch, make_model, small_architectures
@@ -65,3 +70,23 @@ def test_an_average_of_other_parameters_is_refused() -> None:
     average = WeightAverage(make_model("ViT-Mini"), 0.9)
     with pytest.raises(ValueError, match="other parameters"):
         average.load_state_dict({"logit_scale": torch.tensor(1.0)})
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process be the ranks of a run."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.skipif(not can_shard(), reason="needs PyTorch 2.7")
+def test_an_average_of_shards_is_refused() -> None:
+    model = make_model("ViT-Mini")
+    parallel_model(model, "fsdp", torch.device("cpu"))
+    optimizer = build_optimizer(model, learning_rate=1e-2, backbone_lr_scale=0.5, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"ema does not go with a sharded model \(FSDP\)"):
+        MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32, ema=DECAY)
+    MultimodalTrainer(model, ContrastiveLoss(), optimizer, precision=FP32)
