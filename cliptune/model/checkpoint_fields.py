@@ -60,6 +60,7 @@ class _Fields(BaseModel):
     weights_state_dict: dict[str, Any] = {}
     average_state_dict: dict[str, Any] = {}
     num_skipped_steps: Count = 0
+    num_skipped_in_a_row: Count = 0
     micro_batch_size: Annotated[int, Field(gt=0, lt=2**63)] | None = None
     starts_random: bool = False
     holds_batchnorm: bool = False

@@ -84,6 +84,7 @@ class StepWatch:
 
     Attributes:
         num_skipped: non-finite steps of the run, of those that have been read.
+        num_in_a_row: the last so many of them.
     """
 
     def __init__(

@@ -210,6 +210,7 @@ class MultimodalTrainer:
             "scheduler_state_dict": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
             "num_skipped_steps": self.watch.num_skipped,
+            "num_skipped_in_a_row": self.watch.num_in_a_row,
             "micro_batch_size": self.grad_cache.size,
             "compiled": self.model.is_compiled,
             "weights_state_dict": {name: state[name] for name in names},
@@ -225,7 +226,9 @@ class MultimodalTrainer:
         if self.scheduler is not None:
             load_scheduler_state(self.scheduler, state["scheduler_state_dict"], step=state["global_step"])
         load_scaler_state(self.scaler, state["scaler_state_dict"])
-        self.watch.num_skipped = state.get("num_skipped_steps", 0)  # a run of before they were counted may be resumed
+        # a run of before they were counted may be resumed
+        self.watch.num_skipped = state.get("num_skipped_steps", 0)
+        self.watch.num_in_a_row = state.get("num_skipped_in_a_row", 0)
         if self.average is not None:
             self.average.load_state_dict(state["average_state_dict"])
         self.global_step = state["global_step"]

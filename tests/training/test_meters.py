@@ -113,11 +113,19 @@ def test_a_run_that_goes_on_counts_on_the_steps_that_it_has_skipped() -> None:
     state = trainer.state_dict()
     assert state["num_skipped_steps"] == 2
     resumed.load_state_dict({**state, "global_step": 4})
-    list(resumed.steps(batches(resumed, bad={1}, num_batches=2)))
+    list(resumed.steps(batches(resumed, bad={2}, num_batches=2)))
     assert resumed.watch.num_skipped == 3
-    del state["num_skipped_steps"]  # as runs of before they were counted have it
+    del state["num_skipped_steps"], state["num_skipped_in_a_row"]  # as runs of before they were counted have it
     resumed.load_state_dict({**state, "global_step": 4})
-    assert resumed.watch.num_skipped == 0
+    assert (resumed.watch.num_skipped, resumed.watch.num_in_a_row) == (0, 0)
+
+
+def test_steps_in_a_row_are_those_before_and_after_a_run_goes_on() -> None:
+    trainer, resumed = (make_trainer(watch=StepWatch(skip=2)) for _ in range(2))
+    list(trainer.steps(batches(trainer, bad={3, 4})))
+    resumed.load_state_dict({**trainer.state_dict(), "global_step": 4})
+    with pytest.raises(FloatingPointError, match="step 5"):
+        list(resumed.steps(batches(resumed, bad={1}, num_batches=1)))
 
 
 def test_a_run_that_goes_on_in_fp16_begins_with_a_scale_of_its_own() -> None:
