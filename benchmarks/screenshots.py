@@ -1,4 +1,4 @@
-"""The pictures of the README: the report of a run, and a search, as a browser shows them.
+"""The screenshots of the README: the report of a run, and a search, as a browser shows them.
 
 python benchmarks/screenshots.py --work_dir /tmp/screenshots
 
@@ -41,16 +41,16 @@ FIRST_IMAGES, IMAGES, SEARCHED = 8000, 800, 4000
 WIDTH, HEIGHT = 1100, 900
 """Pixels of the window."""
 NUM_COLOURS = 200
-"""Of a picture: as a PNG of a palette it is a third as large."""
+"""Of a screenshot: as a PNG of a palette it is a third as large."""
 QUERY = "red shapes on a white background"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, and write both pictures; returns the exit code."""
+    """Train, and write both screenshots; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=Path("screenshots"), help="folder for scenes and runs")
     parser.add_argument("--checkpoint", type=Path, help="model to fine-tune; none: one is trained, for half an hour")
-    parser.add_argument("--images_dir", type=Path, default=Path("docs/images"), help="folder for the pictures")
+    parser.add_argument("--images_dir", type=Path, default=Path("docs/images"), help="folder for the screenshots")
     options = parser.parse_args(argv)
     begun = options.checkpoint or first_model(options.work_dir)
     run = fine_tune(options.work_dir, begun)
@@ -122,14 +122,14 @@ def search_page(checkpoint: Path, images: Path) -> Iterator[str]:
 
 def save(page: Any, path: Path, *parts: tuple[float, float]) -> None:
     """Write what a page shows between some heights, one part below the other, as a PNG of a palette."""
-    picture, top = Image.new("RGB", (WIDTH, round(sum(end - start for start, end in parts))), "white"), 0
+    screenshot, top = Image.new("RGB", (WIDTH, round(sum(end - start for start, end in parts))), "white"), 0
     for start, end in parts:
         clip = {"x": 0, "y": start, "width": WIDTH, "height": end - start}
         with Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip))) as image:
-            picture.paste(image.convert("RGB"), (0, top))
+            screenshot.paste(image.convert("RGB"), (0, top))
             top += image.height
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(NUM_COLOURS).save(path, optimize=True)
+    screenshot.quantize(NUM_COLOURS).save(path, optimize=True)
     print(f"written: {path}, {path.stat().st_size / 1000:.0f} KB")
 
 

@@ -174,3 +174,15 @@ def test_importing_touches_no_file_network_generator_log_or_device(tmp_path: Pat
 
 def test_the_default_model_is_one() -> None:
     assert settings.DEFAULT_MODEL_NAME == architectures.DEFAULT_MODEL_NAME
+
+
+def test_an_image_is_called_an_image() -> None:
+    """In what is said of the code, which has one word for one thing."""
+    sources = [*(ROOT / "cliptune").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("*.py")]
+    said = [
+        (source.name, node.lineno)
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and "picture" in str(node.value.value)
+    ]
+    assert not said

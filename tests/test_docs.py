@@ -209,7 +209,7 @@ def test_the_files_and_tests_that_docs_name_exist() -> None:
         assert not set(re.findall(r"`(test_\w+)`", text)) - defined, path.name
 
 
-def test_the_pictures_of_the_readmes_are_there_and_small() -> None:
+def test_the_screenshots_of_the_readmes_are_there_and_small() -> None:
     """They are the toolkit's own: `benchmarks/screenshots.py` makes them."""
     named = [re.findall(r"!\[[^\]]+\]\(([^)]+)\)", read(path)) for path in (ENGLISH, CHINESE)]
     assert named[0] == named[1]

@@ -1,7 +1,7 @@
 """Hubs: images or captions that are among the first answers to far too many queries.
 
-In a space of many dimensions some points are near to all others (Radovanovic et al., "Hubs in Space", JMLR 2010): a
-picture of nothing in particular that is returned whatever one asks for.
+In a space of many dimensions some points are near to all others (Radovanovic et al., "Hubs in Space", JMLR 2010): an
+image of nothing in particular that is returned whatever one asks for.
 """
 
 from __future__ import annotations

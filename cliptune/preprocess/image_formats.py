@@ -15,7 +15,7 @@ COMMON_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 """Of several images for one caption, as a.jpg and a.psd are, the one of such an ending is meant."""
 
 _NOT_DECODED = frozenset(("BUFR", "GRIB", "HDF5", "MPEG"))
-"""Formats that Pillow knows by their beginning, and that are no pictures."""
+"""Formats that Pillow knows by their beginning, and that are no images."""
 _READ = frozenset(
     ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _NOT_DECODED
 )

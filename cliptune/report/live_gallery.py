@@ -34,7 +34,7 @@ MARKS = {"right": ("✓", GREEN), "same": ("=", BLUE), "wrong": ("✗", VERMILLI
 
 
 class Gallery(NamedTuple):
-    """A picture for TensorBoard."""
+    """An image for TensorBoard."""
 
     jpeg: bytes
     width: int
@@ -80,7 +80,7 @@ class LiveGallery:
         return self._attempt(lambda: Found(*self._answers(encoded))) if self._left >= 0 else None
 
     def draw(self, found: Found) -> Gallery | None:
-        """Return the picture; None: there is nothing to draw, or it cannot be, which is a warning."""
+        """Return the image; None: there is nothing to draw, or it cannot be, which is a warning."""
         if not found.texts:
             return None
         return self._attempt(lambda: _drawn([self._pairs.captions[text] for text in found.texts], found.answers))
@@ -88,7 +88,7 @@ class LiveGallery:
     def _attempt(self, work: Callable[[], T]) -> T | None:
         try:
             return work()
-        except Exception as error:  # whatever it is: the run is worth more than a picture of it
+        except Exception as error:  # whatever it is: the run is worth more than a look at it
             logger.warning("no more retrievals are drawn for TensorBoard: %s", one_line(error))
             self._left = 0
             return None
@@ -120,17 +120,17 @@ def _mark(encoded: Encoded, text: int, image: int) -> str:
 
 def _drawn(captions: Sequence[str], answers: Sequence[Sequence[Answer]]) -> Gallery:
     captions = [printable(shorten(" ".join(caption.split()), 300)) for caption in captions]
-    picture = Image.new("RGB", (NUM_ANSWERS * (SIDE + GAP) + GAP, len(captions) * ROW + GAP), "white")
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.new("RGB", (NUM_ANSWERS * (SIDE + GAP) + GAP, len(captions) * ROW + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
     for row, (caption, found) in enumerate(zip(captions, answers, strict=True)):
         top = GAP + row * ROW
-        _write_line(draw, (GAP, top), caption, width=picture.width - 2 * GAP)
+        _write_line(draw, (GAP, top), caption, width=canvas.width - 2 * GAP)
         for column, answer in enumerate(found):
-            _place(picture, draw, answer, (GAP + column * (SIDE + GAP), top + LETTERS + GAP))
+            _place(canvas, draw, answer, (GAP + column * (SIDE + GAP), top + LETTERS + GAP))
     # four spaces: markdown takes nothing in it for its own, such as a link or an image
     lines = "\n".join(f"    {number}. {caption}" for number, caption in enumerate(captions, 1))
     about = "The best images of a few captions: ✓ its own, = one with the same caption or a copy, ✗ another.\n\n"
-    return Gallery(_jpeg(picture), *picture.size, about + lines)
+    return Gallery(_jpeg(canvas), *canvas.size, about + lines)
 
 
 def _write_line(draw: ImageDraw.ImageDraw, where: tuple[int, int], text: str, *, width: int) -> None:
@@ -143,12 +143,12 @@ def _write_line(draw: ImageDraw.ImageDraw, where: tuple[int, int], text: str, *,
     draw.text(where, text[:length] + ("…" if length < len(text) else ""), fill=INK, font=font)
 
 
-def _place(picture: Image.Image, draw: ImageDraw.ImageDraw, answer: Answer, where: tuple[int, int]) -> None:
+def _place(canvas: Image.Image, draw: ImageDraw.ImageDraw, answer: Answer, where: tuple[int, int]) -> None:
     """Draw an image in a frame of its mark's colour, with its mark and score."""
     (x, y), (sign, colour) = where, MARKS[answer.mark]
     try:
         image = _thumbnail(answer.path)
-        picture.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
+        canvas.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
     except (OSError, ValueError, MemoryError):
         draw.text((x + GAP, y + SIDE // 2), "not readable", fill=GREY, font=_font("DejaVu Sans"))
     draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline=colour, width=4)
@@ -169,11 +169,11 @@ def _font(family: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(family=[family])), LETTERS)
 
 
-def _jpeg(picture: Image.Image) -> bytes:
-    """Return a picture of at most `MAX_BYTES`; it has so few pixels that the last quality is small enough."""
+def _jpeg(canvas: Image.Image) -> bytes:
+    """Return a JPEG file of at most `MAX_BYTES`; it has so few pixels that the last quality is small enough."""
     for quality in (85, 60, 30):
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality, optimize=True)
+        canvas.save(file, "JPEG", quality=quality, optimize=True)
         if file.tell() <= MAX_BYTES:
             break
     return file.getvalue()

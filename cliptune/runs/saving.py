@@ -13,7 +13,7 @@ from cliptune.training.saver import Saver
 
 
 def works_in_background(device: torch.device) -> bool:
-    """Tell whether checkpoints are written and pictures drawn in threads; on the CPU they would take time from steps.
+    """Tell whether checkpoints are written and images drawn in threads; on the CPU they would take time from steps.
 
     The self-test of a checkpoint then leaves settings of the process alone, so somebody who has lowered the precision
     of all products has them written in place.

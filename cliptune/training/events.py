@@ -19,8 +19,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 logger = logging.getLogger(__name__)
 
 
-class Picture(Protocol):
-    """An image with what it shows."""
+class Drawing(Protocol):
+    """An image that was drawn, with what it shows."""
 
     @property
     def jpeg(self) -> bytes:
@@ -60,11 +60,11 @@ class EventFile:
         """Write a number; `tag`: such as `epoch/val_loss`."""
         self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])))
 
-    def add_image(self, tag: str, picture: Picture, step: int) -> None:
+    def add_image(self, tag: str, drawn: Drawing, step: int) -> None:
         """Write an image of RGB."""
-        size = {"width": picture.width, "height": picture.height}
-        image = Summary.Image(**size, colorspace=3, encoded_image_string=picture.jpeg)
-        metadata = create_summary_metadata(display_name="", description=picture.description)
+        size = {"width": drawn.width, "height": drawn.height}
+        image = Summary.Image(**size, colorspace=3, encoded_image_string=drawn.jpeg)
+        metadata = create_summary_metadata(display_name="", description=drawn.description)
         value = Summary.Value(tag=tag, image=image, metadata=metadata)
         self._write(Event(step=step, summary=Summary(value=[value])))
 

@@ -76,7 +76,7 @@ class Journal:
         device: the model's, whose memory is told.
         interval: steps between two log lines.
         tracker: is told what TensorBoard is, and the verdict.
-        in_background: pictures are drawn in a thread, while the run goes on.
+        in_background: images are drawn in a thread, while the run goes on.
     """
 
     def __init__(  # noqa: PLR0913  (what a run chooses and tests choose otherwise)
@@ -116,7 +116,7 @@ class Journal:
         self._steps: Any = None
         self._events: Any = None
         self._written: set[Path] = set()
-        self._thread = BackgroundThread("pictures") if in_background else None
+        self._thread = BackgroundThread("images") if in_background else None
         if is_main():
             # a run that is resumed at step 40 was killed at step 47: 41 to 47 come again
             _drop_later_steps(files.steps, state.step)

@@ -1,4 +1,4 @@
-"""Mutations of valid index files, `config.json`, pictures, shards: read, or refused with a message that names the file.
+"""Mutations of valid index files, `config.json`, images, shards: read, or refused with a message that names the file.
 
 `CLIP_TOOLKIT_LONG_TESTS=1` tries 10,000 of each instead of 200.
 """

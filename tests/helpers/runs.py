@@ -36,7 +36,7 @@ def small_runs() -> Iterator[pytest.MonkeyPatch]:
 
 
 def work_in_background(patch: pytest.MonkeyPatch) -> None:
-    """Let threads write checkpoints and draw pictures, as in a run on a GPU."""
+    """Let threads write checkpoints and draw images, as in a run on a GPU."""
     for module in ("cliptune.runs.journal", "cliptune.runs.saving"):
         patch.setattr(f"{module}.works_in_background", lambda _: True)
 

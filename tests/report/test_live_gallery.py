@@ -71,7 +71,7 @@ def test_the_captions_are_the_same_every_time_and_those_not_encoded_are_left_out
     assert all(Path(answers[0].path).stem == name for name, answers in found.items())
 
 
-def test_the_picture_is_small_and_its_text_is_not_read_as_markdown(pairs: Pairs) -> None:
+def test_the_image_is_small_and_its_text_is_not_read_as_markdown(pairs: Pairs) -> None:
     (Path(pairs.paths[4])).unlink()
     gallery = drawn(LiveGallery(pairs), encoded_of(pairs, torch.eye(8)))
     assert gallery is not None
