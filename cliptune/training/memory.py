@@ -32,8 +32,10 @@ WORTH_A_TRIAL = 1.1
 """Times as many pairs: what a larger size must promise."""
 TRIAL_MULTIPLE = 8
 """Of a GPU's micro-batches: the tiles of its matrix products stay whole."""
-LOSS_FLOATS = 4
-"""Of each logit that the loss holds at once: logits, their exponentials, the gradient's, and masks."""
+LOSS_FLOATS = 6.5
+"""Of each logit of a slice that the loss holds at once. InfoNCE takes 3.5 and less: a slice, its weights, and those of
+the slice before or what a sum takes; with `positives` `caption` 4.5, since the targets are a matrix, too. A sigmoid
+loss takes 5.5, since it adds up in float64, and 6.5 with the mask of `caption`."""
 
 
 class Card(Protocol):
@@ -141,9 +143,15 @@ def fitting_size(
 
 
 def loss_bytes(num_pairs: int, num_rows: int, device: torch.device) -> int:
-    """Return what the loss of a batch takes beside the graph of its last micro-batch."""
+    """Return what the loss of a batch takes beside the graph of its last micro-batch, in bytes.
+
+    Args:
+        num_pairs: B, of all ranks.
+        num_rows: images of this rank.
+        device: by whose type slices are sized, see `pair_logits`.
+    """
     slice_logits = max(SLICE_LOGITS.get(device.type, SLICE_LOGITS["cpu"]), MIN_ROWS * num_pairs)
-    return 4 * LOSS_FLOATS * min(num_rows * num_pairs, slice_logits)
+    return int(4 * LOSS_FLOATS * min(num_rows * num_pairs, slice_logits))
 
 
 def fitting_on_card(

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from clip_model import CLIPModel
+from clip_model import CLIPModel, ContrastiveLoss, SigmoidLoss
 from cliptune.model.depth import train_last_layers
 from cliptune.model.lora import add_lora
 from cliptune.training.memory import (
@@ -21,8 +22,10 @@ from cliptune.training.memory import (
     equal_part,
     fitting_on_card,
     fitting_size,
+    loss_bytes,
     peak_bytes,
 )
+from cliptune.training.pair_logits import POSITIVES, SLICE_LOGITS
 from tests.helpers.launch import ROOT
 from tests.helpers.models import FP32, make_model, small_architectures
 
@@ -218,3 +221,23 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("slice_logits", [2**16, 2**20])
+def test_the_loss_takes_what_is_planned_for_it(slice_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is allocated counts, also within PyTorch's operations, which `LiveTensors` does not see."""
+    monkeypatch.setitem(SLICE_LOGITS, "cpu", slice_logits)
+    num_pairs = 1024
+    planned = loss_bytes(num_pairs, num_pairs, torch.device("cpu"))
+    taken = []
+    for kind, positives in itertools.product((ContrastiveLoss, SigmoidLoss), POSITIVES):
+        features = torch.eye(2).repeat(num_pairs // 2, 1).requires_grad_()
+        ids = {"image_ids": torch.arange(num_pairs) // 2, "caption_ids": torch.arange(num_pairs) // 3}
+        loss = kind(positives=positives)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            loss(features, features, **ids).backward()
+        assert profiled.profiler is not None
+        events = profiled.profiler.kineto_results.events()  # in the order of their time
+        taken.append(max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")))
+    of_vectors = 40 * 4 * num_pairs  # features, sums and ids
+    assert 0.75 * planned < max(taken) <= planned + of_vectors
