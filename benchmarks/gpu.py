@@ -7,7 +7,8 @@ benchmarks/gpu.sh --table benchmarks/gpu_work/results.jsonl
 
 A line for each figure as it comes, and a line of JSON in `--json`, whose tables `--table` prints. A part takes three
 minutes at most. After a failure it goes on; the exit code is 1 if anything has failed or is wrong, and 0 where a figure
-is merely lower than it must be. Everything is written below `benchmarks/gpu_work`.
+is merely lower than it must be. A signal ends it with the measurement that runs. Everything is written below
+`benchmarks/gpu_work`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.gpu_data import make_captions
 from benchmarks.gpu_parts import PARTS
 from benchmarks.rows import FAILED, SKIPPED, Row, table, told, write_line
+from cliptune.runtime.stopping import Stopped, stoppable
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 178
@@ -71,10 +73,15 @@ def main(argv: list[str] | None = None) -> int:
             return refuse(f"--table {options.table}: not a file of this benchmark's results ({error})")
         return 0
     runner = Runner(options)
-    if not runner.look():
-        return 1
-    for name in options.parts or PARTS:
-        runner.measure(name)
+    try:
+        with stoppable("gpu.py"):
+            if not runner.look():
+                return 1
+            for name in options.parts or PARTS:
+                runner.measure(name)
+    except Stopped as stopped:  # the measurement, which has a session of its own, is ended by now
+        print(f"gpu.py: {stopped}; results so far: {options.json}", file=sys.stderr)
+        return stopped.exit_code
     print(f"{runner.failures} failed; results: {options.json}; a table: benchmarks/gpu.sh --table {options.json}")
     return 1 if runner.failures else 0
 
@@ -227,10 +234,10 @@ class Runner:
             [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        timer = threading.Timer(seconds, end, [process])
-        timer.start()
         lines: list[str] = []
+        timer = threading.Timer(seconds, end, [process])
         try:
+            timer.start()
             assert process.stdout is not None
             with (folder / f"{log.replace('/', '-').replace(' ', '_')}.txt").open("w", encoding="utf-8") as file:
                 for line in process.stdout:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -151,13 +152,18 @@ def test_a_step_is_told_beside_its_peers() -> None:
 
 
 SCRIPT = f"""
-import json, subprocess, sys, time
-print({MARK!r} + json.dumps({{"name": "told before", "value": 1.0}}), flush=True)
-if "fail" in sys.argv:
-    raise ValueError("what is wrong")
+import json, os, signal, subprocess, sys, time
 if "hang" in sys.argv:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print("child", child.pid, flush=True)
+print({MARK!r} + json.dumps({{"name": "told before", "value": 1.0}}), flush=True)
+if "fail" in sys.argv:
+    raise ValueError("what is wrong")
+if "stop" in sys.argv:
+    while not (os.path.exists('RESULTS') and os.path.getsize('RESULTS')):  # the row is told
+        time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGTERM)
+if "hang" in sys.argv:
     time.sleep(60)
 if "--json" in sys.argv:
     open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps({{"seconds": 2}}))
@@ -168,7 +174,7 @@ if "--json" in sys.argv:
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that measures parts made of a small script; returns exit code and results."""
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT.replace("RESULTS", str(tmp_path / "results.jsonl")))
     monkeypatch.setattr(gpu, "ABOUT", 'print("ABOUT " + \'{"card": "none"}\')')
 
     def measure(**parts: Any) -> tuple[int, list[dict[str, Any]]]:
@@ -206,15 +212,26 @@ def test_nothing_failed_is_exit_code_0(runs: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_measurement_that_hangs_is_ended_with_what_it_started(runs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "seconds", "code", "notes"),
+    [((), 1, 1, ["", "not done after 1 s"]), (("stop",), 30, 128 + signal.SIGTERM, [""])],
+)
+def test_a_measurement_that_hangs_is_ended_with_what_it_started(
+    flags: tuple[str, ...], seconds: int, code: int, notes: list[str], runs: Any, tmp_path: Path
+) -> None:
+    """At the end of its time, and where a signal ends the script."""
     begin = time.monotonic()
-    code, rows = runs(slow=lambda run: run.rows(runs.script, "hang", seconds=1, name="a measurement"))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # unheeded, it would end the tests
+    try:
+        ended, rows = runs(
+            slow=lambda run: run.rows(runs.script, "hang", *flags, seconds=seconds, name="a measurement")
+        )
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - begin < 20
-    assert code == 1
-    assert [(row["name"], row["note"]) for row in rows] == [
-        ("told before", ""),
-        ("a measurement", "not done after 1 s"),
-    ]
+    assert (ended, [row["note"] for row in rows]) == (code, notes)
+    assert [row["name"] for row in rows] == ["told before", "a measurement"][: len(notes)]
     output = (tmp_path / "work" / "logs" / "slow_a_measurement.txt").read_text()
     child = int(output.split("child ")[1].split()[0])
     for _ in range(100):
