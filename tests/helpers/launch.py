@@ -8,7 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.helpers.rank_server import LATE
+
 ROOT = Path(__file__).parent.parent.parent
+LIMIT_SECONDS = 300
 
 
 def torchrun_command(world_size: int, script: str, *arguments: str) -> list[str]:
@@ -22,11 +25,17 @@ def environment() -> dict[str, str]:
 
 def torchrun(world_size: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = torchrun_command(world_size, script, *arguments)
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
+    )
 
 
 def run_ranks(world_size: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Do what `torchrun` does, with ranks that need not import PyTorch once more."""
+    """Do what `torchrun` does, with ranks that need not import PyTorch once more.
+
+    Raises:
+        TimeoutError: not done in `LIMIT_SECONDS`; says what was running. The ranks are ended.
+    """
     return _forked(script, arguments, world_size=world_size)
 
 
@@ -37,6 +46,9 @@ def run_alone(script: str, *arguments: str, variables: dict[str, str]) -> subpro
         script: below the root.
         arguments: its `sys.argv[1:]`.
         variables: of its environment, beside those that all have.
+
+    Raises:
+        TimeoutError: not done in `LIMIT_SECONDS`; says what was running. It is ended, with what it has started.
     """
     return _forked(script, arguments, world_size=None, variables=variables)
 
@@ -46,11 +58,14 @@ def _forked(script: str, arguments: tuple[str, ...], **options: object) -> subpr
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        job = {"script": str(ROOT / script), "arguments": arguments, **options}
+        job = {"script": str(ROOT / script), "arguments": arguments, "seconds": LIMIT_SECONDS, **options}
         server.stdin.write(json.dumps({**job, "stdout": stdout.name, "stderr": stderr.name}) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
+        answer = server.stdout.readline().strip()
+        if answer == LATE:
+            command, told = " ".join((script, *arguments)), (stdout.read() + stderr.read())[-3000:]
+            raise TimeoutError(f"not done after {LIMIT_SECONDS} s: {command} ({options}), which told: {told}")
+        return subprocess.CompletedProcess(arguments, int(answer), stdout.read(), stderr.read())
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """Starts ranks as forks of a process that has imported everything, which takes a rank of `torchrun` some seconds.
 
-A job is a line of JSON: script, arguments, world size, and the file for each of stdout and stderr. The answer is a
-line with the exit code: 0, or that of the first rank that failed, after which the others are ended. Without a world
-size it is one process in a session of its own, and a signal that ended it is a negative code.
+A job is a line of JSON: script, arguments, world size, the file for each of stdout and stderr, and a limit in seconds.
+The answer is a line with the exit code: 0, or that of the first rank that failed, after which the others are ended.
+Without a world size it is one process in a session of its own, and a signal that ended it is a negative code. What is
+not done in time is ended, and the answer is `LATE`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import socket
 import sys
 import time
 import traceback
+from types import FrameType
 from typing import Any, NoReturn
 
 GRACE_SECONDS = 10.0
+LATE = "late"
 
 
 def main() -> None:
@@ -26,26 +29,47 @@ def main() -> None:
     import tests.helpers.worker  # noqa: F401, PLC0415
     import train  # noqa: F401, PLC0415
 
+    signal.signal(signal.SIGALRM, be_late)
     for line in sys.stdin:
-        print(run(json.loads(line)), flush=True)
+        job = json.loads(line)
+        print(run_alone(job) if job["world_size"] is None else run_ranks(job), flush=True)
 
 
-def run(job: dict[str, Any]) -> int:
-    if job["world_size"] is None:
-        return os.waitstatus_to_exitcode(os.waitpid(fork(job, 0, 0), 0)[1])
+def be_late(*_: int | FrameType | None) -> None:
+    raise TimeoutError
+
+
+def run_alone(job: dict[str, Any]) -> int | str:
+    pid = fork(job, 0, 0)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        os.killpg(pid, signal.SIGKILL)  # with what it has started
+        os.waitpid(pid, 0)
+        return LATE
+    return code
+
+
+def run_ranks(job: dict[str, Any]) -> int | str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [fork(job, rank, port) for rank in range(job["world_size"])]
     code = 0
-    while ranks:
-        pid, status = os.wait()
-        if pid not in ranks:
-            continue
-        ranks.remove(pid)
-        if status and not code:
-            code = abs(os.waitstatus_to_exitcode(status))
-            end(ranks)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+        while ranks and not code:
+            pid, status = os.wait()
+            if pid in ranks:
+                ranks.remove(pid)
+                code = abs(os.waitstatus_to_exitcode(status))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        end(ranks)
+        return LATE
+    end(ranks)
     return code
 
 

@@ -17,7 +17,8 @@ import torch
 import evaluation
 from cliptune.model.checkpoint_file import load_checkpoint
 from cliptune.runtime import distributed
-from tests.helpers.launch import environment, run_ranks, torchrun, torchrun_command
+from tests.helpers import launch
+from tests.helpers.launch import environment, run_alone, run_ranks, torchrun, torchrun_command
 from tests.helpers.models import SMALL_VIT
 from train import main
 
@@ -244,3 +245,30 @@ def test_gpus_meet_over_nccl(device: str, backend: str, monkeypatch: pytest.Monk
     calls.clear()
     with distributed.process_group(torch.device(device)):
         assert calls == chosen
+
+
+STUCK = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) if "CHILD" in os.environ else None
+print("told", os.getpid(), child.pid if child else "", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_what_does_not_end_is_ended_and_named(is_alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the helpers of these tests, which would wait for ever."""
+    monkeypatch.setattr(launch, "LIMIT_SECONDS", 5)
+    path = tmp_path / "stuck.py"
+    path.write_text(STUCK)
+    with pytest.raises(TimeoutError, match=r"not done after 5 s: \S+stuck.py how") as late:
+        run_alone(str(path), "how", variables={"CHILD": "1"}) if is_alone else run_ranks(2, str(path), "how")
+    pids = [int(pid) for line in re.findall(r"told ([\d ]+)", str(late.value)) for pid in line.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    path.write_text("raise SystemExit(7)")  # the next one has its own time
+    assert run_alone(str(path), variables={}).returncode == 7
