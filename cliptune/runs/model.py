@@ -18,7 +18,7 @@ from cliptune.model.weights import NAMED_WEIGHTS, Weights, find_weights, own_wei
 from cliptune.runs.compiling import chooses_to_compile, runs_no_tower
 from cliptune.runs.loss import settle_bias
 from cliptune.runs.start import Resumed
-from cliptune.runtime.device import Precision
+from cliptune.runtime.device import Precision, wants_exact_products
 from cliptune.runtime.distributed import world_size
 from cliptune.runtime.messages import one_line
 from cliptune.settings import DEFAULT_MODEL_NAME, Config
@@ -112,7 +112,7 @@ def place_model(
         What runs it in several ranks, and how many pairs a rank has in memory at once; None: all of its part.
     """
     _tell_unused(config, model)
-    if precision.dtype is None and device.type == "cuda":
+    if precision.dtype is None and device.type == "cuda" and not wants_exact_products():
         logger.info("precision fp32: in training, products in the towers round their factors to TF32, of 10 bits")
     began = None if resumed is None else resumed.content.get("compiled")
     if chooses_to_compile(config, model, device=device, num_samples=num_samples, began=began):

@@ -135,8 +135,9 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 CUDNN = "cudnn.conv"
 """It rounds to TF32 unless somebody says otherwise."""
-EXACT = frozenset({"ieee", "none"})
-"""What the newer API calls full float32."""
+ASKED_FOR, NOT_SAID = "ieee", "none"
+EXACT = frozenset({ASKED_FOR, NOT_SAID})
+"""What the newer API calls full float32: where somebody has asked for it, and where nobody has said anything."""
 
 
 def product_precision() -> str:
@@ -170,17 +171,33 @@ def _older_settings() -> tuple[str, bool] | None:
         return None
 
 
+def wants_exact_products() -> bool:
+    """Tell whether somebody has asked for products in full float32 on a GPU: for `ieee`, or for `highest`.
+
+    A PyTorch without the newer API (before 2.9) does not tell that from its default; then nobody has.
+    """
+    products = _parts().get("cuda.matmul")
+    return products is not None and products.fp32_precision == ASKED_FOR
+
+
 @contextmanager
 def tf32(device: torch.device) -> Iterator[None]:
-    """Let float32 products on an NVIDIA GPU round their factors to TF32, of 10 bits, which is several times as fast."""
-    if device.type != "cuda" or product_precision() != "highest":
+    """Let float32 products on an NVIDIA GPU round their factors to TF32, of 10 bits, which is several times as fast.
+
+    Not where somebody has asked for full float32, as far as `wants_exact_products` can tell.
+    """
+    if device.type != "cuda" or product_precision() != "highest" or wants_exact_products():
         yield  # there is nothing to allow, or somebody has: of the two ways to say it only one may be used
         return
+    products = _parts().get("cuda.matmul")
+    before = None if products is None else products.fp32_precision
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
+        if products is not None:
+            products.fp32_precision = before  # the older API has made it `ieee`, as if somebody had asked for it
 
 
 @contextmanager
@@ -194,17 +211,20 @@ def exact_products() -> Iterator[None]:
     # what the older API did not reach; of the rest the newer one would contradict it
     parts = {name: part for name, part in parts.items() if part.fp32_precision not in EXACT}
     for part in parts.values():
-        part.fp32_precision = "ieee"
+        part.fp32_precision = ASKED_FOR
     try:
         yield
     finally:
         for name, part in parts.items():
-            part.fp32_precision = "none"  # as its backend's, which it may have been before
+            part.fp32_precision = NOT_SAID  # as its backend's, which it may have been before
             if part.fp32_precision != before[name]:
                 part.fp32_precision = before[name]
         if older is not None:
             torch.set_float32_matmul_precision(older[0])
             torch.backends.cudnn.allow_tf32 = older[1]
+        for name, part in _parts().items():
+            if before[name] == NOT_SAID != part.fp32_precision:  # by the older API, as in `tf32`
+                part.fp32_precision = NOT_SAID
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from clip_model import CLIPModel
 from cliptune.cli import load_config
 from cliptune.model.checkpoint_file import load_checkpoint
+from cliptune.runs import model as model_of_run
 from cliptune.runs.model import place_model
 from cliptune.training.checkpoint import RunFiles
 from cliptune.training.state import RunState
@@ -161,3 +162,24 @@ def test_a_checkpoint_without_its_adapters_is_refused(
     torch.save(state, last)
     assert main(["--output_dir", str(tmp_path), "--resume", "--num_epochs", "2"]) == 2
     assert "last_model.pth: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["none", "ieee"])
+def test_a_run_tells_of_tf32_where_it_rounds_to_it(
+    asked: str, monkeypatch: pytest.MonkeyPatch, small_architectures: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    products: Any = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):
+        pytest.skip("this PyTorch does not tell what was asked for")
+    caplog.set_level("INFO")
+    config = load_config(["--micro_batch_size", "4", "--compile", "false"], description="").config
+    model = CLIPModel("ViT-Mini")
+    monkeypatch.setattr(model, "to", lambda _: model)  # there need be no GPU
+    monkeypatch.setattr(model_of_run, "parallel_model", lambda *_: None)
+    before = products.fp32_precision
+    products.fp32_precision = asked
+    try:
+        place_model(config, model, precision=FP32, device=torch.device("cuda"), num_samples=10)
+    finally:
+        products.fp32_precision = before
+    assert ("TF32" in caplog.text) == (asked == "none")

@@ -127,15 +127,35 @@ def test_beside_a_gpu_all_cores_but_one_load(
     assert default_num_workers(CPU) == min(4, cores // 4)
 
 
+@pytest.fixture
+def nothing_said() -> Iterator[None]:
+    """What a process begins with, also where earlier tests have asked for products of some kind."""
+
+    def forget() -> None:
+        torch.set_float32_matmul_precision("highest")
+        for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+            if hasattr(part, "fp32_precision"):
+                part.fp32_precision = "none"
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("nothing_said")
 def test_tf32_is_for_gpus_and_for_what_is_enclosed() -> None:
     before = torch.backends.cuda.matmul.allow_tf32
-    with tf32(torch.device("cuda")):
-        assert torch.backends.cuda.matmul.allow_tf32
+    for _ in range(2):
+        with tf32(torch.device("cuda")):
+            assert torch.backends.cuda.matmul.allow_tf32
+        with exact_products():  # an evaluation between two steps
+            assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cuda.matmul.allow_tf32 == before
     with tf32(CPU):
         assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
+@pytest.mark.usefixtures("nothing_said")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_a_notebook_allows_is_left_alone(device: str) -> None:
     """Both settings of one flag would make PyTorch refuse to say what is allowed."""
@@ -151,6 +171,20 @@ def test_what_a_notebook_allows_is_left_alone(device: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("how", ["cuda.matmul", "", "older"])
+def test_full_float32_is_kept_where_a_notebook_asks_for_it(how: str, newer_api: Any) -> None:
+    if how == "older":
+        torch.set_float32_matmul_precision("highest")
+    else:
+        (attrgetter(how)(newer_api) if how else newer_api).fp32_precision = "ieee"
+    for _ in range(2):
+        with tf32(torch.device("cuda")):
+            assert newer_settings()["cuda.matmul"] == "ieee"
+        with exact_products():
+            pass
+    assert newer_settings()["cuda.matmul"] == "ieee"
+
+
 def newer_settings() -> dict[str, str]:
     backends: Any = torch.backends
     parts = {
@@ -161,7 +195,7 @@ def newer_settings() -> dict[str, str]:
 
 
 @pytest.fixture
-def newer_api() -> Iterator[Any]:
+def newer_api(nothing_said: None) -> Iterator[Any]:
     """PyTorch's newer way to allow less precision, from 2.9 on; afterwards all is as it was."""
     backends: Any = torch.backends
     if not hasattr(backends, "fp32_precision"):
@@ -194,17 +228,13 @@ def test_products_are_exact_also_where_a_notebook_has_allowed_less_by_the_newer_
     with exact_products():
         inside = newer_settings()
         assert {inside[name] for name in inside if "." in name} <= {"ieee", "none"}
-    assert newer_settings() == before | {name: newer_settings()[name] for name in UNTOLD if before[name] == "none"}
+    assert newer_settings() == before
     rounded = {name for name in before if "." in name and name != "cudnn.conv" and before[name] not in {"ieee", "none"}}
     says = product_precision()
     assert (says == "highest") == (not rounded), says
     assert all(name in says for name in rounded)
     with tf32(torch.device("cuda")):
         assert newer_settings()["cuda.matmul"] in {before["cuda.matmul"], "tf32"}
-
-
-UNTOLD = ("cuda.matmul", "mkldnn.matmul")
-"""Which the older API makes `ieee` where nothing was said; that is how they multiply then."""
 
 
 def test_a_part_that_goes_by_its_backend_does_so_afterwards(newer_api: Any) -> None:
