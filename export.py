@@ -80,7 +80,8 @@ def _export(argv: list[str] | None) -> int:
         notes = _quantize(candidate, model, temporary, settings) if settings.quantize else []
         if model.logit_bias is not None:
             notes.append(f"Logits are scale * cosine + {model.logit_bias.item():.4f}, a sigmoid loss's bias.")
-        _describe(form, about_model(candidate), weights, temporary, differences=differences, notes=notes)
+        about = about_model(candidate)
+        _describe(form, about, weights, temporary, named=folder, differences=differences, notes=notes)
     print(language_of(settings.language).say_lines("\n".join(_announced(form, folder, differences, notes))))
     return 0
 
@@ -119,15 +120,23 @@ def _quantize(candidate: Candidate, model: CLIPModel, folder: Path, settings: Ex
 
 
 def _describe(
-    form: Form, about: About, weights: Weights, folder: Path, *, differences: Differences, notes: list[str]
+    form: Form,
+    about: About,
+    weights: Weights,
+    folder: Path,
+    *,
+    named: Path,
+    differences: Differences,
+    notes: list[str],
 ) -> None:
-    """Write the model card, and the same for programs."""
+    """Write the model card, and the same for programs, to a folder that is going to be called `named`."""
     versions = {name: metadata.version(name) for name in ("torch", *form.packages.values())}
-    card = model_card(form.name, weights.architecture, about, differences, versions=versions, notes=notes)
+    shape = weights.architecture
+    card = model_card(form.name, shape, about, differences, folder=named, versions=versions, notes=notes)
     write_text(folder / "README.md", card)
     write_json(folder / MARKER, {
         "form": form.name, "source": about.source, "verdict": about.verdict,
-        "architecture": weights.architecture.to_dict(), "differences": differences._asdict(),
+        "architecture": shape.to_dict(), "differences": differences._asdict(),
         "versions": versions, "notes": notes,
     })  # fmt: skip
 

@@ -1,5 +1,6 @@
 """`export.py`: a run's checkpoint in the forms of other libraries, each loaded by its library in a fresh process."""
 
+import ast
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from clip_model import CLIPModel, add_self_test
 from cliptune.export import forms
-from cliptune.export.card import USE
+from cliptune.export.card import USE, usage
 from cliptune.export.folder import MARKER
 from cliptune.export.forms import FORMS
 from cliptune.export.verify import Differences
@@ -57,7 +58,8 @@ def test_a_run_is_exported_with_its_card(
     assert "| `learning_rate` | `0.001` |" in card
     assert "cuts out one pixel beside" in card
     assert "## Licence\n\nTo be filled in" in card
-    assert USE["open_clip"] in card
+    assert USE["open_clip"].replace("exported/open_clip", "out") in card
+    assert str(tmp_path) not in card
     assert str(trained_dir) not in card + (folder / MARKER).read_text()  # nobody's folders travel
     again = CLIPModel(pretrained=folder).eval()
     original = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
@@ -76,6 +78,18 @@ def test_without_a_folder_it_goes_below_exported(
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(trained_dir), "--to", "openai"]) == 0
     assert (tmp_path / "exported" / "openai" / "model.pt").is_file()
+    assert USE["openai"] in (tmp_path / "exported" / "openai" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_card_names_the_folder_that_was_written(form: str) -> None:
+    assert usage(form, Path("exported", form)) == USE[form]
+    for name in ("mine/猫", "it's", 'a "b"', """a 'b' "c\\d\n"""):
+        nodes = ast.walk(ast.parse(usage(form, Path(name))))
+        strings = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        assert name in strings or f"{name}/model.pt" in strings
+    assert '"mine' in usage(form, Path("/home/me/mine"))
+    assert "/home" not in usage(form, Path("/home/me/mine"))
 
 
 @pytest.mark.slow
