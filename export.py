@@ -40,7 +40,7 @@ from cliptune.runs.export import about_model
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.files import require_free_space, write_json, write_text
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count, printable
+from cliptune.runtime.messages import printable
 from data_loader import ImageTextDataset
 from evaluation import evaluate
 
@@ -112,11 +112,8 @@ def _quantize(candidate: Candidate, model: CLIPModel, folder: Path, settings: Ex
     except (ValueError, OSError) as error:
         logger.warning("what the quantised graphs cost is not measured: %s", error)
         return ["Quantised graphs (`*_int8.onnx`): what they cost was not measured, for want of validation images."]
-    rsum = [_rsum(each, chosen.pairs, settings.num_workers) for each in (model, quantized)]
-    return [
-        f"Quantised graphs (`*_int8.onnx`): RSum {rsum[1]:.1f} instead of {rsum[0]:.1f} ({rsum[1] - rsum[0]:+.1f}) on "
-        f"{count(len(chosen.pairs), 'validation image')}."
-    ]
+    exact, rounded = (_rsum(each, chosen.pairs, settings.num_workers) for each in (model, quantized))
+    return onnx.cost_of_rounding(exact, rounded, num_images=len(chosen.pairs))
 
 
 def _describe(

@@ -18,7 +18,9 @@ from cliptune.export import forms
 from cliptune.export.card import USE, usage
 from cliptune.export.folder import MARKER
 from cliptune.export.forms import FORMS
+from cliptune.export.onnx import cost_of_rounding
 from cliptune.export.verify import Differences
+from cliptune.language.catalogue import language_of
 from cliptune.model.checkpoint_file import save_checkpoint
 from export import main
 from tests.export.test_fold import projected
@@ -187,6 +189,7 @@ def test_each_form_is_verified_and_loads_as_its_card_says(
     out = capsys.readouterr().out
     assert "in a process of its own" in out
     assert form != "onnx" or re.search(r"Quantised graphs .* RSum [\d.]+ instead of [\d.]+ \([+-]", out)
+    assert form != "onnx" or "fewer than 50 images tell little" in (tmp_path / "exported/onnx/README.md").read_text()
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg", quality=95)
     code = USE[form]
@@ -203,6 +206,17 @@ def test_each_form_is_verified_and_loads_as_its_card_says(
         model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
         expected = model.classify("photo.jpg", ["cat", "dog"])[0]
         assert numbers == pytest.approx([expected["cat"], expected["dog"]], abs=5e-3)
+
+
+def test_what_rounding_costs_is_said_with_its_number_of_images() -> None:
+    (line,) = cost_of_rounding(510.0, 505.25, num_images=50)
+    assert line == "Quantised graphs (`*_int8.onnx`): RSum 505.2 instead of 510.0 (-4.8) on 50 validation images."
+    lines = cost_of_rounding(500.0, 450.0, num_images=6)
+    assert lines[0].endswith("(-50.0) on 6 validation images.")
+    assert "fewer than 50 images tell little of what they cost" in lines[1]
+    in_chinese = language_of("zh").say_lines("\n".join(lines)).splitlines()
+    assert in_chinese[0].startswith("量化图")
+    assert in_chinese[1].startswith("量化图：不足 50 张图像")
 
 
 @pytest.mark.slow
