@@ -85,6 +85,8 @@ libraries, notes of an export."""
 _FORMS = re.sub(r"[{}]", r"\g<0>\g<0>", KNOWN_FORMS)
 FILLED_IN = {
     _FORMS: (_FORMS, f"of no known form: {{0}}; {_FORMS}"),
+    # said once where several records have it
+    "unknown split {0}; known: train, val, test": ("unknown split {0}; known: train, val, test", "unknown split {0}"),
     "of nearly one colour": ("image of nearly one colour ({0})", "images of nearly one colour ({0})"),
     "with a side of less than {0} pixels": (
         "image with a side of less than {0} pixels ({1})", "images with a side of less than {0} pixels ({1})",
