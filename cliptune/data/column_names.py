@@ -19,6 +19,8 @@ CAPTION_COLUMNS = (
     "alt_text", "alt",
 )  # fmt: skip
 """Known names of the caption column, the preferred one first; numbered ones (`caption_0`, `caption_1`) go together."""
+LIKE_SPLITS = ("phase", "set", "subset", "partition", "fold", "usage", "data_split", "dataset_split", "split_name")
+"""Names of a column that may tell training from validation, but that is not read."""
 
 _NO_IMAGES = {
     "url": "it holds addresses: download the images first, for example with img2dataset, and name its files",
@@ -145,3 +147,9 @@ def hint(names: Iterable[str], what: str) -> str:
     """Say why a column that is there is not the one, as the end of a message; nothing where there is nothing to say."""
     hints = _NO_IMAGES if what == "image" else _NO_CAPTIONS
     return next((f"; {name}: {hints[squeezed(name)]}" for name in names if squeezed(name) in hints), "")
+
+
+def like_splits(names: Iterable[str]) -> list[str]:
+    """Return the columns that may have been meant as the split."""
+    known = set(map(squeezed, LIKE_SPLITS))
+    return [name for name in names if squeezed(name) in known]

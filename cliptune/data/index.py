@@ -274,11 +274,16 @@ def check_text(what: str, value: Any) -> str:
 
 
 def check_split(value: Any) -> str | None:
-    """Return train, val, test or None; an unknown split is a ValueError."""
+    """Return train, val, test or None; an unknown split, such as a number, is a ValueError."""
     if value is None or value == "":
         return None
     split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
     if split is None:
+        if not isinstance(value, str) or value.strip().isdecimal():
+            raise ValueError(
+                f"unknown split {quote(value)}; write train, val or test in its place, or name the column otherwise if "
+                "it is no split"
+            )
         raise ValueError(f"unknown split {quote(value)}; known: train, val, test")
     return split
 

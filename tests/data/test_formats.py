@@ -13,6 +13,7 @@ from cliptune.data import index as entries
 from cliptune.data.caption_files import read_directory
 from cliptune.data.folders import find_index
 from cliptune.data.formats import read_index
+from cliptune.language.catalogue import language_of
 
 EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
 
@@ -154,7 +155,18 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
         " row 5",
         " row 6",
     ]
-    assert "unknown split 'tset'" in index.issues.first[3].reason
+    assert index.issues.first[3].reason == "unknown split 'tset'; known: train, val, test"
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("image,caption,split\na.jpg,x,train\nb.jpg,x,1\n", "i.csv"),
+    ('[{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "x", "split": 1}]', "i.json"),
+])  # fmt: skip
+def test_a_number_is_no_split_and_what_to_do_is_said(text: str, name: str, tmp_path: Path) -> None:
+    (issue,) = read_index(write(tmp_path, text, name)).issues.first
+    assert "write train, val or test in its place" in issue.reason
+    assert "划分" in language_of("zh").say(issue.reason)
+    assert "write train" not in language_of("zh").say(issue.reason)
 
 
 @pytest.mark.parametrize(
