@@ -198,7 +198,7 @@ class _CaptionFiles:
             values = json.loads(_content(self.folder / name))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not valid JSON: {json_reason(error)}") from None
-        return values if isinstance(values, dict) else {}
+        return self.found.column_names.spread(values) if isinstance(values, dict) else {}
 
     def note_orphans(self, images: Collection[str]) -> None:
         """Note the captions whose image is not there."""

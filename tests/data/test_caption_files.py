@@ -165,6 +165,15 @@ def test_json_may_have_its_captions_under_another_name(tmp_path: Path) -> None:
     assert [row[1] for row in read_rows(tmp_path)] == [["from the text"], ["from the JSON"]]
 
 
+def test_an_inner_key_names_a_text_in_json(tmp_path: Path) -> None:
+    make_images(tmp_path, "1.png", "2.png")
+    (tmp_path / "1.json").write_text('{"caption": {"en": "a cat", "de": "eine Katze"}}')
+    (tmp_path / "2.json").write_text('{"caption": "plain"}')
+    index = read_directory(tmp_path, caption_key="caption.de")
+    assert [(row.image, row.captions) for row in index.rows] == [("1.png", ("eine Katze",))]
+    assert [str(issue) for issue in index.issues.first] == ["2.png: no caption in 2.json"]
+
+
 def test_of_two_images_of_a_caption_the_usual_one_is_meant(tmp_path: Path) -> None:
     make_images(tmp_path, "a.png")
     write_files(tmp_path, "a.psd", "a.txt", text="x")
