@@ -335,4 +335,6 @@ def _judge(issues: Issues, *, num_images: int, source: DataSource) -> None:
             f"{source.max_skipped_fraction:g} of all may be skipped: mend them, or try a larger --max_skipped_fraction "
             "(data_loader.py --check lists all)"
         )
+    if not num_images:  # where all may be skipped, as for a check
+        raise ValueError(f"{source.data_dir}: none of its {count(total, 'record')} can be used: {shown}")
     logger.warning("%s: skipped %s: %s", source.data_dir, count(issues.count, "record"), shown)

@@ -164,6 +164,17 @@ def test_what_a_sample_has_and_what_to_do_is_said(members: Members, said: str, l
     assert said in str(error.value)
 
 
+def test_shards_of_no_usable_sample_are_refused_though_all_may_be_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tar(tmp_path / "x.tar", [(f"{n}.jpg", b"x") for n in range(9)])
+    flags = ["--data_dir", str(tmp_path / "x.tar"), "--output_dir", str(tmp_path)]
+    assert data_loader.main([*flags, "--check"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'x.tar'}: none of its 9 records can be used: x.tar/0: no caption among .jpg; the files" in said
+    assert "none of its" not in language_of("zh").say(said.partition("error: ")[2].strip())
+
+
 def test_a_way_out_that_many_samples_share_is_said_once(tmp_path: Path) -> None:
     members = [("0.txt", b"x"), *((f"{n}.jpg", b"x") for n in range(1, 30)), ("0.jpg", b"x")]
     make_tar(tmp_path / "x.tar", members)
