@@ -40,7 +40,7 @@ from cliptune.runs.export import about_model
 from cliptune.runtime.device import resolve_precision
 from cliptune.runtime.files import require_free_space, write_json, write_text
 from cliptune.runtime.logs import setup_logging
-from cliptune.runtime.messages import count, printable
+from cliptune.runtime.messages import printable
 from data_loader import ImageTextDataset
 from evaluation import evaluate
 
@@ -80,7 +80,8 @@ def _export(argv: list[str] | None) -> int:
         notes = _quantize(candidate, model, temporary, settings) if settings.quantize else []
         if model.logit_bias is not None:
             notes.append(f"Logits are scale * cosine + {model.logit_bias.item():.4f}, a sigmoid loss's bias.")
-        _describe(form, about_model(candidate), weights, temporary, differences=differences, notes=notes)
+        about = about_model(candidate)
+        _describe(form, about, weights, temporary, named=folder, differences=differences, notes=notes)
     print(language_of(settings.language).say_lines("\n".join(_announced(form, folder, differences, notes))))
     return 0
 
@@ -111,23 +112,28 @@ def _quantize(candidate: Candidate, model: CLIPModel, folder: Path, settings: Ex
     except (ValueError, OSError) as error:
         logger.warning("what the quantised graphs cost is not measured: %s", error)
         return ["Quantised graphs (`*_int8.onnx`): what they cost was not measured, for want of validation images."]
-    rsum = [_rsum(each, chosen.pairs, settings.num_workers) for each in (model, quantized)]
-    return [
-        f"Quantised graphs (`*_int8.onnx`): RSum {rsum[1]:.1f} instead of {rsum[0]:.1f} ({rsum[1] - rsum[0]:+.1f}) on "
-        f"{count(len(chosen.pairs), 'validation image')}."
-    ]
+    exact, rounded = (_rsum(each, chosen.pairs, settings.num_workers) for each in (model, quantized))
+    return onnx.cost_of_rounding(exact, rounded, num_images=len(chosen.pairs))
 
 
 def _describe(
-    form: Form, about: About, weights: Weights, folder: Path, *, differences: Differences, notes: list[str]
+    form: Form,
+    about: About,
+    weights: Weights,
+    folder: Path,
+    *,
+    named: Path,
+    differences: Differences,
+    notes: list[str],
 ) -> None:
-    """Write the model card, and the same for programs."""
+    """Write the model card, and the same for programs, to a folder that is going to be called `named`."""
     versions = {name: metadata.version(name) for name in ("torch", *form.packages.values())}
-    card = model_card(form.name, weights.architecture, about, differences, versions=versions, notes=notes)
+    shape = weights.architecture
+    card = model_card(form.name, shape, about, differences, folder=named, versions=versions, notes=notes)
     write_text(folder / "README.md", card)
     write_json(folder / MARKER, {
         "form": form.name, "source": about.source, "verdict": about.verdict,
-        "architecture": weights.architecture.to_dict(), "differences": differences._asdict(),
+        "architecture": shape.to_dict(), "differences": differences._asdict(),
         "versions": versions, "notes": notes,
     })  # fmt: skip
 

@@ -67,7 +67,11 @@ ImageDir = Annotated[
 ]
 ImageKey = Annotated[str | None, Field(description="column that holds the image paths; none: the first known one")]
 CaptionKey = Annotated[
-    str | None, Field(description="column that holds the captions, or several (en,de); none: the first known one")
+    str | None,
+    Field(
+        description="column that holds the captions, or several (en,de), or a text in it (caption.en); none: the first "
+        "known one"
+    ),
 ]
 CaptionsFrom = Annotated[
     Literal["json", "txt", "caption", "folder", "filename"] | None,

@@ -1,5 +1,6 @@
 """`export.py`: a run's checkpoint in the forms of other libraries, each loaded by its library in a fresh process."""
 
+import ast
 import json
 import re
 import subprocess
@@ -14,10 +15,12 @@ from PIL import Image
 
 from clip_model import CLIPModel, add_self_test
 from cliptune.export import forms
-from cliptune.export.card import USE
+from cliptune.export.card import USE, usage
 from cliptune.export.folder import MARKER
 from cliptune.export.forms import FORMS
+from cliptune.export.onnx import cost_of_rounding
 from cliptune.export.verify import Differences
+from cliptune.language.catalogue import language_of
 from cliptune.model.checkpoint_file import save_checkpoint
 from export import main
 from tests.export.test_fold import projected
@@ -57,7 +60,8 @@ def test_a_run_is_exported_with_its_card(
     assert "| `learning_rate` | `0.001` |" in card
     assert "cuts out one pixel beside" in card
     assert "## Licence\n\nTo be filled in" in card
-    assert USE["open_clip"] in card
+    assert USE["open_clip"].replace("exported/open_clip", "out") in card
+    assert str(tmp_path) not in card
     assert str(trained_dir) not in card + (folder / MARKER).read_text()  # nobody's folders travel
     again = CLIPModel(pretrained=folder).eval()
     original = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
@@ -76,6 +80,18 @@ def test_without_a_folder_it_goes_below_exported(
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", str(trained_dir), "--to", "openai"]) == 0
     assert (tmp_path / "exported" / "openai" / "model.pt").is_file()
+    assert USE["openai"] in (tmp_path / "exported" / "openai" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_card_names_the_folder_that_was_written(form: str) -> None:
+    assert usage(form, Path("exported", form)) == USE[form]
+    for name in ("mine/猫", "it's", 'a "b"', """a 'b' "c\\d\n"""):
+        nodes = ast.walk(ast.parse(usage(form, Path(name))))
+        strings = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        assert name in strings or f"{name}/model.pt" in strings
+    assert '"mine' in usage(form, Path("/home/me/mine"))
+    assert "/home" not in usage(form, Path("/home/me/mine"))
 
 
 @pytest.mark.slow
@@ -173,6 +189,7 @@ def test_each_form_is_verified_and_loads_as_its_card_says(
     out = capsys.readouterr().out
     assert "in a process of its own" in out
     assert form != "onnx" or re.search(r"Quantised graphs .* RSum [\d.]+ instead of [\d.]+ \([+-]", out)
+    assert form != "onnx" or "fewer than 50 images tell little" in (tmp_path / "exported/onnx/README.md").read_text()
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg", quality=95)
     code = USE[form]
@@ -189,6 +206,17 @@ def test_each_form_is_verified_and_loads_as_its_card_says(
         model = CLIPModel.from_checkpoint(trained_dir / "model-checkpoint" / "best_model.pth")
         expected = model.classify("photo.jpg", ["cat", "dog"])[0]
         assert numbers == pytest.approx([expected["cat"], expected["dog"]], abs=5e-3)
+
+
+def test_what_rounding_costs_is_said_with_its_number_of_images() -> None:
+    (line,) = cost_of_rounding(510.0, 505.25, num_images=50)
+    assert line == "Quantised graphs (`*_int8.onnx`): RSum 505.2 instead of 510.0 (-4.8) on 50 validation images."
+    lines = cost_of_rounding(500.0, 450.0, num_images=6)
+    assert lines[0].endswith("(-50.0) on 6 validation images.")
+    assert "fewer than 50 images tell little of what they cost" in lines[1]
+    in_chinese = language_of("zh").say_lines("\n".join(lines)).splitlines()
+    assert in_chinese[0].startswith("量化图")
+    assert in_chinese[1].startswith("量化图：不足 50 张图像")
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def read_directory(
 
     With images/ and captions/, images/a/b.png has those of captions/a/b.txt; else a/b.png has those of a/b.txt. The
     caption's file ends in .json (captions by their key), .txt or .caption (one a line); the first that has any counts.
+    Where there is no a/b.txt or a/b.caption, a/b.png has those of a/b.png.txt or a/b.png.caption.
 
     Args:
         folder: that holds the images.
@@ -86,11 +87,13 @@ class _CaptionFiles:
         self.texts = {ending: self.by_stem(names, self.text_root) for ending, names in known.items()}
         self.passed: Counter[tuple[str, str]] = Counter()  # how many images have captions of the first, and the other
         self.num_alike = 0  # images whose captions are in a file of another case or Unicode form
+        self.num_whole = 0  # images whose captions are in a file that is named by their whole name, 0.jpg.txt
 
     def read(self, images: list[str]) -> Index:
         """Take the images that have captions; what has no counterpart becomes an issue."""
         inside = [name for name in images if name.startswith(self.image_root)]
         by_stem = self.by_stem(inside, self.image_root)
+        self.take_whole_names(by_stem)
         if not self.is_apart and not any(stem in texts for texts in self.texts.values() for stem in by_stem):
             raise NoCaptionsError(resemblance(self.folder, self.files))
         relative = [name[len(self.image_root) :] for name in inside]
@@ -102,6 +105,20 @@ class _CaptionFiles:
         self.note_orphans(by_stem)
         self.tell_unread(len(images) - len(inside))
         return self.found.index("directory" if self.is_apart else "beside")
+
+    def take_whole_names(self, images: dict[str, str | None]) -> None:
+        """Let 0.jpg, where it has no text of its own, have that of 0.jpg.txt, as some captioning tools name it.
+
+        A 0.jpg.json is left alone: albums write what they know of a photo there, and its title is no caption.
+        """
+        texts_of = [texts for ending, texts in self.texts.items() if ending != ".json"]
+        for stem, image in images.items():
+            if image is None or any(stem in texts for texts in texts_of):
+                continue
+            whole = folded(image[len(self.image_root) :])
+            for texts in texts_of:
+                if whole in texts and whole not in images:  # 0.jpg.txt may be that of 0.jpg.png
+                    texts[stem] = texts.pop(whole)
 
     def tell_unread(self, num_outside: int) -> None:
         """Say what else could have been read."""
@@ -117,6 +134,9 @@ class _CaptionFiles:
         if self.num_alike:
             alike = count(self.num_alike, "image")
             logger.info("%s: %s: captions found in another case or Unicode form", self.folder, alike)
+        if self.num_whole:
+            whole = count(self.num_whole, "image")
+            logger.info("%s: %s: captions found behind the whole name, as of a.jpg in a.jpg.txt", self.folder, whole)
         for (taken, other), number in self.passed.items():
             both = f"captions of {taken}, not of {other}: --captions_from {other[1:]} takes these"
             logger.info("%s: %s: %s", self.folder, count(number, "image"), both)
@@ -139,7 +159,10 @@ class _CaptionFiles:
                 continue
             if captions:
                 self.found.add(image, image, captions, split)
-                self.num_alike += _stem(name, self.text_root) != own_stem
+                text_stem = _stem(name, self.text_root)
+                is_whole = folded(text_stem) != stem
+                self.num_whole += is_whole
+                self.num_alike += not is_whole and text_stem != own_stem
                 self.passed.update((ending, other) for other, _ in beside[position + 1 :])
                 return
             if position < len(beside):
@@ -175,7 +198,7 @@ class _CaptionFiles:
             values = json.loads(_content(self.folder / name))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not valid JSON: {json_reason(error)}") from None
-        return values if isinstance(values, dict) else {}
+        return self.found.column_names.spread(values) if isinstance(values, dict) else {}
 
     def note_orphans(self, images: Collection[str]) -> None:
         """Note the captions whose image is not there."""

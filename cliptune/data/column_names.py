@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 IMAGE_COLUMNS = (
     "image_path", "image", "filepath", "file_name", "filename", "image_file", "image_filename", "image_name",
@@ -19,6 +19,8 @@ CAPTION_COLUMNS = (
     "alt_text", "alt",
 )  # fmt: skip
 """Known names of the caption column, the preferred one first; numbered ones (`caption_0`, `caption_1`) go together."""
+LIKE_SPLITS = ("phase", "set", "subset", "partition", "fold", "usage", "data_split", "dataset_split", "split_name")
+"""Names of a column that may tell training from validation, but that is not read."""
 
 _NO_IMAGES = {
     "url": "it holds addresses: download the images first, for example with img2dataset, and name its files",
@@ -57,11 +59,17 @@ class ColumnNames:
     Args:
         image_key: column of the images; None: the first known one.
         caption_key: column of the captions, or several of them: `caption_en,caption_de`; None: the first known ones.
+
+    Attributes:
+        inner_keys: of the caption's keys those that may name a value of an object in a column, as `caption.en` names
+            that of `{"caption": {"en": "a cat", "de": "eine Katze"}}`, each with the names of column and value.
     """
 
     def __init__(self, image_key: str | None, caption_key: str | None) -> None:
         self.image_key, self.caption_key = image_key, caption_key
         self.caption_keys = [part.strip() for part in (caption_key or "").split(",") if part.strip()]
+        parts = {key: key.partition(".") for key in self.caption_keys}
+        self.inner_keys = {key: (column, inner) for key, (column, _, inner) in parts.items() if column and inner}
         keys = (key for key in (image_key, caption_key, *self.caption_keys) if key is not None)
         self._squeezed = _KNOWN.union(map(squeezed, keys))
 
@@ -77,6 +85,16 @@ class ColumnNames:
         images, captions = self.images(names), self.captions(names)
         split, group = ((*_Spellings(names).of(key), None)[0] for key in ("split", "group"))
         return Columns(images[0] if images else None, captions[0] if captions else (), split, group)
+
+    def spread(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with columns of the inner keys in the place of the objects that hold them."""
+        found, taken = {}, set()
+        for key, (column, inner) in self.inner_keys.items():
+            cell = row.get(column)
+            if key not in row and isinstance(cell, dict) and inner in cell:
+                found[key] = cell[inner]
+                taken.add(column)
+        return {**{name: cell for name, cell in row.items() if name not in taken}, **found} if found else row
 
     def images(self, names: Iterable[str], preferred: tuple[str, ...] = ()) -> list[str]:
         """Return the columns that may hold the images, the preferred one first."""
@@ -145,3 +163,9 @@ def hint(names: Iterable[str], what: str) -> str:
     """Say why a column that is there is not the one, as the end of a message; nothing where there is nothing to say."""
     hints = _NO_IMAGES if what == "image" else _NO_CAPTIONS
     return next((f"; {name}: {hints[squeezed(name)]}" for name in names if squeezed(name) in hints), "")
+
+
+def like_splits(names: Iterable[str]) -> list[str]:
+    """Return the columns that may have been meant as the split."""
+    known = set(map(squeezed, LIKE_SPLITS))
+    return [name for name in names if squeezed(name) in known]

@@ -26,10 +26,18 @@ def read_rows(found: Records, form: str, rows: Callable[[], Iterator[tuple[int, 
     while columns is None:
         found.restart()
         num_starts += 1
-        columns = _take_rows(found, rows(), names, to_end=num_starts > _EARLY_STARTS)
+        columns = _take_rows(found, _spread(found, rows()), names, to_end=num_starts > _EARLY_STARTS)
     if columns:
         found.choose_columns(columns)
     return form
+
+
+def _spread(found: Records, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Return the rows with columns of the inner keys, if there are such keys."""
+    names = found.column_names
+    if not names.inner_keys:
+        return rows
+    return ((number, names.spread(row) if isinstance(row, dict) else row) for number, row in rows)
 
 
 def _take_rows(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cliptune.data.doctor import FOREIGN, look_at_captions
+from cliptune.data.equal_captions import equal_captions
 from cliptune.data.identity import Hashes, file_identities, text_hashes
 from cliptune.data.pairs import Pairs
 from cliptune.data.shards import Shards
@@ -240,13 +241,15 @@ def _plain(caption: str) -> str:
 def repeated_captions(pairs: Pairs, *, batch_size: int, every_pair: bool) -> str | None:
     """Find captions of so many images that a batch has them twice: each then counts as wrong for the other's image.
 
+    Captions are equal as for the positives of the loss, by `caption_id`: "A Dog" and "a dog" are one.
+
     An image with c captions brings each with the weight 1 / c, or 1 if every pair is an item. With w_ik the weight that
     image i brings of caption k, and N that of all, a pair meets sum_k ((sum_i w_ik)^2 - sum_i w_ik^2) / N of the others
     in an epoch, and (B - 1) / (N - 1) of them in its batch.
     """
     owners = pairs.text_to_image.numpy()
     weights = np.ones(len(owners)) if every_pair else 1 / np.diff(pairs.starts)[owners]
-    kinds = pairs.captions.first_equal()
+    kinds = equal_captions(pairs)
     total = weights.sum()
     met = (_sums(kinds, weights) ** 2).sum() - (_sums(kinds * len(pairs) + owners, weights) ** 2).sum()
     batch = min(batch_size, total)

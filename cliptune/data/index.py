@@ -104,7 +104,7 @@ class Records:
             values = _without_list_cells(values)
         for value in values if isinstance(values, list) else [values]:
             try:
-                usable.append(check_caption(value))
+                usable.append(check_caption(value, is_cell=self.texts_hold_lists and value is values))
             except ValueError as error:
                 self.issue(location, str(error), image=image)
                 self.num_uncaptioned += value is None or (isinstance(value, str) and not value.strip())
@@ -239,8 +239,12 @@ def _without_list_cells(values: Any) -> Any:
     return list(chain.from_iterable([value] if isinstance(value, str) else value for value in lists))
 
 
-def check_caption(value: Any) -> str:
+def check_caption(value: Any, *, is_cell: bool = False) -> str:
     """Return a caption as a stripped text; of an object the one in it: `{"text": "a cat", "id": 7}`.
+
+    Args:
+        value: the caption.
+        is_cell: it is all of a cell of a table, in which an inner key may name one of several texts.
 
     Raises:
         ValueError: no text, or an object in which no key, or several, may hold a caption.
@@ -250,6 +254,11 @@ def check_caption(value: Any) -> str:
     found = list(chain.from_iterable(ColumnNames(None, None).captions(value)))
     if len(found) != 1:
         keys = first_few(list(map(shorten, value))) or "no keys"
+        if is_cell and value:
+            raise ValueError(
+                f"caption is an object of {keys}: name the text that is meant, as in --caption_key "
+                f"COLUMN.{shorten(next(iter(value)))}, or write it in its place"
+            )
         raise ValueError(f"caption is an object of {keys}: write the text that is meant in its place")
     return check_text("caption", value[found[0]])
 
@@ -274,11 +283,16 @@ def check_text(what: str, value: Any) -> str:
 
 
 def check_split(value: Any) -> str | None:
-    """Return train, val, test or None; an unknown split is a ValueError."""
+    """Return train, val, test or None; an unknown split, such as a number, is a ValueError."""
     if value is None or value == "":
         return None
     split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
     if split is None:
+        if not isinstance(value, str) or value.strip().isdecimal():
+            raise ValueError(
+                f"unknown split {quote(value)}; write train, val or test in its place, or name the column otherwise if "
+                "it is no split"
+            )
         raise ValueError(f"unknown split {quote(value)}; known: train, val, test")
     return split
 

@@ -35,9 +35,15 @@ class Issue(NamedTuple):
 
 
 def first_issues(issues: Sequence[Issue], limit: int, *, total: int) -> str:
-    """List some of the issues, and how many records more have one; `total` counts all of them."""
+    """List some of the issues, a way out of several once, and how many records more have one of all, `total`."""
     told_at_once = sum(issue.num_records - 1 for issue in issues[:limit])
-    return first_few(issues, limit, total=total - told_at_once)
+    shown, ways_out = [], set()
+    for issue in issues[:limit]:
+        # "no caption among .png; the files of a sample ...": the same half a line for each would hide what is wrong
+        what, _, way_out = issue.reason.partition("; ")
+        shown.append(issue._replace(reason=what) if way_out in ways_out else issue)
+        ways_out.add(way_out)
+    return first_few(shown, limit, total=total - told_at_once)
 
 
 def image_issue(path: str, error: OSError | ValueError) -> Issue:

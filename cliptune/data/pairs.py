@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cliptune.data.caption_files import TEMPLATES, read_directory
+from cliptune.data.column_names import like_splits
 from cliptune.data.folders import find_index, split_folders
 from cliptune.data.formats import read_index
 from cliptune.data.index import FORM_NAMES, Index, NoCaptionsError
@@ -249,6 +250,13 @@ def _read_rows(path: Path, source: DataSource) -> tuple[Rows, Issues, list[str]]
         if index.ignored_columns:
             columns = [f"{shorten(name)} ({num_rows})" for name, num_rows in index.ignored_columns.items()]
             logger.info("%s: columns ignored (rows): %s", index_path, first_few(columns, MAX_COLUMNS))
+        if declared is None and (index.rows.splits == NO_SPLIT).all() and (names := like_splits(index.ignored_columns)):
+            logger.warning(
+                "%s: the column %s is no split: if it says which images train and which validate, call it split, with "
+                "train, val or test in it",
+                index_path,
+                first_few(names, 1),
+            )
         beside = index_path if is_folder else index_path.parent
         root = beside if source.image_dir is None else Path(source.image_dir)
         finder = ImageFinder(root, replaces_folders=source.image_dir is not None)
@@ -327,4 +335,6 @@ def _judge(issues: Issues, *, num_images: int, source: DataSource) -> None:
             f"{source.max_skipped_fraction:g} of all may be skipped: mend them, or try a larger --max_skipped_fraction "
             "(data_loader.py --check lists all)"
         )
+    if not num_images:  # where all may be skipped, as for a check
+        raise ValueError(f"{source.data_dir}: none of its {count(total, 'record')} can be used: {shown}")
     logger.warning("%s: skipped %s: %s", source.data_dir, count(issues.count, "record"), shown)

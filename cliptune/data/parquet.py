@@ -56,7 +56,7 @@ def _read(found: Records, file: Any) -> None:
     refuse_repeated(found, file.schema_arrow.names)
     found.texts_hold_lists = True
     chosen, holds_images = _choose_columns(found, file)
-    for number, row in _rows(found.path, file, chosen, holds_images=holds_images):
+    for number, row in _rows(found, file, chosen, holds_images=holds_images):
         if isinstance(row, ValueError):
             found.issue(number, str(row))
         else:
@@ -67,6 +67,7 @@ def _choose_columns(found: Records, file: Any) -> tuple[Columns, bool]:
     """Return the columns to read, and whether that of the images holds themselves; note the others."""
     held, others = _image_columns(found, file)
     names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    others, names = (_with_inner(found, file.schema_arrow, some) for some in (others, names))
     columns, all_columns = (Counter(dict.fromkeys(some, num_rows)) for some in (others, names))
     image = held or found.choose_image(columns if found.column_names.images(others) else all_columns)
     chosen = found.column_names.columns(columns)._replace(image=image, captions=found.choose_captions(columns))
@@ -74,19 +75,40 @@ def _choose_columns(found: Records, file: Any) -> tuple[Columns, bool]:
     return chosen, held is not None
 
 
+def _with_inner(found: Records, schema: pa.Schema, names: list[str]) -> list[str]:
+    """Return names of columns with the inner keys in the place of the structs that hold them."""
+    inner = [
+        key
+        for key, (column, field) in found.column_names.inner_keys.items()
+        if key not in names and column in names and pa.types.is_struct(kind := schema.field(column).type)
+        and kind.get_field_index(field) >= 0
+    ]  # fmt: skip
+    taken = {found.column_names.inner_keys[key][0] for key in inner}
+    return [*(name for name in names if name not in taken), *inner]
+
+
+def _type(found: Records, schema: pa.Schema, name: str) -> pa.DataType:
+    """Return the type of a column, or of what an inner key names."""
+    if name in schema.names:
+        return schema.field(name).type
+    column, field = found.column_names.inner_keys[name]
+    return schema.field(column).type.field(field).type
+
+
 def _rows(
-    path: Path, file: Any, columns: Columns, *, holds_images: bool
+    found: Records, file: Any, columns: Columns, *, holds_images: bool
 ) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Yield number and cells of each row, an image that the file holds by its address; or what is wrong with it."""
     schema, image = file.schema_arrow, str(columns.image)
     texts = [name for name in (*columns.captions, columns.split, columns.group) if name is not None]
     texts += [] if holds_images else [image]
-    in_bytes = [name for name in texts if _holds_bytes(schema.field(name).type)]
-    images = _HeldImages(path, file, image) if holds_images else None
+    in_bytes = [name for name in texts if _holds_bytes(_type(found, schema, name))]
+    images = _HeldImages(found.path, file, image) if holds_images else None
     cells = [] if images is None else images.cells
     batch_size = _IMAGES if image in cells else _BATCH
     for number, row in enumerate(_parquet_rows(file, [*texts, *cells], batch_size), 1):
         if isinstance(row, dict):
+            row = found.column_names.spread(row)  # noqa: PLW2901
             if images is not None:
                 row[image] = images.address(number, row.get(image))
             yield number, _with_texts(row, in_bytes) if in_bytes else row

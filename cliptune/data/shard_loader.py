@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from cliptune.data.issues import Issue, image_issue
+from cliptune.data.issues import Issue, first_issues, image_issue
 from cliptune.data.loaders import (
     PIECE_SIZE,
     Batch,
@@ -37,7 +37,7 @@ from cliptune.preprocess.jpeg_decoder import JpegPart
 from cliptune.preprocess.tokens import CONTEXT_LENGTH, tokenize
 from cliptune.preprocess.transforms import PixelTransform
 from cliptune.runtime import distributed
-from cliptune.runtime.messages import count, first_few
+from cliptune.runtime.messages import count
 from cliptune.runtime.rng import draw_bits, seeded
 
 SHUFFLE_BUFFER = 1000
@@ -89,8 +89,9 @@ def _check_first_samples(shards: Shards, caption_key: str | None) -> None:
             sample.captions(caption_key)
             return
         except ValueError as error:
-            issues.append(f"{shard.label}/{sample.key}: {error}")
-    raise ValueError(f"{shard.url}: none of the first {count(len(issues), 'sample')} is usable: {first_few(issues)}")
+            issues.append(Issue(str(error), image=f"{shard.label}/{sample.key}"))
+    shown = first_issues(issues, 3, total=len(issues))
+    raise ValueError(f"{shard.url}: none of the first {count(len(issues), 'sample')} is usable: {shown}")
 
 
 class ShardLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cliptune.export.verify import Differences
@@ -32,6 +33,7 @@ def model_card(
     about: About,
     differences: Differences,
     *,
+    folder: Path,
     versions: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> str:
@@ -42,6 +44,7 @@ def model_card(
         shape: of the model without projection layers.
         about: the model.
         differences: between the export and the checkpoint.
+        folder: of the export as it was named; of an absolute path only the name is shown.
         versions: of the packages that it was verified with.
         notes: what else is to be said of this export, a line each.
     """
@@ -54,7 +57,7 @@ def model_card(
         "## How it did\n\n" + (about.verdict or "Nothing is recorded of it beside its weights."),
         _table(about.recalls),
         "## Data\n\n" + ("\n".join(f"- {line}" for line in about.data) or "Not recorded."),
-        "## Use\n\n```python\n" + USE[form] + "```",
+        "## Use\n\n```python\n" + usage(form, folder) + "```",
         "## Preprocessing\n\n" + _preprocessing(form, shape, differences),
         "## How it was verified\n\n" + _verified(form, differences, versions),
         "\n".join(f"- {note}" for note in notes),
@@ -126,7 +129,15 @@ with torch.no_grad():
     print(logits_per_image.softmax(-1))
 """,
 }
-"""How each library loads its export; docs/EXPORT.md shows the same."""
+"""How each library loads its export in `exported/FORM`; docs/EXPORT.md shows the same."""
+
+
+def usage(form: str, folder: Path) -> str:
+    """Return the code that loads an export from its folder."""
+    # a card travels with its export: nobody else has the folders of this machine
+    name = folder.name if folder.is_absolute() else folder.as_posix()
+    # within the quotes " of the code: don"t -> don\"t
+    return USE[form].replace(f"exported/{form}", repr(name)[1:-1].replace('"', '\\"'))
 
 
 _NOT_MENDED = (

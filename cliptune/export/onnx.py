@@ -17,12 +17,15 @@ from cliptune.export.transformers import write_processor, write_tokenizer
 from cliptune.model.architectures import Architecture
 from cliptune.preprocess.transforms import normalize
 from cliptune.runtime.files import write_json
+from cliptune.runtime.messages import count
 
 GRAPHS = {"two": ("image", "text"), "one": ("model",)}
 """Files of the graphs, without their suffix."""
 OPSET = 18
 MAX_FILE_BYTES = 1_900_000_000
 """Of weights in a graph's own file, whose format ends at 2 GB; more lie in a file beside it, `.onnx.data`."""
+FEW_IMAGES = 50
+"""Of validation, below which one that is found or not is more than 2 points of a recall."""
 RUNNER = Path(__file__).with_name("clip_onnx.py")
 """Loads the graphs with Pillow, numpy, tokenizers and onnxruntime alone; it travels with them."""
 
@@ -62,6 +65,20 @@ def quantize(folder: Path, *, files: str = "two") -> None:
                 weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"],
                 use_external_data_format=(folder / f"{name}.onnx.data").exists(),
             )  # fmt: skip
+
+
+def cost_of_rounding(exact: float, rounded: float, *, num_images: int) -> list[str]:
+    """Say what quantised graphs cost, RSum on validation images, and if these are too few to go by."""
+    notes = [
+        f"Quantised graphs (`*_int8.onnx`): RSum {rounded:.1f} instead of {exact:.1f} ({rounded - exact:+.1f}) on "
+        f"{count(num_images, 'validation image')}."
+    ]
+    if num_images < FEW_IMAGES:
+        notes.append(
+            f"Quantised graphs: fewer than {FEW_IMAGES} images tell little of what they cost: compare them with the "
+            "others on images of your own (`CLIP(folder, int8=True)`)."
+        )
+    return notes
 
 
 class QuantizedModel:

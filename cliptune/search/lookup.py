@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import logging
 from collections.abc import Callable
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,20 +51,40 @@ class ExactLookup:
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
+        self._equals = _equal_rows(features)
+        self._later = torch.tensor([row for rows in self._equals.values() for row in rows[1:]], dtype=torch.int64)
 
     def nearest(self, queries: Tensor, top: int) -> Nearest:
-        """Return the `top` nearest, at most N, of queries `[Q, D]`, unit norm; the first of equals comes first."""
+        """Return the `top` nearest, at most N, of queries `[Q, D]`, unit norm; of equal features the first come first.
+
+        Equal are those of the very same bits. They have one score, wherever they stand.
+        """
         top = min(top, len(self.features))
         at_once = max(1, SLICE // len(self.features))
         found = [self._nearest(part, top) for part in queries.split(at_once)]
         return Nearest(torch.cat([part.scores for part in found]), torch.cat([part.indices for part in found]))
 
     def _nearest(self, queries: Tensor, top: int) -> Nearest:
-        scores, indices = (queries @ self.features.T).topk(top)  # [q, top]
-        # topk puts equals in any order; copies of an image would change places from one query to the next
+        scores = queries @ self.features.T  # [q, N]
+        # a product's last bit depends on the row, so that equal features would be in any order: the first stands for
+        # all of them, 3 for rows 3, 8, 9, and they take its place
+        scores.index_fill_(1, self._later, -torch.inf)
+        scores, indices = scores.topk(min(top, len(self.features) - len(self._later)))  # [q, top]
+        # topk puts scores that are the same in any order; it would change from one query to the next
         indices, order = indices.sort(dim=1)
         scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-        return Nearest(scores, indices.gather(1, order))
+        found = Nearest(scores, indices.gather(1, order))
+        return self._with_equals(found, top) if self._equals else found
+
+    def _with_equals(self, found: Nearest, top: int) -> Nearest:
+        """Return what is found with the equals of each behind it, cut at `top`."""
+        rows = [[self._equals.get(index, [index]) for index in indices] for indices in found.indices.tolist()]
+        indices = [list(islice(chain.from_iterable(each), top)) for each in rows]
+        scores = [
+            of_query.repeat_interleave(torch.tensor(list(map(len, each))))[:top]
+            for of_query, each in zip(found.scores, rows, strict=True)
+        ]
+        return Nearest(torch.stack(scores), torch.tensor(indices))
 
 
 class ApproximateLookup:
@@ -99,7 +120,8 @@ class ApproximateLookup:
         step = max(1, len(self.features) // NUM_SAMPLES)
         rows = torch.arange(0, len(self.features), step)[:NUM_SAMPLES]
         samples = {"texts": texts[:NUM_SAMPLES], "images": self.features[rows]}
-        exact = {name: ExactLookup(self.features).nearest(queries, RECALL_AT + 1) for name, queries in samples.items()}
+        lookup = ExactLookup(self.features)
+        exact = {name: lookup.nearest(queries, RECALL_AT + 1) for name, queries in samples.items()}
         num_lists, self._index.nprobe = self._index.nlist, 1
         while True:
             recalls = {
@@ -143,6 +165,19 @@ def make_lookup(
         )
         return ExactLookup(features)
     return ApproximateLookup(features, sample(), cache_prefix=cache_prefix)
+
+
+def _equal_rows(features: Tensor) -> dict[int, list[int]]:
+    """Return the indices of equal rows, in their order, by the first of them; rows that equal no other are left out."""
+    rows = features.numpy()
+    # few rows have the first and the last number of another: those alone are compared as a whole
+    ends = np.ascontiguousarray(rows[:, [0, -1]]).view(np.int64)[:, 0]  # [N]
+    _, kinds, num_of_kind = np.unique(ends, return_inverse=True, return_counts=True)
+    by_content: dict[bytes, list[int]] = {}
+    for row in np.flatnonzero(num_of_kind[kinds.reshape(-1)] > 1).tolist():
+        content = hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()
+        by_content.setdefault(content, []).append(row)
+    return {equals[0]: equals for equals in by_content.values() if len(equals) > 1}
 
 
 def _recall(found: Tensor, wanted: Tensor, own: Tensor | None = None) -> float:

@@ -55,6 +55,39 @@ def test_captions_are_found_in_another_case(
     assert f"{tmp_path}: 1 image: captions found in another case or Unicode form" in caplog.text
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("ending", ["txt", "caption"])
+def test_captions_may_be_behind_the_whole_name(
+    ending: str, apart: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, texts = ("images/", "captions/") if apart else ("", "")
+    make_images(tmp_path, *(f"{images}{name}" for name in ("1.png", "b/Ä.PNG", "own.png", "two.png", "two.png.png")))
+    write_files(tmp_path, f"{texts}1.png.{ending}", f"{texts}b/A\u0308.png.{ending}", text="whole")
+    write_files(tmp_path, f"{texts}own.txt", text="own")
+    write_files(tmp_path, f"{texts}own.png.{ending}", f"{texts}two.png.{ending}", text="of another")
+    (tmp_path / f"{texts}1.json").write_text('{"width": 3}')
+    with caplog.at_level("INFO"):
+        index = read_directory(tmp_path)
+    captions = {row.image.removeprefix(images): row.captions for row in index.rows}
+    of_another = {"two.png.png": ("of another",)}
+    assert captions == {"1.png": ("whole",), "b/Ä.PNG": ("whole",), "own.png": ("own",), **of_another}
+    assert f"{tmp_path}: 2 images: captions found behind the whole name, as of a.jpg in a.jpg.txt" in caplog.text
+    assert "another case" not in caplog.text
+    assert [str(issue).partition(" (")[0] for issue in index.issues.first] == [
+        f"{images}two.png: no captions", f"{texts}own.png.{ending}: captions without an image",
+    ]  # fmt: skip
+
+
+def test_only_whole_names_make_a_data_set_but_for_json(tmp_path: Path) -> None:
+    make_images(tmp_path, "1.png", "2.png")
+    (tmp_path / "1.png.json").write_text('{"title": "1.png"}')
+    with pytest.raises(ValueError, match="2 images and no captions"):
+        read_directory(tmp_path)
+    (tmp_path / "1.png.json").unlink()
+    write_files(tmp_path, "1.png.txt", "2.png.txt", text="whole")
+    assert list(load_pairs(tmp_path).captions) == ["whole", "whole"]
+
+
 def test_images_that_differ_by_case_share_no_captions(tmp_path: Path) -> None:
     make_images(tmp_path, "a.png", "A.png", "b.png")
     write_files(tmp_path, "a.txt", "b.txt", text="one")
@@ -130,6 +163,15 @@ def test_json_may_have_its_captions_under_another_name(tmp_path: Path) -> None:
     write_files(tmp_path, "a.json", "b.json", text='{"text": "from the JSON"}')
     write_files(tmp_path, "a.txt", text="from the text")
     assert [row[1] for row in read_rows(tmp_path)] == [["from the text"], ["from the JSON"]]
+
+
+def test_an_inner_key_names_a_text_in_json(tmp_path: Path) -> None:
+    make_images(tmp_path, "1.png", "2.png")
+    (tmp_path / "1.json").write_text('{"caption": {"en": "a cat", "de": "eine Katze"}}')
+    (tmp_path / "2.json").write_text('{"caption": "plain"}')
+    index = read_directory(tmp_path, caption_key="caption.de")
+    assert [(row.image, row.captions) for row in index.rows] == [("1.png", ("eine Katze",))]
+    assert [str(issue) for issue in index.issues.first] == ["2.png: no caption in 2.json"]
 
 
 def test_of_two_images_of_a_caption_the_usual_one_is_meant(tmp_path: Path) -> None:

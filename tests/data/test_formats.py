@@ -13,6 +13,7 @@ from cliptune.data import index as entries
 from cliptune.data.caption_files import read_directory
 from cliptune.data.folders import find_index
 from cliptune.data.formats import read_index
+from cliptune.language.catalogue import language_of
 
 EXPECTED = [("a b.jpg", ("one", "two, three")), ("c.png", ("四",))]
 
@@ -154,7 +155,18 @@ def test_problems_are_collected_with_their_places(tmp_path: Path) -> None:
         " row 5",
         " row 6",
     ]
-    assert "unknown split 'tset'" in index.issues.first[3].reason
+    assert index.issues.first[3].reason == "unknown split 'tset'; known: train, val, test"
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("image,caption,split\na.jpg,x,train\nb.jpg,x,1\n", "i.csv"),
+    ('[{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "x", "split": 1}]', "i.json"),
+])  # fmt: skip
+def test_a_number_is_no_split_and_what_to_do_is_said(text: str, name: str, tmp_path: Path) -> None:
+    (issue,) = read_index(write(tmp_path, text, name)).issues.first
+    assert "write train, val or test in its place" in issue.reason
+    assert "划分" in language_of("zh").say(issue.reason)
+    assert "write train" not in language_of("zh").say(issue.reason)
 
 
 @pytest.mark.parametrize(
@@ -272,16 +284,65 @@ def test_a_caption_may_be_the_text_of_an_object(caption: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("caption", "what"),
-    [({"en": "a", "de": "b"}, "en; de"), ({"title": "a", "text": "b"}, "title; text"), ({}, "no keys")],
+    [([{"en": "a", "de": "b"}], "en; de"), ([{"title": "a", "text": "b"}], "title; text"), ({}, "no keys")],
 )
-def test_an_object_that_does_not_say_which_text_is_meant_is_an_issue(
-    caption: dict[str, str], what: str, tmp_path: Path
-) -> None:
+def test_an_object_that_does_not_say_which_text_is_meant_is_an_issue(caption: Any, what: str, tmp_path: Path) -> None:
     rows = [{"image": "a.jpg", "caption": "a"}, {"image": "b.jpg", "caption": caption}]
     index = read_index(write(tmp_path, json.dumps(rows)))
     assert [issue.reason for issue in index.issues.first] == [
         f"caption is an object of {what}: write the text that is meant in its place"
     ]
+
+
+TEXTS = {"en": "a cat", "de": ["eine Katze", "ein Tier"], "fr": None}
+
+
+@pytest.mark.parametrize(("key", "wanted"), [
+    ("caption.en", [("a cat",), ("b",)]), ("caption.de,caption.en", [("eine Katze", "ein Tier", "a cat"), ("b",)]),
+    ("title,caption.en", [("t", "a cat"), ("b",)]),
+])  # fmt: skip
+def test_an_inner_key_names_a_text_of_an_object(key: str, wanted: list[tuple[str, ...]], tmp_path: Path) -> None:
+    rows = [
+        {"image": "a.jpg", "caption": TEXTS, "title": "t", "split": "val"},
+        {"image": "b.jpg", "caption": {"en": "b"}},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    lines = "\n".join(map(json.dumps, rows))
+    for path in (
+        write(tmp_path, json.dumps(rows), "a.json"),
+        write(tmp_path, lines, "a.jsonl"),
+        tmp_path / "a.parquet",
+    ):
+        index = read_index(path, caption_key=key)
+        assert [(row.captions, row.split) for row in index.rows] == list(zip(wanted, ["val", None], strict=True))
+        assert "caption" not in index.ignored_columns
+        with pytest.raises(ValueError, match=r"no row has caption_key 'caption\.it'"):
+            read_index(path, caption_key="caption.it")
+
+
+def test_a_column_of_the_very_name_comes_before_an_inner_key(tmp_path: Path) -> None:
+    row = {"image": "a.jpg", "caption": {"en": "inside"}, "caption.en": "outside"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    for path in (write(tmp_path, json.dumps([row])), tmp_path / "a.parquet"):
+        assert read_index(path, caption_key="caption.en").rows[0].captions == ("outside",)
+
+
+def test_what_has_no_such_text_inside_is_an_issue(tmp_path: Path) -> None:
+    captions = [{"en": "a"}, {"de": "b"}, "c", {"en": None}]
+    rows = [{"image": f"{n}.jpg", "caption": caption} for n, caption in enumerate(captions)]
+    index = read_index(write(tmp_path, json.dumps(rows)), caption_key="caption.en")
+    assert [row.captions for row in index.rows] == [("a",)]
+    assert [issue.reason for issue in index.issues.first] == [
+        "no caption.en",
+        "no caption.en",
+        "caption is null, not text",
+    ]
+    plain = read_index(write(tmp_path, json.dumps(rows[1:]))).issues.first[0].reason
+    assert plain.endswith(
+        "object of de: name the text that is meant, as in --caption_key COLUMN.de, or write it in its place"
+    )
+    assert "--caption_key COLUMN.de" in language_of("zh").say(plain)
+    assert "name the text" not in language_of("zh").say(plain)
 
 
 def test_a_lone_object_is_a_row(tmp_path: Path) -> None:

@@ -180,6 +180,17 @@ def test_separate_validation_set_and_no_image_on_both_sides(tmp_path: Path, capl
     assert "only 5 pairs" in caplog.text
 
 
+@pytest.mark.parametrize("columns", [{"Phase": "train"}, {"phase": "val", "split": "train"}, {"ID": "7"}])
+def test_a_column_that_may_be_the_split_is_told(
+    columns: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_images(tmp_path, "0.png", "1.png")
+    load_pairs(make_index(tmp_path, [{"image": f"{n}.png", "caption": f"{n}", **columns} for n in range(2)]))
+    told = f"{tmp_path / 'data.json'}: the column Phase is no split: if it says which images train"
+    assert (told in caplog.text) == (list(columns) == ["Phase"])
+    assert ("no split" in caplog.text) == (list(columns) == ["Phase"])
+
+
 def test_few_missing_images_are_left_out_many_are_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_images(tmp_path, *(f"{n}.png" for n in range(150)))
     rows: list[dict[str, object]] = [{"image": f"{n}.png", "caption": "x"} for n in range(151)]

@@ -13,6 +13,7 @@ from cliptune.data.pairs import DataSource, load_pairs
 from cliptune.data.shard_loader import ShardLoader, training_shards
 from cliptune.data.shards import is_shards, open_shards
 from cliptune.data.tar_samples import MAX_FILES, count_samples, read_samples
+from cliptune.language.catalogue import language_of
 from cliptune.preprocess.transforms import clip_transform
 from tests.helpers.datasets import make_tar, png_bytes
 
@@ -161,6 +162,32 @@ def test_what_a_sample_has_and_what_to_do_is_said(members: Members, said: str, l
     with pytest.raises(ValueError, match="is usable") as error:
         training_shards(DataSource(url), val_data=url)
     assert said in str(error.value)
+
+
+def test_shards_of_no_usable_sample_are_refused_though_all_may_be_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tar(tmp_path / "x.tar", [(f"{n}.jpg", b"x") for n in range(9)])
+    flags = ["--data_dir", str(tmp_path / "x.tar"), "--output_dir", str(tmp_path)]
+    assert data_loader.main([*flags, "--check"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'x.tar'}: none of its 9 records can be used: x.tar/0: no caption among .jpg; the files" in said
+    assert "none of its" not in language_of("zh").say(said.partition("error: ")[2].strip())
+
+
+def test_a_way_out_that_many_samples_share_is_said_once(tmp_path: Path) -> None:
+    members = [("0.txt", b"x"), *((f"{n}.jpg", b"x") for n in range(1, 30)), ("0.jpg", b"x")]
+    make_tar(tmp_path / "x.tar", members)
+    url = str(tmp_path / "x.tar")
+    for read in (load_pairs, lambda url: training_shards(DataSource(url), val_data=url)):
+        with pytest.raises(ValueError, match=r"\.txt; the files of a sample share") as error:
+            read(url)
+        said = str(error.value)
+        assert said.count("stand next to each other") == 1
+        assert "x.tar/1: no caption among .jpg; x.tar/2: no caption among .jpg; " in said
+        in_chinese = language_of("zh").say(said)
+        assert in_chinese.count("并且彼此相邻") == 1
+        assert "no caption" not in in_chinese
 
 
 @pytest.mark.parametrize(("key", "members"), [

@@ -52,7 +52,7 @@ NOT_SHOWN = {
     "cliptune/features/encode.py": (
         "encode images", "encode texts", "images to be encoded are not cached", "out of memory with {0}",
     ),
-    "cliptune/model/attention.py": ("it gives other numbers",),
+    "cliptune/model/attention.py": ("it gives other numbers", "it needs PyTorch"),
     "cliptune/model/self_test.py": ("a photo of a dog", "Two small red boats"),
     "cliptune/model/weights.py": ("%s holds a %s", "the scale itself", "the temperature"),
     "cliptune/preprocess/image_formats.py": (".ai .arw",),
@@ -85,6 +85,8 @@ libraries, notes of an export."""
 _FORMS = re.sub(r"[{}]", r"\g<0>\g<0>", KNOWN_FORMS)
 FILLED_IN = {
     _FORMS: (_FORMS, f"of no known form: {{0}}; {_FORMS}"),
+    # said once where several records have it
+    "unknown split {0}; known: train, val, test": ("unknown split {0}; known: train, val, test", "unknown split {0}"),
     "of nearly one colour": ("image of nearly one colour ({0})", "images of nearly one colour ({0})"),
     "with a side of less than {0} pixels": (
         "image with a side of less than {0} pixels ({1})", "images with a side of less than {0} pixels ({1})",

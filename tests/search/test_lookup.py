@@ -43,6 +43,25 @@ def test_of_equal_images_the_first_comes_first() -> None:
     assert indices == [0, 2, 4]
 
 
+@pytest.mark.parametrize("top", [1, 7, 12, 500])
+def test_equal_features_are_found_in_their_order_with_one_score(top: int) -> None:
+    """A matrix product's last bit depends on the row; what is at the end of the best is no exception."""
+    features = FEATURES[:500].clone()
+    equals = [[3, *range(490, 500)], [7, 40, 41]]
+    for first, *others in equals:
+        features[others] = features[first].clone()
+    found = ExactLookup(features).nearest(torch.cat([QUERIES, features[[3, 7]]]), top)
+    for indices, scores in zip(found.indices.tolist(), found.scores.tolist(), strict=True):
+        assert scores == sorted(scores, reverse=True)
+        assert len(set(indices)) == top
+        for rows in equals:
+            places = [place for place, index in enumerate(indices) if index in rows]
+            assert [indices[place] for place in places] == rows[: len(places)]
+            assert len({scores[place] for place in places}) <= 1
+    wanted = (torch.cat([QUERIES, features[[3, 7]]]).double() @ features.double().T).sort(dim=1, descending=True)
+    assert torch.allclose(found.scores.double(), wanted.values[:, :top], atol=1e-6)
+
+
 def told_recalls(note: str) -> list[float]:
     return [float(number) for number in re.findall(r"([\d.]+)% for", note)]
 
