@@ -52,6 +52,18 @@ def trained_dir(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def documented_dir(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of one epoch of the model that the documentation's examples name, without figures."""
+    from train import main  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("documented")
+    flags = ["--data_dir", str(sample_dir), "--model_name", "ViT-Ti/32", "--num_epochs", "1", "--batch_size", "18"]
+    with small_runs():
+        assert main([*flags, "--learning_rate", "1e-3", "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     folder = os.environ.get("CLIP_TOOLKIT_TEST_DATA")
     if not folder or not Path(folder).is_dir():

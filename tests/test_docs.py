@@ -154,7 +154,7 @@ def test_every_command_is_accepted() -> None:
 
 @pytest.mark.slow
 def test_the_code_and_the_light_stages_run(
-    trained_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    documented_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every Python snippet and command but training, in a folder with data and a trained model.
 
@@ -162,8 +162,8 @@ def test_the_code_and_the_light_stages_run(
     """
     monkeypatch.chdir(tmp_path)
     create_sample_dataset("data", 30)
-    (tmp_path / "model-checkpoint").symlink_to(trained_dir / "model-checkpoint")
-    shutil.copytree(trained_dir / "results", "results")
+    (tmp_path / "model-checkpoint").symlink_to(documented_dir / "model-checkpoint")
+    shutil.copytree(documented_dir / "results", "results")
     snippets = [block for path in DOCS for block in blocks(read(path)) if block[0] == "python"]
     snippets = [block for block in snippets if block[1] not in USE.values()]
     for code in dict.fromkeys(without_comments(*snippet) for snippet in snippets):  # both READMEs have the same ones

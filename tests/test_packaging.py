@@ -71,11 +71,11 @@ def test_the_wheel_holds_the_stages_and_the_package_and_nothing_else(site: Path)
 
 @pytest.mark.slow
 def test_installed_it_runs_beside_any_file(
-    site: Path, notebook_dir: Path, trained_dir: Path, sample_dir: Path, tmp_path: Path
+    site: Path, notebook_dir: Path, documented_dir: Path, sample_dir: Path, tmp_path: Path
 ) -> None:
     """Every Python snippet of the README, from another folder."""
     (notebook_dir / "data").symlink_to(sample_dir)
-    (notebook_dir / "model-checkpoint").symlink_to(trained_dir / "model-checkpoint")
+    (notebook_dir / "model-checkpoint").symlink_to(documented_dir / "model-checkpoint")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert len(snippets) >= 3
