@@ -176,8 +176,8 @@ class Language:
         if _NAMES.fullmatch(text):
             return text.replace(", ", "、").replace(" or ", " 或 ")
         # a template may take what stands around a text as a value of its own: of several the one that leaves the least
-        # English is right
-        if said := [*self._as_list(text, depth), *self._as_whole(text, depth), *self._as_place(text, depth)]:
+        # English is right, and of equal ones the first
+        if said := [*self._as_place(text, depth), *self._as_list(text, depth), *self._as_whole(text, depth)]:
             return min(said, key=lambda each: len(_LETTER.findall(each)))
         for separator, joined in SEPARATORS:
             if separator in text:
