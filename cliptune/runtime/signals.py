@@ -175,7 +175,6 @@ def leave_signals_to_main(_: int) -> None:
 
     Were it to end before the main process has what it needs for a last step, it would take the run down with an error.
     """
-    signal.set_wakeup_fd(-1)  # of the main process's watcher, which has its own signals to tell of
     for number in SIGNALS:
         signal.signal(number, _end_later if number == signal.SIGTERM else signal.SIG_IGN)
 

@@ -50,6 +50,19 @@ def heeded_signals() -> list[signal.Signals]:
 _ALWAYS = {signal.SIGTERM, signal.SIGINT}
 
 
+_started: set[SignalWatcher] = set()
+
+
+def _leave_to_parent() -> None:
+    if _started:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    # a child has the socket too: what ends a loader's worker or a pool's would be taken for the end of this process
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 class SignalWatcher:
     """Tells of signals in a thread, at once: Python's handlers run when the main thread is back from what it computes.
 
@@ -66,6 +79,7 @@ class SignalWatcher:
     def start(self) -> None:
         """Begin; in the main thread only."""
         self._sender.setblocking(False)
+        _started.add(self)
         self._earlier_descriptor = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread.start()
 
@@ -73,6 +87,7 @@ class SignalWatcher:
         """End, whether it was started or not."""
         if self._thread.ident is not None:
             signal.set_wakeup_fd(self._earlier_descriptor)
+            _started.discard(self)
             self._sender.send(b"\0")  # closing it would not do: a loader's workers have it too
             self._thread.join()
         self._sender.close()

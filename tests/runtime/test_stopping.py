@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cliptune.cli import run_stage
+from cliptune.runtime import stopping
 from cliptune.runtime.files import atomic_writer
 from cliptune.runtime.stopping import SIGNALS, Stopped, stoppable
 
@@ -93,6 +94,25 @@ def test_a_second_signal_does_not_break_off_the_clean_up() -> None:
             time.sleep(0.05)
             done.append("cleaned up")
     assert done
+
+
+def test_a_signal_to_a_forked_child_is_not_one_to_this_process() -> None:
+    """A pool ends its processes with SIGTERM, which a watcher of this process had taken for its own end."""
+    noticed: list[int] = []
+    watcher = stopping.SignalWatcher(noticed.append)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    watcher.start()
+    try:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        watcher.close()
+        signal.signal(signal.SIGTERM, before)
+    assert noticed == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(
