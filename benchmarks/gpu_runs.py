@@ -378,7 +378,10 @@ def decoding_rate(data: Path) -> tuple[float, int]:
         pool.map(load, paths[: 2 * cores], chunksize=2)  # compiles
         begin = time.perf_counter()
         pool.map(load, paths, chunksize=max(len(paths) // (8 * cores), 1))
-        return len(paths) / (time.perf_counter() - begin), cores
+        seconds = time.perf_counter() - begin
+        pool.close()  # each process ends by itself: children of a stoppable one leave a pool's SIGTERM to it
+        pool.join()
+    return len(paths) / seconds, cores
 
 
 def paths_of(data: Path) -> list[str]:
