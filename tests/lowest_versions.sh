@@ -21,6 +21,6 @@ print("\n".join(line.replace(">=", "==") for line in project["dependencies"] + e
 PY
 # later versions of pyparsing warn of how matplotlib 3.8 calls them, and a test asks for no warning
 "$FOLDER/venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$FOLDER/lowest.txt" \
-  httpx hypothesis import-linter ipykernel nbclient pandas pytest pytest-cov "setuptools>=77" "pyparsing<3.3"
+  httpx hypothesis import-linter ipykernel nbclient pandas pytest pytest-cov pytest-timeout "setuptools>=77" "pyparsing<3.3"
 "$FOLDER/venv/bin/python" -m pip list --disable-pip-version-check
 "$FOLDER/venv/bin/python" -m pytest -m "not slow" -p no:cacheprovider
