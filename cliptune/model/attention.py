@@ -183,8 +183,8 @@ def _load_varlen_attn() -> None:
 def try_packed_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Tell whether packed attention and its gradients are the plain product's, on two short sequences."""
     lengths, heads = [3, 2], 2
-    starts = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        starts = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)  # is kept for the backward pass, too
         # no random numbers, which a run counts on
         values = torch.arange(5 * 3 * heads * head_dim, dtype=torch.float32, device=device).sin()
         packed, plain = (values.to(dtype).view(5, 3, heads, head_dim).requires_grad_() for _ in range(2))
