@@ -230,6 +230,17 @@ class Block(openai.ResidualAttentionBlock):
         run = _run_block if compiler is None else compiler.of_block(_run_block, dynamic=dynamic)
         return _checkpointed(self, run, self, x, layout)
 
+    def attention(self, x: Tensor) -> Tensor:
+        """Attend within sequences `[L, B, width]`, without putting another mask in the place of its own.
+
+        OpenAI's repository keeps the mask as `x` needs it, which is another tensor on a GPU or in half precision.
+        """
+        mask = self.attn_mask
+        if mask is not None:
+            mask = mask[: len(x), : len(x)].to(x)
+        mixed, _ = self.attn(x, x, x, need_weights=False, attn_mask=mask)
+        return cast(Tensor, mixed)
+
     def is_as_built(self, attn_mask: Tensor | None) -> bool:
         """Tell whether nothing in it needs to see whole sequences."""
         attn = self.attn

@@ -22,6 +22,7 @@ from cliptune.model import attention
 from cliptune.model.attention import GPU_KERNELS, QuickGELU, attend
 from cliptune.model.towers import build_backbone, layers_of
 from cliptune.preprocess.tokens import tokenize
+from cliptune.runtime.openai_clip import import_clip
 from tests.helpers.models import SMALL_RESNET, SMALL_VIT, OpenAI, own_forward, small_architectures, stir
 
 __all__ = ["small_architectures"]
@@ -518,6 +519,22 @@ def test_packed_rows_are_whole_sequences_whatever_the_settings(settings: dict[st
     changed = [not torch.allclose(getattr(backbone, e)(x), getattr(usual, e)(x), atol=1e-4)
                for e, x in zip(towers, (PIXELS, TOKENS), strict=True)]  # fmt: skip
     assert any(changed)
+
+
+def test_whole_sequences_of_another_type_leave_the_blocks_as_they_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(self: Any, x: Tensor) -> Tensor:  # of OpenAI's repository
+        self.attn_mask = None if self.attn_mask is None else self.attn_mask.to(dtype=x.dtype, device=x.device)
+        return self.attn(x, x, x, need_weights=False, attn_mask=self.attn_mask)[0]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(import_clip().model.ResidualAttentionBlock, "attention", attention)
+    backbone = stir(build_backbone(SMALL_VIT)).eval()
+    expected = backbone.encode_text(TOKENS)
+    backbone.double()
+    handle = backbone.transformer.resblocks[0].register_forward_hook(lambda *given: None)
+    assert not backbone.transformer.is_as_built()
+    assert torch.allclose(backbone.encode_text(TOKENS).float(), expected, atol=1e-5)
+    handle.remove()
+    assert backbone.transformer.is_as_built()
 
 
 def test_texts_cut_behind_their_end_are_the_same_texts() -> None:
