@@ -79,14 +79,14 @@ class RandomState:
 
 
 class seeded:  # noqa: N801  (used as a function)
-    """Seed `torch` and `random` for one sample's transform, and put their states back."""
+    """Seed the CPU's generator and `random` for one sample's transform, and put their states back."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def __enter__(self) -> None:
         self._before = RandomState()
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)  # `torch.manual_seed` seeds a GPU's as well
         random.seed(self.seed)
 
     def __exit__(self, *_: object) -> None:
