@@ -169,10 +169,15 @@ class Loader(DataLoader[Any]):
             yield from items
         # a tensor's memory is fetched from the worker that has put it there
         except (ConnectionError, EOFError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            workers = items._workers if items is not None else ()
+            is_of_pinning = str(error).startswith("Pin memory thread exited")  # which fetches them for a GPU
+            if is_of_pinning and all(worker.is_alive() for worker in workers):
+                raise OSError(f"too many open files: {FEWER_FILES}") from None
+            is_of_worker = is_of_pinning or str(error).startswith("DataLoader worker (pid")
+            if isinstance(error, RuntimeError) and not is_of_worker:
                 raise
             # the others may wait for a lock that it held, and heed SIGTERM after half a minute only
-            for worker in items._workers if items is not None else ():
+            for worker in workers:
                 worker.kill()
             raise KilledWorkerError from None
 

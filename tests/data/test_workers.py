@@ -5,11 +5,12 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cliptune.data import row_store, tar_samples, workers
 from cliptune.data.loaders import TrainLoader
@@ -264,6 +265,31 @@ def test_where_a_worker_is_killed_the_others_end_too(persistent: bool) -> None:
     for worker in set(multiprocessing.active_children()) - set(of_others):
         worker.join(timeout=20)
         assert not worker.is_alive()
+
+
+@pytest.mark.parametrize(("is_alive", "error", "said"), [
+    (False, KilledWorkerError, "try fewer --num_workers"), (True, OSError, "too many open files: try fewer"),
+])  # fmt: skip
+def test_what_ends_pytorchs_thread_for_a_gpu_is_named(
+    is_alive: bool, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread fetches what workers have loaded, and all that PyTorch then says is that it is gone."""
+    killed: list[bool] = []
+
+    class Items:
+        _workers = (SimpleNamespace(is_alive=lambda: is_alive, kill=lambda: killed.append(True)),)
+
+        def __iter__(self) -> "Items":
+            return self
+
+        def __next__(self) -> int:
+            raise RuntimeError("Pin memory thread exited unexpectedly")
+
+    monkeypatch.setattr(DataLoader, "__iter__", lambda _: Items())
+    loader = make_loader(Deadly(), num_workers=1)
+    with pytest.raises(error, match=said):
+        list(loader)
+    assert killed == ([] if is_alive else [True])
 
 
 class Numbers(Dataset[int]):
