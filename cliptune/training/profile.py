@@ -67,6 +67,8 @@ def _fractions(profiler: torch.profiler.profile, *, on_gpu: bool) -> dict[str, f
     """Return which part of the time went to which kind of operation, the largest first."""
     times: dict[str, float] = {}
     for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel's time is its operation's as well
+            continue
         key: Any = event.key.lower()
         kind = next((kind for kind, words in KINDS if any(word in key for word in words)), "other")
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total

@@ -3,10 +3,13 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from cliptune.training import profile
 from cliptune.training.profile import step_profiler
 
 CPU = torch.device("cpu")
@@ -45,3 +48,21 @@ def test_too_few_steps_leave_no_profile_and_this_is_said(
     assert list(tmp_path.iterdir()) == []
     said = f"--profile recorded nothing: the first 2 steps are not recorded, and this start had {told}"
     assert [record.getMessage() for record in caplog.records] == ([said] if told else [])
+
+
+def test_on_a_gpu_a_kernels_time_counts_once() -> None:
+    """PyTorch's list has it of the operation, of the kernel, and of the whole step that a name was given to."""
+    kinds = torch.autograd.DeviceType
+
+    def event(key: str, time: float, kind: Any) -> SimpleNamespace:
+        return SimpleNamespace(key=key, device_type=kind, self_device_time_total=time, self_cpu_time_total=7.0)
+
+    events = [
+        event("aten::mm", 80.0, kinds.CPU),
+        event("aten::gelu", 20.0, kinds.CPU),
+        event("nvjet_tst_128x256", 80.0, kinds.CUDA),
+        event("vectorized_gelu", 20.0, kinds.CUDA),
+        event("ProfilerStep#2", 100.0, kinds.CUDA),
+    ]
+    profiler: Any = SimpleNamespace(key_averages=lambda: events)
+    assert profile._fractions(profiler, on_gpu=True) == {"matrix products": 0.8, "other": 0.2}
