@@ -123,6 +123,7 @@ class StopSignals:
                 except StopIteration:
                     return
             yield item
+            del item  # so that its memory is free for the next
 
     def check(self) -> None:
         """Stop here if any rank got a signal: a collective that all ranks run in the same place and no GPU waits for.

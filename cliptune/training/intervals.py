@@ -51,3 +51,4 @@ def items_until(is_due: Callable[[], bool], items: Iterator[T]) -> Iterator[T]:
         except StopIteration:
             return
         yield item
+        del item  # so that its memory is free for the next
