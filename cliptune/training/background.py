@@ -93,7 +93,8 @@ class HostCopies:
     def wait(self) -> None:
         """Wait until the copies are whole; in any thread."""
         if self._event is not None:
-            self._event.synchronize()
+            with torch.cuda.device(self._event.device):  # a thread begins with the first, and takes memory there
+                self._event.synchronize()
 
     def _record(self, tensors: list[Tensor]) -> None:
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)

@@ -1,13 +1,15 @@
 """Checkpoints that a thread writes, which are those that are written in place."""
 
+import contextlib
 import errno
 import os
 import random
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -305,3 +307,22 @@ def test_a_process_is_not_forked_in_the_middle_of_a_product() -> None:
     assert os.waitpid(child, 0)[1] == 0
     thread.wait()
     assert order == ["computed", "forked"]
+
+
+def test_the_thread_waits_on_the_gpu_that_is_copied_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins with the first GPU, where CUDA would take memory for it."""
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def device(name: Any) -> Iterator[None]:
+        entered.append(name)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    copies = HostCopies()
+    copies.wait()  # nothing was copied from a GPU
+    assert entered == []
+    copies._event = SimpleNamespace(device="cuda:1", synchronize=lambda: entered.append("waited"))  # type: ignore[assignment]
+    copies.wait()
+    assert entered == ["cuda:1", "waited", "left"]
