@@ -44,6 +44,7 @@ from cliptune.runs.data import (
     open_data,
     read_data,
     reread_data,
+    typical_texts,
 )
 from cliptune.runs.folds import Part, begin_log, folds_started, run_folds
 from cliptune.runs.interpolation import look_back
@@ -130,8 +131,9 @@ def _run(started: Started, part: Part | None = None, *, argv: list[str] | None) 
             set_aside_earlier_run(files, config, resumed)
 
         parallel, micro_batch_size = place_model(
-            config, model, precision=precision, device=device, num_samples=len(splits["train"]), resumed=resumed
-        )
+            config, model, precision=precision, device=device, num_samples=len(splits["train"]),
+            texts=partial(typical_texts, splits["train"], model.architecture.context_length), resumed=resumed,
+        )  # fmt: skip
         loss, val_loss = make_losses(config, splits["train"], {} if resumed is None else resumed.content)
         data = watching(
             open_data(

@@ -52,10 +52,12 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def tell_fraction(options: Namespace, device: torch.device) -> None:
     """Take two steps of a batch in the micro-batches that were chosen; tell what they take of the card."""
-    trainer = make_trainer(options.model, device, precision="bf16", batch_size=options.pairs, micro_batch_size="auto")
+    tokens, ids = tokenize(drawn_captions(options.pairs))[0], torch.arange(options.pairs)
+    trainer = make_trainer(
+        options.model, device, precision="bf16", batch_size=options.pairs, micro_batch_size="auto", texts=tokens[:4096]
+    )
     side = trainer.model.image_resolution
     images = torch.zeros(options.pairs, 3, side, side, dtype=torch.uint8, pin_memory=True)
-    tokens, ids = tokenize(drawn_captions(options.pairs))[0], torch.arange(options.pairs)
     chosen = trainer.grad_cache.size
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # what was tried before is not what is used

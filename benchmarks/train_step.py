@@ -16,6 +16,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +58,34 @@ def main(argv: list[str] | None = None) -> int:
           f"longest {lengths.max()}; {machine(options.device)}")  # fmt: skip
     results: dict[str, Any] = {"machine": machine(options.device), "options": vars(options), "precisions": {}}
     for precision in options.precisions.split(","):
-        cases = make_cases(options, images, tokens, device, precision)
-        timings = {
-            name: Timing([seconds / options.steps for seconds in timing.seconds])
-            for name, timing in take_turns(
-                cases, repeats=options.repeats, warmup=options.warmup, device=options.device
-            ).items()
-        }
+        cases = make_cases(options, options.cases, images, tokens, device, precision)
+        timings = time_steps(cases, options)
         rate = matrix_rate(device, precision, largest=options.largest_side)
         flops = sum(step_flops(ARCHITECTURES[options.model], each) for each in lengths) / len(lengths)
         report(precision, timings, floor=flops / rate, rate=rate)
-        results["precisions"][precision] = {
+        later: dict[str, list[float]] = {}
+        figures = {
             "seconds": {name: timing.seconds for name, timing in timings.items()},
+            "later_seconds": later,
+            "ours_compiled": any(isinstance(case, Turn) and case.is_compiled for case in cases.values()),
             "matrix_rate": rate,
             "floor_seconds": None if math.isnan(flops) else flops / rate,
         }
-    write_json(options.json, results)
+        results["precisions"][precision] = figures
+        write_json(options.json, results)
+        first = dict(itertools.islice(cases.items(), 1))
+        for name, case in make_cases(options, options.later, images, tokens, device, precision).items():
+            beside = time_steps(first | {name: case}, options)
+            report(precision, beside, floor=flops / rate, rate=rate)
+            later |= {name: timing.seconds for name, timing in beside.items()}
+            write_json(options.json, results)
     return 0
+
+
+def time_steps(cases: dict[str, Step], options: Namespace) -> dict[str, Timing]:
+    """Take the cases' turns; returns the seconds of a step."""
+    timings = take_turns(cases, repeats=options.repeats, warmup=options.warmup, device=options.device)
+    return {name: Timing([seconds / options.steps for seconds in timing.seconds]) for name, timing in timings.items()}
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -86,6 +98,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="ours and open_clip's")
     parser.add_argument("--cases", default="ours,open_clip,transformers,clip", help=f"of {','.join(MAKERS)}")
+    parser.add_argument(
+        "--later", default="", help="cases that take long to prepare: each timed beside the first, after the others"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn, with no wait for the device in between")
@@ -123,11 +138,11 @@ def choose_captions(options: Namespace) -> list[str]:
 
 
 def make_cases(
-    options: Namespace, images: Tensor, tokens: Tensor, device: torch.device, precision: str
+    options: Namespace, names: str, images: Tensor, tokens: Tensor, device: torch.device, precision: str
 ) -> dict[str, Step]:
-    """Make the turns of the cases; says which are skipped, since their packages are not installed."""
+    """Make the turns of cases, named with commas; says which are skipped, since their packages are not installed."""
     cases: dict[str, Step] = {}
-    for name in filter(None, options.cases.split(",")):
+    for name in filter(None, names.split(",")):
         inputs = Inputs(images, tokens, steps=options.steps, checkpointed=options.gradient_checkpointing)
         try:
             cases[name] = MAKERS[name](options.model, inputs, device, precision)
@@ -154,13 +169,37 @@ class Inputs:
         """Return the tokens of the next batch, `[B, L]`."""
         return next(self._tokens)
 
-    def turn(self, step: Step) -> Step:
+    def turn(self, step: Step, model: CLIPModel | None = None) -> Turn:
         """Make a turn of a step."""
-        return lambda: [step() for _ in range(self.steps)]
+        return Turn(step, self.steps, model)
+
+
+@dataclass
+class Turn:
+    """Steps that are timed together."""
+
+    step: Step
+    number: int
+    model: CLIPModel | None
+    """What they train, if it is ours."""
+
+    def __call__(self) -> list[object]:
+        """Take them."""
+        return [self.step() for _ in range(self.number)]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Tell whether our model has run compiled, and not given up its compiler."""
+        return self.model is not None and self.model.is_compiled
 
 
 def make_trainer(
-    model: str | CLIPModel, device: torch.device, *, parallel: str = "ddp", **training: Any
+    model: str | CLIPModel,
+    device: torch.device,
+    *,
+    parallel: str = "ddp",
+    texts: Tensor | None = None,
+    **training: Any,
 ) -> MultimodalTrainer:
     """Make what `train.py` trains with, placed as its flags say.
 
@@ -168,6 +207,7 @@ def make_trainer(
         model: its name, for random weights; or the model.
         device: where it is trained.
         parallel: how several ranks share it.
+        texts: that micro-batches are chosen by, where their size is `auto`.
         training: settings of training, by their flags' names, where they are not the defaults.
     """
     if isinstance(model, str):
@@ -178,7 +218,9 @@ def make_trainer(
         run=RunSettings(parallel=parallel),
     )
     precision = resolve_precision(config.training.precision, device)
-    runner, micro_batch_size = place_model(config, model, precision=precision, device=device, num_samples=MANY_SAMPLES)
+    runner, micro_batch_size = place_model(
+        config, model, precision=precision, device=device, num_samples=MANY_SAMPLES, texts=lambda: texts
+    )
     optimizer = build_optimizer(model, learning_rate=RATE, backbone_lr_scale=1.0, weight_decay=DECAY)
     return MultimodalTrainer(
         model, ContrastiveLoss(), optimizer, precision=precision, micro_batch_size=micro_batch_size, parallel=runner
@@ -198,7 +240,7 @@ def ours(
     images = inputs.images
     if device.type == "cuda":
         images = (64 * images + 128).clamp(0, 255).to(torch.uint8)
-    return inputs.turn(lambda: trainer.train_step(images, inputs.next_tokens(), ids))
+    return inputs.turn(lambda: trainer.train_step(images, inputs.next_tokens(), ids), trainer.model)
 
 
 def open_clip_step(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cliptune.model.architectures import known_architecture
 from cliptune.model.depth import train_last_layers
@@ -96,6 +96,7 @@ def place_model(
     precision: Precision,
     device: torch.device,
     num_samples: int,
+    texts: Callable[[], Tensor | None] = lambda: None,
     resumed: Resumed | None = None,
 ) -> tuple[nn.Module | None, int | None]:
     """Bring the model to its device, or its shards to their ranks; decide whether it is compiled.
@@ -106,6 +107,7 @@ def place_model(
         precision: of its towers.
         device: this rank's.
         num_samples: of an epoch.
+        texts: of the data, see `fitting_size`.
         resumed: what the run goes on from.
 
     Returns:
@@ -127,7 +129,7 @@ def place_model(
         own_pairs = -(-config.training.batch_size // world_size())
         has_average = config.training.ema is not None
         size = None if runs_no_tower(config, model) else fitting_size(
-            model, precision=precision, most=own_pairs, device=device, has_average=has_average
+            model, precision=precision, most=own_pairs, device=device, has_average=has_average, texts=texts
         )  # fmt: skip
     runner = parallel_model(model, config.run.parallel, device)
     model.train(model.training)  # and on its being sharded

@@ -91,11 +91,12 @@ def fitting_size(
     device: torch.device,
     free_bytes: int | None = None,
     has_average: bool = False,
+    texts: Callable[[], Tensor | None] = lambda: None,
 ) -> int | None:
     """Find how many pairs fit into memory at once, from what the gradient of few of them takes.
 
-    On a CUDA device a step of blank pairs is tried at the estimated size, and the size adjusted by what it took. All
-    texts are as long as can be in it, so real batches take less.
+    On a CUDA device a step is tried at the estimated size, and the size adjusted by what it took: of black images and
+    texts as they come. Elsewhere all texts are taken to be as long as can be.
 
     Args:
         model: a `CLIPModel`; on another device than `device`, if it will be sharded over the ranks.
@@ -104,6 +105,7 @@ def fitting_size(
         device: whose memory it is.
         free_bytes: how much of it there is; None: what is free now.
         has_average: an average of the weights will be held, too.
+        texts: returns tokens of typical texts, `[n, L]`, the longest among the first; None: all are as long as can be.
 
     Returns:
         A power of two, or of what is tried the least number of equal parts; None if all fit. The smallest of all
@@ -119,15 +121,16 @@ def fitting_size(
         # which are tensors beside it where they come from several micro-batches
         copies = 2 + has_average + (world_size() > 1)
         held = copies * trained_bytes + loss_bytes(most * world_size(), most, device)
+        tokens = texts()
         size = fitting_on_card(
             CudaCard(device),
-            lambda num_pairs: _try_step(model, precision, num_pairs),
+            lambda num_pairs: _try_step(model, precision, num_pairs, tokens),
             line=line._replace(fixed=line.fixed + trained_bytes),  # the trial makes gradients
             held_bytes=held,
             most=most,
         )
         if size is not None:
-            logger.info("micro-batches of %d of %d pairs, as a step of blank pairs was found to fit", size, most)
+            logger.info("micro-batches of %d of %d pairs, as a trial step was found to fit", size, most)
         return size
     # gradient and two moments of each trained parameter, which the first step will make
     parameter_bytes: float = 3 * trained_bytes
@@ -226,9 +229,11 @@ def _taken(card: Card, try_step: Callable[[int], None], num_pairs: int) -> int |
     return card.peak()
 
 
-def _try_step(model: Any, precision: Precision, num_pairs: int) -> None:
-    """Make the gradient of blank pairs as a step does, and drop it."""
+def _try_step(model: Any, precision: Precision, num_pairs: int, texts: Tensor | None = None) -> None:
+    """Make the gradient of black images and texts, again and again the same ones, as a step does, and drop it."""
     images, tokens = _blank_pairs(model, num_pairs)
+    if texts is not None:
+        tokens = texts[torch.arange(num_pairs) % len(texts)]
     try:
         with _undisturbed(model):
             with tf32(model.device), autocast(model.device, precision):
@@ -250,17 +255,17 @@ def _blank_pairs(model: Any, num_pairs: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Leave random numbers and running statistics as they are, and compile nothing for what runs inside."""
+    """Leave random numbers and running statistics as they are."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with fork_rng(devices), held_statistics(model), torch.compiler.set_stance("force_eager"):
+    with fork_rng(devices), held_statistics(model):
         yield
 
 
 def peak_bytes(model: Any, precision: Precision, num_pairs: int) -> int:
     """Return the most bytes that the gradient of `num_pairs` pairs takes, but for the gradient itself."""
     images, tokens = _blank_pairs(model, num_pairs)
-    live = LiveTensors()
-    with _undisturbed(model), live:
+    live = LiveTensors()  # which sees no operation of a compiled program
+    with _undisturbed(model), torch.compiler.set_stance("force_eager"), live:
         with tf32(model.device), autocast(model.device, precision):
             features = model(images, tokens)
         # through all layers to the first parameters, and to no others: beside their gradients, which a batch of any

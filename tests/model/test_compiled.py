@@ -1,7 +1,8 @@
 """Towers that are compiled: how often, what they give, and where they are not."""
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch.nn.attention import sdpa_kernel
 
 from clip_model import CLIPModel
 from cliptune.model import attention, modules, programs, towers
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.lora import add_lora
 from cliptune.model.modules import VisionTransformer
 from cliptune.runtime.device import compiler_issue
-from tests.helpers.models import gradients_of, make_batch, make_model, small_architectures
+from cliptune.training.memory import _try_step
+from tests.helpers.models import FP32, gradients_of, make_batch, make_model, small_architectures
 from tests.model.test_attention import plain_varlen, random_tokens
 
 __all__ = ["small_architectures"]
@@ -100,6 +103,21 @@ def test_a_tower_is_compiled_once_whatever_comes(name: str, counter: Any) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
+@pytest.mark.usefixtures("whole")
+def test_a_trial_of_micro_batches_compiles_what_the_run_then_uses(name: str, counter: Any) -> None:
+    model = make_model(name, holds_batchnorm=False)
+    model.compile_towers()
+    generator = torch.Generator().manual_seed(0)
+    texts = random_tokens(5, generator)
+    for num_pairs in (4, 6):
+        _try_step(model, FP32, num_pairs, texts)
+    assert counter.frame_count == 2
+    run(model, random_tokens(3, generator))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("whole")
 def test_packed_attention_is_compiled_once_and_adapters_too(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_stand_in_for_pytorchs_operation(monkeypatch)
@@ -155,10 +173,17 @@ def use_stand_in_for_pytorchs_operation(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ViT-Mini", "RN-Ti"])
 @pytest.mark.usefixtures("whole")
-def test_compiled_towers_give_what_others_give(name: str, dtype: torch.dtype) -> None:
+def test_compiled_towers_give_what_others_give(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT by the compiler's own machine code; a ResNet by what comes before it, since that takes minutes."""
     if compiler_issue(CPU) is not None:
         pytest.skip("no C++ compiler")
     torch.compiler.reset()
+    shape = ARCHITECTURES[name]
+    depth = {"vision_layers": 1, "transformer_layers": 1} if shape.is_vit else {"vision_layers": (1, 1, 1, 1)}
+    monkeypatch.setitem(ARCHITECTURES, name, replace(shape, **depth))
+    if not shape.is_vit:
+        program = cache(partial(torch.compile, backend="aot_eager_decomp_partition"))
+        monkeypatch.setattr(programs, "_program", program)
     model = make_model(name)
     _, tokens, _ = make_batch(model, 6)
     if name == "RN-Ti":  # its text tower is a ViT's: outputs in its place

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from clip_model import CLIPModel, ContrastiveLoss, SigmoidLoss
 from cliptune.model.depth import train_last_layers
 from cliptune.model.lora import add_lora
+from cliptune.preprocess.tokens import tokenize
 from cliptune.training.memory import (
     CARD_FRACTION,
     FREE_MEMORY_FRACTION,
@@ -176,16 +177,41 @@ def test_a_trial_leaves_nothing_behind(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_trial_has_the_texts_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ViT-Mini")
+    seen: list[torch.Tensor] = []
+    encode_text = model.run_text_tower
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens)
+        return encode_text(tokens)
+
+    monkeypatch.setattr(model, "run_text_tower", run)
+    texts = tokenize(["a long caption of a red dog", "a cat", "two"])[0]
+    _try_step(model, FP32, 5, texts)
+    _try_step(model, FP32, 2)
+    assert torch.equal(seen[0], texts[[0, 1, 2, 0, 1]])
+    assert (seen[1] != 0).all()
+
+
 def test_on_a_gpu_the_size_is_found_by_trial(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The CPU stands in for the device, and a card of a known size for its memory."""
     model = make_model("ViT-Mini")
     card = KnownCard(fixed=0, pair=1e6, limit=100e6)
     monkeypatch.setattr("cliptune.training.memory.CudaCard", lambda device: card)
-    monkeypatch.setattr("cliptune.training.memory._try_step", lambda model, precision, size: card.try_step(size))
+    tried: list[torch.Tensor | None] = []
+
+    def try_step(_: object, precision: object, size: int, texts: torch.Tensor | None) -> None:
+        tried.append(texts)
+        card.try_step(size)
+
+    monkeypatch.setattr("cliptune.training.memory._try_step", try_step)
     monkeypatch.setattr("cliptune.training.memory.peak_bytes", lambda model, precision, num_pairs: 1000 * num_pairs)
     monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
     caplog.set_level("INFO")
-    size = fitting_size(model, precision=FP32, most=512, device=torch.device("cuda"))
+    texts = torch.ones(3, 77, dtype=torch.int64)
+    size = fitting_size(model, precision=FP32, most=512, device=torch.device("cuda"), texts=lambda: texts)
+    assert tried and all(each is texts for each in tried)
     moments_and_loss = 2 * sum(parameter.nbytes for parameter in model.parameters()) + 16 * 512 * 512
     assert size == equal_part(512, int(90 - moments_and_loss / 1e6))
     assert f"micro-batches of {size} of 512 pairs" in caplog.text
