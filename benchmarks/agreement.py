@@ -13,6 +13,7 @@ import copy
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_data import drawn_captions
-from benchmarks.rows import SKIPPED, Row, tell
+from benchmarks.rows import FAILED, SKIPPED, Row, tell
 from benchmarks.train_step import make_trainer
 from clip_model import CLIPModel, MultimodalTrainer
+from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.lora import add_lora
 from cliptune.model.towers import CLASS_ARGUMENTS
 from cliptune.preprocess.tokens import tokenize
@@ -46,6 +48,8 @@ AGAINST_ITSELF = {"fp32": 2e-2, "bf16": 0.06, "fp16": 2e-2}
 On an H100 8e-4 (TF32) and 2.5e-3 (bf16) were measured of a ViT-B/32 that is not stirred. Stirred, a CPU's bf16 gives
 0.02 of a ViT and 0.04 of a ResNet, as much as it is from float32. A pair that is lost or counted twice is 0.1 and more.
 """
+RESNET_AGAINST_ITSELF = AGAINST_ITSELF | {"bf16": 0.08}
+"""The same of a ResNet: two of these errors of 0.04 that know nothing of each other are 0.057 apart."""
 
 SIZE = 16
 MICRO = 5
@@ -63,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         compare_lora(make_model(names[0]), device, options.lower)
         compare_padded(make_model(names[0]), device, options.lower)
     if "compiled" in options.checks:
-        # the first one small: a compiler takes a minute for a large model, and a layer is a layer
+        # shallow ones: a compiler takes a minute for a large model, and a layer is a layer
         for name, precisions in zip(("ViT-Ti/32", *names[1:]), (options.precisions, "bf16"), strict=False):
-            compare_compiled(make_model(name), device, precisions.split(","))
+            compare_compiled(make_model(make_shallow(name)), device, precisions.split(","))
     return 0
 
 
@@ -86,6 +90,16 @@ def parse(argv: list[str] | None) -> Namespace:
         options.lower = "fp32" if options.device == "cpu" else "bf16"
         options.models, options.precisions, options.checks = "ViT-Ti/32", options.lower, ["plain"]
     return options
+
+
+def make_shallow(name: str) -> str:
+    """Make an architecture of two layers a tower, or a block of each of a ResNet's stages, known by its name."""
+    shape = ARCHITECTURES[name]
+    shallow = replace(
+        shape, name=f"{name}, shallow", vision_layers=2 if shape.is_vit else (1, 1, 1, 1), transformer_layers=2
+    )
+    ARCHITECTURES[shallow.name] = shallow
+    return shallow.name
 
 
 def make_model(name: str) -> CLIPModel:
@@ -127,11 +141,14 @@ def compare(model: CLIPModel, device: torch.device, options: Namespace) -> None:
             AGAINST_CPU[precision],
         )
         parts = step_gradient(model, batch, device, precision, micro_batch_size=MICRO)
-        bound = AGAINST_ITSELF[precision]
+        is_vit = model.architecture.is_vit
+        bound = bound_of(model, precision)
         check(f"{name}: micro-batches of {MICRO} against {SIZE} pairs, {precision}", distance(parts, whole), bound)
         again = step_gradient(model, batch, device, precision, gradient_checkpointing=True)
-        check(f"{name}: with gradient checkpointing, {precision}", distance(again, whole), EXACT)
-        if model.architecture.is_vit:
+        # a convolution's gradient may be added up in another order each time
+        same = EXACT if is_vit or device.type == "cpu" else bound
+        check(f"{name}: with gradient checkpointing, {precision}", distance(again, whole), same)
+        if is_vit:
             again = step_gradient(model, batch, device, precision)
             check(f"{name}: the same step twice, {precision}", distance(again, whole), 0.0)
 
@@ -184,8 +201,13 @@ def compare_compiled(model: CLIPModel, device: torch.device, precisions: Iterabl
         if precision == "fp16" and device.type != "cuda":
             continue
         eager = step_gradient(model, batch, device, precision, compile=False)
-        compiled = step_gradient(model, batch, device, precision, compile=True)
-        check(f"{name}: compiled against eager, {precision}", distance(compiled, eager), AGAINST_ITSELF[precision])
+        trainer = step_trainer(model, batch, device, precision, compile=True)
+        compiled = finite_gradient(trainer, batch)
+        if not trainer.model.is_compiled:  # two that are eager agree
+            tell(Row(f"{name}: compiled, {precision}", state=FAILED, note="it was not, as the log says"))
+            continue
+        bound = bound_of(model, precision)
+        check(f"{name}: compiled against eager, {precision}", distance(compiled, eager), bound)
 
 
 def copied(model: CLIPModel, device: torch.device) -> CLIPModel:
@@ -206,9 +228,20 @@ def step_gradient(
     model: CLIPModel, batch: tuple[Tensor, Tensor, Tensor], device: torch.device, precision: str, **training: Any
 ) -> Gradient:
     """Return the gradients that a step of `train.py` finds, on the CPU and without the scaler's factor."""
+    return finite_gradient(step_trainer(model, batch, device, precision, **training), batch)
+
+
+def step_trainer(
+    model: CLIPModel, batch: tuple[Tensor, Tensor, Tensor], device: torch.device, precision: str, **training: Any
+) -> MultimodalTrainer:
+    """Make what trains a copy of a model on whole batches, not compiled, if nothing else is said."""
     settings = {"batch_size": len(batch[1]), "micro_batch_size": len(batch[1]), "compile": False} | training
-    trainer = make_trainer(copy.deepcopy(model), device, precision=precision, **settings)
-    return finite_gradient(trainer, batch)
+    return make_trainer(copy.deepcopy(model), device, precision=precision, **settings)
+
+
+def bound_of(model: CLIPModel, precision: str) -> float:
+    """Return how far a step's gradient may be from the same in other pieces, or by other kernels."""
+    return (AGAINST_ITSELF if model.architecture.is_vit else RESNET_AGAINST_ITSELF)[precision]
 
 
 def finite_gradient(trainer: MultimodalTrainer, batch: tuple[Tensor, Tensor, Tensor]) -> Gradient:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_data import make_captions
 from benchmarks.gpu_parts import PARTS
-from benchmarks.rows import FAILED, SKIPPED, Row, table, told, write_line
+from benchmarks.rows import FAILED, SKIPPED, Row, rows_of, table, told, write_line
 from cliptune.runtime.stopping import Stopped, stoppable
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 178
 """Of a part, all its measurements together."""
+GRACE_SECONDS = 3
+"""What is ended has to clean up."""
 PATIENCE = 10
 """Times as long a try with `--quick` may take, since it measures nothing and may run on a busy machine."""
 WORK = ROOT / "benchmarks" / "gpu_work"
@@ -50,6 +53,7 @@ ABOUT = """
 import json, os, platform
 from importlib.metadata import PackageNotFoundError, version
 import torch
+import clip_model, data_loader, simplejpeg  # what all measurements need
 found = {"machine": platform.machine() + ", " + str(len(os.sched_getaffinity(0))) + " cores"}
 if DEVICE.startswith("cuda"):
     card = torch.cuda.get_device_properties(DEVICE)
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.table is not None:
         try:
-            print("\n".join(table(options.table.read_text(encoding="utf-8").splitlines())))
+            print("\n".join(table(options.table)))
         except (OSError, ValueError, KeyError, TypeError) as error:
             return refuse(f"--table {options.table}: not a file of this benchmark's results ({error})")
         return 0
@@ -136,7 +140,6 @@ class Runner:
         self._options = options
         self._about: dict[str, str] = {}
         self._part, self._ends = "", 0.0
-        self._step_rate: float | None = None
         self._work = options.work.resolve()
         self._work.mkdir(parents=True, exist_ok=True)
 
@@ -172,14 +175,17 @@ class Runner:
         """Tell why something is not measured."""
         self.tell(Row(name, state=SKIPPED, note=reason))
 
-    def rows(self, script: str, *flags: object, seconds: float, name: str = "") -> None:
-        """Run a benchmark that tells rows by itself."""
+    def rows(self, script: str, *flags: object, seconds: float = math.inf, name: str = "") -> None:
+        """Run a benchmark that tells rows by itself, for so long at most, or for what is left to its part."""
         _, reason = self._script(script, flags, seconds=seconds, log=name)
         if reason is not None:
             self.tell(Row(name or script, state=FAILED, note=reason))
 
-    def figures(self, script: str, *flags: object, seconds: float, name: str) -> dict[str, Any] | None:
-        """Run a benchmark that writes figures with `--json`; None: it has failed, which is told."""
+    def figures(self, script: str, *flags: object, seconds: float = math.inf, name: str) -> dict[str, Any] | None:
+        """Run a benchmark that writes figures with `--json`; None: there are none. A failure is told.
+
+        What it had written before it failed counts.
+        """
         path = self._work / "figures.json"
         path.unlink(missing_ok=True)
         lines, reason = self._script(script, [*flags, "--json", path], seconds=seconds, log=name)
@@ -188,23 +194,21 @@ class Runner:
                 self.skip(f"{name}: {line.split(' is skipped')[0]}", line.split(" is skipped: ")[1])
         if reason is not None or not path.exists():
             self.tell(Row(name, state=FAILED, note=reason or "it wrote no figures"))
+        if not path.exists():
             return None
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return figures
 
-    def run(self, name: str, *flags: object, seconds: float) -> None:
+    def run(self, name: str, *flags: object, seconds: float = math.inf) -> None:
         """Run a whole run of `train.py`, see `gpu_runs`."""
         quick = ["--quick"] if self.quick else []
         self.rows("gpu_runs.py", name, "--work", self._work, *quick, *flags, seconds=seconds, name=name)
 
-    def note_step_rate(self, pairs_per_second: float) -> None:
-        """Keep what later parts compare with, from the same sitting."""
-        self._step_rate = pairs_per_second
-
-    @property
-    def step_rate(self) -> float | None:
-        """Pairs a second of a ViT-B/32's steps, if they were measured in this sitting."""
-        return self._step_rate
+    def latest(self, name: str) -> float | None:
+        """Return the last figure of this name that `--json` has of this machine, from this call or an earlier one."""
+        path = self._options.json
+        rows = [row for _, row, about in rows_of(path) if about == self._about] if path.exists() else []
+        return next((row.value for row in reversed(rows) if row.name == name and row.value is not None), None)
 
     def captions(self) -> Path:
         """Return an index of captions with real lengths."""
@@ -235,7 +239,13 @@ class Runner:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         lines: list[str] = []
-        timer = threading.Timer(seconds, end, [process])
+        late = threading.Event()
+
+        def end_late() -> None:
+            late.set()
+            end(process)
+
+        timer = threading.Timer(seconds, end_late)
         try:
             timer.start()
             assert process.stdout is not None
@@ -245,19 +255,25 @@ class Runner:
                     lines.append(line.rstrip())
                     if (row := told(line)) is not None:
                         self.tell(row)
-            code, is_late = process.wait(), not timer.is_alive()
+            code = process.wait()
         finally:
             timer.cancel()
             end(process)
         if code == 0:
             return lines, None
         last = next((line.strip() for line in reversed(lines) if line.strip() and told(line) is None), "")
-        return lines, f"not done after {seconds:.0f} s" if is_late else last or f"exit code {code}"
+        return lines, f"not done after {seconds:.0f} s" if late.is_set() else last or f"exit code {code}"
 
 
 def end(process: subprocess.Popen[str]) -> None:
     """End a process with all that it has started, which have its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which have sessions of their own
+        ends = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < ends:
+            process.poll()  # what has ended and nobody has asked for counts as there
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
 
 

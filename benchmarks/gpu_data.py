@@ -52,13 +52,14 @@ def make_jpegs(folder: Path, number: int, *, size: tuple[int, int] = SIZE) -> Pa
     images.mkdir(parents=True, exist_ok=True)
     missing = [index for index in range(number) if not _image_path(images, index).exists()]
     if missing:
-        photos = _make_photos(images, min(NUM_PHOTOS, len(missing)), size)
-        write = partial(_write_mixture, images, photos, size)
+        _photos[:] = _make_photos(images, min(NUM_PHOTOS, len(missing)), size)
+        write = partial(_write_mixture, images, size)
         if len(missing) < 200:
             list(map(write, missing))
         else:
-            with multiprocessing.get_context("fork").Pool() as pool:  # they find the photos in memory
+            with multiprocessing.get_context("fork").Pool() as pool:
                 pool.map(write, missing, chunksize=64)
+        _photos.clear()
     return _write_index(folder / f"index_{size[0]}x{size[1]}_{number}.json", number, images)
 
 
@@ -77,14 +78,18 @@ def _make_photos(folder: Path, number: int, size: tuple[int, int]) -> list[np.nd
     return pixels
 
 
-def _write_mixture(folder: Path, photos: list[np.ndarray[Any, Any]], size: tuple[int, int], index: int) -> None:
+_photos: list[np.ndarray[Any, Any]] = []
+"""What images are mixed of. Forked processes find it in memory; 100 MB sent with each piece of work took minutes."""
+
+
+def _write_mixture(folder: Path, size: tuple[int, int], index: int) -> None:
     """Write a file of two photos' parts laid over each other: another image for each index, quick to make."""
     import simplejpeg  # noqa: PLC0415
 
     rng = np.random.default_rng(index)
     width, height = size
     parts = []
-    for photo in (photos[choice] for choice in rng.integers(len(photos), size=2)):
+    for photo in (_photos[choice] for choice in rng.integers(len(_photos), size=2)):
         x, y = rng.integers(photo.shape[1] - width), rng.integers(photo.shape[0] - height)
         parts.append(photo[y : y + height, x : x + width].astype(np.uint16))
     weight = int(rng.integers(64, 193))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,13 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     losses: dict[int, float] = {}
     for form in forms:
         try:
-            if form != FORMS[0] and not trainer.model.is_compiled:
-                raise RuntimeError("no compiler works here")
             use_form(trainer.model, form)
             for size in sizes:
                 trainer.model.load_state_dict(start)  # into the same memory, which a graph knows
                 trainer.optimizer.state.clear()
                 tell_size(trainer, form, size, options=options, losses=losses)
+            if form != FORMS[0] and not trainer.model.is_compiled:
+                raise RuntimeError("the compiler fails, as the log says: these figures are of eager steps")
+            if form == FORMS[2] and (skips := counters["inductor"]["cudagraph_skips"]):
+                raise RuntimeError(f"no graph was recorded {skips} times: these figures are of compiled steps")
         except Exception as error:  # of a compiler, in many forms; the other forms count
             tell(Row(form, state=FAILED, note=one_line(error)))
     return 0

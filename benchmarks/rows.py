@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,21 +97,31 @@ def write_line(path: Path, part: str, row: Row, about: dict[str, str]) -> None:
         file.write(json.dumps({"part": part, **asdict(row), "about": about}) + "\n")
 
 
-def table(lines: Iterable[str]) -> list[str]:
-    """Make a Markdown table of such a file's lines: of a row that was measured several times the last."""
-    latest: dict[tuple[str, str], tuple[Row, str]] = {}
-    for line in filter(str.strip, lines):
+def rows_of(path: Path) -> Iterator[tuple[str, Row, dict[str, str]]]:
+    """Yield what `write_line` has written: part, row, and the machine that it was measured on.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, KeyError, TypeError: it is another file.
+    """
+    for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
         content = json.loads(line)
         part, about = content.pop("part"), content.pop("about")
-        key = part, content["name"]
-        latest.pop(key, None)
-        latest[key] = Row(**content), ", ".join(f"{name} {value}" for name, value in about.items())
-    machines = dict.fromkeys(about for _, about in latest.values())
-    found = [f"Measured on {about}." for about in machines]
+        yield part, Row(**content), about
+
+
+def table(path: Path) -> list[str]:
+    """Make a Markdown table of such a file: of a row that was measured several times the last."""
+    latest: dict[tuple[str, str], tuple[Row, str]] = {}
+    for part, row, about in rows_of(path):
+        latest.pop((part, row.name), None)
+        latest[part, row.name] = row, ", ".join(f"{name} {value}" for name, value in about.items())
+    machines = dict.fromkeys(machine for _, machine in latest.values())
+    found = [f"Measured on {machine}." for machine in machines]
     found += ["", "| part | what | measured | must | hope | |", "|---|---|---|---|---|---|"]
-    for (part, _), (row, about) in latest.items():
+    for (part, _), (row, machine) in latest.items():
         bounds = ["" if each is None else number(each) for each in (row.must, row.hope)]
-        notes = [row.verdict, row.note, *([f"on {about}"] if len(machines) > 1 else [])]
+        notes = [row.verdict, row.note, *([f"on {machine}"] if len(machines) > 1 else [])]
         cells = [part, row.name, row.measured, *bounds, "; ".join(filter(None, notes))]
         found.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return found

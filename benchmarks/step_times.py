@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_data import drawn_captions
-from benchmarks.rows import Row, tell
+from benchmarks.rows import FAILED, Row, tell
 from benchmarks.train_step import make_trainer
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.preprocess.tokens import tokenize
@@ -34,9 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and tell; returns the exit code."""
     options = parse(argv)
     keep_freed_memory()
-    seconds, graphs = measure(options)
+    seconds, graphs, is_compiled = measure(options)
     later = seconds[WARMUP:]
     name = {"true": "compiled", "false": "eager"}.get(options.compile, "default flags")
+    if options.compile == "true" and not is_compiled:
+        tell(Row(name, state=FAILED, note="it was not, as the log says"))
+        return 0
     tell(Row(f"{name}: median step", 1000 * statistics.median(later), "ms"))
     note = f"step {WARMUP + 1 + later.index(max(later))} of {len(seconds)}"
     over = max(later) / statistics.median(later)
@@ -60,8 +63,8 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def measure(options: Namespace) -> tuple[list[float], list[int]]:
-    """Return the seconds of each step, and how many graphs have been compiled after it."""
+def measure(options: Namespace) -> tuple[list[float], list[int], bool]:
+    """Return the seconds of each step, how many graphs have been compiled after it, and whether the model still is."""
     torch.manual_seed(0)
     device, size = resolve_device(options.device), options.batch_size
     chosen: dict[str, Any] = {} if options.compile == "default" else {"compile": options.compile == "true"}
@@ -78,7 +81,7 @@ def measure(options: Namespace) -> tuple[list[float], list[int]]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         graphs.append(counters["stats"]["unique_graphs"])
-    return seconds, graphs
+    return seconds, graphs, trainer.model.is_compiled
 
 
 if __name__ == "__main__":

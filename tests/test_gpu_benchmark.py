@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import os
 import signal
 import subprocess
@@ -15,32 +14,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import agreement, gpu, gpu_data, gpu_idle, gpu_parts, gpu_runs, loss_speed, step_times, train_step
+from benchmarks import gpu, gpu_data, gpu_parts, gpu_runs
 from benchmarks.rows import MARK, Row, table, told, write_line
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.preprocess.tokens import tokenize
 from data_loader import ImageTextDataset
 from tests.helpers.models import (
-    SMALL_RESNET,
     SMALL_VIT,
-    make_batch,
-    make_model,
     small_architectures,  # noqa: F401  (a fixture)
 )
+from tests.helpers.rows import rows_of
 
 ROOT = Path(__file__).parent.parent
-
-
-def rows_of(printed: str) -> dict[str, Row]:
-    rows = [row for line in printed.splitlines() if (row := told(line)) is not None]
-    assert len({row.name for row in rows}) == len(rows)
-    return {row.name: row for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +80,7 @@ def test_a_table_has_the_last_figure_of_each_row(tmp_path: Path, capsys: pytest.
 def test_a_table_of_two_machines_says_which_row_is_whose(tmp_path: Path) -> None:
     for card in ("H100", "A100"):
         write_line(tmp_path / "x", "stall", Row(f"on {card}", 1.0), {"card": card})
-    lines = table((tmp_path / "x").read_text().splitlines())
+    lines = table(tmp_path / "x")
     assert lines[:2] == ["Measured on card H100.", "Measured on card A100."]
     assert lines[-1] == "| stall | on A100 | 1 |  |  | on card A100 |"
 
@@ -118,10 +108,9 @@ class GivenFigures:
     """Stands in for a `Runner` on a GPU: measurements give what they are given, and rows are collected."""
 
     is_gpu, quick = True, False
-    step_rate: float | None = None
 
-    def __init__(self, **seconds: list[float]) -> None:
-        self.seconds = {name.replace("_and_", "+"): values for name, values in seconds.items()}
+    def __init__(self, later: dict[str, list[float]], *, compiled: bool = True, **seconds: list[float]) -> None:
+        self.seconds, self.later, self.compiled = seconds, later, compiled
         self.rows: list[Row] = []
         self.tell = self.rows.append
 
@@ -129,26 +118,54 @@ class GivenFigures:
         return "captions.json"
 
     def figures(self, script: str, *flags: object, **_: object) -> dict[str, Any]:
-        names = str(flags[flags.index("--cases") + 1]).split(",")
-        seconds = {name: self.seconds[name] for name in names if name in self.seconds}
-        return {"precisions": {"bf16": {"seconds": seconds, "floor_seconds": 0.01}}}
-
-    def note_step_rate(self, rate: float) -> None:
-        self.step_rate = rate
+        assert flags[flags.index("--cases") + 1] == "ours,open_clip"
+        assert flags[flags.index("--later") + 1] == "open_clip+compile"
+        found = {"seconds": self.seconds, "later_seconds": self.later, "floor_seconds": 0.01}
+        return {"precisions": {"bf16": {**found, "ours_compiled": self.compiled}}}
 
 
 def test_a_step_is_told_beside_its_peers() -> None:
-    run = GivenFigures(ours=[0.05, 0.04, 0.05], open_clip=[0.11, 0.10, 0.10], open_clip_and_compile=[0.06, 0.06, 0.06])
+    later = {"ours": [0.05, 0.05, 0.04], "open_clip+compile": [0.06, 0.06, 0.06]}
+    run = GivenFigures(later, ours=[0.05, 0.04, 0.05], open_clip=[0.11, 0.10, 0.10])
     gpu_parts.vit_b32(run)  # type: ignore[arg-type]
     told_rows = {row.name.removeprefix("ViT-B/32, batch 512, bf16"): (row.value, row.verdict) for row in run.rows}
     assert told_rows == {
         ", default flags": (512 / 0.05, "met"),
         ": share of the floor": (pytest.approx(20), ""),
         ": ours over open_clip": (pytest.approx(2.2), "met"),  # 2.2, 2.5, 2.0: each turn's own
-        ", default flags beside a compiled peer": (512 / 0.05, "met"),
         ": ours over open_clip+compile": (pytest.approx(1.2), "missed"),
     }
-    assert run.step_rate == 512 / 0.05
+    assert run.rows[0].note == "compiled, spread 20%"
+
+
+def test_a_step_that_should_be_compiled_and_is_not_has_failed() -> None:
+    run = GivenFigures({}, ours=[0.05, 0.04, 0.05], compiled=False)  # the compiled peer came too late
+    gpu_parts.vit_b32(run)  # type: ignore[arg-type]
+    assert [(row.name.removeprefix("ViT-B/32, batch 512, bf16"), row.verdict) for row in run.rows] == [
+        (", default flags", "met"), (", default flags: compiled", "FAILED"), (": share of the floor", ""),
+    ]  # fmt: skip
+    assert run.rows[0].note == "not compiled, spread 20%"
+
+
+def test_a_rate_is_measured_once_for_all_that_are_compared_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = gpu.parse(["--work", str(tmp_path)])
+    measured: list[str] = []
+
+    def step(run: gpu.Runner, model: str, batch: int, *_: object) -> float:
+        measured.append(f"{model}, {batch}")
+        run.tell(Row(gpu_parts.step_name(run, model, batch) + gpu_parts.BY_DEFAULT, 9000.0))
+        return 9000.0
+
+    monkeypatch.setattr(gpu_parts, "step", step)
+    for _ in range(2):  # of a later call, too
+        run = gpu.Runner(options)
+        assert gpu_parts.known_step_rate(run) == ["--step_rate", 9000.0]
+    assert measured == ["ViT-B/32, 512"]
+    run._about = {"card": "another"}
+    gpu_parts.known_step_rate(run)
+    assert len(measured) == 2
 
 
 SCRIPT = f"""
@@ -272,9 +289,10 @@ def test_images_are_made_once_and_all_differ(tmp_path: Path) -> None:
     index = gpu_data.make_jpegs(tmp_path, 6, size=(64, 48))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "jpegs_64x48").iterdir()}
     assert len({path.read_bytes() for path in before}) == len(before) == 6
-    more = gpu_data.make_jpegs(tmp_path, 8, size=(64, 48))
+    more = gpu_data.make_jpegs(tmp_path, 250, size=(64, 48))  # so many that several processes share the work
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
-    assert (len(ImageTextDataset(index)), len(ImageTextDataset(more))) == (6, 8)
+    assert (len(ImageTextDataset(index)), len(ImageTextDataset(more))) == (6, 250)
+    assert len({path.read_bytes() for path in (tmp_path / "jpegs_64x48").iterdir()}) == 250
 
 
 def test_the_decoder_is_measured_against_exact_pixels(tmp_path: Path) -> None:
@@ -300,159 +318,6 @@ def test_the_rate_of_a_run_is_that_of_its_later_epochs() -> None:
     assert gpu_runs.rate_of(log) == pytest.approx(150)  # as many pairs at either speed
     with pytest.raises(RuntimeError, match="no line"):
         gpu_runs.rate_of(log.splitlines()[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [SMALL_VIT.name, SMALL_RESNET.name])
-def test_a_step_on_the_cpu_agrees_with_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert agreement.main(["--models", name, "--checks", "plain", "--precisions", "fp32,fp16"]) == 0
-    rows = rows_of(capsys.readouterr().out)
-    assert {row.verdict for row in rows.values()} == {"PASS", "skipped"}
-    assert rows[f"{name}: micro-batches of 5 against 16 pairs, fp32"].value != 0
-    assert rows["texts up to their ends against 77 positions, fp32: gradient"].value < 1e-5  # type: ignore[operator]
-
-
-def test_a_gradient_that_is_another_is_seen() -> None:
-    right = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}
-    assert agreement.distance(right, right) == 0
-    assert agreement.distance(right | {"b": torch.tensor([0.5])}, right) == pytest.approx(0.1)
-    assert agreement.distance({"a": right["a"]}, right) == float("inf")
-    model = agreement.make_model(SMALL_VIT.name)
-    batch = agreement.make_batch(model)
-    _, expected = agreement.plain_gradient(model, batch)
-    fewer = tuple(each[:-1] for each in batch)
-    found = agreement.step_gradient(model, fewer, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
-    assert agreement.distance(found, expected) > agreement.AGAINST_CPU["fp32"]
-
-
-@pytest.mark.slow
-def test_every_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", SMALL_VIT.name, "--batch_size", "8", "--steps", "22", "--precision", "fp32"]
-    assert step_times.main(flags) == 0
-    rows = rows_of(capsys.readouterr().out)
-    slowest = rows["default flags: slowest step after the third over the median"]
-    assert slowest.value is not None and slowest.value >= 1
-    assert slowest.note.endswith("of 22")
-    assert rows["default flags: graphs compiled after the third step"].value == 0
-
-
-@pytest.mark.parametrize(
-    ("intervals", "length"),
-    [
-        ([], 0),
-        ([(1, 3)], 2),
-        ([(5, 6), (1, 3)], 3),
-        ([(1, 3), (3, 4)], 3),
-        ([(1, 3), (2, 5)], 4),
-        ([(1, 9), (2, 3), (4, 5), (8, 10)], 9),  # two streams
-        ([(2, 2), (2, 4), (2, 4)], 2),
-    ],
-)
-def test_what_intervals_cover_counts_once(intervals: list[tuple[float, float]], length: float) -> None:
-    assert gpu_idle.covered(intervals) == length
-    assert gpu_idle.covered(reversed(intervals)) == length
-
-
-def test_what_a_gpu_did_is_told_from_what_a_profiler_has_besides() -> None:
-    def event(device: str, start: float, end: float, **more: bool) -> SimpleNamespace:
-        kind = getattr(torch.autograd.DeviceType, device)
-        return SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=start, end=end), **more)
-
-    events = [
-        event("CPU", 0, 100),
-        event("CUDA", 3, 5),
-        event("CUDA", 0, 90, is_user_annotation=True),
-        event("CUDA", 4, 8, is_user_annotation=False),
-    ]
-    assert gpu_idle.device_intervals(events) == [(3, 5), (4, 8)]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        torch.ones(3).sum()
-    found = profiler.events()
-    assert found is not None and len(found) > 0
-    assert gpu_idle.device_intervals(found) == []
-
-
-def test_a_step_is_timed_for_each_size_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", SMALL_VIT.name, "--batch_sizes", "2,4", "--steps", "2", "--precision", "fp32"]
-    assert gpu_idle.main(flags) == 0
-    assert list(rows_of(capsys.readouterr().out)) == ["eager, batch 2: step", "eager, batch 4: step"]
-
-
-def test_each_form_runs_the_towers_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = []
-
-    def compile_nothing(function: Any, **options: Any) -> Any:
-        modes.append(options)
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    model = make_model(SMALL_VIT.name)
-    images, tokens, _ = make_batch(model, 4)
-    features = []
-    for form in gpu_idle.FORMS:
-        gpu_idle.use_form(model, form)
-        features.append(model(images, tokens))
-        assert model.backbone.compiled == (form != "eager")
-        assert ("encode_image" in vars(model.backbone)) == (form == gpu_idle.FORMS[2])
-    assert {"mode": "reduce-overhead"} in modes
-    for found in features[1:]:
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, features[0], strict=True))
-    gpu_idle.use_form(model, "eager")
-    assert "encode_image" not in vars(model.backbone)
-
-
-def test_losses_of_all_ways_are_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setitem(loss_speed.WAYS, "too large", full)
-    assert loss_speed.main(["--sizes", "96", "--dim", "16", "--repeats", "1"]) == 0
-    rows = rows_of(capsys.readouterr().out)
-    for way in ("whole", "recomputed", "tiles"):
-        assert rows[f"96 pairs: gradient against {way}'s"].verdict == "PASS"
-        assert rows[f"96 pairs: {way} over ours"].value is not None
-    assert rows["96 pairs: the three products over ours"].value is not None
-    assert rows["96 pairs: too large"].note == "does not fit into memory"
-
-
-def test_losses_in_several_slices_are_one() -> None:
-    torch.manual_seed(0)
-    images, texts = (torch.nn.functional.normalize(torch.randn(50, 8), dim=-1).requires_grad_() for _ in range(2))
-    scale = torch.tensor(2.0)
-    sliced = loss_speed.recomputed(images, texts, scale, rows=16)
-    assert sliced.item() == pytest.approx(loss_speed.whole(images, texts, scale).item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("value", [0.0, 2.66, math.log(100)])
-def test_losses_in_several_tiles_are_one(value: float) -> None:
-    torch.manual_seed(0)
-    inputs = [torch.nn.functional.normalize(torch.randn(50, 8), dim=-1) for _ in range(2)] + [torch.tensor(value)]
-    for each in inputs:
-        each.requires_grad_()
-    expected = loss_speed.whole(*(each.double() for each in inputs))
-    found = loss_speed.tiles(*inputs, side=16)  # the last tiles are smaller
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    wanted = torch.autograd.grad(expected, inputs)
-    for have, want in zip(torch.autograd.grad(found, inputs), wanted, strict=True):
-        assert (have - want).norm() <= 1e-5 * want.norm()
-
-
-def test_a_peer_that_is_not_installed_is_skipped(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(*_: object) -> Any:
-        raise ModuleNotFoundError("No module named 'open_clip'")
-
-    monkeypatch.setitem(train_step.MAKERS, "open_clip", missing)
-    flags = ["--model", SMALL_VIT.name, "--batch_size", "4", "--batches", "2", "--steps", "3"]
-    options = train_step.parse([*flags, "--cases", "ours,open_clip"])
-    images, tokens = train_step.make_inputs(options, torch.device("cpu"))
-    assert tokens.shape == (2, 4, 77)
-    cases = train_step.make_cases(options, images, tokens, torch.device("cpu"), "fp32")
-    assert list(cases) == ["ours"]
-    steps = cases["ours"]()
-    assert isinstance(steps, list) and len(steps) == 3
-    assert "open_clip is skipped: No module named 'open_clip'" in capsys.readouterr().out
 
 
 def run_here(self: gpu.Runner, log: str, arguments: Sequence[str], *, seconds: float) -> tuple[list[str], str | None]:
