@@ -1,7 +1,8 @@
-"""The benchmarks run, on the smallest inputs; what they measure is never a test's business."""
+"""The benchmarks run, on the smallest inputs and models; what they measure is never a test's business."""
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,20 @@ from cliptune.data.suspects import read_suspects
 from cliptune.features.metrics import rank_metrics
 from cliptune.features.ranks import retrieval_ranks
 from cliptune.model.architectures import ARCHITECTURES
+from tests.helpers.models import SMALL_VIT
 from tests.helpers.photos import photo
+
+
+@pytest.fixture(autouse=True)
+def _the_smallest_model_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "ViT-Ti/32", replace(SMALL_VIT, name="ViT-Ti/32"))
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure without a process for each figure, all of which import PyTorch."""
+    for module in (index_memory, large_batch):
+        monkeypatch.setattr(module, "in_new_process", lambda function, *arguments: function(*arguments))
 
 
 @pytest.mark.slow
@@ -163,6 +177,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason=
 
 @LINUX
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_index_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--num_rows", "3000", "--num_images", "1500", "--folder", str(tmp_path)]
     assert index_memory.main([*flags, "--json", str(tmp_path / "x.json")]) == 0
@@ -182,8 +197,13 @@ def test_a_loading_process_does_not_copy_the_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_swapped_captions_stand_out_to_a_model_that_was_trained_on_them(tmp_path: Path) -> None:
-    flags = ["--num_images", "600", "--val_images", "150", "--epochs", "8", "--rates", "5"]
+@pytest.mark.usefixtures("small")
+def test_swapped_captions_stand_out_to_a_model_that_was_trained_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sees_enough = replace(SMALL_VIT, image_resolution=112, vision_patch_size=16, vision_width=128, transformer_width=64)
+    monkeypatch.setitem(ARCHITECTURES, "ViT-Ti/32", replace(sees_enough, name="ViT-Ti/32", transformer_heads=1))
+    flags = ["--num_images", "600", "--val_images", "100", "--epochs", "10", "--rates", "5"]
     assert label_noise.main([*flags, "--work_dir", str(tmp_path), "--json", str(tmp_path / "x.json")]) == 0
     rows = {row["split"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
     assert (rows["train"]["pairs"], rows["train"]["wrong"]) == (1200, 60)
@@ -233,6 +253,7 @@ def test_a_batch_that_does_not_fit_is_compared_with_plain_steps_of_as_many_pairs
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_large_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "large.json"
     assert large_batch.main(["--quick", "--json", str(figures)]) == 0
@@ -286,6 +307,7 @@ def test_the_second_world_has_other_words_for_the_same_things() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fine_tuning, "EPOCHS", {20: 1})
     work, small = str(tmp_path / "work"), ["--first_images", "40", "--first_epochs", "1", "--test_images", "12"]

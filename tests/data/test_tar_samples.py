@@ -16,6 +16,7 @@ from cliptune.data.tar_samples import MAX_FILES, count_samples, read_samples
 from cliptune.language.catalogue import language_of
 from cliptune.preprocess.transforms import clip_transform
 from tests.helpers.datasets import make_tar, png_bytes
+from tests.helpers.runs import check_data
 
 Members = list[tuple[str, bytes]]
 OPTIONS: dict[str, Any] = {"transform": clip_transform(8), "batch_size": 8, "device": torch.device("cpu"), "seed": 0}
@@ -254,7 +255,7 @@ def test_packed_shards_are_refused_with_the_way_out(
     make_tar(tmp_path / "plain.tar", pairs_of("{}.jpg", "{}.txt", 9))
     (tmp_path / name).write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
     assert is_shards(tmp_path / name)
-    assert data_loader.main(["--data_dir", str(tmp_path / name), "--check"]) == 2
+    assert check_data(tmp_path / name, tmp_path / "out") == 2
     assert "gunzip < " in capsys.readouterr().err
     with pytest.raises(OSError, match="gunzip"):
         open_shards(str(tmp_path / name))

@@ -11,6 +11,7 @@ from cliptune.data.pairs import load_pairs
 from cliptune.preprocess.decode import image_format, load_image
 from cliptune.preprocess.image_formats import IMAGE_ENDINGS, unread_format
 from tests.helpers.datasets import make_tar
+from tests.helpers.runs import check_data
 from tests.helpers.zoo import corners
 
 WRITTEN = {
@@ -87,10 +88,10 @@ def test_what_is_no_image_is_named(
     (tmp_path / "captions").mkdir()
     (tmp_path / f"images/a.{name}").write_bytes(content)
     (tmp_path / "captions/a.txt").write_text("a\n")
-    assert data_loader.main(["--data_dir", str(tmp_path), "--check"]) != 0
+    assert check_data(tmp_path, tmp_path / "out") != 0
     assert said in capsys.readouterr().out
     make_tar(tmp_path / "0.tar", [(f"a.{name}", content), ("a.txt", b"a")])
-    assert data_loader.main(["--data_dir", str(tmp_path / "0.tar"), "--check"]) != 0
+    assert check_data(tmp_path / "0.tar", tmp_path / "out") != 0
     assert said in capsys.readouterr().out
 
 

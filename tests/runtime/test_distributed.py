@@ -20,6 +20,7 @@ from cliptune.runtime import distributed
 from tests.helpers import launch
 from tests.helpers.launch import environment, run_alone, run_ranks, torchrun, torchrun_command
 from tests.helpers.models import SMALL_VIT
+from tests.helpers.runs import small_runs
 from train import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,8 +32,8 @@ FLAGS = [
 SMALL_TRAIN = "tests/helpers/small_train.py"
 
 
-def run_flags(data: Path, output: Path, *more: str, model: str = SMALL_VIT.name) -> list[str]:
-    return ["--data_dir", str(data), "--output_dir", str(output), "--model_name", model, *FLAGS, *more]
+def run_flags(data: Path, output: Path, *more: str) -> list[str]:
+    return ["--data_dir", str(data), "--output_dir", str(output), "--model_name", SMALL_VIT.name, *FLAGS, *more]
 
 
 def history(output: Path) -> list[dict[str, Any]]:
@@ -50,7 +51,8 @@ def assert_same_history(found: list[dict[str, Any]], wanted: list[dict[str, Any]
 @pytest.fixture(scope="module")
 def one_process(sample_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("one")
-    assert main(run_flags(sample_dir, output, model="ViT-Ti/32")) == 0
+    with small_runs():
+        assert main(run_flags(sample_dir, output)) == 0
     return output
 
 
@@ -74,8 +76,9 @@ def test_full_memory_in_one_process_is_so_in_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_a_run_of_two_processes_is_that_of_one(one_process: Path, sample_dir: Path, tmp_path: Path) -> None:
-    done = torchrun(2, "train.py", *run_flags(sample_dir, tmp_path, "--micro_batch_size", "5", model="ViT-Ti/32"))
+    done = torchrun(2, SMALL_TRAIN, *run_flags(sample_dir, tmp_path, "--micro_batch_size", "5"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_history(history(tmp_path), history(one_process))
     assert done.stdout.count("best model: ") == 1

@@ -154,11 +154,12 @@ def test_the_mean_cosine_of_two() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_a_run_that_collapses_says_so_once(
     sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), "--model_name", "ViT-Ti/32"]
-    more = ["--batch_size", "18", "--learning_rate", "1", "--warmup_fraction", "0.6", "--early_stopping_patience", "2"]
+    flags = ["--data_dir", str(sample_dir), "--output_dir", str(tmp_path), *SMALL, "--batch_size", "18"]
+    more = ["--learning_rate", "1", "--warmup_fraction", "0.6", "--early_stopping_patience", "2"]
     assert main([*flags, *more, "--num_epochs", "4", "--precision", "fp32"]) == 0
     error = capsys.readouterr().err
     for message in ("6 validation images tell", "the model has collapsed", "the rates rise for 7 steps, but"):
