@@ -235,11 +235,10 @@ class Block(openai.ResidualAttentionBlock):
 
         OpenAI's repository keeps the mask as `x` needs it, which is another tensor on a GPU or in half precision.
         """
-        mask = self.attn_mask
+        mask, length = self.attn_mask, x.shape[0]  # a shape, not `len`: a trace keeps that
         if mask is not None:
-            mask = mask[: len(x), : len(x)].to(x)
-        mixed, _ = self.attn(x, x, x, need_weights=False, attn_mask=mask)
-        return cast(Tensor, mixed)
+            mask = mask[:length, :length].to(x)
+        return cast(Tensor, self.attn(x, x, x, need_weights=False, attn_mask=mask)[0])
 
     def is_as_built(self, attn_mask: Tensor | None) -> bool:
         """Tell whether nothing in it needs to see whole sequences."""

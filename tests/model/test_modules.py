@@ -537,6 +537,13 @@ def test_whole_sequences_of_another_type_leave_the_blocks_as_they_were_built(mon
     assert backbone.transformer.is_as_built()
 
 
+def test_a_block_that_is_traced_takes_sequences_of_any_length() -> None:
+    block = build_backbone(SMALL_VIT).transformer.resblocks[0]
+    longer, shorter = torch.randn(9, 2, SMALL_VIT.transformer_width), torch.randn(5, 2, SMALL_VIT.transformer_width)
+    traced = torch.jit.trace(block, longer, check_trace=False)
+    assert torch.allclose(traced(shorter), block(shorter), atol=1e-6)
+
+
 def test_texts_cut_behind_their_end_are_the_same_texts() -> None:
     for settings in ({}, {"causal": False}, {"text_pooling": "last"}):
         torch.manual_seed(0)
