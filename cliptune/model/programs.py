@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cliptune.runtime.device import is_out_of_memory
 from cliptune.runtime.messages import one_line
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class Compiler:
         try:
             return _run_compiled(function, module, *given)
         except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):  # of what else is there while it compiles: who tries less compiles again
+                raise
             self._give_up(error)
         return function(module, *given)
 
@@ -48,6 +51,8 @@ class Compiler:
             try:
                 return chosen(*given)
             except torch._dynamo.exc.TorchDynamoException as error:
+                if is_out_of_memory(error):
+                    raise
                 self._give_up(error)
             chosen = function
             return chosen(*given)

@@ -245,6 +245,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 FULL_MEMORY = (
     "can't allocate memory",  # the CPU
+    "CUDA out of memory",  # the allocator's, as a compiler tells it in an error of its own
     "CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # beside the allocator
     "MPS backend out of memory",

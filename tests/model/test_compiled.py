@@ -18,7 +18,7 @@ from cliptune.model import attention, modules, programs, towers
 from cliptune.model.architectures import ARCHITECTURES
 from cliptune.model.lora import add_lora
 from cliptune.model.modules import VisionTransformer
-from cliptune.runtime.device import compiler_issue
+from cliptune.runtime.device import compiler_issue, is_out_of_memory
 from cliptune.training.memory import _try_step
 from tests.helpers.models import FP32, gradients_of, make_batch, make_model, small_architectures
 from tests.model.test_attention import plain_varlen, random_tokens
@@ -280,6 +280,23 @@ def test_a_compiler_that_fails_is_said_once_and_left(
         assert_close(run(model.train(), tokens), wanted, 1e-6)  # a run calls `train` after each evaluation
     assert caplog.text.count("the compiler fails on this model (Triton is missing") == 1
     assert not model.is_compiled
+
+
+@pytest.mark.parametrize("extent", EXTENTS)
+def test_memory_that_is_full_while_a_program_is_compiled_does_not_end_compiling(
+    extent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller micro-batch is tried, compiled as well."""
+    model, tokens, _ = about_to_be_compiled(extent, monkeypatch)
+
+    def full(*_: Any) -> Any:
+        raise torch._dynamo.exc.InternalTorchDynamoError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(programs, "_program", lambda *_, **__: full)
+    with pytest.raises(RuntimeError) as error:
+        run(model, tokens)
+    assert is_out_of_memory(error.value)
+    assert model.is_compiled
 
 
 def test_a_checkpointed_block_runs_again_as_it_ran_before_the_compiler_failed(monkeypatch: pytest.MonkeyPatch) -> None:
