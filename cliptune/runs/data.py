@@ -95,7 +95,7 @@ def _make_sample_data(config: Config, given: dict[str, Any]) -> None:
 
 
 def typical_texts(data: Pairs | Shards, context_length: int) -> Tensor | None:
-    """Return the tokens of captions from all over a data set, int64 `[n, L]`, of which the first is the longest.
+    """Return the tokens of captions from all over a data set, int64 `[n, L]`.
 
     None: it is shards, whose captions have not been read yet.
     """
@@ -103,8 +103,7 @@ def typical_texts(data: Pairs | Shards, context_length: int) -> Tensor | None:
         return None
     number = len(data.captions)
     spread = np.linspace(0, number, min(number, NUM_TYPICAL), endpoint=False).astype(np.int64)
-    tokens = caption_table(data, context_length).tokens(spread)
-    return tokens.roll(-int((tokens != 0).sum(1).argmax()), 0)
+    return caption_table(data, context_length).tokens(spread)
 
 
 def located(config: Config) -> Config:

@@ -105,7 +105,7 @@ def fitting_size(
         device: whose memory it is.
         free_bytes: how much of it there is; None: what is free now.
         has_average: an average of the weights will be held, too.
-        texts: returns tokens of typical texts, `[n, L]`, the longest among the first; None: all are as long as can be.
+        texts: returns tokens of typical texts, `[n, L]`; None: all are as long as can be.
 
     Returns:
         A power of two, or of what is tried the least number of equal parts; None if all fit. The smallest of all
@@ -121,7 +121,7 @@ def fitting_size(
         # which are tensors beside it where they come from several micro-batches
         copies = 2 + has_average + (world_size() > 1)
         held = copies * trained_bytes + loss_bytes(most * world_size(), most, device)
-        tokens = texts()
+        tokens = _mixed(texts())
         size = fitting_on_card(
             CudaCard(device),
             lambda num_pairs: _try_step(model, precision, num_pairs, tokens),
@@ -229,13 +229,22 @@ def _taken(card: Card, try_step: Callable[[int], None], num_pairs: int) -> int |
     return card.peak()
 
 
+def _mixed(texts: Tensor | None) -> Tensor | None:
+    """Shuffle texts, so that some of them are like all, but put the longest first: any batch may have it."""
+    if texts is None or not len(texts):
+        return None
+    texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))]
+    return texts.roll(-int((texts != 0).sum(1).argmax()), 0)
+
+
 def _try_step(model: Any, precision: Precision, num_pairs: int, texts: Tensor | None = None) -> None:
-    """Make the gradient of black images and texts, again and again the same ones, as a step does, and drop it."""
+    """Make the gradient of black images and texts, which may come several times, as a step does, and drop it."""
     images, tokens = _blank_pairs(model, num_pairs)
     if texts is not None:
         tokens = texts[torch.arange(num_pairs) % len(texts)]
     try:
-        with _undisturbed(model):
+        # for several ranks it must be compiled within DDP, which parts it so that gradients are sent meanwhile
+        with _undisturbed(model), torch.compiler.set_stance("force_eager" if world_size() > 1 else "default"):
             with tf32(model.device), autocast(model.device, precision):
                 features = [feature for feature in model(images, tokens) if feature.requires_grad]
             torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])

@@ -209,9 +209,17 @@ def test_on_a_gpu_the_size_is_found_by_trial(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("cliptune.training.memory.peak_bytes", lambda model, precision, num_pairs: 1000 * num_pairs)
     monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
     caplog.set_level("INFO")
-    texts = torch.ones(3, 77, dtype=torch.int64)
+    # as where two data sets were joined: the first one's are short
+    texts = torch.ones(400, 77, dtype=torch.int64).tril(3)
+    texts[200:, :20] = 1
+    texts[399, :30] = 1
     size = fitting_size(model, precision=FP32, most=512, device=torch.device("cuda"), texts=lambda: texts)
-    assert tried and all(each is texts for each in tried)
+    given = tried[0]
+    assert given is not None and all(each is given for each in tried)
+    lengths = (given != 0).sum(1).float()
+    assert lengths.sort().values.tolist() == (texts != 0).sum(1).float().sort().values.tolist()
+    assert lengths[0] == lengths.max()
+    assert lengths[:64].mean() == pytest.approx(lengths.mean().item(), rel=0.2)
     moments_and_loss = 2 * sum(parameter.nbytes for parameter in model.parameters()) + 16 * 512 * 512
     assert size == equal_part(512, int(90 - moments_and_loss / 1e6))
     assert f"micro-batches of {size} of 512 pairs" in caplog.text
