@@ -153,6 +153,7 @@ class Loader(DataLoader[Any]):
                     items.close()  # left to the garbage collector, each worker takes 10 seconds to end
                     raise item.error
                 yield _map_fields(item, _Piped, self._from_pipe)
+                del item  # so that its memory is free for the next
         except RuntimeError as error:
             if "open files" in str(error) or "ancdata" in str(error):  # how PyTorch and Python say it
                 raise OSError(f"too many open files: {FEWER_FILES}") from None
@@ -171,8 +172,8 @@ class Loader(DataLoader[Any]):
         except (ConnectionError, EOFError, RuntimeError) as error:
             workers = items._workers if items is not None else ()
             is_of_pinning = str(error).startswith("Pin memory thread exited")  # which fetches them for a GPU
-            if is_of_pinning and all(worker.is_alive() for worker in workers):
-                raise OSError(f"too many open files: {FEWER_FILES}") from None
+            if is_of_pinning and not any(worker.exitcode for worker in workers):
+                raise OSError(f"probably too many open files: {FEWER_FILES}") from None
             is_of_worker = is_of_pinning or str(error).startswith("DataLoader worker (pid")
             if isinstance(error, RuntimeError) and not is_of_worker:
                 raise
