@@ -56,6 +56,7 @@ _started: set[SignalWatcher] = set()
 def _leave_to_parent() -> None:
     if _started:
         signal.set_wakeup_fd(-1)
+    _started.clear()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
