@@ -59,6 +59,8 @@ def make_jpegs(folder: Path, number: int, *, size: tuple[int, int] = SIZE) -> Pa
         else:
             with multiprocessing.get_context("fork").Pool() as pool:
                 pool.map(write, missing, chunksize=64)
+                pool.close()  # see `gpu_runs.decoding_rate`
+                pool.join()
         _photos.clear()
     return _write_index(folder / f"index_{size[0]}x{size[1]}_{number}.json", number, images)
 

@@ -201,8 +201,8 @@ def step(
     if figures["floor_seconds"] is not None:
         share = 100 * figures["floor_seconds"] / statistics.median(figures["seconds"]["ours"])
         run.tell(Row(f"{name}: share of the floor", share, "%"))
-    for seconds in (figures["seconds"], figures["later_seconds"]):
-        for peer in bounds.keys() & seconds.keys():
+    for seconds in (figures["seconds"], *figures["later_seconds"].values()):
+        for peer in filter(seconds.__contains__, bounds):
             over = statistics.median(theirs / own for theirs, own in zip(seconds[peer], seconds["ours"], strict=True))
             rates = f"{batch / statistics.median(seconds[peer]):,.0f} pairs/s, spread {spread(seconds[peer]):.0%}"
             must, hope = bounds[peer] or (None, None)

@@ -379,7 +379,7 @@ def decoding_rate(data: Path) -> tuple[float, int]:
         begin = time.perf_counter()
         pool.map(load, paths, chunksize=max(len(paths) // (8 * cores), 1))
         seconds = time.perf_counter() - begin
-        pool.close()  # each process ends by itself: children of a stoppable one leave a pool's SIGTERM to it
+        pool.close()  # each process ends by itself: one that a stoppable process forked heeds no SIGTERM
         pool.join()
     return len(paths) / seconds, cores
 

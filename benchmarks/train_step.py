@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         rate = matrix_rate(device, precision, largest=options.largest_side)
         flops = sum(step_flops(ARCHITECTURES[options.model], each) for each in lengths) / len(lengths)
         report(precision, timings, floor=flops / rate, rate=rate)
-        later: dict[str, list[float]] = {}
+        later: dict[str, dict[str, list[float]]] = {}
         figures = {
             "seconds": {name: timing.seconds for name, timing in timings.items()},
             "later_seconds": later,
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, case in make_cases(options, options.later, images, tokens, device, precision).items():
             beside = time_steps(first | {name: case}, options)
             report(precision, beside, floor=flops / rate, rate=rate)
-            later |= {name: timing.seconds for name, timing in beside.items()}
+            later[name] = {name: timing.seconds for name, timing in beside.items()}
             write_json(options.json, results)
     return 0
 

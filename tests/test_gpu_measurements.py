@@ -214,7 +214,7 @@ def test_a_peer_that_takes_long_to_prepare_is_timed_after_the_others(
     flags += ["--cases", "ours,ours+eager", "--later", "late", "--precisions", "fp32", "--json", str(path)]
     assert train_step.main(flags) == 0
     found = json.loads(path.read_text())["precisions"]["fp32"]
-    assert {name: len(seconds) for name, seconds in found["later_seconds"].items()} == {"ours": 2, "late": 2}
+    assert {name: len(seconds) for name, seconds in found["later_seconds"]["late"].items()} == {"ours": 2, "late": 2}
     assert written == [found | {"later_seconds": {}}]  # nothing is lost if that takes too long
     assert not found["ours_compiled"]
 
