@@ -16,6 +16,13 @@ from tests.helpers.runs import small_runs
 from tests.helpers.texts import english
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the long form of tests take its time."""
+    if os.environ.get("CLIP_TOOLKIT_LONG_TESTS"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _all_that_is_printed_can_be_said() -> Iterator[None]:
     """Whatever a stage prints in a test is looked up in Chinese as well: none of it may be left in English."""

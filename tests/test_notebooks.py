@@ -58,7 +58,7 @@ def test_they_run(path: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest
     notebook = nbformat.read(path, as_version=4)
     folder = tmp_path if path.stem == "search" else run_dir  # one that trains its model itself
     where = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     kinds = [kind for output in outputs for kind in output.get("data", {})]
     told = "\n".join(str(output.get("text", "")) + "\n".join(output.get("data", {}).values()) for output in outputs)
