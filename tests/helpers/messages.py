@@ -45,6 +45,7 @@ NOT_SHOWN = {
     "cliptune/data/splits.py": (": what is drawn", "what is drawn"),
     "cliptune/data/workers.py": (
         "%s for %d workers", "no shared memory (%s)", "%s, so what workers load", "open files", "DataLoader worker",
+        "Pin memory thread",
     ),
     "cliptune/export/transformers.py": ("image_pooling {0}", "text_pooling {0}"),
     "cliptune/export/verify.py": ("A  big RED", "naïve", "very long", "import runpy"),
@@ -65,7 +66,7 @@ NOT_SHOWN = {
     "cliptune/runs/watch.py": (", without {0}",),
     "cliptune/runs/evaluation.py": ("{0}: {1} of the {2} were trained on",),
     "cliptune/runtime/device.py": (
-        "can't allocate memory", "CUDA error:", "CUDA driver error:", "Triton Error", "MPS backend",
+        "can't allocate memory", "CUDA out of", "CUDA error:", "CUDA driver error:", "Triton Error", "MPS backend",
     ),
     "cliptune/runtime/logs.py": ("%(asctime)s",),
     "cliptune/runtime/memory.py": (

@@ -101,8 +101,7 @@ def test_a_text_finds_images_and_these_find_more(watched: Watched, index: ImageI
     page.keyboard.type("a red heart", delay=20)
     status.filter(has_text="10 images for “a red heart”").wait_for()
     assert cards.first.locator(".name").text_content() == best(index, encoder, "a red heart")
-    page.wait_for_load_state("networkidle")
-    assert page.evaluate(
+    page.wait_for_function(
         "() => [...document.querySelectorAll('.card img')].slice(0, 2).every((image) => image.naturalWidth)"
     )
     assert watched.violations() == []
