@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from clip_model import CLIPModel, ContrastiveLoss, MultimodalTrainer, add_self_test, self_tester
+from cliptune.data.caption_table import typical_texts
 from cliptune.data.snapshot import Snapshots
 from cliptune.data.workers import no_workers_left
 from cliptune.features.retrieval import Retrieval
@@ -44,7 +45,6 @@ from cliptune.runs.data import (
     open_data,
     read_data,
     reread_data,
-    typical_texts,
 )
 from cliptune.runs.folds import Part, begin_log, folds_started, run_folds
 from cliptune.runs.interpolation import look_back

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from cliptune.data.loaders import caption_id
 from cliptune.data.pairs import Pairs
+from cliptune.data.shards import Shards
 from cliptune.data.table import IntArray, Strings
 from cliptune.preprocess.tokens import tokenize
 
+NUM_TYPICAL = 4096
+"""Captions that stand for all."""
 _KNOWN: WeakKeyDictionary[Pairs, dict[int, CaptionTable]] = WeakKeyDictionary()
 """By context length."""
 
@@ -23,6 +26,18 @@ def caption_table(pairs: Pairs, context_length: int) -> CaptionTable:
     if context_length not in known:
         known[context_length] = CaptionTable(pairs.captions, context_length)
     return known[context_length]
+
+
+def typical_texts(data: Pairs | Shards, context_length: int) -> Tensor | None:
+    """Return the tokens of captions from all over a data set, int64 `[n, L]`.
+
+    None: it is shards, whose captions have not been read yet.
+    """
+    if not isinstance(data, Pairs):
+        return None
+    number = len(data.captions)
+    spread = np.linspace(0, number, min(number, NUM_TYPICAL), endpoint=False).astype(np.int64)
+    return caption_table(data, context_length).tokens(spread)
 
 
 class CaptionTable:

@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from cliptune.data.cached_loader import CachedLoader
-from cliptune.data.caption_table import caption_table
 from cliptune.data.findings import data_findings
 from cliptune.data.folds import Folds, read_folds
 from cliptune.data.identity import Hashes, file_identities
@@ -60,8 +59,6 @@ logger = logging.getLogger(__name__)
 AUGMENTED_VIEWS = 4
 MAX_FINDINGS = 3
 """About the data, that a run tells."""
-NUM_TYPICAL = 4096
-"""Captions that stand for all."""
 
 Splits = dict[str, Pairs | Shards]
 """What a run trains, validates and tests on."""
@@ -92,18 +89,6 @@ def _make_sample_data(config: Config, given: dict[str, Any]) -> None:
     if "data_dir" not in given and config.data.data_dir == DEFAULT_DATA_DIR and holds_only_placeholders(folder):
         index = create_sample_dataset(folder, SAMPLE_SIZE, exist_ok=True)  # another run may have, meanwhile
         logger.info("no --data_dir was given and %s is empty: made %d sample images (%s)", folder, SAMPLE_SIZE, index)
-
-
-def typical_texts(data: Pairs | Shards, context_length: int) -> Tensor | None:
-    """Return the tokens of captions from all over a data set, int64 `[n, L]`.
-
-    None: it is shards, whose captions have not been read yet.
-    """
-    if not isinstance(data, Pairs):
-        return None
-    number = len(data.captions)
-    spread = np.linspace(0, number, min(number, NUM_TYPICAL), endpoint=False).astype(np.int64)
-    return caption_table(data, context_length).tokens(spread)
 
 
 def located(config: Config) -> Config:

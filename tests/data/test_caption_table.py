@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -5,9 +6,10 @@ import pytest
 import torch
 
 from cliptune.data import caption_table as module
-from cliptune.data.caption_table import CaptionTable, caption_table
+from cliptune.data.caption_table import CaptionTable, caption_table, typical_texts
 from cliptune.data.loaders import caption_id
 from cliptune.data.pairs import load_pairs
+from cliptune.data.shards import Shards
 from cliptune.data.table import Strings
 from cliptune.preprocess.tokens import tokenize
 
@@ -32,3 +34,17 @@ def test_all_who_ask_share_a_table(sample_dir: Path) -> None:
     assert caption_table(pairs, 77) is caption_table(pairs, 77)
     assert caption_table(pairs, 8) is not caption_table(pairs, 77)
     assert caption_table(pairs.select(range(3)), 77) is not caption_table(pairs, 77)
+
+
+def test_typical_texts_are_from_all_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    captions = [f"kite {number}" for number in range(12)]
+    records = [{"image_path": f"{number}.jpg", "caption": text} for number, text in enumerate(captions)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    for number in range(12):
+        (tmp_path / f"{number}.jpg").touch()
+    pairs = load_pairs(tmp_path / "data.json")
+    monkeypatch.setattr(module, "NUM_TYPICAL", 5)
+    found = typical_texts(pairs, 77)
+    assert found is not None
+    assert torch.equal(found, tokenize([captions[number] for number in (0, 2, 4, 7, 9)])[0])
+    assert typical_texts(Shards.__new__(Shards), 77) is None

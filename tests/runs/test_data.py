@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cliptune.data.pairs import load_pairs
-from cliptune.data.shards import Shards
 from cliptune.data.snapshot import Snapshot
 from cliptune.data.table import SPLITS
 from cliptune.model.checkpoint_file import load_checkpoint, save_checkpoint
 from cliptune.preprocess.decode import read_bytes
-from cliptune.preprocess.tokens import tokenize
-from cliptune.runs.data import earlier_data, found_again, located, typical_texts
+from cliptune.runs.data import earlier_data, found_again, located
 from cliptune.settings import Config
 from data_loader import main as data_loader_main
 from evaluation import main as evaluation_main
@@ -400,17 +397,3 @@ def test_seeds_are_compared_on_one_split(run: Path, tmp_path: Path, small: pytes
     first = validated("1", "--seed", "1")
     assert validated("2", "--seed", "2", "--split_seed", "1") == first
     assert validated("3", "--seed", "2") != first
-
-
-def test_typical_texts_are_from_all_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    captions = [f"kite {number}" for number in range(12)]
-    records = [{"image_path": f"{number}.jpg", "caption": text} for number, text in enumerate(captions)]
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    for number in range(12):
-        (tmp_path / f"{number}.jpg").touch()
-    pairs = load_pairs(tmp_path / "data.json")
-    monkeypatch.setattr("cliptune.runs.data.NUM_TYPICAL", 5)
-    found = typical_texts(pairs, 77)
-    assert found is not None
-    assert torch.equal(found, tokenize([captions[number] for number in (0, 2, 4, 7, 9)])[0])
-    assert typical_texts(Shards.__new__(Shards), 77) is None
