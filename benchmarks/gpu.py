@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 178
 """Of a part, all its measurements together."""
 GRACE_SECONDS = 3
-"""What is ended has to clean up."""
+"""That what is ended has to clean up."""
 PATIENCE = 10
 """Times as long a try with `--quick` may take, since it measures nothing and may run on a busy machine."""
 WORK = ROOT / "benchmarks" / "gpu_work"
@@ -206,7 +206,7 @@ class Runner:
         self.rows("gpu_runs.py", name, "--work", self._work, *quick, *flags, seconds=seconds, name=name)
 
     def latest(self, name: str) -> float | None:
-        """Return the last figure of this name that `--json` has of this machine, from this call or an earlier one."""
+        """Return the last figure of this name that `--json` has of this machine and code, from any call."""
         path = self._options.json
         rows = [row for _, row, about in rows_of(path) if about == self._about] if path.exists() else []
         return next((row.value for row in reversed(rows) if row.name == name and row.value is not None), None)

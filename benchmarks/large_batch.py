@@ -315,7 +315,6 @@ def num_parameters(name: str) -> int:
         return sum(parameter.numel() for parameter in CLIPModel(name, pretrained="none").parameters())
 
 
-@cache
 def activation_bytes(name: str, text_tokens: int) -> float:
     """Estimate what a pair keeps in bf16 until its gradient is there: about 34 bytes a position, width and layer."""
     shape = ARCHITECTURES[name]

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, case in make_cases(options, options.later, images, tokens, device, precision).items():
             beside = time_steps(first | {name: case}, options)
             report(precision, beside, floor=flops / rate, rate=rate)
-            later[name] = {name: timing.seconds for name, timing in beside.items()}
+            later[name] = {each: timing.seconds for each, timing in beside.items()}
             write_json(options.json, results)
     return 0
 
